@@ -1,0 +1,136 @@
+"""Reads a config by name or from a file, applies overrides, and checks every key and value."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from deeplab2_like.configs.schema import Config, StrictModel
+from deeplab2_like.errors import UserError, unknown_name
+
+_FOLDER = Path(__file__).parent
+_Section = TypeVar("_Section", bound=StrictModel)
+
+
+def list_configs() -> list[str]:
+    """Returns the names of the configs that come with the library, such as `panoptic_deeplab/scenes_tiny`."""
+    return sorted(str(path.relative_to(_FOLDER).with_suffix("")) for path in _FOLDER.glob("*/*.yaml"))
+
+
+def load_config(name_or_file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Loads a config.
+
+    A config may name another one under the key `base`; its own keys then replace those of the base one by one.
+
+    Args:
+        name_or_file: The name of a built-in config (see `list_configs`) or the path of a YAML file.
+        overrides: Strings `key.path=value`; the value is read as YAML.
+
+    Returns:
+        The checked config.
+
+    Raises:
+        UserError: If the config does not exist, a key is unknown, or a value is not allowed.
+    """
+    from deeplab2_like.model import find_system
+
+    content = _read(name_or_file, asked_by=())
+    for override in overrides:
+        _apply_override(content, override)
+    source = f"config '{name_or_file}'"
+    if "system" not in content:
+        raise UserError(f"{source[0].upper()}{source[1:]} has no key 'system'; add the name of the system to train.")
+    system = find_system(content["system"])
+    model = _check(system.config_class, content.get("model") or {}, path="model", source=source)
+    return _check(Config, {**content, "model": model}, path="", source=source)
+
+
+def save_config(config: Config, path: str | os.PathLike[str]) -> None:
+    """Writes a config, fully resolved, as YAML (whole or not at all); `load_config` reads it back equal."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    beside.replace(path)
+
+
+def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) -> dict[str, Any]:
+    """Reads one YAML file and what it is based on, without checking keys."""
+    name = str(name_or_file)
+    if name in asked_by:
+        raise UserError(f"Config '{name}' is based on itself through {' -> '.join(asked_by)}; break the circle.")
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml"):
+        if name not in list_configs():
+            raise unknown_name("config", name, list_configs())
+        path = _FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"Config file '{path}' does not exist; give a YAML file or one of {', '.join(list_configs())}.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"Config file '{path}' is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"Config file '{path}' must hold keys and values (system, data, model, trainer).")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    return _merge(_read(base, asked_by=(*asked_by, name)), content)
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise UserError(f"Override '{override}' must have the form key.path=value, such as trainer.steps=1000.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"The value of override '{override}' is not valid YAML; quote it.") from error
+    section = content
+    for depth, key in enumerate(keys[:-1], start=1):
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            raise UserError(f"Override '{override}' fails: '{'.'.join(keys[:depth])}' is a value, not a section.")
+    section[keys[-1]] = value
+
+
+def _check(model: type[_Section], content: Any, *, path: str, source: str) -> _Section:
+    """Validates a section and turns pydantic's report into one sentence about the first fault."""
+    try:
+        return model.model_validate(content)
+    except pydantic.ValidationError as error:
+        fault = error.errors()[0]
+        keys = [str(key) for key in fault["loc"]]
+        where = ".".join([path, *keys] if path else keys)
+        if fault["type"] == "extra_forbidden":
+            raise unknown_name("config key", where, _known_keys(model, path)) from None
+        if fault["type"] == "missing":
+            raise UserError(f"Config key '{where}' is missing in {source}; set it there or with --set.") from None
+        message = fault["msg"].removeprefix("Value error, ")
+        raise UserError(f"Config key '{where}' in {source} has the value {fault['input']!r}: {message}.") from None
+
+
+def _known_keys(model: type[pydantic.BaseModel], prefix: str) -> list[str]:
+    """Lists the full paths of all keys of a section."""
+    keys = []
+    for name, field in model.model_fields.items():
+        path = f"{prefix}.{name}" if prefix else name
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, StrictModel) and annotation is not StrictModel:
+            keys += _known_keys(annotation, path)
+        else:
+            keys.append(path)
+    return keys
