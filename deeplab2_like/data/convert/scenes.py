@@ -1,0 +1,72 @@
+"""Writes the synthetic scenes of `data/scenes.py` as records, for the demo, for tests and for trying things out."""
+
+from pathlib import Path
+
+from deeplab2_like.data import scenes, tfrecord
+from deeplab2_like.data.convert import common
+from deeplab2_like.errors import UserError
+
+# Scenes are numbered without end; validation takes them from here, so that it shares none with training.
+FIRST_VAL_INDEX = 1_000_000
+
+
+def convert_scenes(
+    *,
+    train: int,
+    val: int,
+    size: tuple[int, int],
+    output_dir: Path,
+    seed: int = 0,
+    shards: int | None = None,
+    workers: int = 1,
+    progress: common.Progress | None = None,
+) -> tuple[common.ConversionReport, ...]:
+    """Renders a training and a validation split.
+
+    Args:
+        train: Number of training scenes; 0 writes no such split.
+        val: Number of validation scenes; likewise.
+        size: Height and width in pixels.
+        output_dir: The record folder.
+        seed: Decides what the scenes show.
+        shards: Number of files per split; None: about one per 500 scenes.
+        workers: Scenes rendered at once.
+        progress: Called after each scene with the numbers of scenes done and of all, for each split.
+
+    Returns:
+        A report per split written.
+
+    Raises:
+        UserError: If an argument is wrong, or the folder holds another data set.
+    """
+    if train < 0 or val < 0 or train + val == 0 or train > FIRST_VAL_INDEX:
+        raise UserError(
+            f"scenes needs train and val of 0 or more, not both 0, and train up to {FIRST_VAL_INDEX}; "
+            f"got train {train}, val {val}."
+        )
+    height, width = size
+    info = scenes.scenes_info()
+
+    def make_record(index: int) -> bytes:
+        image, panoptic = scenes.render_scene(index, height=height, width=width, seed=seed)
+        return tfrecord.serialize_example(image=image, panoptic=panoptic, filename=f"scene_{index:07d}.png")
+
+    reports = []
+    for split, first, count in (("train", 0, train), ("val", FIRST_VAL_INDEX, val)):
+        if count:
+            agreed = common.agree_on_dataset_info(
+                info, output_dir=Path(output_dir), split=split, max_instances=0, label_divisor=info.label_divisor
+            )
+            reports.append(
+                common.write_split(
+                    range(first, first + count),
+                    make_record,
+                    info=agreed,
+                    output_dir=Path(output_dir),
+                    split=split,
+                    shards=shards,
+                    workers=workers,
+                    progress=progress,
+                )
+            )
+    return tuple(reports)

@@ -1,0 +1,192 @@
+"""`DatasetInfo`: the only home of what a data set's labels mean.
+
+It is read from the `categories` of a COCO panoptic JSON, and travels as `dataset_info.json` inside the TFRecord folder,
+the model folder and the exported SavedModel. No TensorFlow here: every part of the library may import this module.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deeplab2_like.errors import UserError
+
+FILE_NAME = "dataset_info.json"
+
+# A panoptic value must fit the 24 bits of an RGB PNG, which is how our own records store it.
+MAX_PANOPTIC_VALUE = 2**24 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Category:
+    """One class of a data set.
+
+    Attributes:
+        id: The data set's own id of the class (COCO's `category_id`), used only when files are read or written.
+        name: The class name.
+        is_thing: True for countable objects, False for stuff.
+        color: Red, green and blue, each 0..255, for pictures.
+    """
+
+    id: int
+    name: str
+    is_thing: bool
+    color: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What the values of a panoptic map mean.
+
+    A panoptic map holds `class_id * label_divisor + instance_id`. `class_id` is the position of a class in
+    `categories`, so it is contiguous from 0; instances count from 1; instance 0 is stuff or, for a thing class, a crowd
+    region; `void` marks pixels without a label.
+
+    Attributes:
+        name: The data set's name, for messages only.
+        categories: The classes; their order gives the class ids.
+        label_divisor: Factor between class and instance ids.
+        ignore_label: Class id of void pixels; not smaller than the number of classes.
+    """
+
+    name: str
+    categories: tuple[Category, ...]
+    label_divisor: int = 1000
+    ignore_label: int = 255
+
+    def __post_init__(self) -> None:
+        if not self.categories:
+            raise UserError(f"Data set '{self.name}' has no categories; at least one is needed.")
+        ids = [category.id for category in self.categories]
+        doubled = sorted({i for i in ids if ids.count(i) > 1})
+        if doubled:
+            raise UserError(f"Data set '{self.name}' lists category id {doubled[0]} twice; ids must differ.")
+        if self.ignore_label < len(self.categories):
+            raise UserError(
+                f"ignore_label {self.ignore_label} is also a class id, as there are {len(self.categories)} classes; "
+                f"use {len(self.categories)} or more."
+            )
+        if self.label_divisor < 2:
+            raise UserError(f"label_divisor must be at least 2, got {self.label_divisor}.")
+        if (self.ignore_label + 1) * self.label_divisor - 1 > MAX_PANOPTIC_VALUE:
+            raise UserError(
+                f"ignore_label {self.ignore_label} with label_divisor {self.label_divisor} gives panoptic values above "
+                f"{MAX_PANOPTIC_VALUE}, which an RGB PNG cannot hold; use a smaller label_divisor."
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, things and stuff together."""
+        return len(self.categories)
+
+    @property
+    def thing_classes(self) -> tuple[int, ...]:
+        """Class ids (contiguous) of the things."""
+        return tuple(i for i, category in enumerate(self.categories) if category.is_thing)
+
+    @property
+    def stuff_classes(self) -> tuple[int, ...]:
+        """Class ids (contiguous) of the stuff."""
+        return tuple(i for i, category in enumerate(self.categories) if not category.is_thing)
+
+    @property
+    def void(self) -> int:
+        """The panoptic value of pixels without a label."""
+        return self.ignore_label * self.label_divisor
+
+    @functools.cached_property
+    def class_of_category_id(self) -> Mapping[int, int]:
+        """Maps the data set's own category ids to class ids."""
+        return {category.id: i for i, category in enumerate(self.categories)}
+
+    @classmethod
+    def from_coco_categories(
+        cls, categories: Sequence[Mapping[str, Any]], *, name: str, label_divisor: int = 1000
+    ) -> "DatasetInfo":
+        """Reads the `categories` list of a COCO panoptic JSON; nothing else is needed from the user.
+
+        Args:
+            categories: Mappings with `id`, `name`, `isthing`, and optionally `color` (a colour is made up if absent).
+            name: The data set's name, used in messages.
+            label_divisor: Must be larger than the number of instances of a class in any image.
+
+        Returns:
+            The data set's facts, classes in the order of the list.
+
+        Raises:
+            UserError: If a category lacks a field, an id appears twice, or the ids do not fit.
+        """
+        parsed = []
+        for position, category in enumerate(categories):
+            missing = [key for key in ("id", "name", "isthing") if key not in category]
+            if missing:
+                raise UserError(
+                    f"Category {position} of '{name}' lacks '{missing[0]}'; a COCO panoptic category has 'id', 'name' "
+                    "and 'isthing' (1 for countable objects, 0 for stuff)."
+                )
+            color = category.get("color") or _made_up_color(position)
+            parsed.append(
+                Category(
+                    id=int(category["id"]),
+                    name=str(category["name"]),
+                    is_thing=bool(category["isthing"]),
+                    color=(int(color[0]), int(color[1]), int(color[2])),
+                )
+            )
+        # 255 is the usual void class; a data set with more classes takes the first id that is free.
+        return cls(name, tuple(parsed), label_divisor, ignore_label=max(255, len(parsed)))
+
+    def to_coco_categories(self) -> list[dict[str, Any]]:
+        """Returns the `categories` list of a COCO panoptic JSON, with the data set's own ids."""
+        return [
+            {"id": c.id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color)} for c in self.categories
+        ]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `dataset_info.json` into `folder` (whole or not at all)."""
+        content = {
+            "name": self.name,
+            "label_divisor": self.label_divisor,
+            "ignore_label": self.ignore_label,
+            "categories": self.to_coco_categories(),
+        }
+        path = Path(folder) / FILE_NAME
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(content, indent=1) + "\n")
+        beside.replace(path)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "DatasetInfo":
+        """Reads `dataset_info.json` from a TFRecord folder, a model folder or an exported model.
+
+        Raises:
+            UserError: If the folder or the file is missing, or the file is damaged.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.parent.is_dir():
+            raise UserError(f"Folder '{folder}' does not exist; give a folder that `deeplab2-like convert` wrote.")
+        if not path.is_file():
+            raise UserError(
+                f"'{folder}' has no {FILE_NAME}; give a folder that `deeplab2-like convert` (or train, or export) wrote."
+            )
+        try:
+            content = json.loads(path.read_text())
+            info = cls.from_coco_categories(
+                content["categories"], name=str(content["name"]), label_divisor=int(content["label_divisor"])
+            )
+            return dataclasses.replace(info, ignore_label=int(content["ignore_label"]))
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"'{path}' is damaged ({error!r}); convert the data set again.") from error
+
+
+def _made_up_color(position: int) -> tuple[int, int, int]:
+    """A colour that differs from its neighbours: steps around the hue circle by the golden ratio."""
+    import colorsys
+
+    red, green, blue = colorsys.hsv_to_rgb((position * 0.618034) % 1.0, 0.65, 0.9)
+    return int(red * 255), int(green * 255), int(blue * 255)

@@ -1,0 +1,445 @@
+"""TFRecords: one schema, written and read side by side, and the shard files that hold them.
+
+The keys are DeepLab2's, so that records made by DeepLab2 (label as `raw` int32 bytes) are read unchanged. Our own
+records hold the label as an RGB PNG, `id = R + 256 G + 65536 B`, which is smaller and opens in any viewer.
+
+A split lies in files `SPLIT-00000-of-00004.tfrecord`. `read_index` finds every record by its header alone, which lets
+the training pipeline shuffle a data set of any size completely and resume at any step without reading what it skips.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import cv2
+import numpy as np
+import tensorflow as tf
+
+from deeplab2_like.data import panoptic_label
+from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE
+from deeplab2_like.errors import UserError
+
+_ENCODED = "image/encoded"
+_FILENAME = "image/filename"
+_FORMAT = "image/format"
+_HEIGHT = "image/height"
+_WIDTH = "image/width"
+_CHANNELS = "image/channels"
+_LABEL = "image/segmentation/class/encoded"
+_LABEL_FORMAT = "image/segmentation/class/format"
+
+# Every complaint raised inside a TensorFlow graph starts so; `user_errors` finds it by this.
+_BAD_RECORD = "Bad record: "
+
+_SHARD_NAME = re.compile(r"^(?P<split>[^.].*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.tfrecord$")
+# A record is: length (uint64), its checksum (uint32), the bytes, their checksum (uint32).
+_HEADER = struct.Struct("<QI")
+_FOOTER_SIZE = 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One record.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def decode_image_bytes(content: bytes, name: str) -> tuple[np.ndarray, bool]:
+    """Decodes an image file's bytes the way training will read them.
+
+    Any orientation flag (EXIF) is ignored, as labels are drawn on the stored pixels.
+
+    Args:
+        content: A whole JPEG, PNG, BMP, GIF (first frame), WebP or TIFF file. Grey becomes RGB, an alpha channel is
+            dropped, of 16 bits per channel the upper eight are kept.
+        name: The file's name, for messages.
+
+    Returns:
+        The image, uint8 [H, W, 3], and whether the bytes are an 8-bit RGB JPEG or PNG, which records hold as it is.
+
+    Raises:
+        UserError: If the bytes are not a whole image.
+    """
+    if content[:4] in (b"II*\x00", b"MM\x00*"):  # TIFF, which TensorFlow does not read.
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        decoded = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+        if decoded is None:
+            raise UserError(f"'{name}' is not a readable TIFF image, or cut short; save it again.")
+        return np.ascontiguousarray(decoded[:, :, ::-1]), False
+    try:
+        image = tf.io.decode_image(content, channels=3, expand_animations=False).numpy()
+        return image, _is_plain_rgb(content)
+    except tf.errors.InvalidArgumentError as error:
+        raise UserError(
+            f"'{name}' is not a readable image, or cut short; use a whole JPEG, PNG, BMP, GIF, WebP or TIFF file."
+        ) from error
+
+
+def _is_plain_rgb(content: bytes) -> bool:
+    """Whether `content`, a decodable image file, is a JPEG or PNG of three channels with 8 bits each."""
+    if content[:3] == b"\xff\xd8\xff":
+        return int(tf.io.extract_jpeg_shape(content)[-1]) == 3
+    # The PNG header: bit depth at byte 24, colour type at byte 25, where 2 is RGB.
+    return content[:8] == b"\x89PNG\r\n\x1a\n" and content[24] == 8 and content[25] == 2
+
+
+def serialize_example(*, image: bytes | np.ndarray, panoptic: np.ndarray, filename: str) -> bytes:
+    """Makes one record; `parse_example` is its inverse.
+
+    Args:
+        image: A whole image file's bytes, kept as they are if they are an 8-bit RGB JPEG or PNG and else encoded anew
+            as RGB PNG; or the pixels, uint8 [H, W, 3] RGB.
+        panoptic: int [H, W], panoptic map with values 0..2**24 - 1.
+        filename: The image's file name; `parse_example` returns it as `image_id`.
+
+    Returns:
+        The serialized `tf.train.Example`; equal input gives equal bytes.
+
+    Raises:
+        UserError: If the image cannot be read, or image and label do not fit each other or the format.
+    """
+    if isinstance(image, bytes):
+        pixels, keep = decode_image_bytes(image, filename)
+        encoded = image if keep else _encode_png(pixels)
+    else:
+        pixels, encoded = image, _encode_png(image)
+    height, width = pixels.shape[:2]
+    if panoptic.shape != (height, width):
+        raise UserError(
+            f"Image '{filename}' is {_size(pixels)} but its label is {_size(panoptic)} (height x width); "
+            "they must be of equal size."
+        )
+    if panoptic.min() < 0 or panoptic.max() > MAX_PANOPTIC_VALUE:
+        raise UserError(
+            f"The label of '{filename}' has values {panoptic.min()}..{panoptic.max()}; "
+            f"a record holds 0..{MAX_PANOPTIC_VALUE}."
+        )
+    is_jpeg = encoded[:2] == b"\xff\xd8"
+    features = {
+        _ENCODED: encoded,
+        _FILENAME: filename.encode(),
+        _FORMAT: b"jpeg" if is_jpeg else b"png",
+        _HEIGHT: height,
+        _WIDTH: width,
+        _CHANNELS: 3,
+        _LABEL: _encode_png(panoptic_label.ids_to_rgb(panoptic)),
+        _LABEL_FORMAT: b"png",
+    }
+    example = tf.train.Example()
+    for key, value in features.items():
+        if isinstance(value, bytes):
+            example.features.feature[key].bytes_list.value.append(value)
+        else:
+            example.features.feature[key].int64_list.value.append(value)
+    return example.SerializeToString(deterministic=True)
+
+
+def parse_example(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Reads one record made by `serialize_example` or by DeepLab2; runs in a TensorFlow graph.
+
+    Args:
+        serialized: string [], a serialized `tf.train.Example`.
+
+    Returns:
+        `image` uint8 [H, W, 3] RGB, `panoptic` int32 [H, W], `image_id` string [] (the file name).
+
+    Raises:
+        tf.errors.InvalidArgumentError: If the record is faulty; `user_errors` turns it into a `UserError`.
+    """
+    features = tf.io.parse_single_example(
+        serialized,
+        {
+            _ENCODED: tf.io.FixedLenFeature([], tf.string),
+            _FILENAME: tf.io.FixedLenFeature([], tf.string, ""),
+            _LABEL: tf.io.FixedLenFeature([], tf.string),
+            _LABEL_FORMAT: tf.io.FixedLenFeature([], tf.string, "raw"),
+        },
+    )
+    name = features[_FILENAME]
+    label_format = features[_LABEL_FORMAT]
+    # Animated files would be of rank 4.
+    image = tf.io.decode_image(features[_ENCODED], channels=3, expand_animations=False)
+    image.set_shape([None, None, 3])
+    is_raw = tf.equal(label_format, "raw")
+    require(
+        is_raw | tf.equal(label_format, "png"),
+        lambda: ["image '", name, "' has a label of format '", label_format, "'; 'raw' and 'png' are read."],
+    )
+    panoptic = tf.cond(
+        is_raw,
+        lambda: _decode_raw_label(features[_LABEL], tf.shape(image), name),
+        lambda: _decode_png_label(features[_LABEL], name),
+    )
+    panoptic.set_shape([None, None])
+    image_size, label_size = tf.shape(image)[:2], tf.shape(panoptic)
+    require(
+        tf.reduce_all(image_size == label_size),
+        lambda: ["image '", name, "' is ", image_size, " but its label is ", label_size, " (height, width)."],
+    )
+    return {"image": image, "panoptic": panoptic, "image_id": name}
+
+
+def _decode_raw_label(content: tf.Tensor, image_shape: tf.Tensor, name: tf.Tensor) -> tf.Tensor:
+    """DeepLab2's label: H*W little-endian int32; returns int32 [H, W]."""
+    expected = 4 * image_shape[0] * image_shape[1]
+    require(
+        tf.equal(tf.strings.length(content), expected),
+        lambda: ["image '", name, "' has a raw label of ", tf.strings.length(content), " bytes, not ", expected, "."],
+    )
+    return tf.reshape(tf.io.decode_raw(content, tf.int32, little_endian=True), image_shape[:2])  # [H, W]
+
+
+def _decode_png_label(content: tf.Tensor, name: tf.Tensor) -> tf.Tensor:
+    """Our label: an RGB PNG; returns int32 [H, W]."""
+    rgb = tf.io.decode_png(content, channels=0)
+    require(
+        tf.equal(tf.shape(rgb)[-1], 3),
+        lambda: ["image '", name, "' has a PNG label of ", tf.shape(rgb)[-1], " channels; a label is an RGB PNG."],
+    )
+    return panoptic_label.rgb_to_ids(tf.cast(rgb, tf.int32))
+
+
+def require(condition: tf.Tensor, message: Callable[[], Sequence[str | tf.Tensor]]) -> None:
+    """Stops with a readable message unless `condition` holds; runs in a TensorFlow graph.
+
+    Args:
+        condition: bool [].
+        message: Returns the parts of one sentence, strings and tensors; their values are read only on failure.
+
+    Raises:
+        tf.errors.InvalidArgumentError: With the sentence; `user_errors` turns it into a `UserError`.
+    """
+
+    def fail() -> tf.Tensor:
+        parts = []
+        for part in message():
+            is_text = isinstance(part, str) or part.dtype == tf.string
+            parts.append(part if is_text else tf.strings.format("{}", part))
+        sentence = tf.strings.join([_BAD_RECORD, *parts])
+        with tf.control_dependencies([tf.debugging.Assert(tf.constant(False), [sentence], summarize=1)]):
+            return tf.constant(True)
+
+    tf.cond(condition, lambda: tf.constant(True), fail)
+
+
+@contextlib.contextmanager
+def user_errors(source: str = "A TFRecord file") -> Iterator[None]:
+    """Turns what TensorFlow raises on a faulty record, while a data set is iterated, into one clear `UserError`.
+
+    Other errors pass unchanged.
+
+    Args:
+        source: What is read, if the caller knows better: TensorFlow does not name the file.
+    """
+    try:
+        yield
+    except tf.errors.DataLossError as error:
+        found = re.search(r"(corrupted|truncated) record at \d+", error.message)
+        where = f" ({found[0]})" if found else ""
+        raise UserError(f"{source} is damaged{where}; convert the data set again.") from error
+    except tf.errors.InvalidArgumentError as error:
+        found = re.search(re.escape(_BAD_RECORD) + r"(.*?)\]\s*(\n|$)", error.message, re.DOTALL)
+        if found is None:
+            raise
+        sentence = found[1].replace("\\'", "'")
+        raise UserError(f"{_BAD_RECORD}{sentence} Convert the data set again.") from error
+
+
+def _encode_png(image: np.ndarray) -> bytes:
+    """Encodes uint8 [H, W, 3] RGB."""
+    return bytes(cv2.imencode(".png", np.ascontiguousarray(image[:, :, ::-1]))[1])
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[0]}x{image.shape[1]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a split.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def available_splits(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of the splits in `folder`, sorted; empty if there are none.
+
+    Raises:
+        UserError: If the folder does not exist.
+    """
+    return sorted({match["split"] for match in _shard_names(folder)})
+
+
+def list_shards(folder: str | os.PathLike[str], split: str) -> list[str]:
+    """Lists the files of a split in their order.
+
+    Args:
+        folder: A folder of TFRecords.
+        split: The split's name ("train", "val", ...).
+
+    Returns:
+        Paths of `SPLIT-00000-of-N.tfrecord` and on.
+
+    Raises:
+        UserError: If the folder or the split is missing, or one of the split's files is.
+    """
+    matches = [match for match in _shard_names(folder) if match["split"] == split]
+    if not matches:
+        known = ", ".join(available_splits(folder)) or "none"
+        raise UserError(
+            f"'{folder}' has no split '{split}'; splits there: {known}. "
+            f"A split is files {split}-00000-of-00001.tfrecord and on, as `deeplab2-like convert` writes them."
+        )
+    counts = sorted({int(match["count"]) for match in matches})
+    if len(counts) > 1:
+        raise UserError(
+            f"Split '{split}' in '{folder}' mixes files of {counts[0]} and of {counts[1]} parts; delete those of one "
+            "conversion."
+        )
+    names = [_shard_name(split, number, counts[0]) for number in range(counts[0])]
+    present = {match[0] for match in matches}
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise UserError(f"Split '{split}' in '{folder}' lacks the file {missing[0]}; convert the data set again.")
+    return [str(Path(folder) / name) for name in names]
+
+
+def _shard_names(folder: str | os.PathLike[str]) -> list[re.Match[str]]:
+    """Matches of `_SHARD_NAME` in the folder, sorted by file name."""
+    if not Path(folder).is_dir():
+        raise UserError(f"Record folder '{folder}' does not exist; give a folder that `deeplab2-like convert` wrote.")
+    matches = (_SHARD_NAME.match(name) for name in sorted(os.listdir(folder)))
+    return [match for match in matches if match]
+
+
+def _shard_name(split: str, number: int, count: int) -> str:
+    return f"{split}-{number:05d}-of-{count:05d}.tfrecord"
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordIndex:
+    """Where each record of some files lies, in the order of the files.
+
+    Attributes:
+        files: The files' paths.
+        file_numbers: int64 [N], for each record the position of its file in `files`.
+        offsets: int64 [N], where the record begins in its file, bytes.
+        num_bytes: Size of all records together, bytes.
+    """
+
+    files: tuple[str, ...]
+    file_numbers: np.ndarray
+    offsets: np.ndarray
+    num_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+def read_index(files: Sequence[str]) -> RecordIndex:
+    """Finds all records from their headers, without reading their contents.
+
+    Args:
+        files: Paths of uncompressed TFRecord files.
+
+    Raises:
+        UserError: If a file is missing, cut short, or not a TFRecord file.
+    """
+    file_numbers: list[int] = []
+    offsets: list[int] = []
+    num_bytes = 0
+    for file_number, path in enumerate(files):
+        for offset, length in _scan_records(path):
+            file_numbers.append(file_number)
+            offsets.append(offset)
+            num_bytes += length
+    return RecordIndex(tuple(files), np.array(file_numbers, np.int64), np.array(offsets, np.int64), num_bytes)
+
+
+def count_examples(files: Sequence[str]) -> int:
+    """Number of records in `files`, from their headers alone; raises as `read_index` does."""
+    return len(read_index(files))
+
+
+def _scan_records(path: str) -> Iterator[tuple[int, int]]:
+    """Yields each record's offset and the length of its contents, bytes."""
+    try:
+        # Unbuffered: a buffer would read the contents that are skipped.
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed below; only opening may fail here)
+    except OSError as error:
+        raise UserError(f"TFRecord file '{path}' cannot be opened: {error.strerror}.") from error
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        offset = 0
+        while offset < size:
+            file.seek(offset)
+            header = file.read(_HEADER.size)
+            length = _HEADER.unpack(header)[0] if len(header) == _HEADER.size else size
+            end = offset + _HEADER.size + length + _FOOTER_SIZE
+            if end > size:
+                raise UserError(
+                    f"'{path}' is cut short or not an uncompressed TFRecord file (at byte {offset} of {size}); "
+                    "convert the data set again."
+                )
+            yield offset, length
+            offset = end
+
+
+class ShardedWriter:
+    """Writes the files of one split; they get their names only once all of them are whole.
+
+    Use as a context manager: on leaving it without an exception the files are renamed into place and files of an
+    earlier conversion of the same split are deleted; on an exception nothing remains. Record n goes to file
+    `n % num_shards`, so files are of equal length and the outcome depends on the records' order alone.
+
+    Args:
+        folder: An existing folder.
+        split: The split's name, letters, digits, `_`, `-` and `.` only.
+        num_shards: Number of files, 1..99999.
+
+    Raises:
+        UserError: If an argument is not as above.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], split: str, num_shards: int) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", split):
+            raise UserError(f"Split name '{split}' is not allowed; use letters, digits, '_', '-' and '.'.")
+        if not 1 <= num_shards <= 99999:
+            raise UserError(f"shards must be 1..99999, got {num_shards}.")
+        self._folder = Path(folder)
+        self._split = split
+        self._names = [_shard_name(split, number, num_shards) for number in range(num_shards)]
+        self._writers: list[tf.io.TFRecordWriter] = []
+        self.num_written = 0
+
+    def __enter__(self) -> "ShardedWriter":
+        self._writers = [tf.io.TFRecordWriter(str(self._beside(name))) for name in self._names]
+        return self
+
+    def write(self, serialized: bytes) -> None:
+        """Appends one serialized example."""
+        self._writers[self.num_written % len(self._writers)].write(serialized)
+        self.num_written += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            for writer in self._writers:
+                writer.close()
+            if kind is None:
+                self._publish()
+        finally:
+            for name in self._names:
+                self._beside(name).unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        for match in _shard_names(self._folder):
+            if match["split"] == self._split and match[0] not in self._names:
+                (self._folder / match[0]).unlink()
+        for name in self._names:
+            self._beside(name).replace(self._folder / name)
+
+    def _beside(self, name: str) -> Path:
+        return self._folder / f".{name}.{os.getpid()}"

@@ -1,0 +1,249 @@
+"""Augmentation against plain, slow references."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from deeplab2_like.data.augment import ColorJitter, augment
+
+VOID = 255_000
+PAD = (9, 8, 7)
+
+
+def example_of(height, width, rng_seed=0):
+    rng = np.random.default_rng(rng_seed)
+    return {
+        "image": tf.constant(rng.integers(10, 256, (height, width, 3), np.uint8)),
+        # Every pixel has its own value, so that it is known where each came from.
+        "panoptic": tf.reshape(tf.range(height * width), [height, width]),
+        "image_id": tf.constant("x"),
+    }
+
+
+def run(example, seed, crop_size, **arguments):
+    """Augments in a graph of unknown image size, as the pipeline does; returns NumPy arrays."""
+    signature = {
+        "image": tf.TensorSpec([None, None, 3], tf.uint8),
+        "panoptic": tf.TensorSpec([None, None], tf.int32),
+        "image_id": tf.TensorSpec([], tf.string),
+    }
+
+    @tf.function(input_signature=[signature, tf.TensorSpec([2], tf.int64)])
+    def function(example, seed):
+        result = augment(example, seed=seed, crop_size=crop_size, void=VOID, pad_value=PAD, **arguments)
+        assert result["image"].shape == (*crop_size, 3)
+        assert result["panoptic"].shape == crop_size
+        return result
+
+    results = [function(example, tf.constant([1, number], tf.int64)) for number in seed]
+    return [{key: value.numpy() for key, value in result.items()} for result in results]
+
+
+def test_unchanged_at_scale_one():
+    example = example_of(5, 7)
+    for result in run(example, range(5), (5, 7)):
+        np.testing.assert_array_equal(result["image"], example["image"])
+        np.testing.assert_array_equal(result["panoptic"], example["panoptic"])
+        assert result["image_id"] == b"x"
+
+
+def test_crop_is_a_window_of_the_image():
+    example = example_of(6, 8)
+    corners = set()
+    for result in run(example, range(60), (5, 6)):
+        # The first pixel's value tells where the window begins; 6 - 5 + 1 = 2 rows, 8 - 6 + 1 = 3 columns are possible.
+        y, x = divmod(int(result["panoptic"][0, 0]), 8)
+        corners.add((y, x))
+        np.testing.assert_array_equal(result["panoptic"], example["panoptic"][y : y + 5, x : x + 6])
+        np.testing.assert_array_equal(result["image"], example["image"][y : y + 5, x : x + 6])
+    assert corners == {(y, x) for y in range(2) for x in range(3)}
+
+
+def test_small_image_is_padded_at_a_random_place():
+    example = example_of(3, 9)
+    places = set()
+    for result in run(example, range(150), (5, 6)):
+        # Rows are padded (two rows too few), columns are cropped.
+        y = int(np.argmax((result["panoptic"] != VOID).any(axis=1)))
+        x = int(result["panoptic"][y, 0])
+        places.add((y, x))
+        expected_panoptic = np.full((5, 6), VOID)
+        expected_image = np.broadcast_to(np.uint8(PAD), (5, 6, 3)).copy()
+        expected_panoptic[y : y + 3] = example["panoptic"][:, x : x + 6]
+        expected_image[y : y + 3] = example["image"][:, x : x + 6]
+        np.testing.assert_array_equal(result["panoptic"], expected_panoptic)
+        np.testing.assert_array_equal(result["image"], expected_image)
+    assert places == {(y, x) for y in range(3) for x in range(4)}
+
+
+@pytest.mark.parametrize(("scale", "size"), [(0.5, (4, 6)), (0.4, (3, 5)), (1.7, (14, 20)), (3.0, (24, 36))])
+def test_scaled_image_equals_resize(scale, size):
+    # Smooth, so that an image half a pixel off would differ by several grey levels.
+    y, x = np.mgrid[0:8, 0:12]
+    example = example_of(8, 12)
+    example["image"] = tf.constant(np.stack([20 * y + 10, 15 * x + 10, 8 * (x + y)], -1).astype(np.uint8))
+    (result,) = run(example, [0], size, scale_range=(scale, scale))
+    expected = tf.image.resize(example["image"], size, antialias=True)
+    np.testing.assert_allclose(result["image"], expected, atol=0.51)
+    # Label: the source pixel that holds the centre of the new one.
+    for row in range(size[0]):
+        for column in range(size[1]):
+            source = int((row + 0.5) * 8 / size[0]), int((column + 0.5) * 12 / size[1])
+            assert result["panoptic"][row, column] == example["panoptic"][source]
+
+
+def test_crop_of_scaled_image_equals_resize_then_crop():
+    example = example_of(8, 12)
+    large = tf.image.resize(example["image"], (16, 24)).numpy()
+    for result in run(example, range(10), (5, 7), scale_range=(2.0, 2.0)):
+        # At scale 2 pixels come in pairs; a window may begin with the second of a pair.
+        y, x = (2 * i for i in divmod(int(result["panoptic"][0, 0]), 12))
+        y += int(result["panoptic"][1, 0] != result["panoptic"][0, 0])
+        x += int(result["panoptic"][0, 1] != result["panoptic"][0, 0])
+        np.testing.assert_allclose(result["image"], large[y : y + 5, x : x + 7], atol=0.51)
+
+
+def test_image_and_label_stay_aligned():
+    # Left half bright and labelled 1, right half dark and labelled 0, so that each pixel tells its own label.
+    label = np.repeat([[1] * 8 + [0] * 8], 12, axis=0).astype(np.int32)
+    example = {
+        "image": tf.constant(np.repeat(label[:, :, None] * 240, 3, axis=2).astype(np.uint8)),
+        "panoptic": tf.constant(label),
+        "image_id": tf.constant("x"),
+    }
+    seen = set()
+    for result in run(example, range(40), (20, 20), scale_range=(0.5, 3.0), dihedral=True):
+        panoptic, bright = result["panoptic"], result["image"][:, :, 0]
+        assert (bright[panoptic == 1] >= 120).all()
+        assert (bright[panoptic == 0] <= 120).all()
+        assert (bright[panoptic == VOID] == PAD[0]).all()
+        seen.update(np.unique(panoptic))
+    assert seen == {0, 1, VOID}
+
+
+def test_scale_covers_its_range():
+    # An image of 100 x 100 in a crop of 200 x 200: the labelled area tells the scale.
+    example = example_of(100, 100)
+    scales = [
+        (result["panoptic"] != VOID).any(axis=0).sum() / 100
+        for result in run(example, range(60), (200, 200), scale_range=(0.5, 2.0))
+    ]
+    assert 0.5 <= min(scales) < 0.6
+    assert 1.9 < max(scales) <= 2.0
+
+
+def test_flip_mirrors_left_and_right_only():
+    example = example_of(3, 4)
+    panoptic, image = example["panoptic"].numpy(), example["image"].numpy()
+    mirrored = 0
+    for result in run(example, range(40), (3, 4), flip=True):
+        if result["panoptic"][0, 0] == panoptic[0, 0]:
+            np.testing.assert_array_equal(result["panoptic"], panoptic)
+            np.testing.assert_array_equal(result["image"], image)
+        else:
+            mirrored += 1
+            np.testing.assert_array_equal(result["panoptic"], panoptic[:, ::-1])
+            np.testing.assert_array_equal(result["image"], image[:, ::-1])
+    # 40 fair throws: 10..30 leaves out less than one in a hundred; the seeds are fixed anyway.
+    assert 10 <= mirrored <= 30
+
+
+def test_dihedral_gives_all_eight_orientations():
+    example = example_of(3, 3)
+    panoptic, image = example["panoptic"].numpy(), example["image"].numpy()
+    turns = [(np.rot90(p, k), np.rot90(i, k)) for k in range(4) for p, i in [(panoptic, image)]]
+    turns += [(p[:, ::-1], i[:, ::-1]) for p, i in turns]
+    seen = set()
+    for result in run(example, range(80), (3, 3), dihedral=True):
+        (which,) = [k for k, (p, _) in enumerate(turns) if (p == result["panoptic"]).all()]
+        np.testing.assert_array_equal(result["image"], turns[which][1])
+        seen.add(which)
+    assert seen == set(range(8))
+
+
+def test_dihedral_works_on_oblong_images():
+    # A crop of 4 x 4 of a 2 x 4 image: two rows, or after a turn two columns, are padding.
+    shapes = set()
+    for result in run(example_of(2, 4), range(20), (4, 4), dihedral=True):
+        labelled = result["panoptic"] != VOID
+        shapes.add((int(labelled.any(axis=1).sum()), int(labelled.any(axis=0).sum())))
+        assert sorted(result["panoptic"][labelled]) == list(range(8))
+    assert shapes == {(2, 4), (4, 2)}
+
+
+def test_seed_decides():
+    example = example_of(20, 30)
+    arguments = {"scale_range": (0.5, 2.0), "flip": True, "color_jitter": ColorJitter(0.4, 0.4, 0.4, 0.1)}
+    first, again, other = run(example, [3, 3, 4], (16, 16), **arguments)
+    np.testing.assert_array_equal(first["image"], again["image"])
+    np.testing.assert_array_equal(first["panoptic"], again["panoptic"])
+    assert (first["image"] != other["image"]).any()
+
+
+def test_zero_jitter_changes_nothing():
+    example = example_of(5, 7)
+    (result,) = run(example, [0], (5, 7), color_jitter=ColorJitter())
+    np.testing.assert_array_equal(result["image"], example["image"])
+
+
+def jittered(jitter, image):
+    """Augments without geometry; images as float, and the unchanged image."""
+    example = example_of(*image.shape[:2]) | {"image": tf.constant(image)}
+    results = run(example, range(30), image.shape[:2], color_jitter=jitter)
+    for result in results:
+        np.testing.assert_array_equal(result["panoptic"], example["panoptic"])
+    return [result["image"].astype(float) for result in results]
+
+
+IMAGE = np.array([[[100, 50, 20], [60, 60, 60]], [[20, 80, 110], [90, 30, 70]]], np.uint8)
+GREY_WEIGHTS = np.array([0.2989, 0.587, 0.114])
+
+
+def test_brightness_multiplies():
+    factors = []
+    for image in jittered(ColorJitter(brightness=0.5), IMAGE):
+        factor = image[0, 0, 0] / 100
+        factors.append(factor)
+        np.testing.assert_allclose(image, factor * IMAGE, atol=1.5)
+    assert 0.49 <= min(factors) < 0.7
+    assert 1.3 < max(factors) <= 1.51
+
+
+def test_contrast_keeps_the_mean_grey():
+    mean = (IMAGE @ GREY_WEIGHTS).mean()
+    spreads = []
+    for image in jittered(ColorJitter(contrast=0.3), IMAGE):
+        spread = (image[0, 0, 0] - mean) / (100 - mean)
+        spreads.append(spread)
+        np.testing.assert_allclose(image, mean + spread * (IMAGE - mean), atol=1.5)
+    assert 0.65 < min(spreads) < 0.8 < 1.2 < max(spreads) < 1.35
+
+
+def test_saturation_keeps_each_grey():
+    greys = IMAGE @ GREY_WEIGHTS
+    spreads = []
+    for image in jittered(ColorJitter(saturation=0.3), IMAGE):
+        np.testing.assert_allclose(image @ GREY_WEIGHTS, greys, atol=1)
+        np.testing.assert_array_equal(image[0, 1], [60, 60, 60])
+        spreads.append((image[0, 0].max() - image[0, 0].min()) / 80)
+    assert 0.65 < min(spreads) < 0.8 < 1.2 < max(spreads) < 1.35
+
+
+def test_hue_keeps_value_and_saturation():
+    images = jittered(ColorJitter(hue=0.5), IMAGE)
+    for image in images:
+        np.testing.assert_allclose(image.max(axis=-1), IMAGE.max(axis=-1), atol=1)
+        np.testing.assert_allclose(image.min(axis=-1), IMAGE.min(axis=-1), atol=1)
+    # Half a turn either way reaches every hue: red, green and blue each lead at some time.
+    assert {int(image[0, 0].argmax()) for image in images} == {0, 1, 2}
+
+
+def test_jitter_spares_the_padding():
+    example = example_of(2, 2)
+    example["image"] = tf.constant(IMAGE)
+    mean = (IMAGE @ GREY_WEIGHTS).mean()
+    for result in run(example, range(5), (4, 4), color_jitter=ColorJitter(contrast=0.3)):
+        inside = result["panoptic"] != VOID
+        assert (result["image"][~inside] == PAD).all()
+        # The mean grey is that of the image alone.
+        assert abs((result["image"][inside] @ GREY_WEIGHTS).mean() - mean) < 1
