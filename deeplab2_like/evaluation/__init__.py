@@ -1,0 +1,1 @@
+"""Evaluation: streaming metrics, the COCO panoptic file format, reports. Needs NumPy, no deep learning stack."""

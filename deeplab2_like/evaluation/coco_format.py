@@ -1,0 +1,373 @@
+"""The COCO panoptic file format: one PNG of segment ids per image and one JSON for all.
+
+A PNG holds `id = R + 256 G + 65536 B`, 0 for void. The ids we write are **the panoptic value + 1**: unique by
+construction, never 0 (class 0 without an instance has panoptic value 0), and readable back by subtracting one. They fit
+24 bits because void, which is written as 0, is the largest class. Category ids in the JSON are the data set's own.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.panoptic_label import ids_to_rgb, rgb_to_ids
+from deeplab2_like.errors import UserError
+from deeplab2_like.evaluation.panoptic_quality import Segment, classes_of_values, find_runs
+from deeplab2_like.files import write_atomically, write_png
+
+
+class SegmentTable(NamedTuple):
+    """The segments of a label map.
+
+    Attributes:
+        values: int64 [N], the distinct values, ascending.
+        areas: int64 [N], numbers of pixels.
+        boxes: int64 [N, 4], tight boxes y_min, x_min, y_max, x_max; the maxima are exclusive (height is
+            y_max - y_min).
+    """
+
+    values: np.ndarray
+    areas: np.ndarray
+    boxes: np.ndarray
+
+
+def list_segments(labels: np.ndarray) -> SegmentTable:
+    """Lists the distinct values of a map with areas and boxes; void, if any, is listed like the others.
+
+    Args:
+        labels: Integers [H, W].
+    """
+    height, width = labels.shape
+    flat = labels.reshape(-1)  # [H*W]
+    if flat.size == 0:
+        return SegmentTable(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4), np.int64))
+    ends, lengths = find_runs(flat)
+    starts = ends - lengths + 1
+    values, index = np.unique(flat[ends], return_inverse=True)
+    top, bottom = starts // width, ends // width
+    # A run that goes on in the next row touches both sides of the map.
+    wraps = top != bottom
+    left, right = np.where(wraps, 0, starts % width), np.where(wraps, width - 1, ends % width)
+    boxes = np.empty((values.size, 4), np.int64)
+    boxes[:, :2] = max(height, width)
+    boxes[:, 2:] = 0
+    for column, sides, smaller_or_larger in (
+        (0, top, np.minimum),
+        (1, left, np.minimum),
+        (2, bottom + 1, np.maximum),
+        (3, right + 1, np.maximum),
+    ):
+        smaller_or_larger.at(boxes[:, column], index, sides)
+    return SegmentTable(values.astype(np.int64), np.bincount(index, lengths).astype(np.int64), boxes)
+
+
+def segments_info(
+    panoptic: np.ndarray,
+    dataset_info: DatasetInfo,
+    *,
+    scores: Mapping[int, float] | None = None,
+    ground_truth: bool = False,
+) -> list[dict[str, Any]]:
+    """Describes a panoptic map as the `segments_info` of a COCO panoptic annotation.
+
+    Args:
+        panoptic: int32 [H, W], panoptic map.
+        dataset_info: The meaning of the map.
+        scores: Panoptic value -> score, for the segments that have one.
+        ground_truth: Whether instance 0 of a thing class is a crowd; predictions have none.
+
+    Returns:
+        One mapping per segment: `id`, `category_id`, `iscrowd`, `area`, `bbox` [x, y, width, height], maybe `score`.
+
+    Raises:
+        UserError: If the map holds an unknown class.
+    """
+    table = list_segments(panoptic)
+    classes = classes_of_values(table.values, dataset_info, name="panoptic")
+    described = []
+    for value, class_id, area, box in zip(
+        table.values.tolist(), classes.tolist(), table.areas.tolist(), table.boxes.tolist(), strict=True
+    ):
+        if class_id < 0:
+            continue
+        category = dataset_info.categories[class_id]
+        crowd = ground_truth and category.is_thing and value % dataset_info.label_divisor == 0
+        y_min, x_min, y_max, x_max = box
+        segment: dict[str, Any] = {
+            "id": value + 1,
+            "category_id": category.id,
+            "iscrowd": int(crowd),
+            "area": area,
+            "bbox": [x_min, y_min, x_max - x_min, y_max - y_min],
+        }
+        if scores and value in scores:
+            segment["score"] = float(scores[value])
+        described.append(segment)
+    return described
+
+
+def panoptic_to_ids(panoptic: np.ndarray, dataset_info: DatasetInfo) -> np.ndarray:
+    """Turns a panoptic map, int32 [H, W], into the ids of its PNG, int32 [H, W]: value + 1, and 0 for void."""
+    return np.where(panoptic >= dataset_info.void, 0, panoptic + 1).astype(np.int32)
+
+
+def ids_to_panoptic(
+    ids: np.ndarray, segments: Sequence[Segment], dataset_info: DatasetInfo, *, name: str = "annotation"
+) -> np.ndarray:
+    """Turns a map of COCO segment ids into a panoptic map.
+
+    Instances of a thing class are numbered from 1 in the order of the list. Crowds and stuff get instance 0, so several
+    segments of one such class become one.
+
+    Args:
+        ids: int32 [H, W], segment ids, 0 for void.
+        segments: The meaning of the ids, see `parse_segments`.
+        dataset_info: The meaning of the classes.
+        name: What to call the annotation in messages.
+
+    Returns:
+        int32 [H, W], panoptic map.
+
+    Raises:
+        UserError: If map and list do not name the same ids, or the instances are too many.
+    """
+    value_of_id = {0: dataset_info.void}
+    instances = [0] * dataset_info.num_classes
+    for segment in segments:
+        instance = 0
+        if dataset_info.categories[segment.class_id].is_thing and not segment.is_crowd:
+            instances[segment.class_id] += 1
+            instance = instances[segment.class_id]
+        if instance >= dataset_info.label_divisor:
+            raise UserError(
+                f"{name} has more than {dataset_info.label_divisor - 1} instances of "
+                f"'{dataset_info.categories[segment.class_id].name}'; use a label_divisor above {instance}."
+            )
+        value_of_id[segment.id] = segment.class_id * dataset_info.label_divisor + instance
+    if ids.size == 0:
+        return np.zeros(ids.shape, np.int32)
+    flat = ids.reshape(-1)  # [H*W]
+    ends, lengths = find_runs(flat)
+    present, index = np.unique(flat[ends], return_inverse=True)
+    unlisted = sorted(set(present.tolist()) - value_of_id.keys())
+    absent = sorted(value_of_id.keys() - set(present.tolist()) - {0})
+    if unlisted:
+        raise UserError(f"{name}: the PNG holds segment id {unlisted[0]}, which segments_info does not list.")
+    if absent:
+        raise UserError(f"{name}: segments_info lists id {absent[0]}, which the PNG does not hold.")
+    values = np.array([value_of_id[i] for i in present.tolist()], np.int32)
+    return np.repeat(values[index], lengths).reshape(ids.shape)  # [H, W]
+
+
+def parse_segments(
+    segments: Sequence[Mapping[str, Any]], dataset_info: DatasetInfo, *, name: str = "annotation"
+) -> list[Segment]:
+    """Reads a `segments_info` list.
+
+    Raises:
+        UserError: If a segment lacks a field, its id is 0 or listed twice, or its category is unknown.
+    """
+    parsed: dict[int, Segment] = {}
+    for segment in segments:
+        missing = [key for key in ("id", "category_id") if key not in segment]
+        if missing:
+            raise UserError(f"{name}: a segment lacks '{missing[0]}'; each needs 'id' and 'category_id'.")
+        segment_id, category_id = int(segment["id"]), int(segment["category_id"])
+        if segment_id == 0 or segment_id in parsed:
+            raise UserError(f"{name}: segment id {segment_id} is {'void' if segment_id == 0 else 'listed twice'}.")
+        if category_id not in dataset_info.class_of_category_id:
+            raise UserError(
+                f"{name}: segment {segment_id} has category_id {category_id}, which the categories of data set "
+                f"'{dataset_info.name}' do not list."
+            )
+        parsed[segment_id] = Segment(
+            id=segment_id,
+            class_id=dataset_info.class_of_category_id[category_id],
+            is_crowd=bool(segment.get("iscrowd", 0)),
+        )
+    return list(parsed.values())
+
+
+class CocoPanopticWriter:
+    """Writes panoptic maps one by one; `OUTPUT_DIR/NAME/*.png` at once, `OUTPUT_DIR/NAME.json` on `close`.
+
+    As a context manager it closes itself, unless an error ends the block: then no JSON is left.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        dataset_info: DatasetInfo,
+        *,
+        name: str = "panoptic",
+        ground_truth: bool = False,
+    ) -> None:
+        """Prepares a folder.
+
+        Args:
+            output_dir: Is made if missing.
+            dataset_info: The meaning of the maps.
+            name: Name of the JSON file and of the PNG folder.
+            ground_truth: Write instance 0 of a thing class as a crowd region.
+        """
+        self.json_file = Path(output_dir) / f"{name}.json"
+        self.png_dir = Path(output_dir) / name
+        self.dataset_info = dataset_info
+        self.ground_truth = ground_truth
+        self._images: list[dict[str, Any]] = []
+        self._annotations: list[dict[str, Any]] = []
+        self._image_of_png: dict[str, int | str] = {}
+
+    def add(
+        self,
+        image_id: int | str,
+        file_name: str,
+        panoptic: np.ndarray,
+        scores: Mapping[int, float] | None = None,
+        png_name: str | None = None,
+    ) -> None:
+        """Writes the PNG of an image.
+
+        Args:
+            image_id: The data set's id of the image (COCO's are ints; a submission must repeat them exactly).
+            file_name: The image's file name, maybe with folders; the PNG gets the same with the ending `.png`.
+            panoptic: int32 [H, W], panoptic map.
+            scores: Panoptic value -> score, for the segments that have one.
+            png_name: Another name for the PNG, maybe with folders, where images differ in their endings only.
+
+        Raises:
+            UserError: If the name leaves the folder or was used before, the map holds an unknown class, or the file
+                cannot be written.
+        """
+        image_id = image_id.item() if isinstance(image_id, np.generic) else image_id
+        png_name = png_name or str(PurePosixPath(file_name).with_suffix(".png"))
+        if PurePosixPath(png_name).is_absolute() or ".." in PurePosixPath(png_name).parts:
+            raise UserError(
+                f"Image file name '{file_name}' leaves the output folder; give a relative name without '..'."
+            )
+        if png_name in self._image_of_png:
+            raise UserError(
+                f"Images '{self._image_of_png[png_name]}' and '{image_id}' would both be written to '{png_name}'; file "
+                "names must differ in more than their endings."
+            )
+        panoptic = np.asarray(panoptic)
+        described = segments_info(panoptic, self.dataset_info, scores=scores, ground_truth=self.ground_truth)
+        write_png(self.png_dir / png_name, ids_to_rgb(panoptic_to_ids(panoptic, self.dataset_info)))
+        height, width = panoptic.shape
+        self._image_of_png[png_name] = image_id
+        self._images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+        self._annotations.append({"image_id": image_id, "file_name": png_name, "segments_info": described})
+
+    def close(self) -> Path:
+        """Writes the JSON, whole or not at all, and returns its path."""
+        content = {
+            "images": self._images,
+            "annotations": self._annotations,
+            "categories": self.dataset_info.to_coco_categories(),
+        }
+        write_atomically(self.json_file, (json.dumps(content) + "\n").encode())
+        return self.json_file
+
+    def __enter__(self) -> "CocoPanopticWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+
+class CocoPanopticReader:
+    """Reads panoptic maps from COCO panoptic files, image by image.
+
+    Attributes:
+        dataset_info: The meaning of the maps, from the JSON's categories unless given.
+        annotations: Image id -> annotation, in the order of the JSON.
+    """
+
+    def __init__(
+        self,
+        json_file: str | os.PathLike[str],
+        png_dir: str | os.PathLike[str],
+        *,
+        dataset_info: DatasetInfo | None = None,
+        label_divisor: int = 1000,
+    ) -> None:
+        """Reads the JSON.
+
+        Args:
+            json_file: COCO panoptic JSON.
+            png_dir: Folder with the PNG files that it names.
+            dataset_info: Use these categories, not the JSON's (a prediction's JSON may lack them).
+            label_divisor: For the categories of the JSON; above the number of instances of a class in any image.
+
+        Raises:
+            UserError: If a file or folder is missing or damaged, or an image is annotated twice.
+        """
+        self.json_file, self.png_dir = Path(json_file), Path(png_dir)
+        if not self.json_file.is_file():
+            raise UserError(f"COCO panoptic JSON '{json_file}' does not exist.")
+        if not self.png_dir.is_dir():
+            raise UserError(f"Folder '{png_dir}' with the PNG files of '{json_file}' does not exist.")
+        try:
+            content = json.loads(self.json_file.read_bytes())
+        except ValueError as error:
+            raise UserError(f"'{json_file}' is not valid JSON ({error}).") from error
+        wanted = ("annotations",) if dataset_info else ("annotations", "categories")
+        missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
+        if missing:
+            raise UserError(f"'{json_file}' has no '{missing[0]}'; give a COCO panoptic JSON.")
+        self.dataset_info = dataset_info or DatasetInfo.from_coco_categories(
+            content["categories"], name=self.json_file.stem, label_divisor=label_divisor
+        )
+        self.annotations: dict[int | str, Mapping[str, Any]] = {}
+        for annotation in content["annotations"]:
+            missing = [key for key in ("image_id", "file_name", "segments_info") if key not in annotation]
+            if missing:
+                raise UserError(f"'{json_file}': an annotation lacks '{missing[0]}'; give a COCO panoptic JSON.")
+            if annotation["image_id"] in self.annotations:
+                raise UserError(f"'{json_file}' annotates image {annotation['image_id']} twice.")
+            self.annotations[annotation["image_id"]] = annotation
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __iter__(self) -> Iterator[tuple[int | str, np.ndarray]]:
+        """Yields image ids and panoptic maps, int32 [H, W]."""
+        for image_id in self.annotations:
+            yield image_id, self.read(image_id)
+
+    def read(self, image_id: int | str) -> np.ndarray:
+        """Reads an image's panoptic map, int32 [H, W]; see `ids_to_panoptic` for what it merges and raises."""
+        ids, segments = self.read_segments(image_id)
+        return ids_to_panoptic(ids, segments, self.dataset_info, name=self._name(image_id))
+
+    def read_segments(self, image_id: int | str) -> tuple[np.ndarray, list[Segment]]:
+        """Reads an image's segment ids, int32 [H, W], and their meaning, for `PanopticQuality.update_from_segments`.
+
+        Unlike `read` this keeps several crowd or stuff segments of one class apart, as the official tool does.
+
+        Raises:
+            UserError: If the image has no annotation, its PNG is missing or damaged, or its segments are wrong.
+        """
+        if image_id not in self.annotations:
+            raise UserError(f"'{self.json_file}' has no annotation of image '{image_id}'.")
+        annotation = self.annotations[image_id]
+        path = self.png_dir / annotation["file_name"]
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
+        if image is None:
+            state = "is not a readable image" if path.is_file() else "does not exist"
+            raise UserError(f"'{path}', the PNG of image '{image_id}' in '{self.json_file}', {state}.")
+        ids = rgb_to_ids(image[..., ::-1].astype(np.int32))
+        return ids, parse_segments(annotation["segments_info"], self.dataset_info, name=self._name(image_id))
+
+    def _name(self, image_id: int | str) -> str:
+        """What to call an annotation in messages."""
+        return f"Image '{image_id}' of '{self.json_file}'"

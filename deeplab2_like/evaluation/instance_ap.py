@@ -1,0 +1,295 @@
+"""Average precision (AP) of instance masks and boxes, computed by pycocotools.
+
+Two ways to say what was found: the segments of a panoptic prediction with their scores, or explicit masks, which may
+overlap and usually give a higher AP. The ground truth always comes from the panoptic map: its instances, and its crowd
+regions (instance 0 of a thing class), which neither count as missed nor make predictions on them wrong.
+
+Ground-truth boxes are the tight boxes of the masks. Only run-length encodings are kept in memory.
+"""
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+from deeplab2_like.evaluation.panoptic_quality import check_maps, classes_of_values, find_runs
+
+# pycocotools' form of a run-length encoded mask: {"size": [H, W], "counts": bytes}.
+Rle = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class AveragePrecision:
+    """Average precision as COCO defines it, fractions in [0, 1]; None where there is no ground truth to find.
+
+    Attributes:
+        ap: Mean over IoU thresholds 0.50, 0.55, ..., 0.95.
+        ap50: At IoU 0.50.
+        ap75: At IoU 0.75.
+        ap_small: `ap` of objects under 32 x 32 pixels of area.
+        ap_medium: `ap` of objects from 32 x 32 to 96 x 96 pixels.
+        ap_large: `ap` of larger objects.
+        per_class: Name of the thing class -> `ap`.
+    """
+
+    ap: float | None
+    ap50: float | None
+    ap75: float | None
+    ap_small: float | None
+    ap_medium: float | None
+    ap_large: float | None
+    per_class: dict[str, float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class InstanceAPResult:
+    """Average precision of masks and of boxes."""
+
+    mask: AveragePrecision
+    box: AveragePrecision
+
+
+class _Image(NamedTuple):
+    """Size, ground truth and predictions of an image, the latter as COCO annotations without ids."""
+
+    height: int
+    width: int
+    truth: list[dict[str, Any]]
+    found: list[dict[str, Any]]
+
+
+class InstanceAP:
+    """Streaming average precision: collects all images, `result` evaluates them at once.
+
+    As in COCO, only the 100 best-scored predictions of each class in an image count.
+    """
+
+    def __init__(self, dataset_info: DatasetInfo) -> None:
+        """Starts without images; `dataset_info` says what the maps mean."""
+        self.dataset_info = dataset_info
+        self.reset_state()
+
+    def reset_state(self) -> None:
+        """Forgets all images."""
+        self._images: dict[int | str, _Image] = {}
+
+    def merge(self, other: "InstanceAP") -> None:
+        """Adds the images of another metric, for instance of another process.
+
+        Raises:
+            UserError: If the other metric is for other classes, or both hold an image.
+        """
+        if self.dataset_info.categories != other.dataset_info.categories:
+            raise UserError(
+                f"Cannot merge the AP of data sets '{self.dataset_info.name}' and '{other.dataset_info.name}': their "
+                "categories differ; evaluate both with the same ones."
+            )
+        for image_id in other._images:
+            self._check_new(image_id)
+        self._images.update(other._images)
+
+    def update_from_panoptic(
+        self,
+        image_id: int | str,
+        ground_truth: np.ndarray,
+        prediction: np.ndarray,
+        *,
+        segment_id: Sequence[int] | np.ndarray,
+        segment_class: Sequence[int] | np.ndarray,
+        segment_score: Sequence[float] | np.ndarray,
+    ) -> None:
+        """Adds an image whose predictions are the thing segments of a panoptic map.
+
+        Args:
+            image_id: Names the image; each may come once.
+            ground_truth: int32 [H, W], panoptic map.
+            prediction: int32 [H, W], panoptic map.
+            segment_id: int [K], panoptic value of each segment.
+            segment_class: int [K], its class id; stuff is left out.
+            segment_score: float [K], its score. Rows with score 0 are unused; so are segments without a pixel.
+
+        Raises:
+            UserError: If the shapes differ, a class is unknown, or the image came before.
+        """
+        (ground_truth,), (prediction,) = check_maps(ground_truth, prediction)
+        score, class_id = np.asarray(segment_score), np.asarray(segment_class)
+        used = (score > 0) & np.isin(class_id, self.dataset_info.thing_classes)
+        values = np.asarray(segment_id)[used]
+        found = [
+            _prediction(rle, class_id=int(row_class), score=float(row_score))
+            for rle, row_class, row_score in zip(
+                segments_to_rle(prediction, values), class_id[used], score[used], strict=True
+            )
+            if mask_utils.area(rle) > 0
+        ]
+        self._add(image_id, ground_truth, found)
+
+    def update_from_instances(
+        self,
+        image_id: int | str,
+        ground_truth: np.ndarray,
+        *,
+        masks: Iterable[np.ndarray],
+        scores: Sequence[float] | np.ndarray,
+        classes: Sequence[int] | np.ndarray,
+        boxes: np.ndarray | None = None,
+    ) -> None:
+        """Adds an image whose predictions are masks that may overlap.
+
+        Args:
+            image_id: Names the image; each may come once.
+            ground_truth: int32 [H, W], panoptic map.
+            masks: bool [N, H, W], or anything that yields N masks [H, W] one by one.
+            scores: float [N]. Rows with score 0 are unused.
+            classes: int [N], thing class ids.
+            boxes: float [N, 4], y_min, x_min, y_max, x_max in pixels; the tight boxes of the masks if not given.
+
+        Raises:
+            UserError: If a mask's size differs, a class is not a thing, or the image came before.
+        """
+        (ground_truth,), _ = check_maps(ground_truth, ground_truth)
+        found = []
+        box_rows: Iterable[Any] = [None] * len(scores) if boxes is None else boxes
+        for mask, score, class_id, box in zip(masks, scores, classes, box_rows, strict=True):
+            if score <= 0:
+                continue
+            if mask.shape != ground_truth.shape:
+                raise UserError(
+                    f"Image '{image_id}' has a mask of shape {mask.shape} but a ground-truth map of shape "
+                    f"{ground_truth.shape}; paste masks at the size of the image."
+                )
+            if int(class_id) not in self.dataset_info.thing_classes:
+                raise UserError(
+                    f"Image '{image_id}' has an instance of class {class_id}, which is no thing class of data set "
+                    f"'{self.dataset_info.name}' (they are {list(self.dataset_info.thing_classes)})."
+                )
+            rle = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
+            found.append(_prediction(rle, class_id=int(class_id), score=float(score), box=box))
+        self._add(image_id, ground_truth, found)
+
+    def result(self) -> InstanceAPResult:
+        """Evaluates all images added so far."""
+        return InstanceAPResult(mask=self._evaluate("segm"), box=self._evaluate("bbox"))
+
+    def _add(self, image_id: int | str, ground_truth: np.ndarray, found: list[dict[str, Any]]) -> None:
+        """Files the ground truth, int32 [H, W], and the predictions of an image."""
+        self._check_new(image_id)
+        ends, _ = find_runs(ground_truth.reshape(-1))
+        values = np.unique(ground_truth.reshape(-1)[ends])
+        classes = classes_of_values(values, self.dataset_info, name="ground-truth")
+        things = np.isin(classes, self.dataset_info.thing_classes)
+        truth = [
+            {
+                "category_id": int(class_id),
+                "segmentation": rle,
+                "area": float(mask_utils.area(rle)),
+                "bbox": mask_utils.toBbox(rle).tolist(),
+                "iscrowd": int(value % self.dataset_info.label_divisor == 0),
+            }
+            for rle, class_id, value in zip(
+                segments_to_rle(ground_truth, values[things]), classes[things], values[things], strict=True
+            )
+        ]
+        height, width = ground_truth.shape
+        self._images[image_id] = _Image(height, width, truth, found)
+
+    def _check_new(self, image_id: int | str) -> None:
+        """Refuses an image that is already there."""
+        if image_id in self._images:
+            raise UserError(f"Image '{image_id}' was added twice; every image may be evaluated once.")
+
+    def _evaluate(self, kind: str) -> AveragePrecision:
+        """Runs COCOeval for `kind`, "segm" or "bbox"."""
+        class_ids = self.dataset_info.thing_classes
+        names = [self.dataset_info.categories[class_id].name for class_id in class_ids]
+        if not self._images or not class_ids:
+            return AveragePrecision(None, None, None, None, None, None, per_class=dict.fromkeys(names))
+        truth = [(i, row) for i, image in enumerate(self._images.values()) for row in image.truth]
+        found = [(i, row) for i, image in enumerate(self._images.values()) for row in image.found]
+        if kind == "bbox":
+            # As in COCO, the size class of a predicted box is the box's area, not the mask's.
+            found = [(i, row | {"area": row["bbox"][2] * row["bbox"][3]}) for i, row in found]
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and a table.
+            evaluation = COCOeval(self._coco(truth), self._coco(found), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        # [thresholds, recalls, classes] at the last detection limit and for all sizes; -1 is "no ground truth".
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]
+        per_class = {name: _mean_defined(precision[:, :, i]) for i, name in enumerate(names)}
+        ap, ap50, ap75, small, medium, large = (None if value < 0 else float(value) for value in evaluation.stats[:6])
+        return AveragePrecision(ap, ap50, ap75, small, medium, large, per_class)
+
+    def _coco(self, rows: list[tuple[int, dict[str, Any]]]) -> COCO:
+        """Makes pycocotools' index of annotations, given with the positions of their images."""
+        coco = COCO()
+        coco.dataset = {
+            "images": [
+                {"id": i, "height": image.height, "width": image.width} for i, image in enumerate(self._images.values())
+            ],
+            "categories": [{"id": class_id} for class_id in self.dataset_info.thing_classes],
+            # Ids count from 1: COCOeval takes the id 0 of a matched object for "no match".
+            "annotations": [row | {"id": number, "image_id": i} for number, (i, row) in enumerate(rows, start=1)],
+        }
+        coco.createIndex()
+        return coco
+
+
+def segments_to_rle(panoptic: np.ndarray, values: Sequence[int] | np.ndarray) -> list[Rle]:
+    """Encodes segments of a map as COCO run lengths without making a mask of any.
+
+    Args:
+        panoptic: int32 [H, W].
+        values: The values to encode; one that does not occur gives an empty mask.
+
+    Returns:
+        One encoding per value.
+    """
+    height, width = panoptic.shape
+    flat = panoptic.reshape(-1, order="F")  # [W*H]: COCO counts down the columns.
+    if flat.size == 0:
+        return [{"size": [height, width], "counts": b""} for _ in values]
+    ends, lengths = find_runs(flat)
+    run_values = flat[ends]
+    encoded = []
+    for value in values:
+        runs = run_values == value
+        stop = ends[runs] + 1
+        start = stop - lengths[runs]
+        bounds = np.stack([start, stop], axis=1).reshape(-1)  # [2 * runs]
+        counts = np.diff(bounds, prepend=0, append=flat.size)  # background, segment, background, ...
+        if counts[-1] == 0:
+            counts = counts[:-1]
+        encoded.append(mask_utils.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width))
+    return encoded
+
+
+def _prediction(rle: Rle, *, class_id: int, score: float, box: np.ndarray | None = None) -> dict[str, Any]:
+    """A COCO result; `box` is y_min, x_min, y_max, x_max, by default that of the mask."""
+    if box is None:
+        coco_box = mask_utils.toBbox(rle).tolist()
+    else:
+        y_min, x_min, y_max, x_max = (float(side) for side in box)
+        coco_box = [x_min, y_min, x_max - x_min, y_max - y_min]
+    return {
+        "category_id": class_id,
+        "segmentation": rle,
+        "area": float(mask_utils.area(rle)),
+        "bbox": coco_box,
+        "score": score,
+        "iscrowd": 0,
+    }
+
+
+def _mean_defined(precision: np.ndarray) -> float | None:
+    """The mean of the entries that are not -1, None without any."""
+    defined = precision[precision > -1]
+    return float(defined.mean()) if defined.size else None

@@ -1,0 +1,120 @@
+"""What an evaluation leaves behind: `metrics.json` and a table, both in percent as papers print them."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from deeplab2_like.evaluation.instance_ap import InstanceAPResult
+from deeplab2_like.evaluation.panoptic_quality import PanopticQualityResult
+from deeplab2_like.evaluation.semantic_iou import SemanticIoUResult
+from deeplab2_like.files import write_atomically
+
+
+def metrics_dict(
+    *,
+    panoptic: PanopticQualityResult | None = None,
+    semantic: SemanticIoUResult | None = None,
+    instance: InstanceAPResult | None = None,
+) -> dict[str, Any]:
+    """Arranges results as `metrics.json` holds them.
+
+    Args:
+        panoptic: Result of `PanopticQuality`, if it was computed.
+        semantic: Result of `SemanticIoU`, if it was computed.
+        instance: Result of `InstanceAP`, if it was computed.
+
+    Returns:
+        Nested mappings with "panoptic" ("all", "things", "stuff", "per_class"), "semantic" and "instance", each only if
+        given. Fractions are in percent; "tp", "fp" and "fn" are counts. An AP without any ground truth (say, of large
+        objects where there are none) is left out.
+    """
+    metrics: dict[str, Any] = {}
+    if panoptic is not None:
+        metrics["panoptic"] = {
+            group: {name: 100.0 * getattr(getattr(panoptic, group), name) for name in ("pq", "sq", "rq")}
+            for group in ("all", "things", "stuff")
+        }
+        metrics["panoptic"]["per_class"] = {
+            name: {
+                "pq": 100.0 * quality.pq,
+                "sq": 100.0 * quality.sq,
+                "rq": 100.0 * quality.rq,
+                "tp": quality.true_positives,
+                "fp": quality.false_positives,
+                "fn": quality.false_negatives,
+            }
+            for name, quality in panoptic.per_class.items()
+        }
+    if semantic is not None:
+        metrics["semantic"] = {"miou": 100.0 * semantic.miou, "fwiou": 100.0 * semantic.fwiou}
+    if instance is not None:
+        metrics["instance"] = {
+            f"{kind}_{name}": 100.0 * value
+            for kind, precision in (("mask", instance.mask), ("box", instance.box))
+            for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+            if (value := getattr(precision, name)) is not None
+        }
+    return metrics
+
+
+def write_metrics(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:
+    """Writes the mapping of `metrics_dict` as JSON, whole or not at all.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    write_atomically(path, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+
+
+def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console: Console | None = None) -> None:
+    """Prints the mapping of `metrics_dict` as a table; plain text where there is no terminal.
+
+    Args:
+        metrics: What `metrics_dict` returned, or `metrics.json` read back.
+        title: A line above the table, for instance the data set and the checkpoint.
+        console: Where to print; standard output by default.
+    """
+    console = console or Console()
+    if panoptic := metrics.get("panoptic"):
+        table = Table(title=None if title is None else Text(title), title_justify="left")
+        table.add_column("class")
+        for header in ("PQ", "SQ", "RQ", "TP", "FP", "FN"):
+            table.add_column(header, justify="right", no_wrap=True)
+        groups = ("all", "things", "stuff")
+        for group in groups:
+            table.add_row(group, *_percents(panoptic[group], "pq", "sq", "rq"), "", "", "", style="bold")
+        table.add_section()
+        for name, quality in panoptic["per_class"].items():
+            counts = [quality[key] for key in ("tp", "fp", "fn")]
+            # A class that nobody showed has no quality; zeros would look like failures.
+            values = _percents(quality, "pq", "sq", "rq") if any(counts) else ["-"] * 3
+            # Text, as rich would read brackets in a plain name as markup.
+            table.add_row(Text(name), *values, *(str(count) for count in counts))
+        console.print(table)
+    if semantic := metrics.get("semantic"):
+        _print_line(console, "Semantic", {"mIoU": semantic["miou"], "fwIoU": semantic["fwiou"]})
+    for kind in ("mask", "box"):
+        precisions = {
+            key.removeprefix(f"{kind}_").replace("ap", "AP").replace("_", " "): value
+            for key, value in metrics.get("instance", {}).items()
+            if key.startswith(f"{kind}_")
+        }
+        if precisions:
+            _print_line(console, f"{kind.capitalize()} AP", precisions)
+
+
+def _percents(values: Mapping[str, float], *keys: str) -> list[str]:
+    """Formats percentages with one digit more than papers print."""
+    return [f"{values[key]:.2f}" for key in keys]
+
+
+def _print_line(console: Console, name: str, values: Mapping[str, float]) -> None:
+    """Prints named percentages in one line."""
+    console.print(
+        f"{name + ':':<10}" + "  ".join(f"{key} {value:.2f}" for key, value in values.items()), highlight=False
+    )

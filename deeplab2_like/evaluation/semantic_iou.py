@@ -1,0 +1,108 @@
+"""Mean and frequency-weighted intersection over union of the classes, the measure of semantic segmentation."""
+
+import dataclasses
+
+import numpy as np
+
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+from deeplab2_like.evaluation.panoptic_quality import check_maps, classes_of_values, count_overlaps
+
+
+@dataclasses.dataclass(frozen=True)
+class SemanticIoUResult:
+    """Semantic segmentation quality of a data set, fractions in [0, 1].
+
+    Attributes:
+        miou: Mean IoU over the classes that occur in the ground truth or the prediction; 0 if none does.
+        fwiou: Mean IoU weighted by the classes' share of the labelled ground-truth pixels; 0 if there are none.
+        per_class: Class name -> IoU, in the order of the classes; 0 for a class that occurs nowhere.
+    """
+
+    miou: float
+    fwiou: float
+    per_class: dict[str, float]
+
+
+class SemanticIoU:
+    """Streaming confusion matrix.
+
+    Pixels that are void in the ground truth are ignored. Pixels that are void only in the prediction count as missed:
+    they enter the union of their true class and of no other. Crowd regions count like any other pixels of their class.
+
+    Attributes:
+        confusion: int64 [C, C + 1], pixels by true class and predicted class; the last column is predicted void.
+    """
+
+    def __init__(self, dataset_info: DatasetInfo) -> None:
+        """Starts at zero; `dataset_info` says what the maps mean."""
+        self.dataset_info = dataset_info
+        self.reset_state()
+
+    def reset_state(self) -> None:
+        """Forgets all images."""
+        num_classes = self.dataset_info.num_classes
+        self.confusion = np.zeros((num_classes, num_classes + 1), np.int64)
+
+    def merge(self, other: "SemanticIoU") -> None:
+        """Adds what another metric has counted, for instance in another process.
+
+        Raises:
+            UserError: If the other metric is for other classes.
+        """
+        if self.dataset_info.categories != other.dataset_info.categories:
+            raise UserError(
+                f"Cannot merge the IoU of data sets '{self.dataset_info.name}' and '{other.dataset_info.name}': their "
+                "categories differ; evaluate both with the same ones."
+            )
+        self.confusion += other.confusion
+
+    def update_state(self, ground_truth: np.ndarray, prediction: np.ndarray) -> None:
+        """Counts one image or a batch of images from panoptic maps.
+
+        Args:
+            ground_truth: int32 [H, W] or [B, H, W], panoptic maps.
+            prediction: int32, same shape, panoptic maps.
+
+        Raises:
+            UserError: If the shapes differ or a map holds an unknown class.
+        """
+        self._update(ground_truth, prediction, divisor=self.dataset_info.label_divisor)
+
+    def update_from_class_maps(self, ground_truth: np.ndarray, prediction: np.ndarray) -> None:
+        """Counts one image or a batch of images from class maps (contiguous class ids, `ignore_label` for void).
+
+        Args:
+            ground_truth: Integers [H, W] or [B, H, W].
+            prediction: Integers, same shape.
+
+        Raises:
+            UserError: If the shapes differ or a map holds an unknown class.
+        """
+        self._update(ground_truth, prediction, divisor=1)
+
+    def result(self) -> SemanticIoUResult:
+        """Returns the IoU of all pixels counted so far."""
+        intersection = np.diagonal(self.confusion)
+        truth = self.confusion.sum(axis=1)
+        union = truth + self.confusion.sum(axis=0)[:-1] - intersection
+        iou = intersection / np.maximum(union, 1)
+        present = union > 0
+        return SemanticIoUResult(
+            miou=float(iou[present].mean()) if present.any() else 0.0,
+            fwiou=float((truth * iou).sum() / max(int(truth.sum()), 1)),
+            per_class={
+                category.name: float(value) for category, value in zip(self.dataset_info.categories, iou, strict=True)
+            },
+        )
+
+    def _update(self, ground_truth: np.ndarray, prediction: np.ndarray, *, divisor: int) -> None:
+        """Adds the pixels of maps whose values are `class * divisor + instance`."""
+        for truth_map, predicted_map in zip(*check_maps(ground_truth, prediction), strict=True):
+            overlaps = count_overlaps(truth_map, predicted_map)
+            truth = classes_of_values(overlaps.first_values, self.dataset_info, name="ground-truth", divisor=divisor)
+            predicted = classes_of_values(overlaps.second_values, self.dataset_info, name="predicted", divisor=divisor)
+            # Void is -1: a predicted void falls into the last column by itself, a true void is left out.
+            rows, columns = truth[overlaps.first_index], predicted[overlaps.second_index]
+            labelled = rows >= 0
+            np.add.at(self.confusion, (rows[labelled], columns[labelled]), overlaps.pixels[labelled])
