@@ -1,0 +1,336 @@
+"""Prediction with an exported model: one image at a time in Python, or files to pictures and COCO panoptic files.
+
+Needs TensorFlow for the SavedModel, but neither Keras nor the code of the systems.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.tfrecord import decode_image_bytes
+from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.evaluation.coco_format import CocoPanopticWriter, segments_info
+from deeplab2_like.visualize import draw_overlay, save_image, side_by_side
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One segment of a prediction.
+
+    Attributes:
+        id: Its id in COCO panoptic PNG and JSON files, which is its value in the panoptic map + 1.
+        category_id: The data set's own id of its class.
+        category_name: The name of its class.
+        is_thing: Whether it is a countable object.
+        score: How sure the model is, 0 or more.
+        area: Number of pixels.
+        bbox: Tight box y_min, x_min, y_max, x_max in pixels; the maxima are exclusive (height is y_max - y_min). COCO
+            files have COCO's x, y, width, height instead.
+    """
+
+    id: int
+    category_id: int
+    category_name: str
+    is_thing: bool
+    score: float
+    area: int
+    bbox: tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PanopticPrediction:
+    """What a model sees in an image.
+
+    Attributes:
+        panoptic: int32 [H, W], panoptic map, see `DatasetInfo`.
+        segments: The segments of the map in ascending order of their ids; void is none.
+        dataset_info: The meaning of the map.
+    """
+
+    panoptic: np.ndarray
+    segments: tuple[Segment, ...]
+    dataset_info: DatasetInfo
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """The score of each segment by its value in the panoptic map, as `CocoPanopticWriter.add` takes them."""
+        return {segment.id - 1: segment.score for segment in self.segments}
+
+    def draw(self, image: np.ndarray) -> np.ndarray:
+        """Paints the prediction over its image, uint8 [H, W, 3]; returns uint8 [H, W, 3]."""
+        return draw_overlay(image, self.panoptic, self.dataset_info)
+
+    def save_coco(self, output_dir: str | os.PathLike[str], file_name: str, image_id: int | str | None = None) -> Path:
+        """Writes `OUTPUT_DIR/panoptic.json` for this image alone, and its PNG into `OUTPUT_DIR/panoptic/`.
+
+        For several images in one JSON use `predict_files` or `CocoPanopticWriter`.
+
+        Args:
+            output_dir: Is made if missing.
+            file_name: The image's file name; the PNG gets the same with the ending `.png`.
+            image_id: The data set's id of the image; by default the file name without its ending.
+
+        Returns:
+            The path of the JSON.
+
+        Raises:
+            UserError: If the name leaves the folder, or a file cannot be written.
+        """
+        image_id = Path(file_name).stem if image_id is None else image_id
+        with CocoPanopticWriter(output_dir, self.dataset_info) as writer:
+            writer.add(image_id, file_name, self.panoptic, scores=self.scores)
+        return writer.json_file
+
+
+class Predictor:
+    """An exported model, ready to be called with images of any size.
+
+    Example:
+        predictor = Predictor("exported")
+        prediction = predictor(image)  # uint8 [H, W, 3], RGB
+        prediction.draw(image)
+
+    Attributes:
+        dataset_info: The meaning of the predicted maps.
+
+    Args:
+        exported_dir: A folder that `deeplab2-like export` wrote.
+        compiled: Use the post-processing compiled by XLA: faster for many images of one size, but each new size is
+            compiled first and stays in memory.
+
+    Raises:
+        UserError: If the folder is no export, or is damaged.
+    """
+
+    def __init__(self, exported_dir: str | os.PathLike[str], *, compiled: bool = False) -> None:
+        folder = Path(exported_dir)
+        _require_export(folder)
+        self.dataset_info = DatasetInfo.load(folder)
+        # TensorFlow has no type of its own for the error that a damaged file gives.
+        try:
+            self._model = tf.saved_model.load(str(folder))
+        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, tf.errors.OpError) as error:
+            raise UserError(
+                f"The exported model '{folder}' is damaged ({_first_line(error)}); export it again."
+            ) from error
+        name = "compiled" if compiled else "serving_default"
+        if name not in self._model.signatures:
+            raise UserError(
+                f"'{folder}' has no signature '{name}'; export the model again with `deeplab2-like export`."
+            )
+        self._infer = self._model.signatures[name]
+
+    def __call__(self, image: np.ndarray) -> PanopticPrediction:
+        """Predicts one image.
+
+        Args:
+            image: uint8 [H, W, 3], RGB, at least one pixel.
+
+        Returns:
+            The prediction, of the image's size.
+
+        Raises:
+            UserError: If the image has another type or shape, or is too large for the memory.
+        """
+        if not isinstance(image, np.ndarray):
+            raise UserError(f"An image must be a NumPy array, uint8 [H, W, 3], but is a {type(image).__name__}.")
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or image.size == 0:
+            raise UserError(
+                f"An image must be uint8 [H, W, 3] (RGB, 0..255) of one pixel or more, but has type {image.dtype} and "
+                f"shape {image.shape}; convert it first."
+            )
+        try:
+            outputs = {key: value[0].numpy() for key, value in self._infer(images=tf.constant(image[None])).items()}
+        except tf.errors.ResourceExhaustedError as error:
+            raise UserError(
+                f"The memory does not suffice for an image of {image.shape[0]} x {image.shape[1]} pixels (height x "
+                "width); reduce it."
+            ) from error
+        return self._describe(outputs)
+
+    def _describe(self, outputs: Mapping[str, np.ndarray]) -> PanopticPrediction:
+        """Makes a prediction of the model's outputs for one image."""
+        used = outputs["segment_score"] > 0
+        ids, values = outputs["segment_id"][used].tolist(), outputs["segment_score"][used].tolist()
+        scores = dict(zip(ids, values, strict=True))
+        segments = tuple(
+            self._segment(described)
+            for described in segments_info(outputs["panoptic"], self.dataset_info, scores=scores)
+        )
+        return PanopticPrediction(outputs["panoptic"], segments, self.dataset_info)
+
+    def _segment(self, described: Mapping[str, Any]) -> Segment:
+        """Turns an entry of `segments_info` into a `Segment`."""
+        x, y, width, height = described["bbox"]
+        category = self.dataset_info.categories[self.dataset_info.class_of_category_id[described["category_id"]]]
+        return Segment(
+            id=described["id"],
+            category_id=category.id,
+            category_name=category.name,
+            is_thing=category.is_thing,
+            # A score so small that it rounds to zero cannot be told from none.
+            score=described.get("score", 0.0),
+            area=described["area"],
+            bbox=(y, x, y + height, x + width),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionSummary:
+    """What became of the images of `predict_files`.
+
+    Attributes:
+        images: Number of images predicted.
+        skipped: For each image left out, what was wrong with it.
+        pictures_dir: The folder of the pictures.
+        json_file: The COCO panoptic JSON; its PNG files are in the folder of the same name beside it.
+    """
+
+    images: int
+    skipped: tuple[str, ...]
+    pictures_dir: Path
+    json_file: Path
+
+
+def predict_files(
+    model_dir: str | os.PathLike[str],
+    input_path: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    compiled: bool = False,
+    on_error: Literal["stop", "skip"] = "stop",
+    progress: Callable[[int, int], None] | None = None,
+) -> PredictionSummary:
+    """Predicts an image file, or all images directly in a folder, one after the other.
+
+    Writes `OUTPUT_DIR/pictures/NAME.png` (image and prediction), `OUTPUT_DIR/panoptic/NAME.png` and, at the end,
+    `OUTPUT_DIR/panoptic.json`. NAME is the image's name without its ending, or with it where two images differ in
+    nothing else. The image id in the JSON is NAME; if all names are different numbers, it is the number, as in COCO.
+
+    Args:
+        model_dir: A folder that `deeplab2-like export` wrote.
+        input_path: An image file, or a folder; hidden files and those without one of `IMAGE_SUFFIXES` are left out.
+        output_dir: Is made if missing.
+        compiled: See `Predictor`.
+        on_error: "stop" at the first image that cannot be read, or "skip" it and report it.
+        progress: Called after each image with the numbers of images done and of all.
+
+    Returns:
+        What was written and skipped.
+
+    Raises:
+        UserError: If there is no image, an image cannot be read and `on_error` is "stop", or none can be read. Then
+            there is no JSON.
+    """
+    if on_error not in ("stop", "skip"):
+        raise unknown_name("value of on_error", on_error, ("stop", "skip"))
+    files = _list_images(Path(input_path))
+    names = _distinct_names(files)
+    image_ids = _image_ids(names)
+    pictures_dir = Path(output_dir) / "pictures"
+    predictor = Predictor(model_dir, compiled=compiled)
+    writer = CocoPanopticWriter(output_dir, predictor.dataset_info)
+    for folder in (pictures_dir, writer.png_dir):
+        if files[0].resolve().parent == folder.resolve():
+            raise UserError(f"The output would replace the images in '{folder}'; choose another output folder.")
+    # The JSON of an earlier run must not describe the PNG files of this one, should it end early.
+    writer.json_file.unlink(missing_ok=True)
+
+    skipped: list[str] = []
+    for done, (file, name, image_id) in enumerate(zip(files, names, image_ids, strict=True), start=1):
+        try:
+            image = _read_image(file)
+            try:
+                prediction = predictor(image)
+            except UserError as error:
+                raise UserError(f"'{file}' cannot be predicted: {error}") from error
+        except UserError as error:
+            if on_error == "stop":
+                raise
+            skipped.append(str(error))
+        else:
+            writer.add(image_id, file.name, prediction.panoptic, scores=prediction.scores, png_name=f"{name}.png")
+            picture = side_by_side(image, None, prediction.panoptic, predictor.dataset_info)
+            save_image(pictures_dir / f"{name}.png", picture)
+        if progress is not None:
+            progress(done, len(files))
+    if len(skipped) == len(files):
+        raise UserError(f"None of the {len(files)} images in '{input_path}' can be predicted, the first: {skipped[0]}")
+    return PredictionSummary(len(files) - len(skipped), tuple(skipped), pictures_dir, writer.close())
+
+
+def _require_export(folder: Path) -> None:
+    """Raises `UserError`, with advice for folders of other kinds, unless `folder` is an export."""
+    if not folder.is_dir():
+        raise UserError(f"Exported model '{folder}' does not exist; give a folder that `deeplab2-like export` wrote.")
+    if not (folder / "saved_model.pb").is_file():
+        versions = sorted(file.parent.name for file in folder.glob("*/saved_model.pb"))
+        advice = "give a folder that `deeplab2-like export` wrote"
+        if versions:
+            advice = f"give the folder of a version, such as '{folder / versions[-1]}'"
+        elif (folder / "checkpoints").is_dir():
+            advice = "as it is a model folder, export it first with `deeplab2-like export`"
+        raise UserError(f"'{folder}' is no exported model, for it has no saved_model.pb; {advice}.")
+
+
+def _list_images(path: Path) -> list[Path]:
+    """Lists the images of a folder, by name, or the one file; raises `UserError` if there is none."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"Input '{path}' does not exist; give an image file or a folder of images.")
+    files = [
+        file
+        for file in path.iterdir()
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+    ]
+    if not files:
+        raise UserError(
+            f"Folder '{path}' has no image directly in it ({', '.join(IMAGE_SUFFIXES)}); give a folder of images."
+        )
+    return sorted(files, key=lambda file: (file.name.lower(), file.name))
+
+
+def _distinct_names(files: list[Path]) -> list[str]:
+    """Names the outputs: the stem of each file, or its whole name where several would have the same."""
+    names = [file.stem for file in files]
+    # A whole name may in turn be the stem of a third file (a.jpg, a.png, a.jpg.png), hence the repetition.
+    while len({name.lower() for name in names}) < len(names):
+        folded = [name.lower() for name in names]
+        longer = [
+            file.name if folded.count(name.lower()) > 1 else name for file, name in zip(files, names, strict=True)
+        ]
+        if longer == names:
+            break  # They differ in upper and lower case only.
+        names = longer
+    return names
+
+
+def _image_ids(names: list[str]) -> list[int | str]:
+    """The image ids of the JSON, see `predict_files`."""
+    if all(name.isascii() and name.isdigit() for name in names):
+        numbers = [int(name) for name in names]
+        if len(set(numbers)) == len(numbers):
+            return list(numbers)
+    return list(names)
+
+
+def _read_image(file: Path) -> np.ndarray:
+    """Reads an image file as uint8 [H, W, 3]; raises `UserError` if that is impossible."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"Image '{file}' cannot be read ({error.strerror}); check the file.") from error
+    return decode_image_bytes(content, str(file))[0]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

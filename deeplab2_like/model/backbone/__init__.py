@@ -1,0 +1,121 @@
+"""Backbones: from a normalised image to features at strides 2, 4, 8, 16 and 32. `BACKBONES` is the registry."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import keras
+import pydantic
+
+from deeplab2_like.configs.schema import StrictModel
+from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.model.backbone.mobilenet_v3 import LARGE, SMALL, MobileNetV3, Stages, halve_last_stage
+from deeplab2_like.model.backbone.resnet import SEVEN_BY_SEVEN, THREE_CONVOLUTIONS, TINY_STEM, BlockKind, ResNet, Stem
+from deeplab2_like.model.layers import Norm
+
+
+class BackboneConfig(StrictModel):
+    """The network that extracts features."""
+
+    name: str = pydantic.Field("resnet50", description="A key of `deeplab2_like.model.backbone.BACKBONES`.")
+    output_stride: Literal[8, 16, 32] = pydantic.Field(
+        16, description="Stride of the last features; below 32 atrous convolution takes the place of stride."
+    )
+    multi_grid: tuple[pydantic.PositiveInt, pydantic.PositiveInt, pydantic.PositiveInt] = pydantic.Field(
+        (1, 1, 1), description="ResNet only: factors of the dilation in the blocks of the last stage."
+    )
+    stem: Literal["three_convolutions", "seven_by_seven"] = pydantic.Field(
+        "three_convolutions", description="ResNet-50 and ResNet-101 only: what precedes the first max pooling."
+    )
+    stride_in_1x1: bool = pydantic.Field(
+        False, description="ResNet-50 and ResNet-101 only: stride in a block's first 1x1 convolution, not in its 3x3."
+    )
+
+
+Builder = Callable[..., keras.layers.Layer]  # (config: BackboneConfig, *, norm: Norm) -> backbone
+
+_STEMS: dict[str, Stem] = {"three_convolutions": THREE_CONVOLUTIONS, "seven_by_seven": SEVEN_BY_SEVEN}
+
+
+def _bottleneck_resnet(depths: tuple[int, int, int, int]) -> Builder:
+    def build(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
+        return ResNet(
+            stem=_STEMS[config.stem],
+            block=BlockKind.BOTTLENECK,
+            widths=(64, 128, 256, 512),
+            depths=depths,
+            output_stride=config.output_stride,
+            multi_grid=config.multi_grid,
+            stride_in_1x1=config.stride_in_1x1,
+            norm=norm,
+            name="backbone",
+        )
+
+    return build
+
+
+def _resnet_tiny(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
+    """About a million parameters, for machines without an accelerator and for tests."""
+    _refuse(config, "stem", "stride_in_1x1")
+    return ResNet(
+        stem=TINY_STEM,
+        block=BlockKind.BASIC,
+        widths=(32, 64, 96, 128),
+        depths=(1, 2, 2, 2),
+        output_stride=config.output_stride,
+        multi_grid=config.multi_grid,
+        norm=norm,
+        name="backbone",
+    )
+
+
+def _mobilenet_v3(stages: Stages) -> Builder:
+    def build(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
+        _refuse(config, "multi_grid", "stem", "stride_in_1x1")
+        return MobileNetV3(
+            stages=halve_last_stage(stages), output_stride=config.output_stride, norm=norm, name="backbone"
+        )
+
+    return build
+
+
+def _refuse(config: BackboneConfig, *fields: str) -> None:
+    """Raises if a field that the backbone does not have is not at its default."""
+    for field in fields:
+        default = BackboneConfig.model_fields[field].default
+        if getattr(config, field) != default:
+            raise UserError(
+                f"Backbone '{config.name}' has no '{field}' (got {getattr(config, field)!r}); "
+                f"leave out the config key 'backbone.{field}', or choose resnet50 or resnet101."
+            )
+
+
+BACKBONES: dict[str, Builder] = {
+    "resnet50": _bottleneck_resnet((3, 4, 6, 3)),
+    "resnet101": _bottleneck_resnet((3, 4, 23, 3)),
+    "resnet_tiny": _resnet_tiny,
+    "mobilenet_v3_large": _mobilenet_v3(LARGE),
+    "mobilenet_v3_small": _mobilenet_v3(SMALL),
+}
+
+
+def build_backbone(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
+    """Builds the backbone that a config describes.
+
+    Every backbone is a Keras layer. Calling it with normalised images, float [B, H, W, 3] with H and W multiples of
+    32, returns `{"stem": 1/2, "res2": 1/4, "res3": 1/8, "res4": 1/16, "res5": 1/output_stride}`, each float
+    [B, h, w, C]; with `output_stride` 8, res4 is at 1/8 too. It has the attributes `strides` and `channels`,
+    `dict[str, int]` by the same names.
+
+    Args:
+        config: Which backbone, and its options.
+        norm: The normalisation after each convolution.
+
+    Raises:
+        UserError: If there is no such backbone, or it does not have an option that is set.
+    """
+    if config.name not in BACKBONES:
+        raise unknown_name("backbone", config.name, BACKBONES)
+    return BACKBONES[config.name](config, norm=norm)
+
+
+__all__ = ["BACKBONES", "BackboneConfig", "MobileNetV3", "ResNet", "build_backbone"]

@@ -1,0 +1,230 @@
+"""ResNet (He et al., "Deep residual learning for image recognition", 2016) with atrous convolution.
+
+As in DeepLab, stages beyond the wanted output stride keep their resolution and multiply the dilation of their 3x3
+convolutions instead; `multi_grid` varies the dilation inside the last stage (Chen et al., 2017).
+"""
+
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import keras
+
+from deeplab2_like.model.layers import ConvNorm, Norm, Tensor
+
+STAGES = ("res2", "res3", "res4", "res5")
+
+
+class Stem(NamedTuple):
+    """What brings the image to stride 4.
+
+    Attributes:
+        convolutions: (filters, kernel size, stride) of each; if no max pooling follows, the last one has stride 2.
+        max_pool: Whether a max pooling, 3x3 with stride 2, follows.
+    """
+
+    convolutions: tuple[tuple[int, int, int], ...]
+    max_pool: bool
+
+
+SEVEN_BY_SEVEN = Stem(((64, 7, 2),), max_pool=True)
+THREE_CONVOLUTIONS = Stem(((64, 3, 2), (64, 3, 1), (128, 3, 1)), max_pool=True)
+TINY_STEM = Stem(((24, 3, 2), (32, 3, 2)), max_pool=False)
+
+
+class BlockKind(enum.Enum):
+    """The residual unit; the value is its output channels per unit of width."""
+
+    BASIC = 1
+    BOTTLENECK = 4
+
+
+def atrous_stages(output_stride: int) -> dict[str, tuple[int, int, int]]:
+    """Where stride ends and dilation begins.
+
+    Args:
+        output_stride: Stride of the last stage: 4, 8, 16 or 32.
+
+    Returns:
+        For each stage: the stride of its first block, the dilation of its blocks, and the stride of its features.
+    """
+    stages = {}
+    for stage, stride in zip(STAGES, (4, 8, 16, 32), strict=True):
+        kept = min(stride, output_stride)
+        first = 2 if 4 < stride <= output_stride else 1
+        stages[stage] = (first, stride // kept, kept)
+    return stages
+
+
+class StemLayer(keras.layers.Layer):
+    """Runs a `Stem`.
+
+    Input shape: float [B, H, W, 3]. Output: the last features at stride 2, float [B, H / 2, W / 2, C], and those at
+    stride 4 that the stages start from, float [B, H / 4, W / 4, C].
+    """
+
+    def __init__(self, stem: Stem, *, norm: Norm, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.convolutions = [
+            ConvNorm(filters, kernel_size, strides=stride, norm=norm, name=f"conv{index}")
+            for index, (filters, kernel_size, stride) in enumerate(stem.convolutions, start=1)
+        ]
+        # Zeros on all sides: the features are not negative, so a zero never wins over one.
+        self.pad = keras.layers.ZeroPadding2D(1, name="pad") if stem.max_pool else None
+        self.max_pool = keras.layers.MaxPooling2D(3, strides=2, name="max_pool")
+
+    def call(self, images: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
+        """Applies the stem."""
+        features = [images]
+        for convolution in self.convolutions:
+            features.append(convolution(features[-1], training=training))
+        if self.pad is None:
+            return features[-2], features[-1]
+        return features[-1], self.max_pool(self.pad(features[-1]))
+
+
+class ResidualBlock(keras.layers.Layer):
+    """Convolutions and a shortcut around them, added up before the last ReLU.
+
+    Args:
+        block: `BASIC`: two 3x3 convolutions; `BOTTLENECK`: 1x1, 3x3 and 1x1 to four times the width.
+        width: Channels inside the block.
+        strides: Stride of the block.
+        dilation: Dilation of its 3x3 convolutions.
+        stride_in_1x1: Whether a bottleneck has its stride in the first 1x1 convolution instead of in the 3x3.
+        project: Whether the shortcut is a 1x1 convolution instead of the identity.
+        norm: The normalisation after each convolution.
+
+    Input shape: float [B, H, W, C]. Output shape: float [B, ceil(H / strides), ceil(W / strides), width * block.value].
+    """
+
+    def __init__(
+        self,
+        block: BlockKind,
+        width: int,
+        *,
+        strides: int,
+        dilation: int,
+        stride_in_1x1: bool,
+        project: bool,
+        norm: Norm,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        channels = width * block.value
+        self.shortcut = (
+            ConvNorm(channels, 1, strides=strides, norm=norm, activation=None, name="shortcut") if project else None
+        )
+        if block is BlockKind.BASIC:
+            self.convolutions = [
+                ConvNorm(width, 3, strides=strides, dilation=dilation, norm=norm, name="conv1"),
+                ConvNorm(channels, 3, dilation=dilation, norm=norm, activation=None, name="conv2"),
+            ]
+        else:
+            first, second = (strides, 1) if stride_in_1x1 else (1, strides)
+            self.convolutions = [
+                ConvNorm(width, 1, strides=first, norm=norm, name="conv1"),
+                ConvNorm(width, 3, strides=second, dilation=dilation, norm=norm, name="conv2"),
+                ConvNorm(channels, 1, norm=norm, activation=None, name="conv3"),
+            ]
+
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+        """Applies the block."""
+        x = inputs
+        for convolution in self.convolutions:
+            x = convolution(x, training=training)
+        shortcut = inputs if self.shortcut is None else self.shortcut(inputs, training=training)
+        return keras.ops.relu(x + shortcut)
+
+
+class BlockSequence(keras.layers.Layer):
+    """Blocks one after the other; gives their variables the stage's name.
+
+    Input shape: float [B, H, W, C]. Output shape: that of the last block.
+    """
+
+    def __init__(self, blocks: Sequence[keras.layers.Layer], *, name: str | None = None) -> None:
+        super().__init__(name=name)
+        self.blocks = list(blocks)
+
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+        """Applies the blocks."""
+        x = inputs
+        for block in self.blocks:
+            x = block(x, training=training)
+        return x
+
+
+class ResNet(keras.layers.Layer):
+    """Residual network; see `build_backbone` for the contract.
+
+    Args:
+        stem: What precedes the stages.
+        block: The residual unit.
+        widths: Channels inside the units of the four stages.
+        depths: Units in each of the four stages.
+        output_stride: Stride of res5; atrous convolution takes the place of further stride.
+        multi_grid: Factors of the dilation of the units of res5; a deeper res5 starts over.
+        stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of in the 3x3.
+        norm: The normalisation after each convolution.
+
+    Attributes:
+        strides: Stride of each feature map, by its name.
+        channels: Channels of each feature map, by its name.
+    """
+
+    def __init__(
+        self,
+        *,
+        stem: Stem,
+        block: BlockKind,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        output_stride: int = 32,
+        multi_grid: Sequence[int] = (1, 1, 1),
+        stride_in_1x1: bool = False,
+        norm: Norm,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        self.strides: dict[str, int] = {"stem": 2}
+        self.channels: dict[str, int] = {"stem": stem.convolutions[-1 if stem.max_pool else -2][0]}
+        self.stem = StemLayer(stem, norm=norm, name="stem")
+        self.stages = []
+        for (stage, (stride, dilation, kept)), width, depth in zip(
+            atrous_stages(output_stride).items(), widths, depths, strict=True
+        ):
+            grid = [multi_grid[index % len(multi_grid)] if stage == STAGES[-1] else 1 for index in range(depth)]
+            blocks = [
+                ResidualBlock(
+                    block,
+                    width,
+                    strides=stride if index == 0 else 1,
+                    dilation=dilation * grid[index],
+                    stride_in_1x1=stride_in_1x1,
+                    project=index == 0,
+                    norm=norm,
+                    name=f"block{index + 1}",
+                )
+                for index in range(depth)
+            ]
+            self.stages.append(BlockSequence(blocks, name=stage))
+            self.strides[stage] = kept
+            self.channels[stage] = width * block.value
+
+    def call(self, images: Tensor, training: bool = False) -> dict[str, Tensor]:
+        """Extracts features.
+
+        Args:
+            images: float [B, H, W, 3], normalised, H and W multiples of 32.
+            training: Whether normalisation uses, and updates by, the statistics of the batch.
+
+        Returns:
+            float [B, H / stride, W / stride, C] for `stem` and each of res2 to res5.
+        """
+        features = {}
+        features["stem"], x = self.stem(images, training=training)
+        for stage in self.stages:
+            x = stage(x, training=training)
+            features[stage.name] = x
+        return features

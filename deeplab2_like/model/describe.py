@@ -1,0 +1,227 @@
+"""What a system costs: parameters, multiply-adds and shapes, part by part, without computing anything."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import keras
+
+from deeplab2_like.model.layers import ConvNorm
+from deeplab2_like.model.system import PanopticSystem
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Part:
+    """One layer of a network, with everything inside it.
+
+    Attributes:
+        name: Names of the layers from the network down, joined by "/".
+        parameters: Elements of all its weights, moving statistics included.
+        multiply_adds: Of one image.
+        output_shapes: Shape of each output of the last call by name, without the batch axis; a single tensor has the
+            name "".
+        calls: How often it is called for one image; a head that runs on every level of a pyramid has several.
+    """
+
+    name: str
+    parameters: int
+    multiply_adds: int = 0
+    output_shapes: dict[str, Shape] = dataclasses.field(default_factory=dict)
+    calls: int = 0
+
+
+@dataclasses.dataclass
+class Description:
+    """What a network costs for one image.
+
+    Multiply-adds are those of convolutions and dense layers, as papers count them: normalisation (which can be folded
+    into a convolution), activations, resizing and post-processing are left out.
+
+    Attributes:
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
+        parameters: Elements of all weights, moving statistics of normalisation included.
+        trainable_parameters: Elements of the weights that training changes.
+        multiply_adds: Of one image.
+        output_shapes: Shape of each output by name, without the batch axis.
+        parts: Layers of the network and their layers, in the order in which they run.
+        uncounted: Names of layers that hold kernels but that no rule counts; empty if `multiply_adds` is complete.
+    """
+
+    height: int
+    width: int
+    parameters: int
+    trainable_parameters: int
+    multiply_adds: int
+    output_shapes: dict[str, Shape]
+    parts: list[Part]
+    uncounted: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as numbers, strings, lists and dictionaries, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def describe(system: PanopticSystem, height: int, width: int) -> Description:
+    """Counts what a system costs for one image of a size, without running it.
+
+    The image is padded as the system pads every image, so the count is that of the padded size.
+
+    Args:
+        system: The system; its variables are created if they are not there yet.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
+    """
+    return describe_layer(system, (height, width, 3), dtype="uint8")
+
+
+def describe_layer(layer: keras.layers.Layer, input_shape: Sequence[int], *, dtype: str = "float32") -> Description:
+    """Counts what a layer costs for one input, without running it.
+
+    Args:
+        layer: The layer. A layer that has not been called yet is built by the description.
+        input_shape: Shape of its input without the batch axis; height and width first.
+        dtype: Type of its input.
+    """
+    inputs = keras.KerasTensor((1, *input_shape), dtype=dtype)
+    if not layer.built:
+        layer(inputs)
+    recorder = _Recorder(layer)
+    with recorder.recording():
+        outputs = _Call(layer)(inputs)
+    return Description(
+        height=input_shape[0],
+        width=input_shape[1],
+        parameters=_elements(layer.weights),
+        trainable_parameters=_elements(layer.trainable_weights),
+        multiply_adds=recorder.total,
+        output_shapes=_shapes(outputs),
+        parts=list(recorder.parts.values()),
+        uncounted=recorder.uncounted,
+    )
+
+
+class _Call(keras.layers.Layer):
+    """Calls a layer inside its own call: called by itself, a functional model skips the calls of its layers."""
+
+    def __init__(self, layer: keras.layers.Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def call(self, inputs: Any) -> Any:
+        """Calls the layer."""
+        return self.layer(inputs)
+
+
+class _Recorder:
+    """Follows the calls of a layer's inner layers; parts are listed two levels deep."""
+
+    def __init__(self, root: keras.layers.Layer) -> None:
+        self.root = root
+        self.total = 0
+        self.parts: dict[str, Part] = {}
+        self.uncounted: list[str] = []
+        self._stack: list[keras.layers.Layer] = []
+
+    def recording(self) -> Any:
+        """Context in which calls are recorded."""
+        original = keras.layers.Layer.__call__
+
+        @functools.wraps(original)
+        def call(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> Any:
+            if not self._stack and layer is not self.root:
+                return original(layer, *args, **kwargs)
+            self._stack.append(layer)
+            try:
+                self._enter()
+                outputs = original(layer, *args, **kwargs)
+                self._leave(args[0] if args else None, outputs)
+            finally:
+                self._stack.pop()
+            return outputs
+
+        return mock.patch.object(keras.layers.Layer, "__call__", call)
+
+    def _name(self, depth: int) -> str:
+        return "/".join(layer.name for layer in self._stack[1 : depth + 1])
+
+    def _enter(self) -> None:
+        depth = len(self._stack) - 1
+        layer = self._stack[-1]
+        if depth == 0 or depth > 2 or not layer.weights or isinstance(self._stack[-2], ConvNorm):
+            return
+        name = self._name(depth)
+        if name not in self.parts:
+            self.parts[name] = Part(name=name, parameters=_elements(layer.weights))
+
+    def _leave(self, inputs: Any, outputs: Any) -> None:
+        depth = len(self._stack) - 1
+        layer = self._stack[-1]
+        count = multiply_adds(layer, inputs, outputs)
+        if count is None:
+            name = self._name(depth)
+            if name not in self.uncounted:
+                self.uncounted.append(name)
+        self.total += count or 0
+        for level in range(1, min(depth, 2) + 1):
+            part = self.parts.get(self._name(level))
+            if part is not None:
+                part.multiply_adds += count or 0
+        own = self.parts.get(self._name(depth)) if 1 <= depth <= 2 else None
+        if own is not None:
+            own.calls += 1
+            own.output_shapes = _shapes(outputs)
+
+
+def multiply_adds(layer: Any, inputs: Any, outputs: Any) -> int | None:
+    """Multiply-adds of one call of a layer itself, without its inner layers.
+
+    Args:
+        layer: A Keras layer.
+        inputs: Its input, [B, ..., C].
+        outputs: Its output, [B, ..., C].
+
+    Returns:
+        The count over the batch; 0 for layers that do not multiply by a kernel; None where no rule is known.
+    """
+    for kinds, positions in _RULES:
+        if isinstance(layer, kinds):
+            return math.prod(positions(inputs, outputs)) * math.prod(layer.kernel.shape)
+    inner = {id(variable) for child in layer._flatten_layers(include_self=False) for variable in child.weights}
+    has_kernel = any(len(variable.shape) > 1 and id(variable) not in inner for variable in layer.weights)
+    return None if has_kernel else 0
+
+
+# A kernel is applied once at each position of the output, or, transposed, of the input.
+_RULES: tuple[tuple[Any, Callable[[Any, Any], Sequence[int]]], ...] = (
+    ((keras.layers.Conv2DTranspose,), lambda inputs, outputs: inputs.shape[:-1]),
+    (
+        (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense),
+        lambda inputs, outputs: outputs.shape[:-1],
+    ),
+)
+
+
+def _elements(variables: Sequence[Any]) -> int:
+    return sum(math.prod(variable.shape) for variable in variables)
+
+
+def _shapes(outputs: Any) -> dict[str, Shape]:
+    if isinstance(outputs, Mapping):
+        items = list(outputs.items())
+    elif isinstance(outputs, list | tuple):
+        items = [(str(index), output) for index, output in enumerate(outputs)]
+    else:
+        items = [("", outputs)]
+    return {
+        "/".join(part for part in (name, inner) if part): shape
+        for name, output in items
+        for inner, shape in (
+            _shapes(output).items() if isinstance(output, Mapping | list | tuple) else [("", tuple(output.shape[1:]))]
+        )
+    }

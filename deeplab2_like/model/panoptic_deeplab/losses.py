@@ -1,0 +1,84 @@
+"""Losses of Panoptic-DeepLab (section 4): weighted bootstrapped cross entropy, centre heat map, offsets.
+
+Predictions are compared at full resolution, so they are enlarged to the size of the targets first.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from keras import ops
+
+from deeplab2_like.model.layers import Tensor, upsample_bilinear
+from deeplab2_like.model.system import Loss
+
+
+def compute_losses(
+    targets: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    *,
+    stride: int,
+    top_k_share: float,
+    center_loss: Literal["mean_squared_error", "sigmoid_cross_entropy"],
+) -> dict[str, Loss]:
+    """Compares raw outputs with the targets of `make_targets`.
+
+    Args:
+        targets: Batched targets, [B, H, W, ...].
+        outputs: `semantic_logits` [B, h, w, C] and, unless semantic only, `center` [B, h, w, 1] and
+            `offset` [B, h, w, 2], at `stride`.
+        stride: Image pixels per output pixel.
+        top_k_share: Share of the batch's pixels, the hardest ones, that enter the semantic loss.
+        center_loss: How heat maps are compared.
+
+    Returns:
+        `semantic` and, unless semantic only, `center` and `offset`.
+    """
+    height, width = targets["semantic"].shape[1:3]
+    enlarged = {
+        name: upsample_bilinear(ops.cast(output, "float32"), stride)[:, :height, :width]
+        for name, output in outputs.items()
+    }
+    losses = {
+        "semantic": bootstrapped_cross_entropy(
+            targets["semantic"], targets["semantic_weight"], enlarged["semantic_logits"], top_k_share=top_k_share
+        )
+    }
+    if "center" not in outputs:
+        return losses
+
+    predicted, expected = enlarged["center"][..., 0], targets["center"]
+    if center_loss == "mean_squared_error":
+        difference = ops.square(predicted - expected)
+    else:
+        difference = ops.binary_crossentropy(expected, predicted, from_logits=True)
+    weight = targets["center_weight"]
+    losses["center"] = Loss(ops.sum(difference * weight), ops.sum(weight))
+
+    distance = ops.sum(ops.abs(enlarged["offset"] - targets["offset"]), axis=-1)  # [B, H, W]
+    weight = targets["offset_weight"]
+    losses["offset"] = Loss(ops.sum(distance * weight), ops.sum(weight))
+    return losses
+
+
+def bootstrapped_cross_entropy(labels: Tensor, weights: Tensor, logits: Tensor, *, top_k_share: float) -> Loss:
+    """Cross entropy of the hardest pixels only, each pixel with its weight (section 3.1).
+
+    The share is taken over the pixels of this replica's batch together, ignored ones counted, so an image that is well
+    understood leaves room for a harder one.
+
+    Args:
+        labels: int32 [B, H, W] class ids; any value where the weight is 0.
+        weights: float32 [B, H, W].
+        logits: float32 [B, H, W, C].
+        top_k_share: In (0, 1]; 1 takes all pixels.
+
+    Returns:
+        The sum over the hardest pixels and their number.
+    """
+    labels = ops.where(weights > 0, labels, 0)
+    pixel_losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True) * weights
+    pixel_losses = ops.reshape(pixel_losses, (-1,))  # [B * H * W]
+    number = max(1, round(top_k_share * pixel_losses.shape[0]))
+    if top_k_share < 1:
+        pixel_losses, _ = ops.top_k(pixel_losses, number, sorted=False)
+    return Loss(ops.sum(pixel_losses), ops.convert_to_tensor(float(number), "float32"))

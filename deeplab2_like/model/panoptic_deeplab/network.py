@@ -1,0 +1,179 @@
+"""The network of Panoptic-DeepLab (section 3.1, Figure 2): backbone, ASPP, decoders, heads."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import keras
+from keras import ops
+
+from deeplab2_like.model.layers import ConvNorm, Norm, SeparableConvNorm, Tensor, resize_bilinear, upsample_bilinear
+
+# One 5x5 depthwise separable convolution (the paper), two 3x3 ones, or a single 3x3 one.
+Convolution = Literal["separable", "plain", "light"]
+
+
+class AtrousSpatialPyramidPooling(keras.layers.Layer):
+    """ASPP: the same features seen at several atrous rates and as an average of the image.
+
+    Args:
+        channels: Channels of every branch and of the result.
+        rates: Atrous rates of the 3x3 branches.
+        convolution: Whether the 3x3 convolutions are depthwise separable.
+        pooling_window: Height and width of the average window in feature pixels; None averages the whole image.
+        dropout: Share of the result's values that training drops.
+        norm: The normalisation.
+
+    Input shape: float [B, h, w, C]. Output shape: float [B, h, w, channels].
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        rates: Sequence[int],
+        convolution: Convolution,
+        pooling_window: tuple[int, int] | None,
+        dropout: float,
+        norm: Norm,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        self.branches: list[keras.layers.Layer] = [ConvNorm(channels, 1, norm=norm, name="branch0")]
+        for position, rate in enumerate(rates, start=1):
+            branch = f"branch{position}"
+            if convolution == "separable":
+                self.branches.append(SeparableConvNorm(channels, 3, dilation=rate, norm=norm, name=branch))
+            else:
+                self.branches.append(ConvNorm(channels, 3, dilation=rate, norm=norm, name=branch))
+        self.pooling_window = pooling_window
+        # A bias instead of a normalisation: a batch has only one average per image, too few for statistics.
+        self.pooling_branch = ConvNorm(channels, 1, name="pooling_branch")
+        self.project = ConvNorm(channels, 1, norm=norm, name="project")
+        self.dropout = keras.layers.Dropout(dropout, name="dropout")
+
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+        """Applies all branches, concatenates and projects them."""
+        height, width = ops.shape(inputs)[1:3]
+        if self.pooling_window is None:
+            pooled = self.pooling_branch(ops.mean(inputs, axis=(1, 2), keepdims=True))  # [B, 1, 1, channels]
+            pooled = ops.broadcast_to(pooled, (ops.shape(inputs)[0], height, width, pooled.shape[-1]))
+        else:
+            pooled = self.pooling_branch(ops.average_pool(inputs, self.pooling_window, strides=1, padding="valid"))
+            pooled = resize_bilinear(pooled, height, width)
+        branches = [branch(inputs, training=training) for branch in self.branches]
+        x = self.project(ops.concatenate([*branches, pooled], axis=-1), training=training)
+        return self.dropout(x, training=training)
+
+
+class Fuse(keras.layers.Layer):
+    """The convolution after a concatenation and before a predictor (section 3.1).
+
+    Args:
+        channels: Output channels.
+        convolution: Which kind.
+        norm: The normalisation.
+        first_channels: Channels between the two plain ones; by default `channels`.
+
+    Input shape: float [B, h, w, C]. Output shape: float [B, h, w, channels].
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        convolution: Convolution,
+        norm: Norm,
+        first_channels: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        self.convolutions: list[keras.layers.Layer]
+        if convolution == "separable":
+            self.convolutions = [SeparableConvNorm(channels, 5, norm=norm, name="separable")]
+        else:
+            widths = [channels] if convolution == "light" else [first_channels or channels, channels]
+            self.convolutions = [
+                ConvNorm(width, 3, norm=norm, name=f"conv{index}") for index, width in enumerate(widths, start=1)
+            ]
+
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+        """Applies the convolutions."""
+        for convolution in self.convolutions:
+            inputs = convolution(inputs, training=training)
+        return inputs
+
+
+class Decoder(keras.layers.Layer):
+    """Raises the resolution of ASPP features step by step, with a low-level feature and a convolution at each step.
+
+    Args:
+        channels: Output channels of every step.
+        low_level_channels: To how many channels each low-level feature is projected, by its name, coarse to fine.
+        strides: Image pixels per feature pixel, by the feature's name; `res5` is where decoding starts.
+        convolution: Kind of the convolution of each step.
+        norm: The normalisation.
+
+    Input: ASPP features, float [B, h, w, C], and the backbone's features.
+    Output shape: float [B, H / s, W / s, channels] with the stride s of the last low-level feature.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        low_level_channels: Mapping[str, int],
+        strides: Mapping[str, int],
+        convolution: Convolution,
+        norm: Norm,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        self.levels = list(low_level_channels)
+        path = ["res5", *self.levels]
+        self.factors = [strides[coarse] // strides[fine] for coarse, fine in zip(path, path[1:], strict=False)]
+        self.project = [ConvNorm(low_level_channels[k], 1, norm=norm, name=f"project_{k}") for k in self.levels]
+        self.fuse = [Fuse(channels, convolution=convolution, norm=norm, name=f"fuse_{k}") for k in self.levels]
+
+    def call(self, inputs: Tensor, features: Mapping[str, Tensor], training: bool = False) -> Tensor:
+        """Decodes."""
+        x = inputs
+        for level, factor, project, fuse in zip(self.levels, self.factors, self.project, self.fuse, strict=True):
+            low_level = project(features[level], training=training)
+            x = fuse(ops.concatenate([low_level, upsample_bilinear(x, factor)], axis=-1), training=training)
+        return x
+
+
+class Head(keras.layers.Layer):
+    """A prediction head: a convolution, then a linear 1x1 convolution in float32.
+
+    Args:
+        outputs: Number of predicted channels.
+        channels: Channels of the convolution.
+        convolution: Kind of the convolution.
+        norm: Its normalisation.
+        first_channels: Channels of the first of two plain convolutions.
+
+    Input shape: float [B, h, w, C]. Output shape: float32 [B, h, w, outputs].
+    """
+
+    def __init__(
+        self,
+        outputs: int,
+        *,
+        channels: int,
+        convolution: Convolution,
+        norm: Norm,
+        first_channels: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        self.fuse = Fuse(channels, convolution=convolution, norm=norm, first_channels=first_channels, name="fuse")
+        # Small initial weights: all heads start near zero, so that no loss dwarfs the others.
+        initializer = keras.initializers.RandomNormal(stddev=0.001)
+        self.predictor = keras.layers.Conv2D(
+            outputs, 1, kernel_initializer=initializer, dtype="float32", name="predictor"
+        )
+
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+        """Predicts."""
+        return self.predictor(self.fuse(inputs, training=training))

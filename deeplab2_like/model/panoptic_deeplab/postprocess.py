@@ -1,0 +1,387 @@
+"""Post-processing of Panoptic-DeepLab (section 3.2) in time and memory that hardly depend on classes and centres.
+
+The usual formulation holds class probabilities at full size, and a distance for every pair of pixel and centre. Here
+
+- classes: bilinear enlargement by a whole factor mixes the same coarse neighbours in `factor * factor` ways ("phases"),
+  so the best class of a phase is found on the coarse grid, and only class ids are put together at full size;
+- nearest centre: the plane is cut into cells, each with a list of its nearest centres in order. A pixel walks along
+  the list of the cell that its offset points to, and stops when the triangle inequality rules out the rest. The
+  result is that of comparing all centres;
+- votes: one histogram over pairs of segment and class; then one table look-up paints the map.
+
+Each function marked `stage` may be compiled on its own, see `deeplab2_like.model.layers.compiled_stages`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from keras import ops
+
+from deeplab2_like.model.layers import (
+    Tensor,
+    interpolated_columns,
+    interpolated_rows,
+    stage,
+    upsample_bilinear,
+)
+
+# Side of a cell in pixels, and how many of its nearest centres a cell lists before all centres are tried.
+_CELL = 16
+_CANDIDATES = 16
+
+
+def postprocess(
+    outputs: Mapping[str, Tensor],
+    image_size: tuple[Any, Any],
+    *,
+    stride: int,
+    thing_classes: Sequence[int],
+    label_divisor: int,
+    ignore_label: int,
+    center_is_logit: bool,
+    center_threshold: float,
+    nms_kernel: int,
+    top_k: int,
+    stuff_area_limit: int,
+) -> dict[str, Tensor]:
+    """Turns raw outputs into panoptic maps.
+
+    Args:
+        outputs: `semantic_logits` float32 [B, h, w, C] and, unless semantic only, `center` [B, h, w, 1] and `offset`
+            [B, h, w, 2] (y, x) in image pixels.
+        image_size: Height and width of the images without padding.
+        stride: Image pixels per output pixel.
+        thing_classes: Class ids of things.
+        label_divisor: Factor between class and instance ids.
+        ignore_label: Class id of void.
+        center_is_logit: Whether `center` needs a sigmoid.
+        center_threshold: Heat that a centre must exceed.
+        nms_kernel: Side of the window in which a centre must be the maximum, in image pixels.
+        top_k: Most centres kept per image.
+        stuff_area_limit: Stuff segments of fewer pixels become void.
+
+    Returns:
+        The dictionary of `PanopticSystem.postprocess` with K = top_k + C: rows 0 to top_k - 1 are instances in the order
+        of their centres' heat, row top_k + c is the stuff of class c. The score of an instance is the heat of its
+        centre times the mean probability of its class (section 3.3), the score of stuff that mean probability; these
+        probabilities are read at the resolution of the logits.
+    """
+    logits = outputs["semantic_logits"]
+    num_classes = logits.shape[-1]
+    height, width = image_size
+    is_thing = ops.array([c in set(thing_classes) for c in range(num_classes)])  # [C]
+    classes = semantic_argmax(logits, height=height, width=width, stride=stride)  # [B, H, W]
+
+    if "center" in outputs:
+        centers, heat = find_centers(
+            outputs["center"],
+            height=height,
+            width=width,
+            stride=stride,
+            is_logit=center_is_logit,
+            threshold=center_threshold,
+            nms_kernel=nms_kernel,
+            top_k=top_k,
+        )
+        offset = enlarge_offset(outputs["offset"], height=height, width=width, stride=stride)
+        rows = assign_segments(classes, is_thing, offset, centers, heat)
+    else:
+        # Semantic only: a thing class is one region without instances, like a crowd.
+        heat = ops.zeros((ops.shape(logits)[0], top_k), "float32")
+        is_thing = ops.zeros_like(is_thing)
+        rows = classes + top_k
+
+    votes = count_votes(rows, classes, num_rows=top_k + num_classes + 1, num_classes=num_classes)
+    table = _segment_table(
+        votes,
+        heat,
+        is_thing,
+        label_divisor=label_divisor,
+        void=ignore_label * label_divisor,
+        stuff_area_limit=stuff_area_limit,
+    )
+    probability = mean_probability(logits, rows, table["class"], votes, stride=stride)
+    used = table["used"]
+    objectness = ops.concatenate([heat, ops.ones((ops.shape(heat)[0], num_classes), "float32")], axis=1)
+    return {
+        "panoptic": look_up(table["panoptic"], rows),
+        "segment_id": ops.where(used, table["panoptic"][:, :-1], 0),
+        "segment_class": ops.where(used, table["class"][:, :-1], 0),
+        "segment_score": ops.where(used, objectness * probability[:, :-1], 0.0),
+    }
+
+
+@stage
+def semantic_argmax(logits: Tensor, *, height: Any, width: Any, stride: int) -> Tensor:
+    """The best class of every pixel of the bilinearly enlarged logits, without enlarging them.
+
+    Args:
+        logits: float32 [B, h, w, C].
+        height: Image height without padding.
+        width: Image width without padding.
+        stride: Image pixels per logit.
+
+    Returns:
+        int32 [B, H, W].
+    """
+    batch, coarse_height, coarse_width = ops.shape(logits)[:3]
+    lines = []
+    for phase_rows in interpolated_rows(logits, stride):
+        best = [ops.argmax(phase, axis=-1) for phase in interpolated_columns(phase_rows, stride)]  # s x [B, h, w]
+        line = ops.cast(ops.stack(best, axis=3), "int32")  # [B, h, w, s]
+        lines.append(ops.reshape(line, (batch, coarse_height, coarse_width * stride)))  # [B, h, w * s]
+    classes = ops.stack(lines, axis=2)  # [B, h, s, w * s]
+    classes = ops.reshape(classes, (batch, coarse_height * stride, coarse_width * stride))  # [B, h * s, w * s]
+    return classes[:, :height, :width]
+
+
+@stage
+def find_centers(
+    center: Tensor,
+    *,
+    height: Any,
+    width: Any,
+    stride: int,
+    is_logit: bool,
+    threshold: float,
+    nms_kernel: int,
+    top_k: int,
+) -> tuple[Tensor, Tensor]:
+    """Finds the peaks of the enlarged heat map.
+
+    Args:
+        center: float32 [B, h, w, 1] heat map.
+        height: Image height without padding.
+        width: Image width without padding.
+        stride: Image pixels per value of the map.
+        is_logit: Whether the map needs a sigmoid.
+        threshold: Heat that a peak must exceed.
+        nms_kernel: Side of the window in which a peak must be the maximum.
+        top_k: Number of peaks to keep.
+
+    Returns:
+        int32 [B, top_k, 2] (y, x) positions and float32 [B, top_k] heat, best first; unused rows zero.
+    """
+    heat = ops.sigmoid(center) if is_logit else center
+    heat = upsample_bilinear(heat, stride)[:, :height, :width]  # [B, H, W, 1]
+    highest = ops.max_pool(heat, (nms_kernel, 1), strides=1, padding="same")
+    highest = ops.max_pool(highest, (1, nms_kernel), strides=1, padding="same")
+    heat = ops.where((heat == highest) & (heat > threshold), heat, 0.0)[..., 0]  # [B, H, W]
+
+    # Two peaks are at least half a window apart, unless they tie: a block of that side holds one at most. The best of
+    # each block is found first, as top-k over blocks is much cheaper than over pixels.
+    side = (nms_kernel + 1) // 2
+    heat = ops.pad(heat, [[0, 0], [0, -height % side], [0, -width % side]])
+    batch, padded_height, padded_width = ops.shape(heat)
+    blocks = ops.reshape(heat, (batch, padded_height // side, side, padded_width // side, side))
+    blocks = ops.transpose(blocks, (0, 1, 3, 2, 4))  # [B, Y, X, side, side]
+    blocks = ops.reshape(blocks, (batch, (padded_height // side) * (padded_width // side), side * side))  # [B, Y*X, s*s]
+    value, block = _top_k_padded(ops.max(blocks, axis=-1), top_k)  # [B, K]
+    inside = ops.argmax(ops.take_along_axis(blocks, block[..., None], axis=1), axis=-1)  # [B, K]
+    inside = ops.cast(inside, "int32")
+    y = block // (padded_width // side) * side + inside // side
+    x = block % (padded_width // side) * side + inside % side
+    centers = ops.where((value > 0)[..., None], ops.stack([y, x], axis=-1), 0)
+    return centers, value
+
+
+def _top_k_padded(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Top-k along the last of two axes, padded with zeros so that there are at least k values, none negative."""
+    value, index = ops.top_k(ops.pad(values, [[0, 0], [0, k]]), k)
+    last = ops.shape(values)[1] - 1
+    return value, ops.minimum(ops.cast(index, "int32"), last)
+
+
+@stage
+def enlarge_offset(offset: Tensor, *, height: Any, width: Any, stride: int) -> Tensor:
+    """Enlarges offsets, float32 [B, h, w, 2] in image pixels, to float32 [B, H, W, 2]."""
+    return upsample_bilinear(offset, stride)[:, :height, :width]
+
+
+@stage
+def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: Tensor, heat: Tensor) -> Tensor:
+    """Assigns each pixel to a row of the segment table: things to the nearest centre, stuff to its class.
+
+    A pixel p of a thing is compared with the centres c of its cell's list, in order of their distance to the middle m
+    of the cell. As |p - c| >= |m - c| - |p - m|, it is done once that bound exceeds its best distance. Pixels that are
+    not done at the end of the list are compared with all centres, one after the other.
+
+    Args:
+        classes: int32 [B, H, W] class ids.
+        is_thing: bool [C].
+        offset: float32 [B, H, W, 2] (y, x).
+        centers: int32 [B, K, 2] (y, x).
+        heat: float32 [B, K], zero for unused rows.
+
+    Returns:
+        int32 [B, H, W]: k for an instance, K + class for stuff, K + C for a thing where there is no centre.
+    """
+    batch, height, width = ops.shape(classes)
+    num_centers, num_classes = centers.shape[1], is_thing.shape[0]
+    y = offset[..., 0] + ops.cast(ops.arange(height), "float32")[:, None]  # [B, H, W]
+    x = offset[..., 1] + ops.cast(ops.arange(width), "float32")[None, :]  # [B, H, W]
+    # Unused rows lie far away; float32 distances to them stay finite and larger than any other.
+    used = heat > 0
+    center_y = ops.where(used, ops.cast(centers[..., 0], "float32"), 1e9)  # [B, K]
+    center_x = ops.where(used, ops.cast(centers[..., 1], "float32"), 1e9)  # [B, K]
+
+    # The list of each cell.
+    cells_y, cells_x = (height - 1) // _CELL + 1, (width - 1) // _CELL + 1
+    middle_y = (ops.cast(ops.arange(cells_y), "float32") + 0.5) * _CELL
+    middle_x = (ops.cast(ops.arange(cells_x), "float32") + 0.5) * _CELL
+    distance = (
+        ops.square(middle_y[:, None, None] - center_y[:, None, None, :])
+        + ops.square(middle_x[None, :, None] - center_x[:, None, None, :])
+    )  # [B, cells_y, cells_x, K]
+    candidates = min(_CANDIDATES, num_centers)
+    _, order = ops.top_k(-distance, candidates)  # [B, cells_y, cells_x, M]
+    order = ops.reshape(ops.cast(order, "int32"), (batch, cells_y * cells_x * candidates))  # [B, cells * M]
+    listed_y = ops.reshape(ops.take_along_axis(center_y, order, axis=1), (-1,))  # [B * cells * M]
+    listed_x = ops.reshape(ops.take_along_axis(center_x, order, axis=1), (-1,))  # [B * cells * M]
+
+    thing = ops.take(is_thing, classes)  # [B, H, W]
+    cell_y = ops.cast(ops.clip(y, 0.0, ops.cast(height - 1, "float32")), "int32") // _CELL
+    cell_x = ops.cast(ops.clip(x, 0.0, ops.cast(width - 1, "float32")), "int32") // _CELL
+    image = ops.arange(batch)[:, None, None]
+    list_start = ((image * cells_y + cell_y) * cells_x + cell_x) * candidates  # [B, H, W]
+    to_middle_y = (ops.cast(cell_y, "float32") + 0.5) * _CELL - y
+    to_middle_x = (ops.cast(cell_x, "float32") + 0.5) * _CELL - x
+    to_middle = ops.sqrt(ops.square(to_middle_y) + ops.square(to_middle_x))  # [B, H, W]
+
+    def walk_on(step: Tensor, best: Tensor, best_step: Tensor, waiting: Tensor) -> Tensor:
+        del best, best_step
+        return (step < candidates) & waiting
+
+    def walk(step: Tensor, best: Tensor, best_step: Tensor, waiting: Tensor) -> tuple[Tensor, ...]:
+        near_y = ops.take(listed_y, list_start + step)
+        near_x = ops.take(listed_x, list_start + step)
+        square = ops.square(y - near_y) + ops.square(x - near_x)
+        closer = square < best
+        best = ops.where(closer, square, best)
+        best_step = ops.where(closer, step, best_step)
+        # The slack covers rounding: a step too many does no harm.
+        bound = ops.sqrt(ops.square(to_middle_y + (y - near_y)) + ops.square(to_middle_x + (x - near_x))) - to_middle
+        waiting = ops.any(thing & (bound < ops.sqrt(best) + 0.01) & (near_y < 1e8))
+        return step + 1, best, best_step, waiting
+
+    infinite = ops.full_like(y, 1e30)
+    zeros = ops.zeros_like(classes)
+    start = (ops.array(0, "int32"), infinite, zeros, ops.any(thing))
+    _, best, best_step, waiting = ops.while_loop(walk_on, walk, start)
+    nearest = ops.take(ops.reshape(order, (-1,)), list_start + best_step)  # [B, H, W]
+
+    def compare_on(index: Tensor, best: Tensor, nearest: Tensor) -> Tensor:
+        del best, nearest
+        return (index < num_centers) & waiting
+
+    def compare(index: Tensor, best: Tensor, nearest: Tensor) -> tuple[Tensor, ...]:
+        this_y = ops.reshape(ops.take(center_y, index, axis=1), (-1, 1, 1))  # [B, 1, 1]
+        this_x = ops.reshape(ops.take(center_x, index, axis=1), (-1, 1, 1))  # [B, 1, 1]
+        square = ops.square(y - this_y) + ops.square(x - this_x)
+        closer = square < best
+        return index + 1, ops.where(closer, square, best), ops.where(closer, index, nearest)
+
+    _, _, nearest = ops.while_loop(compare_on, compare, (ops.array(0, "int32"), best, nearest))
+
+    none = num_centers + num_classes
+    instance = ops.where(ops.any(used, axis=1)[:, None, None], nearest, none)
+    return ops.where(thing, instance, classes + num_centers)
+
+
+@stage
+def count_votes(rows: Tensor, classes: Tensor, *, num_rows: int, num_classes: int) -> Tensor:
+    """Counts the classes within each segment.
+
+    Args:
+        rows: int32 [B, H, W] row of the segment table of each pixel.
+        classes: int32 [B, H, W] class of each pixel.
+        num_rows: R, number of rows of the table.
+        num_classes: C.
+
+    Returns:
+        int32 [B, R, C].
+    """
+    batch = ops.shape(rows)[0]
+    image = ops.arange(batch)[:, None, None]
+    pair = (image * num_rows + rows) * num_classes + classes
+    ones = ops.ones_like(ops.reshape(pair, (-1,)))
+    counts = ops.segment_sum(ones, ops.reshape(pair, (-1,)), num_segments=batch * num_rows * num_classes)
+    return ops.reshape(counts, (batch, num_rows, num_classes))  # [B, R, C]
+
+
+def _segment_table(
+    votes: Tensor, heat: Tensor, is_thing: Tensor, *, label_divisor: int, void: int, stuff_area_limit: int
+) -> dict[str, Tensor]:
+    """Decides the class and the id of every row of the segment table (majority vote, stuff area limit).
+
+    Args:
+        votes: int32 [B, R, C] with R = K + C + 1: instances, stuff classes, and pixels without a segment.
+        heat: float32 [B, K].
+        is_thing: bool [C].
+        label_divisor: Factor between class and instance ids.
+        void: Panoptic value of void.
+        stuff_area_limit: Stuff of fewer pixels becomes void.
+
+    Returns:
+        `class` int32 [B, R]; `panoptic` int32 [B, R], the value to paint; `used` bool [B, R - 1].
+    """
+    num_centers, num_classes = heat.shape[1], is_thing.shape[0]
+    area = ops.sum(votes, axis=-1)  # [B, R]
+    instance_class = ops.cast(ops.argmax(votes[:, :num_centers], axis=-1), "int32")  # [B, K]
+    present = area[:, :num_centers] > 0
+    # Instances are numbered within their class in the order of the rows: [B, K, K] pairs of later and earlier.
+    earlier = ops.tril(ops.ones((num_centers, num_centers), "int32"))
+    same_class = instance_class[:, :, None] == instance_class[:, None, :]
+    number = ops.sum(ops.where(same_class & present[:, None, :], earlier, 0), axis=-1)  # [B, K]
+    instance_value = instance_class * label_divisor + number
+
+    stuff_class = ops.arange(num_classes)[None, :] + ops.zeros_like(area[:, :1])  # [B, C]
+    stuff_area = area[:, num_centers:-1]
+    large = (stuff_area >= stuff_area_limit) & (stuff_area > 0) & ~is_thing[None, :]
+    used = ops.concatenate([present, large], axis=1)  # [B, K + C]
+    none = ops.zeros_like(area[:, :1])
+    value = ops.concatenate([instance_value, stuff_class * label_divisor], axis=1)
+    return {
+        "class": ops.concatenate([instance_class, stuff_class, none], axis=1),
+        "panoptic": ops.concatenate([ops.where(used, value, void), none + void], axis=1),
+        "used": used,
+    }
+
+
+@stage
+def mean_probability(logits: Tensor, rows: Tensor, row_class: Tensor, votes: Tensor, *, stride: int) -> Tensor:
+    """Mean probability of each segment's class over its pixels, read at the resolution of the logits.
+
+    Args:
+        logits: float32 [B, h, w, C].
+        rows: int32 [B, H, W] row of the segment table of each pixel.
+        row_class: int32 [B, R] class of each row.
+        votes: int32 [B, R, C].
+        stride: Image pixels per logit.
+
+    Returns:
+        float32 [B, R].
+    """
+    batch, height, width = ops.shape(rows)
+    coarse_height, coarse_width = ops.shape(logits)[1:3]
+    num_classes, num_rows = logits.shape[-1], votes.shape[1]
+    probability = ops.reshape(ops.softmax(logits, axis=-1), (-1,))  # [B * h * w * C]
+    image = ops.arange(batch)[:, None, None]
+    y = (ops.arange(height) // stride)[None, :, None]
+    x = (ops.arange(width) // stride)[None, None, :]
+    segment = image * num_rows + rows  # [B, H, W]
+    pixel_class = ops.take(ops.reshape(row_class, (-1,)), segment)  # [B, H, W]
+    position = ((image * coarse_height + y) * coarse_width + x) * num_classes + pixel_class
+    total = ops.segment_sum(
+        ops.reshape(ops.take(probability, position), (-1,)), ops.reshape(segment, (-1,)), num_segments=batch * num_rows
+    )
+    area = ops.cast(ops.maximum(ops.sum(votes, axis=-1), 1), "float32")  # [B, R]
+    return ops.reshape(total, (batch, num_rows)) / area  # [B, R]
+
+
+@stage
+def look_up(table: Tensor, rows: Tensor) -> Tensor:
+    """Paints every pixel, int32 [B, H, W] rows, with the value of its row in the table, int32 [B, R]."""
+    batch, num_rows = ops.shape(rows)[0], table.shape[1]
+    image = ops.arange(batch)[:, None, None]
+    return ops.take(ops.reshape(table, (-1,)), image * num_rows + rows)

@@ -1,0 +1,143 @@
+"""The contract that all systems share: what the pipeline, the trainer, the evaluation and the export rely on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import keras
+from keras import ops
+
+from deeplab2_like.configs.schema import StrictModel
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.model.layers import Tensor, pad_to_multiple
+
+
+class Loss(NamedTuple):
+    """One loss term of this replica's part of the batch.
+
+    The trainer divides the sum of `total` over all replicas by the sum of `normalizer` over all replicas.
+
+    Attributes:
+        total: float32 scalar, a sum over pixels or objects.
+        normalizer: float32 scalar, what the sum is divided by (a count, or a sum of weights); zero if nothing counts.
+    """
+
+    total: Tensor
+    normalizer: Tensor
+
+
+class PanopticSystem(keras.Model):
+    """Base class of the systems.
+
+    A system turns images into panoptic maps. Only the panoptic map crosses its border; targets and raw outputs are
+    private dictionaries. See `DatasetInfo` for the meaning of a panoptic map.
+
+    Attributes:
+        config_class: The system's part of the config; `from_config` turns it into keyword arguments.
+        dataset_info: What the values of the panoptic map mean.
+        loss_weights: Factor of each loss term in the sum that is minimised, by the names of `compute_losses`.
+
+    Args:
+        dataset_info: What the values of the panoptic map mean.
+        image_mean: Mean of red, green and blue, in 0..255.
+        image_std: Standard deviation of red, green and blue.
+        size_multiple: Images are padded to a multiple of this many pixels before the network sees them.
+    """
+
+    config_class: ClassVar[type[StrictModel]]
+    loss_weights: Mapping[str, float]
+
+    def __init__(
+        self,
+        *,
+        dataset_info: DatasetInfo,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        size_multiple: int,
+        name: str | None = None,
+    ) -> None:
+        # Images are 0..255: bfloat16 could not tell neighbouring values apart, so inputs are not cast.
+        super().__init__(name=name, autocast=False)
+        self.dataset_info = dataset_info
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.size_multiple = size_multiple
+
+    @classmethod
+    def from_model_config(cls, config: Any, dataset_info: DatasetInfo) -> "PanopticSystem":
+        """Builds the system from its part of the config."""
+        raise NotImplementedError
+
+    def make_targets(self, panoptic: Tensor) -> dict[str, Tensor]:
+        """Turns a label into what the losses compare with; runs inside `tf.data`.
+
+        Args:
+            panoptic: int32 [H, W] panoptic map, static size.
+
+        Returns:
+            Tensors of static shape, private to the system.
+        """
+        raise NotImplementedError
+
+    def compute_losses(self, targets: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[str, Loss]:
+        """Compares raw outputs with batched targets.
+
+        Args:
+            targets: What `make_targets` returned, with a leading batch axis.
+            outputs: What calling the system returned.
+
+        Returns:
+            The loss terms by name, all in float32, in the order in which they are shown.
+        """
+        raise NotImplementedError
+
+    def postprocess(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> dict[str, Tensor]:
+        """Turns raw outputs into panoptic maps.
+
+        Args:
+            outputs: What calling the system returned.
+            image_size: Height and width of the images before padding, ints or int32 scalars.
+
+        Returns:
+            `panoptic`: int32 [B, H, W].
+            `segment_id`: int32 [B, K], the panoptic value of each segment in the map.
+            `segment_class`: int32 [B, K], its class id.
+            `segment_score`: float32 [B, K], its score, above zero for segments that are there.
+            K is fixed; unused rows are zero in all three.
+        """
+        raise NotImplementedError
+
+    def instances(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> dict[str, Tensor] | None:
+        """Overlapping instance masks with scores, for AP; None if the panoptic segments are all there is."""
+        del outputs, image_size
+        return None
+
+    def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Post-processes what a perfect network would predict, at full resolution, for a batch of targets.
+
+        The panoptic map must be the label again: this ties targets and post-processing together.
+        """
+        raise NotImplementedError
+
+    def prepare_images(self, images: Tensor) -> Tensor:
+        """Normalises and pads images; the padding is the mean colour.
+
+        Args:
+            images: uint8 or float [B, H, W, 3], red, green and blue in 0..255.
+
+        Returns:
+            float [B, H', W', 3] in the compute type, H' and W' multiples of `size_multiple`.
+        """
+        images = ops.cast(images, "float32")
+        images = (images - ops.array(self.image_mean, "float32")) / ops.array(self.image_std, "float32")
+        return ops.cast(pad_to_multiple(images, self.size_multiple), self.compute_dtype)
+
+    def infer(self, images: Tensor) -> dict[str, Tensor]:
+        """From images, uint8 [B, H, W, 3], to the dictionary of `postprocess`: what evaluation and export run."""
+        height, width = ops.shape(images)[1:3]
+        return self.postprocess(self(images, training=False), (height, width))
+
+    def create_variables(self) -> "PanopticSystem":
+        """Creates all variables by running the network once on an empty image; returns the system itself."""
+        side = self.size_multiple
+        self(ops.zeros((1, side, side, 3), "uint8"), training=False)
+        return self

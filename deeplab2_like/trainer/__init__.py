@@ -1,0 +1,1 @@
+"""Training: strategies, optimiser, checkpoints, the loop."""

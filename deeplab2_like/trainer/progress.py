@@ -1,0 +1,75 @@
+"""What training shows while it runs: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """Step, losses by name, images per second and time left.
+
+    Use as a context manager around the loop.
+
+    Args:
+        start_step: Step at which the loop starts.
+        steps: Step at which it ends.
+        batch_size: Images per step.
+    """
+
+    def __init__(self, *, start_step: int, steps: int, batch_size: int) -> None:
+        self._console = Console(file=sys.stdout)  # Kept, so that it survives a redirected stdout.
+        self._batch_size = batch_size
+        self._steps = steps
+        self._step = self._first_step = start_step
+        self._started = time.perf_counter()
+        self._bar = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[losses]} {task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            redirect_stdout=False,
+        )
+        self._task = self._bar.add_task("train", total=steps, completed=start_step, losses="", speed="")
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self) -> None:
+        """Counts one step."""
+        self._step += 1
+        if self._step == self._first_step + 1:
+            self._started = time.perf_counter()  # The first step compiles, which says nothing of the speed.
+        self._bar.update(self._task, completed=self._step, speed=self._speed())
+
+    def report(self, values: Mapping[str, Any]) -> None:
+        """Shows the means of the last loop, in the order loss, terms."""
+        hidden = ("learning_rate", "steps_per_second", "gradient_norm")
+        losses = "  ".join(f"{name} {float(value):.3f}" for name, value in values.items() if name not in hidden)
+        self._bar.update(self._task, losses=losses)
+        if not self._console.is_terminal:
+            left = (self._steps - self._step) * (time.perf_counter() - self._started) / max(self._done(), 1)
+            text = f"step {self._step}/{self._steps}  {losses}  {self._speed()}  {left / 60:.1f} min left"
+            self._console.print(text, soft_wrap=True, highlight=False)
+            self._console.file.flush()
+
+    def _done(self) -> int:
+        return self._step - self._first_step - 1
+
+    def _speed(self) -> str:
+        seconds = time.perf_counter() - self._started
+        return f"{self._done() * self._batch_size / seconds:.1f} images/s" if self._done() > 0 else ""
