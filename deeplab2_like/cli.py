@@ -23,16 +23,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; by default those of the command line.
 
     Returns:
-        Exit status: 0 for success, 2 for wrong use or input, 1 for an internal failure.
+        Exit status: 0 for success, also of `--help`, 2 for wrong use or input, 1 for an internal failure.
     """
     # TensorFlow's own notes would drown what the commands say; errors still show.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         options = _make_parser().parse_args(arguments)
         options.run(options)
     except UserError as error:
         print(f"deeplab2-like: {error}", file=sys.stderr)
         return WRONG_USE
+    except SystemExit as stop:  # argparse has printed its help, or what it does not understand.
+        return stop.code if isinstance(stop.code, int) else INTERNAL_FAILURE
     except KeyboardInterrupt:
         print("deeplab2-like: stopped.", file=sys.stderr)
         return INTERNAL_FAILURE
@@ -44,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="deeplab2-like", description="Panoptic segmentation, from labels to a server.")
+    parser = argparse.ArgumentParser(
+        prog="deeplab2-like", description="Panoptic segmentation, from labels to a server."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], None], help_text: str, parent: Any = commands) -> Any:
@@ -121,7 +125,7 @@ def _add_set(command: argparse.ArgumentParser) -> None:
 
 def _size(text: str) -> tuple[int, int]:
     height, separator, width = text.lower().partition("x")
-    if not (separator and height.isdigit() and width.isdigit() and int(height) and int(width)):
+    if not (separator and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"'{text}' is not a size; give height and width as in 512x1024")
     return int(height), int(width)
 
@@ -226,6 +230,8 @@ def evaluate_model_folder(
     files = tfrecord.list_shards(config.data.path, split)
     examples = pipeline.make_eval_dataset(files, dataset_info=system.dataset_info)
     total = tfrecord.count_examples(files)
+    if not total:
+        raise UserError(f"Split '{split}' in '{config.data.path}' holds no examples; convert the data set again.")
     done = 0
     with progress_bar("evaluate") as progress, tfrecord.user_errors():
 

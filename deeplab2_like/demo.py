@@ -1,5 +1,6 @@
 """The demo: the whole chain on built-in scenes, with a small network, in some minutes on a CPU."""
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
     console = Console(highlight=False)
     find_system(system)
     records, model_dir, exported = (output_dir / name for name in ("records", "model", "export"))
-    config = load_config(f"{system}/scenes_tiny", [f"data.path={records}", *overrides])
+    config = load_config(f"{system}/scenes_tiny", [f"data.path={json.dumps(str(records))}", *overrides])
 
     console.rule("1/5 Rendering scenes")
     with progress_bar("render") as progress:
@@ -62,7 +63,9 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
     _write_pictures(records, exported, output_dir / "pictures")
 
     minutes = (time.perf_counter() - started) / 60
-    console.print(f"\nDone in {minutes:.1f} minutes: PQ {metrics['panoptic']['all']['pq']:.1f}. Everything is in {output_dir}")
+    console.print(
+        f"\nDone in {minutes:.1f} minutes: PQ {metrics['panoptic']['all']['pq']:.1f}. Everything is in {output_dir}"
+    )
     for what, path in (
         ("image | ground truth | prediction", output_dir / "pictures"),
         ("metrics", output_dir / "metrics.json"),

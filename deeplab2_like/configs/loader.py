@@ -10,8 +10,10 @@ import yaml
 
 from deeplab2_like.configs.schema import Config, StrictModel
 from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.files import write_atomically
 
 _FOLDER = Path(__file__).parent
+_YAML_SUFFIXES = (".yaml", ".yml")
 _Section = TypeVar("_Section", bound=StrictModel)
 
 
@@ -23,7 +25,8 @@ def list_configs() -> list[str]:
 def load_config(name_or_file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Loads a config.
 
-    A config may name another one under the key `base`; its own keys then replace those of the base one by one.
+    A config may name another one under the key `base`, a built-in one or a file (relative to the folder of the file
+    that names it); its own keys then replace those of the base one by one.
 
     Args:
         name_or_file: The name of a built-in config (see `list_configs`) or the path of a YAML file.
@@ -43,17 +46,18 @@ def load_config(name_or_file: str | os.PathLike[str], overrides: Sequence[str] =
     source = f"config '{name_or_file}'"
     if "system" not in content:
         raise UserError(f"{source[0].upper()}{source[1:]} has no key 'system'; add the name of the system to train.")
-    system = find_system(content["system"])
+    system = find_system(str(content["system"]))
     model = _check(system.config_class, content.get("model") or {}, path="model", source=source)
     return _check(Config, {**content, "model": model}, path="", source=source)
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
-    """Writes a config, fully resolved, as YAML (whole or not at all); `load_config` reads it back equal."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    beside.replace(path)
+    """Writes a config, fully resolved, as YAML (whole or not at all); `load_config` reads it back equal.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    write_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
 
 
 def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) -> dict[str, Any]:
@@ -62,7 +66,7 @@ def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) ->
     if name in asked_by:
         raise UserError(f"Config '{name}' is based on itself through {' -> '.join(asked_by)}; break the circle.")
     path = Path(name_or_file)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in _YAML_SUFFIXES:
         if name not in list_configs():
             raise unknown_name("config", name, list_configs())
         path = _FOLDER / f"{name}.yaml"
@@ -77,6 +81,10 @@ def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) ->
     base = content.pop("base", None)
     if base is None:
         return content
+    if not isinstance(base, str):
+        raise UserError(f"Key 'base' in '{path}' must be the name of a config or a YAML file, but is {base!r}.")
+    if Path(base).suffix in _YAML_SUFFIXES:
+        base = str(path.parent / base)  # A file is named as seen from the file that asks for it.
     return _merge(_read(base, asked_by=(*asked_by, name)), content)
 
 

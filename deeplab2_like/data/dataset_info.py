@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deeplab2_like.errors import UserError
+from deeplab2_like.files import write_atomically
 
 FILE_NAME = "dataset_info.json"
 
@@ -117,25 +118,33 @@ class DatasetInfo:
             The data set's facts, classes in the order of the list.
 
         Raises:
-            UserError: If a category lacks a field, an id appears twice, or the ids do not fit.
+            UserError: If a category lacks a field or has a wrong one, an id appears twice, or the ids do not fit.
         """
         parsed = []
         for position, category in enumerate(categories):
+            if not isinstance(category, Mapping):
+                raise UserError(f"Category {position} of '{name}' is {category!r}; it must be keys and values.")
             missing = [key for key in ("id", "name", "isthing") if key not in category]
             if missing:
                 raise UserError(
                     f"Category {position} of '{name}' lacks '{missing[0]}'; a COCO panoptic category has 'id', 'name' "
                     "and 'isthing' (1 for countable objects, 0 for stuff)."
                 )
-            color = category.get("color") or _made_up_color(position)
-            parsed.append(
-                Category(
-                    id=int(category["id"]),
-                    name=str(category["name"]),
-                    is_thing=bool(category["isthing"]),
-                    color=(int(color[0]), int(color[1]), int(color[2])),
+            try:
+                red, green, blue = category.get("color") or _made_up_color(position)
+                parsed.append(
+                    Category(
+                        id=int(category["id"]),
+                        name=str(category["name"]),
+                        is_thing=bool(int(category["isthing"])),
+                        color=(int(red), int(green), int(blue)),
+                    )
                 )
-            )
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"Category {position} of '{name}' has a value of the wrong kind ({error}); 'id' is a number, "
+                    "'isthing' 0 or 1, 'color' red, green and blue in 0..255."
+                ) from error
         # 255 is the usual void class; a data set with more classes takes the first id that is free.
         return cls(name, tuple(parsed), label_divisor, ignore_label=max(255, len(parsed)))
 
@@ -146,17 +155,18 @@ class DatasetInfo:
         ]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `dataset_info.json` into `folder` (whole or not at all)."""
+        """Writes `dataset_info.json` into `folder` (whole or not at all), which is made if missing.
+
+        Raises:
+            UserError: If the file cannot be written.
+        """
         content = {
             "name": self.name,
             "label_divisor": self.label_divisor,
             "ignore_label": self.ignore_label,
             "categories": self.to_coco_categories(),
         }
-        path = Path(folder) / FILE_NAME
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-        beside.replace(path)
+        write_atomically(Path(folder) / FILE_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "DatasetInfo":
@@ -170,7 +180,7 @@ class DatasetInfo:
             raise UserError(f"Folder '{folder}' does not exist; give a folder that `deeplab2-like convert` wrote.")
         if not path.is_file():
             raise UserError(
-                f"'{folder}' has no {FILE_NAME}; give a folder that `deeplab2-like convert` (or train, or export) wrote."
+                f"'{folder}' has no {FILE_NAME}; give a folder that `deeplab2-like` convert, train or export wrote."
             )
         try:
             content = json.loads(path.read_text())
@@ -180,7 +190,7 @@ class DatasetInfo:
             return dataclasses.replace(info, ignore_label=int(content["ignore_label"]))
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"'{path}' is damaged ({error!r}); convert the data set again.") from error
 
 

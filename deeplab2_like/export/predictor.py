@@ -117,7 +117,7 @@ class Predictor:
         # TensorFlow has no type of its own for the error that a damaged file gives.
         try:
             self._model = tf.saved_model.load(str(folder))
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, tf.errors.OpError) as error:
+        except (OSError, ValueError, RuntimeError, LookupError, AttributeError, tf.errors.OpError) as error:
             raise UserError(
                 f"The exported model '{folder}' is damaged ({_first_line(error)}); export it again."
             ) from error

@@ -8,6 +8,9 @@ from typing import Any
 from unittest import mock
 
 import keras
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from deeplab2_like.model.layers import ConvNorm
 from deeplab2_like.model.system import PanopticSystem
@@ -78,6 +81,38 @@ def describe(system: PanopticSystem, height: int, width: int) -> Description:
         width: Width of the image, in pixels.
     """
     return describe_layer(system, (height, width, 3), dtype="uint8")
+
+
+def print_description(description: Description, *, console: Console | None = None) -> None:
+    """Prints a table of the parts, and a line of totals.
+
+    Args:
+        description: What `describe` returned.
+        console: Where to print; standard output by default.
+    """
+    console = console or Console()
+    table = Table(title=f"Image of {description.height} x {description.width} pixels", title_justify="left")
+    table.add_column("part", no_wrap=True)
+    for header in ("parameters", "multiply-adds (G)"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("output shape (height, width, channels)")
+    for part in description.parts:
+        depth = part.name.count("/")
+        # Text, as rich would read brackets in a plain name as markup.
+        name = Text("  " * depth + part.name.rpartition("/")[2], style="" if depth else "bold")
+        shapes = "\n".join(_shape_text(output, shape) for output, shape in part.output_shapes.items())
+        table.add_row(name, f"{part.parameters:,}", f"{part.multiply_adds / 1e9:.3f}", Text(shapes))
+    console.print(table)
+    outputs = ", ".join(_shape_text(output, shape) for output, shape in description.output_shapes.items())
+    console.print(
+        f"Total: {description.parameters / 1e6:.2f} M parameters ({description.trainable_parameters / 1e6:.2f} M "
+        f"trainable), {description.multiply_adds / 1e9:.2f} G multiply-adds",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"Outputs: {outputs}", highlight=False, soft_wrap=True, markup=False)
+    if description.uncounted:
+        console.print(f"Not counted: {', '.join(description.uncounted)}", highlight=False, soft_wrap=True, markup=False)
 
 
 def describe_layer(layer: keras.layers.Layer, input_shape: Sequence[int], *, dtype: str = "float32") -> Description:
@@ -205,6 +240,11 @@ _RULES: tuple[tuple[Any, Callable[[Any, Any], Sequence[int]]], ...] = (
         lambda inputs, outputs: outputs.shape[:-1],
     ),
 )
+
+
+def _shape_text(name: str, shape: Shape) -> str:
+    sizes = " x ".join(str(size) for size in shape)
+    return f"{name} {sizes}" if name else sizes
 
 
 def _elements(variables: Sequence[Any]) -> int:

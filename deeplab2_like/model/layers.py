@@ -22,7 +22,7 @@ class Norm(StrictModel):
 
     Attributes:
         kind: `batch`; `sync_batch` (statistics over all replicas; plain `batch` where the backend has no replicas);
-            `frozen_batch` (stored statistics, nothing trained); `group` (32 channels groups at most); `none`.
+            `frozen_batch` (stored statistics, nothing trained); `group` (32 groups; all channels must be multiples of 32); `none`.
         momentum: Share of the old running mean that a training step keeps.
         epsilon: Added to the variance.
     """
@@ -274,6 +274,29 @@ def resize_bilinear(x: Tensor, height: Any, width: Any) -> Tensor:
         weight = ops.cast(position - ops.floor(position), x.dtype)
         weight = ops.reshape(weight, (1, -1, 1, 1) if axis == 1 else (1, 1, -1, 1))
         x = ops.take(x, first, axis=axis) * (1 - weight) + ops.take(x, second, axis=axis) * weight
+    return x
+
+
+def average_pool_within(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Averages every full window, stride 1; a window larger than the map is cut to the map.
+
+    Unlike `ops.average_pool` it takes maps whose size is known only when the graph runs.
+
+    Args:
+        x: float [B, h, w, C].
+        window: Height and width of the window.
+
+    Returns:
+        float32 [B, h - window height + 1, w - window width + 1, C].
+    """
+    x = ops.cast(x, "float32")
+    for axis, size in enumerate(window, start=1):
+        size = min(size, x.shape[axis]) if x.shape[axis] is not None else ops.minimum(size, ops.shape(x)[axis])
+        start = [[0, 0]] * 4
+        start[axis] = [1, 0]
+        total = ops.pad(ops.cumsum(x, axis=axis), start)
+        windows = total[:, size:] - total[:, :-size] if axis == 1 else total[:, :, size:] - total[:, :, :-size]
+        x = windows / ops.cast(size, "float32")
     return x
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -10,17 +11,19 @@ import tensorflow as tf
 from deeplab2_like.configs import Config, load_config, save_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
+from deeplab2_like.files import write_atomically
 from deeplab2_like.model import PanopticSystem, build_system
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
+CHECKPOINT_NAME = "ckpt"
 
 
 def prepare_model_folder(model_dir: str | os.PathLike[str], config: Config, dataset_info: DatasetInfo) -> None:
     """Writes the config and the data set's facts into a model folder, new or of an earlier run of the same model.
 
     Raises:
-        UserError: If the folder holds a run of another model or of other classes.
+        UserError: If the folder holds a run of another model or of other classes, or cannot be written.
     """
     folder = Path(model_dir)
     if (folder / CONFIG_FILE).is_file():
@@ -28,15 +31,14 @@ def prepare_model_folder(model_dir: str | os.PathLike[str], config: Config, data
         changed = [key for key in ("system", "model") if getattr(before, key) != getattr(config, key)]
         if changed:
             raise UserError(
-                f"Model folder '{folder}' holds a run whose '{changed[0]}' section differs from this config; use another "
-                "--model-dir, or the config of that run."
+                f"Model folder '{folder}' holds a run whose '{changed[0]}' section differs from this config; use "
+                "another --model-dir, or the config of that run."
             )
         if DatasetInfo.load(folder) != dataset_info:
             raise UserError(
                 f"Model folder '{folder}' was trained on data set '{DatasetInfo.load(folder).name}', whose classes or "
                 f"label divisor differ from those of '{dataset_info.name}'; use another --model-dir."
             )
-    folder.mkdir(parents=True, exist_ok=True)
     dataset_info.save(folder)
     save_config(config, folder / CONFIG_FILE)
 
@@ -58,19 +60,87 @@ def load_model_folder(
     """
     folder = Path(model_dir)
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"'{folder}' is no model folder, as it has no {CONFIG_FILE}; give the --model-dir of a training.")
+        raise UserError(
+            f"'{folder}' is no model folder, as it has no {CONFIG_FILE}; give the --model-dir of a training."
+        )
     config = load_config(folder / CONFIG_FILE, overrides)
     system = build_system(config, DatasetInfo.load(folder))
-    path = tf.train.latest_checkpoint(folder / CHECKPOINT_FOLDER)
-    if path is None:
+    paths = list_checkpoints(folder)
+    if not paths:
         raise UserError(f"Model folder '{folder}' holds no checkpoint yet; train first.")
-    restore(tf.train.Checkpoint(system=system), path)
-    return config, system, int(path.rpartition("-")[2])
+    restore(tf.train.Checkpoint(system=_variables(system)), paths[-1])
+    return config, system, _step(paths[-1])
 
 
-def make_checkpoint(system: PanopticSystem, optimizer: keras.optimizers.Optimizer) -> tf.train.Checkpoint:
-    """Everything that training changes; the optimiser's variables must exist."""
-    return tf.train.Checkpoint(system=system, optimizer=optimizer)
+def list_checkpoints(model_dir: str | os.PathLike[str]) -> list[str]:
+    """Lists the checkpoints of a model folder, the oldest first, as paths without ending.
+
+    It looks at the files: TensorFlow's own list still names a checkpoint that somebody has deleted, say, as damaged.
+    """
+    indices = (Path(model_dir) / CHECKPOINT_FOLDER).glob(f"{CHECKPOINT_NAME}-*.index")
+    return sorted((str(index.with_suffix("")) for index in indices), key=_step)
+
+
+def make_checkpoint_manager(
+    checkpoint: tf.train.Checkpoint, model_dir: str | os.PathLike[str], *, step: tf.Variable, every: int, keep: int
+) -> tf.train.CheckpointManager:
+    """Makes what saves checkpoints into a model folder, and knows those that are there.
+
+    Args:
+        checkpoint: What to save.
+        model_dir: The model folder.
+        step: The step that training has reached, int scalar.
+        every: Steps between checkpoints.
+        keep: How many of the newest checkpoints stay.
+    """
+    folder = Path(model_dir) / CHECKPOINT_FOLDER
+    names = [Path(path).name for path in list_checkpoints(model_dir)]
+    if names:
+        # TensorFlow's own list, see `list_checkpoints`, as a text protocol buffer.
+        lines = [f'model_checkpoint_path: "{names[-1]}"', *(f'all_model_checkpoint_paths: "{name}"' for name in names)]
+        write_atomically(folder / "checkpoint", ("\n".join(lines) + "\n").encode())
+    else:
+        (folder / "checkpoint").unlink(missing_ok=True)
+    return _CheckpointManager(
+        checkpoint,
+        str(folder),
+        max_to_keep=keep,
+        checkpoint_name=CHECKPOINT_NAME,
+        step_counter=step,
+        checkpoint_interval=every,
+    )
+
+
+class _CheckpointManager(tf.train.CheckpointManager):
+    """Saves at multiples of its interval; TensorFlow's own counts from wherever the first loop happens to end."""
+
+    def save(self, checkpoint_number: Any = None, check_interval: bool = True, options: Any = None) -> str | None:
+        """Saves, unless `check_interval` and it is not yet time; returns the path if it did."""
+        if check_interval and int(checkpoint_number) % self.checkpoint_interval:
+            return None
+        return super().save(checkpoint_number, check_interval=False, options=options)
+
+
+def _step(path: str) -> int:
+    return int(path.rpartition("-")[2])
+
+
+def make_checkpoint(system: PanopticSystem, optimizer: keras.optimizers.Optimizer | None = None) -> tf.train.Checkpoint:
+    """Everything that training changes, or only the system's part; the optimiser's variables must exist."""
+    optional = {} if optimizer is None else {"optimizer": optimizer}
+    return tf.train.Checkpoint(system=_variables(system), **optional)
+
+
+def _variables(system: PanopticSystem) -> dict[str, Any]:
+    """What a checkpoint keeps of a system: its weights by path, and the states of its random generators in order.
+
+    Given the system itself, `tf.train.Checkpoint` would miss, without a word, all layers that other layers keep in
+    lists or dictionaries.
+    """
+    weights = {weight.path: weight.value for weight in system.weights}
+    # Their paths count all generators of the process, so they cannot serve as keys.
+    generators = [variable.value for variable in system.variables if variable.path not in weights]
+    return {"weights": weights, "generators": generators}
 
 
 def restore(checkpoint: tf.train.Checkpoint, path: str) -> None:
@@ -80,11 +150,13 @@ def restore(checkpoint: tf.train.Checkpoint, path: str) -> None:
         UserError: If the file is damaged, or does not hold all variables with the shapes that the config asks for.
     """
     try:
-        checkpoint.restore(path).assert_existing_objects_matched().expect_partial()
+        checkpoint.restore(path).expect_partial().assert_existing_objects_matched()
     except (AssertionError, ValueError) as error:
-        detail = str(error).strip().splitlines()[0]
+        # An assertion prints the values of all variables that it misses.
+        is_lacking = isinstance(error, AssertionError)
+        detail = "it lacks variables of the network" if is_lacking else str(error).strip().splitlines()[0]
         raise UserError(
             f"Checkpoint '{path}' does not fit the config ({detail}); use the config it was trained with."
         ) from error
-    except (tf.errors.DataLossError, tf.errors.NotFoundError, tf.errors.OutOfRangeError) as error:
+    except (tf.errors.OpError, IndexError, RuntimeError) as error:  # Depending on where the damage is.
         raise UserError(f"Checkpoint '{path}' is damaged or incomplete; delete it to use the one before.") from error

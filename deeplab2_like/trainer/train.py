@@ -20,7 +20,12 @@ from deeplab2_like.data.augment import ColorJitter
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem, build_system
-from deeplab2_like.trainer.checkpoint import CHECKPOINT_FOLDER, make_checkpoint, prepare_model_folder, restore
+from deeplab2_like.trainer.checkpoint import (
+    make_checkpoint,
+    make_checkpoint_manager,
+    prepare_model_folder,
+    restore,
+)
 from deeplab2_like.trainer.optimizer import PolynomialDecayWithWarmup, add_weight_decay, make_optimizer
 from deeplab2_like.trainer.progress import TrainingProgress
 from deeplab2_like.trainer.strategy import make_strategy
@@ -52,8 +57,7 @@ def train(config: Config, model_dir: str | os.PathLike[str]) -> PanopticSystem:
         )
 
     keras.utils.set_random_seed(settings.seed)
-    keras.config.set_dtype_policy(settings.precision)
-    with strategy.scope():
+    with strategy.scope(), _dtype_policy(settings.precision):
         system = build_system(config, dataset_info)
         schedule = PolynomialDecayWithWarmup(
             peak=settings.learning_rate,
@@ -69,16 +73,16 @@ def train(config: Config, model_dir: str | os.PathLike[str]) -> PanopticSystem:
 
     prepare_model_folder(model_dir, config, dataset_info)
     checkpoint = make_checkpoint(system, optimizer)
-    manager = tf.train.CheckpointManager(
+    manager = make_checkpoint_manager(
         checkpoint,
-        str(Path(model_dir) / CHECKPOINT_FOLDER),
-        max_to_keep=settings.keep_checkpoints,
-        step_counter=optimizer.iterations.value,
-        checkpoint_interval=settings.checkpoint_every,
+        model_dir,
+        step=optimizer.iterations.value,
+        every=settings.checkpoint_every,
+        keep=settings.keep_checkpoints,
     )
     if manager.latest_checkpoint:
         restore(checkpoint, manager.latest_checkpoint)
-    start_step = int(optimizer.iterations)
+    start_step = int(optimizer.iterations.value.numpy())
     if start_step >= settings.steps:
         print(f"Model folder '{model_dir}' is already trained to step {start_step}.")
         return system
@@ -96,6 +100,7 @@ def train(config: Config, model_dir: str | os.PathLike[str]) -> PanopticSystem:
         seed=settings.seed,
         start_step=start_step,
     )
+    loop = math.gcd(settings.log_every, settings.checkpoint_every)
     progress = TrainingProgress(start_step=start_step, steps=settings.steps, batch_size=settings.batch_size)
     trainer = Trainer(
         strategy.experimental_distribute_dataset(dataset),
@@ -106,18 +111,18 @@ def train(config: Config, model_dir: str | os.PathLike[str]) -> PanopticSystem:
         clip_norm=settings.optimizer.clip_norm,
         after_step=progress.advance,
     )
-    controller = orbit.Controller(
-        trainer=trainer,
-        strategy=strategy,
-        global_step=optimizer.iterations.value,
-        # A loop ends wherever something is to be logged or saved.
-        steps_per_loop=math.gcd(settings.log_every, settings.checkpoint_every),
-        checkpoint_manager=manager,
-        summary_dir=str(Path(model_dir) / "train"),
-        summary_interval=settings.log_every,
-        train_actions=[progress.report],
-    )
     with progress, _quiet(), tfrecord.user_errors():
+        controller = orbit.Controller(
+            trainer=trainer,
+            strategy=strategy,
+            global_step=optimizer.iterations.value,
+            # A loop ends wherever something is to be logged or saved, also if the first one starts in between.
+            steps_per_loop=lambda step: loop - int(step) % loop,
+            checkpoint_manager=manager,
+            summary_dir=str(Path(model_dir) / "train"),
+            summary_interval=settings.log_every,
+            train_actions=[progress.report],
+        )
         controller.train(settings.steps)
     return system
 
@@ -187,19 +192,19 @@ class Trainer(orbit.StandardTrainer):
         }
 
     def _stop_on_non_finite(self, name: str, position: int) -> None:
-        step = int(self._optimizer.iterations) - len(self._losses) + position + 1
+        step = int(self._optimizer.iterations.value.numpy()) - len(self._losses) + position + 1
         parts = self._strategy.experimental_local_results(self._image_ids[position])
         image_ids = ", ".join(f"'{image_id.decode()}'" for part in parts for image_id in part.numpy())
         raise UserError(
             f"Loss '{name}' is not finite in step {step} on images {image_ids}; lower trainer.learning_rate, raise "
-            "trainer.schedule.warmup_steps or set trainer.optimizer.clip_norm, and start again from the last checkpoint."
+            "trainer.schedule.warmup_steps or set trainer.optimizer.clip_norm, and resume from the last checkpoint."
         )
 
     def _distributed_step(self, batch: dict[str, Any]) -> dict[str, tf.Tensor]:
-        per_replica = self._strategy.run(self._replica_step, args=(batch,))
+        per_replica = self._strategy.run(self.replica_step, args=(batch,))
         return {name: self._strategy.reduce("SUM", value, axis=None) for name, value in per_replica.items()}
 
-    def _replica_step(self, batch: dict[str, Any]) -> dict[str, tf.Tensor]:
+    def replica_step(self, batch: dict[str, Any]) -> dict[str, tf.Tensor]:
         """One step on this replica's share; returns this replica's share of each loss."""
         context = tf.distribute.get_replica_context()
         variables = self._system.trainable_variables
@@ -227,6 +232,17 @@ class Trainer(orbit.StandardTrainer):
         )
         # The terms come first, so that a term is named rather than the sum.
         return {**shares, "loss": total, "gradient_norm": norm / replicas}
+
+
+@contextlib.contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    """Layers made inside compute in this precision; what the process makes later does not."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 @contextlib.contextmanager

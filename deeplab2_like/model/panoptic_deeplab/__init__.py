@@ -12,12 +12,14 @@ Where the paper leaves a choice, and where this differs from the implementation 
 - Image pooling in the ASPP averages the whole image. Detectron2 averages a window as large as its training crop; set
   `aspp.pooling_window` for its released weights.
 - Crowd regions give neither a Gaussian nor offsets; Detectron2 gives them both and leaves out their own pixels only.
+  With `loss.crowd_as_instance` they are instances.
 - Semantic weights for small instances leave crowd regions out.
 - The `top_k` best centres are kept, all of them; Detectron2 keeps those strictly better than the last of them.
 - The class probability of an instance's score is read at the resolution of the logits, and its objectness is the heat
   of the centre itself; Detectron2 reads the heat at the centre of the predicted mask.
-- Images are padded to a multiple of 32 (or of the output stride, if larger) with the mean colour, and half-pixel centres
-  are used for all enlargements, where DeepLab2 wants sizes of `stride * k + 1` and aligns corners.
+- The share of hardest pixels is rounded to a number of pixels; Detectron2 cuts it off.
+- Images are padded to a multiple of 32 with the mean colour, and half-pixel centres are used for all enlargements, where
+  DeepLab2 wants sizes of `stride * k + 1` and aligns corners.
 """
 
 from collections.abc import Mapping
@@ -93,6 +95,11 @@ class LossConfig(StrictModel):
     top_k_share: float = pydantic.Field(0.2, gt=0, le=1, description="Share of pixels in the semantic loss.")
     small_instance_area: int = pydantic.Field(64 * 64, ge=0, description="Smaller instances weigh more, in pixels.")
     small_instance_weight: float = pydantic.Field(3.0, gt=0)
+    crowd_as_instance: bool = pydantic.Field(
+        False,
+        description="Learn a crowd region as one more instance. Left out, its pixels go to any centre nearby, which "
+        "spoils the masks of the instances around large crowds; a segment that covers a crowd costs nothing in PQ.",
+    )
 
 
 class PostprocessConfig(StrictModel):
@@ -184,8 +191,8 @@ class PanopticDeepLab(PanopticSystem):
         )
         if postprocess.top_k >= dataset_info.label_divisor:
             raise UserError(
-                f"model.postprocess.top_k is {postprocess.top_k}, but label_divisor {dataset_info.label_divisor} of data "
-                f"set '{dataset_info.name}' has room for {dataset_info.label_divisor - 1} instances; lower top_k."
+                f"model.postprocess.top_k is {postprocess.top_k}, but label_divisor {dataset_info.label_divisor} of "
+                f"data set '{dataset_info.name}' has room for {dataset_info.label_divisor - 1} instances; lower top_k."
             )
         self.semantic_only = semantic_only
         self.loss = loss
@@ -266,6 +273,7 @@ class PanopticDeepLab(PanopticSystem):
             small_instance_area=self.loss.small_instance_area,
             small_instance_weight=self.loss.small_instance_weight,
             semantic_only=self.semantic_only,
+            crowd_as_instance=self.loss.crowd_as_instance,
         )
 
     def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:

@@ -1,12 +1,21 @@
 """The network of Panoptic-DeepLab (section 3.1, Figure 2): backbone, ASPP, decoders, heads."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import keras
 from keras import ops
 
-from deeplab2_like.model.layers import ConvNorm, Norm, SeparableConvNorm, Tensor, resize_bilinear, upsample_bilinear
+from deeplab2_like.model.layers import (
+    ConvNorm,
+    Norm,
+    SeparableConvNorm,
+    Tensor,
+    average_pool_within,
+    resize_bilinear,
+    upsample_bilinear,
+)
 
 # One 5x5 depthwise separable convolution (the paper), two 3x3 ones, or a single 3x3 one.
 Convolution = Literal["separable", "plain", "light"]
@@ -58,8 +67,8 @@ class AtrousSpatialPyramidPooling(keras.layers.Layer):
             pooled = self.pooling_branch(ops.mean(inputs, axis=(1, 2), keepdims=True))  # [B, 1, 1, channels]
             pooled = ops.broadcast_to(pooled, (ops.shape(inputs)[0], height, width, pooled.shape[-1]))
         else:
-            pooled = self.pooling_branch(ops.average_pool(inputs, self.pooling_window, strides=1, padding="valid"))
-            pooled = resize_bilinear(pooled, height, width)
+            pooled = self.pooling_branch(average_pool_within(inputs, self.pooling_window))
+            pooled = ops.cast(resize_bilinear(pooled, height, width), inputs.dtype)
         branches = [branch(inputs, training=training) for branch in self.branches]
         x = self.project(ops.concatenate([*branches, pooled], axis=-1), training=training)
         return self.dropout(x, training=training)
@@ -130,7 +139,7 @@ class Decoder(keras.layers.Layer):
         super().__init__(name=name)
         self.levels = list(low_level_channels)
         path = ["res5", *self.levels]
-        self.factors = [strides[coarse] // strides[fine] for coarse, fine in zip(path, path[1:], strict=False)]
+        self.factors = [strides[coarse] // strides[fine] for coarse, fine in itertools.pairwise(path)]
         self.project = [ConvNorm(low_level_channels[k], 1, norm=norm, name=f"project_{k}") for k in self.levels]
         self.fuse = [Fuse(channels, convolution=convolution, norm=norm, name=f"fuse_{k}") for k in self.levels]
 

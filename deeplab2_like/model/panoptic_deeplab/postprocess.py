@@ -61,8 +61,8 @@ def postprocess(
         stuff_area_limit: Stuff segments of fewer pixels become void.
 
     Returns:
-        The dictionary of `PanopticSystem.postprocess` with K = top_k + C: rows 0 to top_k - 1 are instances in the order
-        of their centres' heat, row top_k + c is the stuff of class c. The score of an instance is the heat of its
+        The dictionary of `PanopticSystem.postprocess` with K = top_k + C: rows 0 to top_k - 1 are instances in the
+        order of their centres' heat, row top_k + c is the stuff of class c. The score of an instance is the heat of its
         centre times the mean probability of its class (section 3.3), the score of stuff that mean probability; these
         probabilities are read at the resolution of the logits.
     """
@@ -175,7 +175,9 @@ def find_centers(
     batch, padded_height, padded_width = ops.shape(heat)
     blocks = ops.reshape(heat, (batch, padded_height // side, side, padded_width // side, side))
     blocks = ops.transpose(blocks, (0, 1, 3, 2, 4))  # [B, Y, X, side, side]
-    blocks = ops.reshape(blocks, (batch, (padded_height // side) * (padded_width // side), side * side))  # [B, Y*X, s*s]
+    blocks = ops.reshape(
+        blocks, (batch, (padded_height // side) * (padded_width // side), side * side)
+    )  # [B, Y*X, s*s]
     value, block = _top_k_padded(ops.max(blocks, axis=-1), top_k)  # [B, K]
     inside = ops.argmax(ops.take_along_axis(blocks, block[..., None], axis=1), axis=-1)  # [B, K]
     inside = ops.cast(inside, "int32")
@@ -229,9 +231,8 @@ def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: 
     cells_y, cells_x = (height - 1) // _CELL + 1, (width - 1) // _CELL + 1
     middle_y = (ops.cast(ops.arange(cells_y), "float32") + 0.5) * _CELL
     middle_x = (ops.cast(ops.arange(cells_x), "float32") + 0.5) * _CELL
-    distance = (
-        ops.square(middle_y[:, None, None] - center_y[:, None, None, :])
-        + ops.square(middle_x[None, :, None] - center_x[:, None, None, :])
+    distance = ops.square(middle_y[:, None, None] - center_y[:, None, None, :]) + ops.square(
+        middle_x[None, :, None] - center_x[:, None, None, :]
     )  # [B, cells_y, cells_x, K]
     candidates = min(_CANDIDATES, num_centers)
     _, order = ops.top_k(-distance, candidates)  # [B, cells_y, cells_x, M]

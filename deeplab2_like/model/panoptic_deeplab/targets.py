@@ -15,6 +15,7 @@ def make_targets(
     small_instance_area: int,
     small_instance_weight: float,
     semantic_only: bool = False,
+    crowd_as_instance: bool = False,
 ) -> dict[str, Tensor]:
     """Computes the targets of one image with `tf` graph operations; there is no loop over instances.
 
@@ -27,6 +28,7 @@ def make_targets(
         small_instance_area: Instances of fewer pixels count as small.
         small_instance_weight: Weight of small instances in the semantic loss.
         semantic_only: Whether to leave out the targets of the instance heads.
+        crowd_as_instance: Whether a crowd region is learnt as one more instance, instead of being left out.
 
     Returns:
         `semantic`: int32 [H, W], class id, or the ignore label.
@@ -42,13 +44,13 @@ def make_targets(
     divisor = dataset_info.label_divisor
     class_map = panoptic // divisor
     is_thing = tf.reduce_any(class_map[..., tf.newaxis] == tf.constant(dataset_info.thing_classes, tf.int32), axis=-1)
-    is_instance = is_thing & (panoptic % divisor > 0)
+    is_instance = is_thing if crowd_as_instance else is_thing & (panoptic % divisor > 0)
     is_void = class_map == dataset_info.ignore_label
 
-    # Statistics of every instance by its panoptic value; pixels outside of instances fall into the bin of value 0,
-    # which no instance has. Sums of coordinates are int64: float32 would be off by a fraction of a pixel.
-    bins = tf.where(is_instance, panoptic, 0)  # [H, W]
-    num_bins = dataset_info.num_classes * divisor
+    # Statistics of every instance by its panoptic value; bin 0 is for the pixels outside of instances. Sums of
+    # coordinates are int64: float32 would be off by a fraction of a pixel.
+    bins = tf.where(is_instance, panoptic + 1, 0)  # [H, W]
+    num_bins = dataset_info.num_classes * divisor + 1
     area = tf.math.unsorted_segment_sum(tf.cast(is_instance, tf.int32), bins, num_bins)  # [num_bins]
 
     is_small = is_instance & (tf.gather(area, bins) < small_instance_area)

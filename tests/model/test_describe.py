@@ -1,0 +1,168 @@
+import dataclasses
+import io
+import json
+
+import keras
+import pytest
+from rich.console import Console
+
+from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.model.describe import describe, describe_layer, print_description
+from deeplab2_like.model.layers import ConvNorm, Norm, SeparableConvNorm
+from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab, PanopticDeepLabConfig
+
+NORM = Norm(kind="batch")
+
+
+def test_convolution() -> None:
+    description = describe_layer(ConvNorm(8, 3, strides=2, norm=NORM), (10, 6, 4))
+    # 5 x 3 positions, each 3 * 3 * 4 * 8 products. The kernel, and 4 vectors of batch normalisation, 2 of them trained.
+    assert description.multiply_adds == 15 * 288
+    assert description.parameters == 288 + 4 * 8
+    assert description.trainable_parameters == 288 + 2 * 8
+    assert description.output_shapes == {"": (5, 3, 8)}
+    assert description.uncounted == []
+
+
+def test_depthwise_and_pointwise() -> None:
+    description = describe_layer(SeparableConvNorm(16, 5, norm=NORM, name="separable"), (7, 9, 4))
+    parts = {part.name: part for part in description.parts}
+    assert parts["depthwise"].multiply_adds == 63 * 25 * 4
+    assert parts["pointwise"].multiply_adds == 63 * 4 * 16
+    assert description.multiply_adds == 63 * (100 + 64)
+
+
+def test_groups_and_dense_and_transposed() -> None:
+    layers = keras.Sequential(
+        [
+            keras.layers.Conv2D(8, 1, groups=2),  # 4 x 4 positions, 4 inputs of its group each: 16 * 4 * 8
+            keras.layers.Conv2DTranspose(2, 2, strides=2),  # 4 x 4 input positions: 16 * 2 * 2 * 8 * 2
+            keras.layers.Flatten(),
+            keras.layers.Dense(3),  # 8 * 8 * 2 inputs: 128 * 3
+        ]
+    )
+    assert describe_layer(layers, (4, 4, 8)).multiply_adds == 16 * 32 + 16 * 64 + 384
+
+
+class Pyramid(keras.layers.Layer):
+    """One head on two levels."""
+
+    def __init__(self) -> None:
+        super().__init__(name="pyramid")
+        self.head = ConvNorm(2, 1, name="head")
+        self.reduce = keras.layers.AveragePooling2D(2)
+
+    def call(self, inputs: object) -> dict[str, object]:
+        return {"fine": self.head(inputs), "coarse": self.head(self.reduce(inputs))}
+
+
+def test_shared_head_counts_every_call_but_its_parameters_once() -> None:
+    description = describe_layer(Pyramid(), (4, 4, 3))
+    (head,) = description.parts
+    assert (head.name, head.calls, head.parameters) == ("head", 2, 3 * 2 + 2)
+    assert head.multiply_adds == description.multiply_adds == (16 + 4) * 6
+    assert description.output_shapes == {"fine": (4, 4, 2), "coarse": (2, 2, 2)}
+
+
+def test_kernels_without_a_rule_are_named() -> None:
+    class Mixing(keras.layers.Layer):
+        def build(self, input_shape: tuple[int, ...]) -> None:
+            self.matrix = self.add_weight(shape=(input_shape[-1], 5), name="matrix")
+
+        def call(self, inputs: object) -> object:
+            return keras.ops.matmul(inputs, self.matrix)
+
+    description = describe_layer(keras.Sequential([Mixing(name="mixing"), keras.layers.Dense(2)]), (3, 3, 4))
+    assert description.uncounted == ["mixing"]
+    assert description.multiply_adds == 9 * 5 * 2
+
+
+class Switch(keras.layers.Layer):
+    """Raises once `broken` is set."""
+
+    broken = False
+
+    def call(self, inputs: object) -> object:
+        if self.broken:
+            raise ValueError("switched off")
+        return inputs
+
+
+def test_counting_leaves_calls_as_they_were() -> None:
+    call = keras.layers.Layer.__call__
+    layer = Switch()
+    describe_layer(layer, (2, 2, 1))
+    assert keras.layers.Layer.__call__ is call
+    layer.broken = True
+    with pytest.raises(ValueError, match="switched off"):
+        describe_layer(layer, (2, 2, 1))
+    assert keras.layers.Layer.__call__ is call
+
+
+@pytest.mark.parametrize(
+    ("backbone", "published", "tolerance"),
+    [
+        # The paper's table 9, in billions, at 1025x2049, which here is 1024x2048, the same number of strides. In the
+        # ResNet of its authors' library the stride is in a stage's last block instead of in the next one's first.
+        ("resnet50", 381.39, 0.03),
+        ("mobilenet_v3_large", 54.17, 0.01),
+    ],
+)
+def test_panoptic_deeplab_costs_what_the_paper_says(backbone: str, published: float, tolerance: float) -> None:
+    info = DatasetInfo(
+        name="test",
+        categories=tuple(Category(id=i, name=f"class {i}", is_thing=i >= 11, color=(i, i, i)) for i in range(19)),
+    )
+    config = PanopticDeepLabConfig.model_validate({"backbone": {"name": backbone}})
+    system = PanopticDeepLab.from_model_config(config, info)
+    description = describe(system, 1024, 2048)
+    assert description.multiply_adds / 1e9 == pytest.approx(published, rel=tolerance)
+    assert description.uncounted == []
+    assert description.output_shapes == {
+        "semantic_logits": (256, 512, 19),
+        "center": (256, 512, 1),
+        "offset": (256, 512, 2),
+    }
+    parts = {part.name: part for part in description.parts}
+    assert {"backbone/res5", "semantic_aspp", "instance_decoder", "offset_head"} <= parts.keys()
+    whole = [part for part in description.parts if "/" not in part.name]
+    assert sum(part.multiply_adds for part in whole) == description.multiply_adds
+    assert sum(part.parameters for part in whole) == description.parameters
+    if backbone == "resnet50":
+        # First block: 128 * 64 + 9 * 64 * 64 + 64 * 256, and 128 * 256 of its shortcut.
+        # The others: 256 * 64 + 9 * 64 * 64 + 64 * 256.
+        assert parts["backbone/res2"].multiply_adds == 256 * 512 * (94_208 + 2 * 69_632)
+        assert parts["backbone/res2"].output_shapes == {"": (256, 512, 256)}
+    printed = json.loads(json.dumps(description.to_dict()))
+    assert printed["multiply_adds"] == description.multiply_adds
+    assert printed["parts"][0]["name"] == "backbone"
+    assert printed["output_shapes"]["center"] == [256, 512, 1]
+
+
+def test_printed_as_a_table() -> None:
+    out = io.StringIO()
+    description = describe_layer(Pyramid(), (4, 4, 3))
+    print_description(description, console=Console(file=out, width=100))
+    lines = out.getvalue().splitlines()
+    assert lines[0].strip() == "Image of 4 x 4 pixels"
+    (head,) = (line for line in lines if "head" in line)
+    assert [cell.strip() for cell in head.split("│")[1:-1]] == ["head", "8", "0.000", "2 x 2 x 2"]
+    # 8 parameters and 120 multiply-adds.
+    assert lines[-2] == "Total: 0.00 M parameters (0.00 M trainable), 0.00 G multiply-adds"
+    assert lines[-1] == "Outputs: fine 4 x 4 x 2, coarse 2 x 2 x 2"
+
+
+def test_table_in_millions_and_billions() -> None:
+    out = io.StringIO()
+    # 100 x 200 positions, 3 * 1000 products each: 0.06 billion. 3000 weights and 1000 biases.
+    description = describe_layer(keras.Sequential([keras.layers.Conv2D(1000, 1, name="wide")]), (100, 200, 3))
+    print_description(
+        dataclasses.replace(description, parameters=2_345_678, uncounted=["mixing"]),
+        console=Console(file=out, width=100),
+    )
+    text = out.getvalue()
+    assert "Total: 2.35 M parameters (0.00 M trainable), 0.06 G multiply-adds" in text
+    assert "wide" in text
+    assert "4,000" in text
+    assert "0.060" in text
+    assert "Not counted: mixing" in text

@@ -1,0 +1,84 @@
+import keras
+import numpy as np
+import pytest
+
+from deeplab2_like.model.backbone import BackboneConfig, build_backbone
+from deeplab2_like.model.backbone.mobilenet_v3 import (
+    LARGE,
+    SMALL,
+    FinalConvolution,
+    MobileNetV3,
+    SqueezeExcite,
+    Stages,
+    halve_last_stage,
+)
+from deeplab2_like.model.layers import Norm
+
+NORM = Norm(kind="batch")
+
+
+@pytest.mark.parametrize(("stages", "trainable"), [(LARGE, 2_971_952), (SMALL, 927_008)])
+def test_size_is_that_of_keras_applications(stages: Stages, trainable: int) -> None:
+    backbone = MobileNetV3(stages=stages, norm=NORM)
+    backbone(keras.KerasTensor((1, 64, 64, 3)))
+    # The trainable weights of keras.applications.MobileNetV3Large and -Small without their tops.
+    assert sum(int(np.prod(weight.shape)) for weight in backbone.trainable_weights) == trainable
+
+
+@pytest.mark.parametrize(("stages", "channels"), [(LARGE, 480), (SMALL, 288)])
+def test_last_stage_is_halved(stages: Stages, channels: int) -> None:
+    halved = halve_last_stage(stages)
+    assert {key: halved[key] for key in halved if key != "res5"} == {
+        key: stages[key] for key in stages if key != "res5"
+    }
+    first, second, third, final = halved["res5"]
+    assert first.expansion == stages["res5"][0].expansion  # Follows from the stage before.
+    assert first.filters == second.filters == third.filters == stages["res5"][0].filters // 2
+    assert second.expansion == third.expansion == channels
+    assert final == FinalConvolution(channels)
+
+
+def test_dilation_takes_the_place_of_stride() -> None:
+    backbone = build_backbone(BackboneConfig(name="mobilenet_v3_large", output_stride=8), norm=NORM)
+    convolutions = {
+        stage.name: [block.depthwise.conv for block in stage.blocks if hasattr(block, "depthwise")]
+        for stage in backbone.stages
+    }
+    assert {name: [conv.dilation_rate[0] for conv in group] for name, group in convolutions.items()} == {
+        "stem": [1],
+        "res2": [1, 1],
+        "res3": [1, 1, 1],
+        "res4": [2] * 6,
+        "res5": [4] * 3,
+    }
+    assert [group[0].strides[0] for group in convolutions.values()] == [1, 2, 2, 1, 1]
+
+
+def test_squeeze_excite_weighs_channels_by_their_means() -> None:
+    layer = SqueezeExcite(2)
+    layer(np.zeros((1, 2, 2, 2), np.float32))
+    # 8 inner channels; the first passes on the mean of channel 0, and makes the weight of channel 1.
+    reduce, expand = np.zeros((1, 1, 2, 8), np.float32), np.zeros((1, 1, 8, 2), np.float32)
+    reduce[0, 0, 0, 0] = 1
+    expand[0, 0, 0, 1] = 1
+    layer.reduce.conv.kernel.assign(reduce)
+    layer.expand.conv.kernel.assign(expand)
+    image = np.array([[[[0.0, 8.0], [2.0, 8.0]], [[4.0, 8.0], [0.0, 8.0]]]], np.float32)
+    # Mean of channel 0 is 1.5. Hard sigmoid: clip(x + 3, 0, 6) / 6, so 0.5 for 0 and 0.75 for 1.5.
+    weighed = keras.ops.convert_to_numpy(layer(image))
+    np.testing.assert_allclose(weighed[..., 0], image[..., 0] * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(weighed[..., 1], 6.0, rtol=1e-6)
+
+
+def test_squeezed_channels_are_rounded_to_eight() -> None:
+    # A quarter of 72 is 18: 16 would lose more than a tenth, so 24. A quarter of 120 is 30: 32.
+    assert [SqueezeExcite(channels).reduce.conv.filters for channels in (16, 72, 120, 480)] == [8, 24, 32, 120]
+
+
+def test_shortcuts_where_shapes_agree() -> None:
+    backbone = build_backbone(BackboneConfig(name="mobilenet_v3_small", output_stride=16), norm=NORM)
+    shortcuts = [
+        [block.has_shortcut for block in stage.blocks if hasattr(block, "has_shortcut")] for stage in backbone.stages
+    ]
+    # conv, (16 -> 16, stride 2), (16 -> 24, 24), (24 -> 40, 40, 40, 40 -> 48, 48), (48 -> 48 without stride, 48, 48)
+    assert shortcuts == [[], [False], [False, True], [False, True, True, False, True], [True, True, True]]

@@ -1,0 +1,106 @@
+"""Panoptic-DeepLab: the contract, and what is particular to it."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from system_contract import INFO, SystemContract, hand_made_label, paint
+
+from deeplab2_like.configs import load_config
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+from deeplab2_like.model import PanopticSystem, build_system
+
+SMALL = [
+    "model.aspp.channels=16",
+    "model.decoder.semantic_channels=16",
+    "model.decoder.semantic_head_channels=16",
+    "model.decoder.instance_channels=16",
+    "model.decoder.instance_head_channels=16",
+    "model.decoder.low_level_channels={res3: 16, res2: 16}",
+    "model.loss.top_k_share=1.0",
+    "model.postprocess.top_k=30",
+]
+
+
+def build_small(info: DatasetInfo = INFO, *overrides: str) -> PanopticSystem:
+    return build_system(load_config("panoptic_deeplab/scenes_tiny", [*SMALL, *overrides]), info)
+
+
+class TestContract(SystemContract):
+    config_name = "panoptic_deeplab/scenes_tiny"
+
+    def build(self, info: DatasetInfo) -> PanopticSystem:
+        return build_small(info)
+
+    def excite(self, system: PanopticSystem) -> None:
+        random = np.random.default_rng(1)
+        for head in (system.semantic_head, system.center_head, system.offset_head):
+            kernel = head.predictor.kernel
+            kernel.assign(3.0 * random.standard_normal(kernel.shape))
+
+
+# Every row of the paper's Table 1 and the options of this library, by what they change.
+VARIANTS = {
+    "shared ASPP": ["model.dual_aspp=false"],
+    "shared decoder": ["model.dual_aspp=false", "model.dual_decoder=false"],
+    "sigmoid cross entropy": ["model.loss.center=sigmoid_cross_entropy"],
+    "separable convolutions": ["model.decoder.convolution=separable", "model.decoder.center_head_convolution=plain"],
+    "plain convolutions": ["model.decoder.convolution=plain", "model.decoder.center_head_convolution=plain"],
+    "predictions at 1/2": ["model.decoder.low_level_channels={res3: 16, res2: 16, stem: 8}"],
+    "output stride 8": ["model.backbone.output_stride=8"],
+    "output stride 32": ["model.backbone.output_stride=32", "model.backbone.multi_grid=[1, 2, 4]"],
+    "MobileNetV3": ["model.backbone.name=mobilenet_v3_small"],
+    "pooling window": ["model.aspp.pooling_window=[3, 2]"],
+    "frozen batch norm": ["model.norm.kind=frozen_batch"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_train_and_predict(variant: str) -> None:
+    contract = TestContract()
+    system = build_small(INFO, *VARIANTS[variant])
+    label = hand_made_label()
+    losses = contract.losses_of(system, paint(label)[None], label)
+    assert list(losses) == ["semantic", "center", "offset"]
+    assert all(np.isfinite(value) for value in losses.values())
+    found = system.postprocess_targets(contract.targets_of(system, label))["panoptic"].numpy()[0]
+    np.testing.assert_array_equal(found, label)
+    # A size that is no multiple of any stride.
+    assert system.infer(paint(label)[None, :37, :53])["panoptic"].shape == (1, 37, 53)
+
+
+def test_semantic_only_has_no_instance_branch() -> None:
+    contract = TestContract()
+    system = build_small(INFO, "model.semantic_only=true")
+    label = hand_made_label()
+    assert list(contract.losses_of(system, paint(label)[None], label)) == ["semantic"]
+    assert not [v.path for v in system.trainable_variables if "instance" in v.path or "center" in v.path]
+    found = system.postprocess_targets(contract.targets_of(system, label))["panoptic"].numpy()[0]
+    # Things come out as regions without instances.
+    np.testing.assert_array_equal(found, label // 1000 * 1000)
+
+
+def test_semantic_labels_train_without_instance_losses() -> None:
+    """Labels without instances are crowds everywhere: their things teach classes, but no centres and offsets."""
+    label = hand_made_label() // 1000 * 1000
+    targets = build_small().make_targets(tf.constant(label))
+    assert not targets["offset_weight"].numpy().any()
+    assert not targets["center"].numpy().any()
+    np.testing.assert_array_equal(targets["center_weight"], label < 2000)
+    assert targets["semantic_weight"].numpy().all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.backbone.name=resnet51"], r"Unknown backbone 'resnet51'\. Did you mean 'resnet50'\?"),
+        (["model.dual_decoder=false"], "dual_aspp needs dual_decoder"),
+        (["model.postprocess.nms_kernel=6"], "'model.postprocess.nms_kernel' .* has the value 6: must be odd"),
+        (["model.postprocess.top_k=1000"], r"top_k is 1000, but label_divisor 1000 .* room for 999 instances"),
+        (["model.decoder.low_level_channels={res2: 8, res3: 8}"], "must be some of res3, res2, stem, in this order"),
+        (["model.backbone.output_stride=4"], "'model.backbone.output_stride' .* has the value 4"),
+    ],
+)
+def test_wrong_configs_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_small(INFO, *overrides)

@@ -1,0 +1,259 @@
+"""The tests that every system inherits: subclass `SystemContract` and say how to build a small system."""
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from deeplab2_like.configs import load_config
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.scenes import render_scene, scenes_info
+from deeplab2_like.errors import UserError
+from deeplab2_like.evaluation.evaluate import make_inference_function
+from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
+from deeplab2_like.export.saved_model import export_saved_model
+from deeplab2_like.model import PanopticSystem
+from deeplab2_like.trainer.checkpoint import make_checkpoint, restore
+from deeplab2_like.trainer.train import Trainer
+
+# Two stuff classes (0, 1) and two thing classes (2, 3).
+INFO = DatasetInfo.from_coco_categories(
+    [
+        {"id": 7, "name": "sky", "isthing": 0},
+        {"id": 8, "name": "road", "isthing": 0},
+        {"id": 11, "name": "car", "isthing": 1},
+        {"id": 13, "name": "person", "isthing": 1},
+    ],
+    name="contract",
+)
+
+
+def hand_made_label(size: int = 64) -> np.ndarray:
+    """Two cars side by side that touch, a person on top of one, a person alone, road below, sky above."""
+    label = np.zeros((size, size), np.int32)
+    label[size // 2 :] = 1000
+    label[24:44, 4:28] = 2001
+    label[24:44, 28:56] = 2002
+    label[16:36, 36:44] = 3001
+    label[46:60, 8:20] = 3002
+    return label
+
+
+def paint(label: np.ndarray) -> np.ndarray:
+    """An image in which every segment has a colour of its own, uint8 [H, W, 3]."""
+    values = np.unique(label)
+    colors = np.random.default_rng(3).integers(20, 235, (len(values), 3))
+    return colors[np.searchsorted(values, label)].astype(np.uint8)
+
+
+def panoptic_quality(label: np.ndarray, prediction: np.ndarray, info: DatasetInfo) -> float:
+    metric = PanopticQuality(info)
+    metric.update_state(label, prediction)
+    return metric.result().all.pq
+
+
+class SystemContract:
+    """Inherit, and override `config_name`, `build`, `excite` and, if they matter, the rest."""
+
+    config_name: str
+    # Steps and learning rate with which the small system overfits one image.
+    overfit_steps = 80
+    overfit_learning_rate = 0.01
+
+    def build(self, info: DatasetInfo) -> PanopticSystem:
+        """Builds a small system with fresh variables."""
+        raise NotImplementedError
+
+    def excite(self, system: PanopticSystem) -> None:
+        """Changes the variables of an untrained system so that it predicts several classes and instances."""
+        raise NotImplementedError
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    def targets_of(self, system: PanopticSystem, *labels: np.ndarray) -> dict[str, tf.Tensor]:
+        every = [system.make_targets(tf.constant(label)) for label in labels]
+        return {name: tf.stack([targets[name] for targets in every]) for name in every[0]}
+
+    def losses_of(self, system: PanopticSystem, images: np.ndarray, *labels: np.ndarray) -> dict[str, float]:
+        targets = self.targets_of(system, *labels)
+        losses = system.compute_losses(targets, system(images, targets=targets, training=True))
+        return {name: float(tf.math.divide_no_nan(loss.total, loss.normalizer)) for name, loss in losses.items()}
+
+    def train_step(self, system: PanopticSystem, learning_rate: float = 0.01) -> Any:
+        optimizer = keras.optimizers.Adam(learning_rate)
+        optimizer.build(system.trainable_variables)
+        trainer = Trainer(
+            None,
+            system=system,
+            optimizer=optimizer,
+            strategy=tf.distribute.get_strategy(),
+            weight_decay=1e-4,
+            clip_norm=10.0,
+            after_step=lambda: None,
+        )
+        return trainer.replica_step, optimizer
+
+    @pytest.fixture
+    def system(self) -> PanopticSystem:
+        """A fresh system, to train."""
+        keras.utils.set_random_seed(1)
+        return self.build(INFO)
+
+    @pytest.fixture(scope="class")
+    def excited(self) -> PanopticSystem:
+        """A system that predicts something; tests share it and leave it as it is."""
+        keras.utils.set_random_seed(1)
+        system = self.build(INFO)
+        self.excite(system)
+        return system
+
+    # --- the contract ------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("size", [(64, 64), (37, 53), (1, 1)])
+    def test_shapes_and_types(self, excited: PanopticSystem, size: tuple[int, int]) -> None:
+        found = excited.infer(np.zeros((2, *size, 3), np.uint8))
+        assert found["panoptic"].shape == (2, *size)
+        assert found["panoptic"].dtype == tf.int32
+        rows = found["segment_id"].shape[1]
+        for name, dtype in (("segment_id", tf.int32), ("segment_class", tf.int32), ("segment_score", tf.float32)):
+            assert found[name].shape == (2, rows)
+            assert found[name].dtype == dtype
+
+    def test_segments_describe_the_map(self, excited: PanopticSystem) -> None:
+        image = paint(hand_made_label())
+        found = {name: value.numpy()[0] for name, value in excited.infer(image[None]).items()}
+        used = found["segment_score"] > 0
+        assert used.sum() >= 3  # Else this test would show nothing.
+        in_map = set(np.unique(found["panoptic"])) - {INFO.void}
+        assert set(found["segment_id"][used]) == in_map
+        assert len(in_map) == used.sum()
+        assert (found["segment_id"][used] // INFO.label_divisor == found["segment_class"][used]).all()
+        assert not found["segment_id"][~used].any()
+        assert not found["segment_class"][~used].any()
+
+    def test_targets_have_static_shapes_in_a_pipeline(self, system: PanopticSystem) -> None:
+        dataset = tf.data.Dataset.from_tensors(hand_made_label()).map(system.make_targets)
+        assert all(spec.shape.is_fully_defined() for spec in dataset.element_spec.values())
+
+    def test_gradients_are_finite_and_reach_every_variable(self, system: PanopticSystem) -> None:
+        label = hand_made_label()
+        targets = self.targets_of(system, label)
+        with tf.GradientTape() as tape:
+            losses = system.compute_losses(targets, system(paint(label)[None], targets=targets, training=True))
+            total = tf.add_n([loss.total for loss in losses.values()])
+        assert set(losses) == set(system.loss_weights)
+        variables = system.trainable_variables
+        gradients = tape.gradient(total, [variable.value for variable in variables])
+        for variable, gradient in zip(variables, gradients, strict=True):
+            assert gradient is not None, variable.path
+            assert np.isfinite(gradient).all(), variable.path
+            # A convolution bias before ReLU units that all sleep gets zeros; kernels never do.
+            assert "kernel" not in variable.name or np.any(gradient), variable.path
+
+    def test_overfits_one_image(self, system: PanopticSystem) -> None:
+        label = hand_made_label()
+        batch = {"image": tf.constant(paint(label)[None]), "targets": self.targets_of(system, label)}
+        step = tf.function(self.train_step(system, self.overfit_learning_rate)[0])
+        first = float(step(batch)["loss"])
+        for _ in range(self.overfit_steps):
+            last = float(step(batch)["loss"])
+        assert last < 0.5 * first
+        assert panoptic_quality(label, system.infer(batch["image"])["panoptic"].numpy()[0], INFO) > 0.75
+
+    def test_oracle_round_trip(self, system: PanopticSystem) -> None:
+        label = hand_made_label()
+        found = system.postprocess_targets(self.targets_of(system, label))
+        assert panoptic_quality(label, found["panoptic"].numpy()[0], INFO) == 1.0
+
+    def test_oracle_round_trip_on_scenes(self) -> None:
+        info = scenes_info()
+        system = self.build(info)
+        metric = PanopticQuality(info)
+        for index in range(12):
+            _, label = render_scene(index, height=96, width=192)
+            crowd = np.isin(label // info.label_divisor, info.thing_classes) & (label % info.label_divisor == 0)
+            if crowd.any():
+                continue  # A crowd has no centre; its pixels go to some instance nearby.
+            found = system.postprocess_targets(self.targets_of(system, label))
+            metric.update_state(label, found["panoptic"].numpy()[0])
+        assert metric.result().all.pq == 1.0
+
+    def test_image_without_things(self, system: PanopticSystem) -> None:
+        label = np.where(np.arange(64)[:, None] < 32, 0, 1000) * np.ones((1, 64), np.int32)
+        label = label.astype(np.int32)
+        assert all(np.isfinite(value) for value in self.losses_of(system, paint(label)[None], label).values())
+        found = system.postprocess_targets(self.targets_of(system, label))
+        np.testing.assert_array_equal(found["panoptic"].numpy()[0], label)
+
+    def test_all_void_image_teaches_nothing(self, system: PanopticSystem) -> None:
+        label = np.full((64, 64), INFO.void, np.int32)
+        assert set(self.losses_of(system, paint(label)[None], label).values()) == {0.0}
+
+    def test_crowd_gives_finite_losses_and_a_valid_map(self, system: PanopticSystem) -> None:
+        label = hand_made_label()
+        label[0:20, 0:30] = 3000  # Instance 0 of a thing class.
+        assert all(np.isfinite(value) for value in self.losses_of(system, paint(label)[None], label).values())
+        found = system.postprocess_targets(self.targets_of(system, label))["panoptic"].numpy()[0]
+        outside = label != 3000
+        assert set(np.unique(found[outside])) <= {*np.unique(label), INFO.void}
+
+    def test_batch_of_two_equals_two_batches_of_one(self, excited: PanopticSystem) -> None:
+        images = np.stack([paint(hand_made_label()), paint(np.rot90(hand_made_label()).copy())])
+        both = excited.infer(images)
+        for position in range(2):
+            one = excited.infer(images[position : position + 1])
+            np.testing.assert_array_equal(both["panoptic"][position], one["panoptic"][0])
+            np.testing.assert_array_equal(both["segment_id"][position], one["segment_id"][0])
+            np.testing.assert_allclose(both["segment_score"][position], one["segment_score"][0], atol=1e-5)
+
+    def test_eager_graph_and_xla_agree(self, excited: PanopticSystem) -> None:
+        image = tf.constant(paint(hand_made_label())[None])
+        eager = excited.infer(image)
+        for infer in (
+            make_inference_function(excited),
+            make_inference_function(excited, compiled=True),
+            tf.function(excited.infer, jit_compile=True),
+        ):
+            found = infer(image)
+            np.testing.assert_array_equal(found["panoptic"], eager["panoptic"])
+            np.testing.assert_allclose(found["segment_score"], eager["segment_score"], atol=1e-4)
+
+    def test_training_step_compiles_with_xla(self, system: PanopticSystem) -> None:
+        label = hand_made_label()
+        batch = {"image": tf.constant(paint(label)[None]), "targets": self.targets_of(system, label)}
+        step, optimizer = self.train_step(system)
+        losses = tf.function(step, jit_compile=True)(batch)
+        assert np.isfinite(float(losses["loss"]))
+        assert int(optimizer.iterations) == 1
+
+    def test_trains_in_bfloat16_with_float32_losses(self) -> None:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        system = self.build(INFO)
+        label = hand_made_label()
+        targets = self.targets_of(system, label)
+        losses = system.compute_losses(targets, system(paint(label)[None], targets=targets, training=True))
+        assert {loss.total.dtype for loss in losses.values()} == {tf.float32}
+        assert all(np.isfinite(float(loss.total)) for loss in losses.values())
+
+    def test_restored_and_exported_maps_are_equal(self, excited: PanopticSystem, tmp_path: Path) -> None:
+        image = tf.constant(paint(hand_made_label())[None])
+        expected = make_inference_function(excited)(image)
+
+        optimizer = self.train_step(excited)[1]
+        path = make_checkpoint(excited, optimizer).save(str(tmp_path / "ckpt"))
+        restored = self.build(INFO)
+        restore(make_checkpoint(restored), path)
+        np.testing.assert_array_equal(make_inference_function(restored)(image)["panoptic"], expected["panoptic"])
+
+        export_saved_model(excited, tmp_path / "export")
+        exported = tf.saved_model.load(str(tmp_path / "export")).signatures["serving_default"](images=image)
+        assert set(exported) == set(expected)
+        for name, value in expected.items():
+            np.testing.assert_allclose(exported[name], value, atol=1e-5)
+
+    def test_unknown_model_key_is_refused(self) -> None:
+        with pytest.raises(UserError, match=r"Unknown config key 'model\.no_such_key'\. Known: model\."):
+            load_config(self.config_name, ["model.no_such_key=1"])
