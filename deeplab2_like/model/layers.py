@@ -22,7 +22,8 @@ class Norm(StrictModel):
 
     Attributes:
         kind: `batch`; `sync_batch` (statistics over all replicas; plain `batch` where the backend has no replicas);
-            `frozen_batch` (stored statistics, nothing trained); `group` (32 groups; all channels must be multiples of 32); `none`.
+            `frozen_batch` (stored statistics, nothing trained); `group` (32 groups; all channels must be multiples of
+            32); `none`.
         momentum: Share of the old running mean that a training step keeps.
         epsilon: Added to the variance.
     """

@@ -18,7 +18,7 @@ Where the paper leaves a choice, and where this differs from the implementation 
 - The class probability of an instance's score is read at the resolution of the logits, and its objectness is the heat
   of the centre itself; Detectron2 reads the heat at the centre of the predicted mask.
 - The share of hardest pixels is rounded to a number of pixels; Detectron2 cuts it off.
-- Images are padded to a multiple of 32 with the mean colour, and half-pixel centres are used for all enlargements, where
+- Images are padded to a multiple of 32 with the mean colour, and half-pixel centres are used for all enlargements;
   DeepLab2 wants sizes of `stride * k + 1` and aligns corners.
 """
 

@@ -1,0 +1,186 @@
+"""Configs: inheritance, overrides, and what the messages say."""
+
+from pathlib import Path
+
+import pytest
+
+from deeplab2_like.configs import list_configs, load_config, save_config
+from deeplab2_like.data.scenes import scenes_info
+from deeplab2_like.errors import UserError
+from deeplab2_like.model import build_system
+
+WHOLE = """
+system: panoptic_deeplab
+data: {crop_size: [32, 64], flip: false}
+model: {backbone: {name: resnet_tiny}}
+trainer: {steps: 10, batch_size: 2, learning_rate: 0.1, optimizer: {name: sgd, momentum: 0.8}}
+"""
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    path = tmp_path / "whole.yaml"
+    path.write_text(WHOLE)
+    return path
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_built_in_configs_load_and_come_back_equal(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    assert config.system == name.partition("/")[0]
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("name", ["panoptic_deeplab/scenes_tiny"])
+def test_small_configs_build(name: str) -> None:
+    assert name in list_configs()
+    config = load_config(name)
+    system = build_system(config, scenes_info())
+    assert system.trainable_variables
+    assert all(side % 8 == 0 for side in config.data.crop_size)
+
+
+def test_overrides(whole: Path) -> None:
+    overrides = [
+        "trainer.steps=20",
+        "trainer.learning_rate=1e-3",  # Which YAML 1.1 takes for a word.
+        "data.crop_size=[48, 96]",
+        "data.path=/records/with=sign",
+        "data.color_jitter={hue: 0.1}",
+        "trainer.optimizer.clip_norm=null",
+        "model.backbone.name=resnet50",
+        "model.loss.sigma=4",
+    ]
+    config = load_config(whole, overrides)
+    assert config.trainer.steps == 20
+    assert config.trainer.learning_rate == 0.001
+    assert config.data.crop_size == (48, 96)
+    assert config.data.path == "/records/with=sign"
+    assert config.data.color_jitter.hue == 0.1
+    assert config.trainer.optimizer.clip_norm is None
+    model = config.model.model_dump()
+    assert (model["backbone"]["name"], model["loss"]["sigma"]) == ("resnet50", 4)
+    # What no override names is as in the file.
+    assert (config.trainer.batch_size, config.trainer.optimizer.momentum) == (2, 0.8)
+
+
+def test_the_last_override_counts(whole: Path) -> None:
+    assert load_config(whole, ["trainer.steps=20", "trainer.steps=30"]).trainer.steps == 30
+
+
+def test_base_is_replaced_key_by_key(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    middle = tmp_path / "folder" / "middle.yaml"
+    # As seen from the file, not from where the program runs.
+    middle.write_text("base: ../whole.yaml\ntrainer: {steps: 20, optimizer: {momentum: 0.7}}\n")
+    top = tmp_path / "folder" / "top.yml"
+    top.write_text("base: middle.yaml\ndata: {crop_size: [8, 8]}\n")
+    monkeypatch.chdir("/")
+    config = load_config(top)
+    assert config.data.crop_size == (8, 8)  # A list is one value.
+    assert config.data.flip is False
+    assert (config.trainer.steps, config.trainer.batch_size) == (20, 2)
+    assert (config.trainer.optimizer.name, config.trainer.optimizer.momentum) == ("sgd", 0.7)
+
+
+def test_base_may_be_built_in(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: panoptic_deeplab/scenes_tiny\ntrainer: {steps: 7}\n")
+    config, base = load_config(path), load_config("panoptic_deeplab/scenes_tiny")
+    assert config.trainer.steps == 7
+    assert config.model == base.model
+
+
+def test_circle(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("base: second.yaml")
+    second.write_text("base: first.yaml")
+    with pytest.raises(UserError, match=r"first.yaml' is based on itself through .*first.yaml -> .*second.yaml; break"):
+        load_config(first)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "trainer.stepz=3",
+            r"Unknown config key 'trainer.stepz'\. Did you mean 'trainer.steps'\? Known: data.color_ji",
+        ),
+        ("trainer.optimizer.momentun=0", r"Unknown config key 'trainer.optimizer.momentun'\. Did you mean 'trainer.op"),
+        ("model.backbon.name=x", r"Unknown config key 'model.backbon'\. Did you mean 'model.backbone"),
+        ("trainr.steps=3", r"Unknown config key 'trainr'\."),
+        ("system=panoptic_deeplap", r"Unknown system 'panoptic_deeplap'\. Did you mean 'panoptic_deeplab'\?"),
+        ("system=[a]", r"Unknown system '\['a'\]'"),
+        ("trainer.steps=many", r"Config key 'trainer.steps' in config '.*whole.yaml' has the value 'many': .*integer"),
+        ("trainer.steps=0", r"Config key 'trainer.steps' .* has the value 0: .* greater than or equal to 1"),
+        ("trainer.optimizer.name=adams", r"'trainer.optimizer.name' .* has the value 'adams': .*'adam' or 'sgd'"),
+        ("data.crop_size=[0, 4]", r"'data.crop_size' .* has the value \[0, 4\]: height and width must be at least 1\."),
+        ("data.scale_range=[2, 1]", r"'data.scale_range' .*: must be two positive numbers, the smaller one first\."),
+        ("trainer.steps=null", r"'trainer.steps' .* has the value None"),
+        ("trainer=3", r"Config key 'trainer' .* has the value 3"),
+        ("model=3", r"Config key 'model' .* has the value 3"),
+        ("trainer.steps.more=3", r"Override 'trainer.steps.more=3' fails: 'trainer.steps' is a value, not a section\."),
+        ("trainer.steps", r"Override 'trainer.steps' must have the form key.path=value, such as trainer.steps=1000\."),
+        ("=3", r"Override '=3' must have the form"),
+        ("trainer..steps=3", r"Override 'trainer..steps=3' must have the form"),
+        ("data.path={a", r"The value of override 'data.path=\{a' is not valid YAML; quote it\."),
+    ],
+)
+def test_wrong_overrides(whole: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(whole, [override])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "data: {crop_size: [8, 8]}",
+            r"^Config '.*bad.yaml' has no key 'system'; add the name of the system to train\.$",
+        ),
+        (
+            WHOLE.replace("steps: 10,", ""),
+            r"Config key 'trainer.steps' is missing in config '.*bad.yaml'; set it there",
+        ),
+        ("system: panoptic_deeplab", r"Config key 'data' is missing"),
+        ("- a\n- b", r"Config file '.*bad.yaml' must hold keys and values"),
+        ("", r"Config file '.*bad.yaml' must hold keys and values"),
+        ("a: [1", r"Config file '.*bad.yaml' is not valid YAML"),
+        ("base: 3", r"Key 'base' in '.*bad.yaml' must be the name of a config or a YAML file, but is 3\."),
+        ("base: missing.yaml", r"Config file '.*missing.yaml' does not exist"),
+        ("base: panoptic_deeplab/scenes_tine", r"Unknown config .* Did you mean 'panoptic_deeplab/scenes_tiny'\?"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"Config file '.*none.yaml' does not exist; give a YAML file or one of panoptic_"
+    ):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r"Unknown config 'panoptic_deeplab'\."):
+        load_config("panoptic_deeplab")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"binary.yaml' is not valid YAML"):
+        load_config(tmp_path / "binary.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(UserError, match=r"folder.yaml' does not exist"):
+        load_config(tmp_path / "folder.yaml")
+
+
+def test_a_config_cannot_be_changed_by_accident(whole: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(whole).trainer.steps = 3
+
+
+def test_saving_where_it_is_impossible(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Cannot write '.*whole.yaml/config.yaml'"):
+        save_config(load_config(whole), whole / "config.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.yaml"]

@@ -1,0 +1,110 @@
+"""The evaluation of a system: it sees whole images, counts what comes out, and sees what an export gives."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from one_convolution import OneConvolution, one_convolution_config
+
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.scenes import render_scene, scenes_info
+from deeplab2_like.evaluation.evaluate import evaluate, make_inference_function
+from deeplab2_like.export.predictor import Predictor
+from deeplab2_like.export.saved_model import export_saved_model
+
+SIZES = ((16, 32), (24, 16), (16, 32))
+
+
+class Oracle:
+    """Stands for a system that knows the label: an image holds its own label, as colours."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        self.dataset_info = info
+
+    def infer(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        parts = tf.cast(images, tf.int32)
+        panoptic = parts[..., 0] + 256 * parts[..., 1] + 65536 * parts[..., 2]
+        ids = tf.unique(tf.reshape(panoptic, [-1])).y[None]  # [1, K]
+        classes = ids // self.dataset_info.label_divisor
+        scores = tf.where(classes == self.dataset_info.ignore_label, 0.0, 1.0)
+        # Unused rows of the table are zero.
+        used = tf.cast(scores > 0, tf.int32)
+        return {
+            "panoptic": panoptic,
+            "segment_id": ids * used,
+            "segment_class": classes * used,
+            "segment_score": scores,
+        }
+
+
+def examples(*, shown: Any = lambda label: label) -> Iterator[dict[str, tf.Tensor]]:
+    """Three scenes whose images are `shown(label)` as colours."""
+    for number, (height, width) in enumerate(SIZES):
+        label = render_scene(number, height=height, width=width)[1]
+        seen = shown(label)
+        image = np.stack([seen & 255, seen >> 8 & 255, seen >> 16], axis=-1).astype(np.uint8)
+        # The first and the last share a name, as images from different folders may.
+        yield {
+            "image": tf.constant(image),
+            "panoptic": tf.constant(label, tf.int32),
+            "image_id": tf.constant(f"scene_{number % 2}.png"),
+        }
+
+
+def test_a_perfect_system_gets_everything() -> None:
+    seen: list[str] = []
+
+    def after_image(image_id: str, image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> None:
+        seen.append(image_id)
+        assert image.shape == (*label.shape, 3)
+        np.testing.assert_array_equal(label, prediction)
+
+    metrics = evaluate(Oracle(scenes_info()), examples(), after_image=after_image)  # type: ignore[arg-type]
+    assert seen == ["scene_0.png", "scene_1.png", "scene_0.png"]
+    shown = {name: quality for name, quality in metrics["panoptic"]["per_class"].items() if quality["tp"]}
+    assert len(shown) >= 4
+    assert all((quality["pq"], quality["fp"], quality["fn"]) == (100.0, 0, 0) for quality in shown.values())
+    assert metrics["semantic"] == {"miou": 100.0, "fwiou": 100.0}
+    assert metrics["panoptic"]["stuff"]["sq"] == 100.0
+    assert metrics["instance"]["mask_ap"] == pytest.approx(100.0)
+    assert metrics["instance"]["box_ap50"] == pytest.approx(100.0)
+
+
+def test_a_blind_system_gets_nothing() -> None:
+    info = scenes_info()
+    metrics = evaluate(Oracle(info), examples(shown=lambda label: np.full_like(label, info.void)))  # type: ignore[arg-type]
+    assert metrics["panoptic"]["all"] == {"pq": 0.0, "sq": 0.0, "rq": 0.0}
+    qualities = metrics["panoptic"]["per_class"].values()
+    # Every segment of the labels is missed, and void is no prediction.
+    assert sum(quality["fn"] for quality in qualities) > 0
+    assert sum(quality["tp"] + quality["fp"] for quality in qualities) == 0
+    assert metrics["instance"]["mask_ap"] == 0.0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_evaluation_sees_what_the_export_gives(compiled: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+    system = OneConvolution(dataset_info=scenes_info(), channels=8).create_variables()
+    exported = export_saved_model(
+        system, tmp_path_factory.mktemp("export") / "exported", config=one_convolution_config(), check=False
+    )
+    predictor = Predictor(exported)
+    maps: list[np.ndarray] = []
+
+    def after_image(_: str, image: np.ndarray, __: np.ndarray, prediction: np.ndarray) -> None:
+        np.testing.assert_array_equal(prediction, predictor(image).panoptic)
+        maps.append(prediction)
+
+    evaluate(system, examples(), compiled=compiled, after_image=after_image)
+    assert tuple(prediction.shape for prediction in maps) == SIZES
+    # Several classes: maps of one class alone would always agree.
+    assert max(len(np.unique(prediction)) for prediction in maps) > 1
+
+
+def test_inference_takes_any_size() -> None:
+    system = OneConvolution(dataset_info=scenes_info(), channels=4).create_variables()
+    infer = make_inference_function(system)
+    for size in ((1, 1, 1), (2, 9, 5), (1, 8, 100)):
+        assert infer(tf.zeros((*size, 3), tf.uint8))["panoptic"].shape == size
+    assert infer.experimental_get_tracing_count() == 1

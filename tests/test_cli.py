@@ -1,0 +1,388 @@
+"""The command line: the whole chain, and one sentence and status 2 for whatever a user can do wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import pytest
+
+from deeplab2_like import cli
+from deeplab2_like.cli import main
+from deeplab2_like.evaluation.coco_format import CocoPanopticReader
+
+CONFIG = """
+base: panoptic_deeplab/scenes_tiny
+data: {crop_size: [32, 64]}
+model:
+  aspp: {channels: 8}
+  decoder:
+    low_level_channels: {res3: 8, res2: 8}
+    semantic_channels: 8
+    semantic_head_channels: 8
+    instance_channels: 8
+    instance_head_channels: 8
+  postprocess: {top_k: 20}
+trainer: {steps: 2, batch_size: 2, log_every: 1}
+"""
+
+
+class Output(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Output]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line; arguments may be paths and numbers."""
+
+    def run_main(*arguments: Any) -> Output:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return Output(status, *capsys.readouterr())
+
+    return run_main
+
+
+@pytest.fixture
+def refuse(run: Run) -> Callable[..., str]:
+    """Runs the command line, which must refuse with one sentence, and returns that."""
+
+    def run_refused(*arguments: Any) -> str:
+        status, _, err = run(*arguments)
+        assert status == 2, err
+        assert "Traceback" not in err
+        assert len(err.splitlines()) == 1, err
+        assert err.startswith("deeplab2-like: ")
+        return err.removeprefix("deeplab2-like: ")
+
+    return run_refused
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which every command has run: records, model, exported, predicted; copy before changing it."""
+    folder = tmp_path_factory.mktemp("chain")
+    config = folder / "config.yaml"
+    config.write_text(CONFIG)
+    scenes = ["scenes", "--train", "4", "--val", "2", "--size", "32x64", "--workers", "1"]
+    records, model, exported = (str(folder / name) for name in ("records", "model", "exported"))
+    assert main(["convert", *scenes, "--output-dir", records]) == 0
+    assert main(["train", "--config", str(config), "--model-dir", model, "--set", f"data.path={records}"]) == 0
+    # A model folder needs nothing else.
+    config.unlink()
+    assert main(["evaluate", "--model-dir", model]) == 0
+    assert main(["export", "--model-dir", model, "--output-dir", exported]) == 0
+    images = folder / "images"
+    images.mkdir()
+    random = np.random.default_rng(0)
+    for name, size in (("small.png", (1, 1)), ("odd.jpg", (37, 53)), ("long.png", (16, 8000))):
+        assert cv2.imwrite(str(images / name), random.integers(0, 256, (*size, 3)).astype(np.uint8))
+    assert (
+        main(["predict", "--model", exported, "--input", str(images), "--output-dir", str(folder / "predicted")]) == 0
+    )
+    return folder
+
+
+def hidden(folder: Path) -> list[Path]:
+    """What a command that was cut off would leave behind."""
+    return list(folder.rglob(".*"))
+
+
+# --- The whole chain. -------------------------------------------------------------------------------------------------
+
+
+def test_what_the_chain_leaves(chain: Path) -> None:
+    names = {path.name for path in (chain / "records").iterdir()}
+    assert names == {"dataset_info.json", "train-00000-of-00001.tfrecord", "val-00000-of-00001.tfrecord"}
+    assert {"config.yaml", "dataset_info.json", "checkpoints", "train", "val"} == {
+        path.name for path in (chain / "model").iterdir()
+    }
+    metrics = json.loads((chain / "model" / "val" / "metrics.json").read_text())
+    assert set(metrics) == {"panoptic", "semantic", "instance"}
+    assert 0 <= metrics["panoptic"]["all"]["pq"] <= 100
+    assert {"saved_model.pb", "config.yaml", "dataset_info.json"} <= {
+        path.name for path in (chain / "exported").iterdir()
+    }
+    assert hidden(chain) == []
+
+
+def test_predictions_of_every_size(chain: Path) -> None:
+    reader = CocoPanopticReader(chain / "predicted" / "panoptic.json", chain / "predicted" / "panoptic")
+    assert {image_id: panoptic.shape for image_id, panoptic in reader} == {
+        "small": (1, 1),
+        "odd": (37, 53),
+        "long": (16, 8000),
+    }
+    assert {path.name for path in (chain / "predicted" / "pictures").iterdir()} == {"small.png", "odd.png", "long.png"}
+
+
+def test_evaluation_of_a_moved_folder(chain: Path, tmp_path: Path, run: Run) -> None:
+    model, records = (Path(shutil.copytree(chain / name, tmp_path / name)) for name in ("model", "records"))
+    status, out, err = run(
+        "evaluate", "--model-dir", model, "--split", "train", "--output-dir", tmp_path / "out",
+        "--set", f"data.path={records}",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert "step 2, split train, 4 images" in " ".join(out.split())
+    assert f"Metrics are in {tmp_path / 'out' / 'metrics.json'}" in out
+    assert (tmp_path / "out" / "metrics.json").is_file()
+
+
+def test_training_again_says_that_it_is_done(chain: Path, run: Run) -> None:
+    status, out, _ = run("train", "--config", chain / "model" / "config.yaml", "--model-dir", chain / "model")
+    assert status == 0
+    assert f"Model folder '{chain / 'model'}' is already trained to step 2." in out
+
+
+def test_describe(tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "new" / "description.json"
+    status, out, err = run(
+        "describe", "--config", "panoptic_deeplab/scenes_tiny", "--size", "32x64", "--classes", 4, "--json", file
+    )
+    assert (status, err) == (0, "")
+    written = json.loads(file.read_text())
+    assert (written["height"], written["width"]) == (32, 64)
+    assert written["output_shapes"]["semantic_logits"][-1] == 4
+    assert f"Total: {written['parameters'] / 1e6:.2f} M parameters" in out
+    assert "backbone" in out
+
+
+def test_help_is_a_success(run: Run) -> None:
+    status, out, _ = run("--help")
+    assert status == 0
+    for command in ("demo", "convert", "train", "evaluate", "export", "predict", "describe"):
+        assert command in out
+    assert run("convert", "scenes", "--help").status == 0
+
+
+# --- Refusals. --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["trane"], "invalid choice: 'trane'"),
+        (["train", "--config", "x"], "the following arguments are required: --model-dir"),
+        (["describe", "--config", "x", "--size", "12"], "'12' is not a size; give height and width as in 512x1024"),
+        (["describe", "--config", "x", "--size", "0x4"], "'0x4' is not a size"),
+        (["describe", "--config", "x", "--size", "²x4"], "'²x4' is not a size"),
+        (["predict", "--model", "m", "--input", "i", "--output-dir", "o", "--on-error", "no"], "invalid choice: 'no'"),
+        (
+            ["convert", "scenes", "--train", "x", "--val", "1", "--size", "8x8", "--output-dir", "o"],
+            "invalid int value",
+        ),
+    ],
+)
+def test_wrong_words(run: Run, arguments: list[str], message: str) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.startswith("usage: deeplab2-like")
+
+
+def test_wrong_configs(chain: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
+    tiny = "panoptic_deeplab/scenes_tiny"
+
+    def train(config: Any, *overrides: str) -> str:
+        pairs = [word for override in overrides for word in ("--set", override)]
+        return refuse("train", "--config", config, "--model-dir", tmp_path / "model", *pairs)
+
+    records = f"data.path={chain / 'records'}"
+    assert train("panoptic_deeplab/scenes_tine").startswith(
+        "Unknown config 'panoptic_deeplab/scenes_tine'. Did you mean"
+    )
+    assert train(tmp_path / "none.yaml").startswith(f"Config file '{tmp_path / 'none.yaml'}' does not exist")
+    assert train(tiny, "trainer.stepz=3").startswith(
+        "Unknown config key 'trainer.stepz'. Did you mean 'trainer.steps'?"
+    )
+    assert train(tiny, "trainer.steps=-1").startswith("Config key 'trainer.steps' in config")
+    assert train(tiny, records, "model.backbone.name=resnet51").startswith("Unknown backbone 'resnet51'. Did you mean")
+    assert train(tiny).startswith("Config key 'data.path' is not set; give a folder that `deeplab2-like convert` wrote")
+    assert train(tiny, f"data.path={tmp_path / 'none'}").startswith(f"Folder '{tmp_path / 'none'}' does not exist")
+    assert train(tiny, f"data.path={tmp_path}").startswith(f"'{tmp_path}' has no dataset_info.json")
+    assert train(tiny, records, "data.train_split=x").startswith(f"'{chain / 'records'}' has no split 'x'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_folder_of_another_config(chain: Path, refuse: Callable[..., str]) -> None:
+    message = refuse(
+        "train", "--config", "panoptic_deeplab/scenes_tiny", "--model-dir", chain / "model",
+        "--set", f"data.path={chain / 'records'}",
+    )  # fmt: skip
+    assert message.startswith(f"Model folder '{chain / 'model'}' holds a run whose 'model' section differs")
+    message = refuse("evaluate", "--model-dir", chain / "model", "--set", "model.aspp.channels=9")
+    assert "does not fit the config" in message
+
+
+def test_no_model_folder(chain: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
+    for command in (["evaluate"], ["export", "--output-dir", tmp_path / "out"]):
+        for folder in (tmp_path, tmp_path / "none", chain / "records"):
+            assert refuse(*command, "--model-dir", folder).startswith(f"'{folder}' is no model folder")
+    message = refuse(
+        "predict", "--model", chain / "model", "--input", chain / "images", "--output-dir", tmp_path / "out"
+    )
+    assert "as it is a model folder, export it first" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_of_nothing(chain: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
+    assert "has no split 'test'" in refuse("evaluate", "--model-dir", chain / "model", "--split", "test")
+    shutil.copy(chain / "records" / "dataset_info.json", tmp_path)
+    (tmp_path / "val-00000-of-00001.tfrecord").touch()
+    message = refuse("evaluate", "--model-dir", chain / "model", "--set", f"data.path={tmp_path}")
+    assert message.startswith(f"Split 'val' in '{tmp_path}' holds no examples")
+
+
+def test_damaged_records(chain: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
+    records = Path(shutil.copytree(chain / "records", tmp_path / "records"))
+    file = records / "val-00000-of-00001.tfrecord"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 4] ^= 255
+    file.write_bytes(content)
+    message = refuse("evaluate", "--model-dir", chain / "model", "--set", f"data.path={records}")
+    assert "is damaged" in message or "Bad record" in message
+
+
+def test_images_that_cannot_be_predicted(chain: Path, tmp_path: Path, run: Run, refuse: Callable[..., str]) -> None:
+    images = Path(shutil.copytree(chain / "images", tmp_path / "images"))
+    (images / "long.png").unlink()
+    (images / "broken.png").write_bytes((images / "small.png").read_bytes()[:40])
+    arguments = ("predict", "--model", chain / "exported", "--output-dir", tmp_path / "out")
+    assert "broken.png' is not a readable image" in refuse(*arguments, "--input", images)
+    assert not (tmp_path / "out" / "panoptic.json").exists()
+    status, out, _ = run(*arguments, "--input", images, "--on-error", "skip")
+    assert status == 0
+    assert "2 images predicted, 1 skipped." in out
+    assert "broken.png' is not a readable image" in out
+    assert refuse(*arguments, "--input", tmp_path / "none").startswith(f"Input '{tmp_path / 'none'}' does not exist")
+    (tmp_path / "empty").mkdir()
+    assert "has no image directly in it" in refuse(*arguments, "--input", tmp_path / "empty")
+
+
+def test_demo_of_an_unknown_system(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    message = refuse("demo", "--system", "panoptic_deeplap", "--output-dir", tmp_path / "demo")
+    assert message.startswith("Unknown system 'panoptic_deeplap'. Did you mean 'panoptic_deeplab'?")
+    message = refuse("demo", "--output-dir", tmp_path / "demo", "--set", "trainer.stepz=1")
+    assert message.startswith("Unknown config key 'trainer.stepz'")
+    assert not (tmp_path / "demo").exists()
+
+
+# --- Conversions. -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Two images of 8 x 8 pixels, each one segment of class "road", in COCO panoptic format."""
+    folder = tmp_path / "coco"
+    (folder / "images").mkdir(parents=True)
+    (folder / "panoptic").mkdir()
+    content: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "road", "isthing": 0}]}
+    for image_id in (1, 2):
+        cv2.imwrite(str(folder / "images" / f"{image_id}.png"), np.full((8, 8, 3), 90, np.uint8))
+        # Red is the last channel here: id 5.
+        cv2.imwrite(str(folder / "panoptic" / f"{image_id}.png"), np.full((8, 8, 3), (0, 0, 5), np.uint8))
+        content["images"].append({"id": image_id, "file_name": f"{image_id}.png", "height": 8, "width": 8})
+        segments = [{"id": 5, "category_id": 1, "iscrowd": 0, "area": 64, "bbox": [0, 0, 8, 8]}]
+        content["annotations"].append({"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": segments})
+    (folder / "val.json").write_text(json.dumps(content))
+    return folder
+
+
+def coco_arguments(coco: Path, **changes: Any) -> list[str]:
+    options = {
+        "images": coco / "images",
+        "panoptic": coco / "panoptic",
+        "json": coco / "val.json",
+        "output-dir": coco / "records",
+        "workers": 1,
+        **changes,
+    }
+    return [
+        "convert",
+        "coco-panoptic",
+        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+    ]
+
+
+def test_conversion(coco: Path, run: Run) -> None:
+    status, out, err = run(*coco_arguments(coco))
+    assert (status, err) == (0, "")
+    assert out.splitlines() == ["Split 'val': 2 examples, 0 skipped.", f"Records are in {coco / 'records'}"]
+    names = {path.name for path in (coco / "records").iterdir()}
+    assert names == {"dataset_info.json", "val-00000-of-00001.tfrecord"}
+
+
+def test_conversion_without_inputs(coco: Path, refuse: Callable[..., str]) -> None:
+    for name in ("images", "panoptic", "json"):
+        message = refuse(*coco_arguments(coco, **{name: coco / "none"}))
+        assert f"{coco / 'none'}" in message
+    content = json.loads((coco / "val.json").read_text())
+    (coco / "val.json").write_text(json.dumps({**content, "images": [], "annotations": []}))
+    assert "so there is nothing to convert" in refuse(*coco_arguments(coco))
+    (coco / "val.json").write_text("{")
+    assert "val.json" in refuse(*coco_arguments(coco))
+    assert not [path for path in (coco / "records").glob("*") if path.is_file()]
+
+
+def test_a_failing_conversion_leaves_nothing(coco: Path, run: Run, refuse: Callable[..., str]) -> None:
+    (coco / "images" / "2.png").write_bytes(b"no image")
+    assert "2.png" in refuse(*coco_arguments(coco))
+    assert list((coco / "records").glob("*")) + hidden(coco) == []
+    status, out, _ = run(*coco_arguments(coco, **{"on-error": "skip"}))
+    assert status == 0
+    assert "Split 'val': 1 examples, 1 skipped." in out
+    assert "  skipped: Image '2.png'" in out
+
+
+def test_a_failing_conversion_keeps_what_was_there(coco: Path, run: Run, refuse: Callable[..., str]) -> None:
+    assert run(*coco_arguments(coco)).status == 0
+    before = {path.name: path.read_bytes() for path in (coco / "records").iterdir()}
+    (coco / "panoptic" / "2.png").unlink()
+    assert "2.png" in refuse(*coco_arguments(coco))
+    assert {path.name: path.read_bytes() for path in (coco / "records").iterdir()} == before
+
+
+def test_wrong_scenes(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    def convert(*changes: Any) -> str:
+        # Of a repeated option the last one counts.
+        defaults = ("--train", 1, "--val", 1, "--size", "32x64", "--output-dir", tmp_path / "records")
+        return refuse("convert", "scenes", *defaults, *changes)
+
+    assert convert("--train", 0, "--val", 0).startswith("scenes needs train and val of 0 or more")
+    assert convert("--train", -1).startswith("scenes needs train and val of 0 or more")
+    assert "workers must be 1 or more" in convert("--workers", 0)
+    assert "shards must be 1..99999" in convert("--shards", -1)
+    (tmp_path / "file").touch()
+    assert "cannot be made" in convert("--output-dir", tmp_path / "file")
+    assert hidden(tmp_path) == []
+
+
+# --- Failures that are not the user's. --------------------------------------------------------------------------------
+
+
+def test_internal_failure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(cli, "_describe", fail)
+    status, out, err = run("describe", "--config", "x")
+    assert (status, out) == (1, "")
+    assert "RuntimeError: out of luck" in err
+    assert "this is a fault of the program" in err.splitlines()[-1]
+
+
+def test_stopped_by_the_user(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_describe", stop)
+    assert run("describe", "--config", "x") == (1, "", "deeplab2-like: stopped.\n")

@@ -1,0 +1,118 @@
+"""Model folders: what is saved comes back, and what does not fit is refused."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from one_convolution import one_convolution_config
+
+from deeplab2_like.configs import save_config
+from deeplab2_like.data.scenes import scenes_info
+from deeplab2_like.errors import UserError
+from deeplab2_like.trainer.checkpoint import list_checkpoints, load_model_folder, prepare_model_folder
+from deeplab2_like.trainer.train import train
+
+
+@pytest.fixture
+def folder(trained_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained_folder, tmp_path / "model"))
+
+
+def test_every_variable_is_restored(folder: Path) -> None:
+    config, system, step = load_model_folder(folder)
+    assert step == 6
+    assert config.system == "one_convolution"
+    stored = tf.train.load_checkpoint(list_checkpoints(folder)[-1])
+    # Keras names them; "/" is "." then, escaped.
+    names = [name for name in stored.get_variable_to_shape_map() if name.startswith("system/weights/")]
+    values = {name.split("/")[2].replace(".S", "/"): stored.get_tensor(name) for name in names}
+    # Two convolutions of kernel and bias, and the four vectors of batch normalisation: all are kept in a list.
+    assert len(system.weights) == len(values) == 8
+    for weight in system.weights:
+        np.testing.assert_array_equal(weight.numpy(), values[weight.path])
+    moving_mean = next(weight for weight in system.weights if weight.name == "moving_mean")
+    assert np.abs(moving_mean.numpy()).min() > 0  # Trained, that is.
+
+
+def test_overrides_reach_the_config(folder: Path) -> None:
+    config, _, _ = load_model_folder(folder, ["data.val_split=other"])
+    assert config.data.val_split == "other"
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing", "index"])
+def test_a_damaged_checkpoint_is_named_and_can_be_deleted(folder: Path, damage: str) -> None:
+    path = list_checkpoints(folder)[-1]
+    data = Path(f"{path}.data-00000-of-00001")
+    content = bytearray(data.read_bytes())
+    if damage == "changed":
+        content = bytearray(255 - value for value in content)
+        data.write_bytes(content)
+    elif damage == "cut":
+        data.write_bytes(content[: len(content) // 2])
+    elif damage == "missing":
+        data.unlink()
+    else:
+        Path(f"{path}.index").write_bytes(b"nothing")
+    with pytest.raises(
+        UserError, match=r"Checkpoint '.*ckpt-6' is damaged or incomplete; delete it to use the one before"
+    ):
+        load_model_folder(folder)
+    data.unlink(missing_ok=True)
+    Path(f"{path}.index").unlink()
+    _, _, step = load_model_folder(folder)
+    assert step == 4
+
+
+def test_training_goes_on_from_the_one_before(folder: Path, records: Path) -> None:
+    for file in (folder / "checkpoints").glob("ckpt-6.*"):
+        file.unlink()
+    train(one_convolution_config(data={"path": str(records)}), folder)
+    assert load_model_folder(folder)[2] == 6
+
+
+def test_training_starts_over_without_checkpoints(folder: Path, records: Path) -> None:
+    for file in (folder / "checkpoints").glob("ckpt-*"):
+        file.unlink()
+    train(one_convolution_config(data={"path": str(records)}, steps=2), folder)
+    assert load_model_folder(folder)[2] == 2
+
+
+def test_checkpoint_of_another_config(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"Checkpoint '.*ckpt-6' does not fit the config \(.*\); use the config it was"):
+        load_model_folder(folder, ["model.channels=5"])
+
+
+def test_no_checkpoint_yet(tmp_path: Path) -> None:
+    prepare_model_folder(tmp_path, one_convolution_config(), scenes_info())
+    with pytest.raises(UserError, match="holds no checkpoint yet; train first"):
+        load_model_folder(tmp_path)
+
+
+def test_no_model_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no model folder, as it has no config.yaml; give the --model-dir of a"):
+        load_model_folder(tmp_path)
+    with pytest.raises(UserError, match="is no model folder"):
+        load_model_folder(tmp_path / "missing")
+
+
+def test_a_folder_keeps_to_one_model_and_one_data_set(tmp_path: Path) -> None:
+    info = scenes_info()
+    prepare_model_folder(tmp_path, one_convolution_config(), info)
+    # The trainer's section may change, say, for a longer training.
+    prepare_model_folder(tmp_path, one_convolution_config(steps=9), info)
+    with pytest.raises(UserError, match=r"holds a run whose 'model' section differs from this config; use another"):
+        prepare_model_folder(tmp_path, one_convolution_config(model={"channels": 5}), info)
+    with pytest.raises(
+        UserError, match=r"was trained on data set '.*', whose classes or label divisor differ from those"
+    ):
+        prepare_model_folder(tmp_path, one_convolution_config(), dataclasses.replace(info, label_divisor=500))
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    save_config(one_convolution_config(), path)
+    with pytest.raises(UserError, match=r"Cannot write '.*dataset_info.json'"):
+        prepare_model_folder(path, one_convolution_config(), scenes_info())
