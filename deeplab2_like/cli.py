@@ -5,12 +5,12 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from deeplab2_like.errors import UserError
+from deeplab2_like.progress import progress_bar
 
 WRONG_USE = 2
 INTERNAL_FAILURE = 1
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 for success, also of `--help`, 2 for wrong use or input, 1 for an internal failure.
     """
-    # TensorFlow's own notes would drown what the commands say; errors still show.
+    # TensorFlow's own messages would drown what the commands say; whoever looks for a fault sets the level to 0.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         options = _make_parser().parse_args(arguments)
@@ -107,7 +107,11 @@ def _make_parser() -> argparse.ArgumentParser:
     describe = add("describe", _describe, "Show parameters, multiply-adds and shapes of a system.")
     describe.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a built-in config or a YAML file")
     describe.add_argument("--size", type=_size, metavar="HxW", help="image size (default: the training crop)")
-    describe.add_argument("--classes", type=int, help="number of classes if the config has no data.path (default: 19)")
+    describe.add_argument(
+        "--classes",
+        type=int,
+        help="number of made-up classes, instead of those of data.path (default without data.path: 19)",
+    )
     describe.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON, too")
     _add_set(describe)
     return parser
@@ -137,10 +141,10 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _convert_coco_panoptic(options: argparse.Namespace) -> None:
-    from deeplab2_like.data.convert import CONVERTERS
+    from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic
 
     with progress_bar("convert") as progress:
-        report = CONVERTERS["coco-panoptic"](
+        report = convert_coco_panoptic(
             images=options.images,
             panoptic=options.panoptic,
             json_file=options.json,
@@ -156,10 +160,10 @@ def _convert_coco_panoptic(options: argparse.Namespace) -> None:
 
 
 def _convert_scenes(options: argparse.Namespace) -> None:
-    from deeplab2_like.data.convert import CONVERTERS
+    from deeplab2_like.data.convert.scenes import convert_scenes
 
     with progress_bar("convert") as progress:
-        reports = CONVERTERS["scenes"](
+        reports = convert_scenes(
             train=options.train,
             val=options.val,
             size=options.size,
@@ -189,6 +193,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from deeplab2_like.evaluation.evaluate import evaluate_model_folder
+
     evaluate_model_folder(
         options.model_dir,
         split=options.split,
@@ -196,56 +202,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         compiled=options.compile,
         overrides=options.set,
     )
-
-
-def evaluate_model_folder(
-    model_dir: Path,
-    *,
-    split: str | None = None,
-    output_dir: Path | None = None,
-    compiled: bool = False,
-    overrides: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of a model folder, prints the table and writes `metrics.json`.
-
-    Args:
-        model_dir: A folder that training wrote.
-        split: Split of the records; by default the config's `data.val_split`.
-        output_dir: Folder of `metrics.json`; by default a folder in `model_dir` with the split's name.
-        compiled: Whether to compile the post-processing with XLA.
-        overrides: Changes to the config.
-
-    Returns:
-        The content of `metrics.json`.
-    """
-    from deeplab2_like.data import pipeline, tfrecord
-    from deeplab2_like.evaluation import report
-    from deeplab2_like.evaluation.evaluate import evaluate
-    from deeplab2_like.trainer.checkpoint import load_model_folder
-
-    config, system, step = load_model_folder(model_dir, overrides)
-    split = split or config.data.val_split
-    if config.data.path is None:
-        raise UserError("Config key 'data.path' is not set; give the record folder with --set data.path=DIR.")
-    files = tfrecord.list_shards(config.data.path, split)
-    examples = pipeline.make_eval_dataset(files, dataset_info=system.dataset_info)
-    total = tfrecord.count_examples(files)
-    if not total:
-        raise UserError(f"Split '{split}' in '{config.data.path}' holds no examples; convert the data set again.")
-    done = 0
-    with progress_bar("evaluate") as progress, tfrecord.user_errors():
-
-        def count(*_: Any) -> None:
-            nonlocal done
-            done += 1
-            progress(done, total)
-
-        metrics = evaluate(system, examples, compiled=compiled, after_image=count)
-    report.print_table(metrics, title=f"{model_dir}, step {step}, split {split}, {total} images")
-    path = (output_dir or Path(model_dir) / split) / "metrics.json"
-    report.write_metrics(path, metrics)
-    print(f"Metrics are in {path}")
-    return metrics
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -290,21 +246,3 @@ def _describe(options: argparse.Namespace) -> None:
     print_description(description)
     if options.json is not None:
         write_atomically(options.json, (json.dumps(description.to_dict(), indent=1) + "\n").encode())
-
-
-@contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how far a command is.
-
-    Args:
-        name: What is being done.
-
-    Yields:
-        A function to call with the numbers of things done and of all; on a terminal it moves a bar.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -9,16 +9,18 @@ from pathlib import Path
 import cv2
 from rich.console import Console
 
-from deeplab2_like.cli import evaluate_model_folder, progress_bar
 from deeplab2_like.configs import load_config
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.convert.scenes import convert_scenes
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.evaluation.evaluate import evaluate_model_folder
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_model_folder
+from deeplab2_like.files import write_png
 from deeplab2_like.model import find_system
+from deeplab2_like.progress import progress_bar
 from deeplab2_like.trainer.train import train
-from deeplab2_like.visualize import contact_sheet, save_image, side_by_side
+from deeplab2_like.visualize import contact_sheet, side_by_side
 
 SCENE_SIZE = (128, 256)
 TRAINING_SCENES = 800
@@ -86,6 +88,6 @@ def _write_pictures(records: Path, exported: Path, folder: Path) -> None:
     for example in examples.take(PICTURES):
         image = example["image"].numpy()
         picture = side_by_side(image, example["panoptic"].numpy(), predictor(image).panoptic, info)
-        save_image(folder / f"{Path(example['image_id'].numpy().decode()).stem}.png", picture)
+        write_png(folder / f"{Path(example['image_id'].numpy().decode()).stem}.png", picture)
         sheet.append(cv2.resize(picture, None, fx=0.75, fy=0.75, interpolation=cv2.INTER_AREA))
-    save_image(folder / "overview.png", contact_sheet(sheet, columns=2))
+    write_png(folder / "overview.png", contact_sheet(sheet, columns=2))

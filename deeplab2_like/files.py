@@ -9,6 +9,23 @@ import numpy as np
 from deeplab2_like.errors import UserError
 
 
+def beside(path: str | os.PathLike[str]) -> Path:
+    """The hidden name in the same folder under which a file or folder is written until it is whole."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def cannot_write(path: str | os.PathLike[str], error: Exception) -> UserError:
+    """Builds the error for a file or folder that cannot be written.
+
+    Args:
+        path: What the user called it.
+        error: What Python or TensorFlow raised; TensorFlow's messages are `PATH; REASON`.
+    """
+    reason = getattr(error, "strerror", None) or str(getattr(error, "message", error)).rpartition("; ")[-1]
+    return UserError(f"Cannot write '{path}' ({reason}); choose a folder that can be written.")
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes `content` beside `path` under a hidden name, then renames it; makes missing folders.
 
@@ -16,21 +33,37 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         UserError: If the folder or the file cannot be written.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    hidden = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            beside.write_bytes(content)
-            beside.replace(path)
+            hidden.write_bytes(content)
+            hidden.replace(path)
         finally:
-            beside.unlink(missing_ok=True)
+            hidden.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"Cannot write '{path}' ({error.strerror}); choose a folder that can be written.") from error
+        raise cannot_write(path, error) from error
+
+
+def encode_png(rgb: np.ndarray) -> bytes:
+    """Encodes an image, uint8 [H, W, 3] in the order red, green, blue, as a PNG file's bytes.
+
+    Raises:
+        UserError: If the array is not such an image, or larger than a PNG file can be.
+    """
+    if rgb.ndim == 3 and rgb.shape[2] == 3 and rgb.size and rgb.dtype == np.uint8:
+        encoded, content = cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))
+        if encoded:
+            return content.tobytes()
+    raise UserError(f"An array of shape {rgb.shape} and type {rgb.dtype} is not an image; give uint8 [H, W, 3].")
 
 
 def write_png(path: str | os.PathLike[str], rgb: np.ndarray) -> None:
-    """Writes an image, uint8 [H, W, 3] in the order red, green, blue, as a PNG file, whole or not at all."""
-    written, content = cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))
-    if not written:
-        raise UserError(f"Cannot encode '{path}': an array of shape {rgb.shape} is not an image.")
-    write_atomically(path, content.tobytes())
+    """Writes an image, uint8 [H, W, 3] in the order red, green, blue, as a PNG file, whole or not at all.
+
+    Makes missing folders.
+
+    Raises:
+        UserError: If the array is not such an image, or the file cannot be written.
+    """
+    write_atomically(path, encode_png(rgb))

@@ -1,7 +1,6 @@
 """Pictures of panoptic maps: colours, overlays on images, comparisons. All images are uint8 RGB [H, W, 3]."""
 
 import colorsys
-import os
 from collections.abc import Sequence
 
 import cv2
@@ -11,7 +10,6 @@ from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.coco_format import list_segments
 from deeplab2_like.evaluation.panoptic_quality import classes_of_values, find_runs
-from deeplab2_like.files import write_png
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _WHITE = (255, 255, 255)
@@ -24,15 +22,6 @@ _LABELLED_FRACTION = 0.004
 _MIN_PANEL_HEIGHT = 240
 # ... but not beyond this width: a strip of one row of 8000 pixels would become a picture of gigabytes.
 _MAX_PANEL_WIDTH = 8192
-
-
-def save_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Writes an image, uint8 [H, W, 3], as a PNG file, whole or not at all; makes missing folders.
-
-    Raises:
-        UserError: If the file cannot be written.
-    """
-    write_png(path, image)
 
 
 def colorize_panoptic(panoptic: np.ndarray, dataset_info: DatasetInfo) -> np.ndarray:

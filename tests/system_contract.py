@@ -233,10 +233,15 @@ class SystemContract:
         keras.config.set_dtype_policy("mixed_bfloat16")
         system = self.build(INFO)
         label = hand_made_label()
-        targets = self.targets_of(system, label)
-        losses = system.compute_losses(targets, system(paint(label)[None], targets=targets, training=True))
+        batch = {"image": tf.constant(paint(label)[None]), "targets": self.targets_of(system, label)}
+        outputs = system(batch["image"], targets=batch["targets"], training=True)
+        losses = system.compute_losses(batch["targets"], outputs)
         assert {loss.total.dtype for loss in losses.values()} == {tf.float32}
-        assert all(np.isfinite(float(loss.total)) for loss in losses.values())
+        step, optimizer = self.train_step(system)
+        values = step(batch)
+        assert all(np.isfinite(float(value)) for value in values.values()), values
+        assert float(values["gradient_norm"]) > 0
+        assert int(optimizer.iterations) == 1
 
     def test_restored_and_exported_maps_are_equal(self, excited: PanopticSystem, tmp_path: Path) -> None:
         image = tf.constant(paint(hand_made_label())[None])

@@ -2,13 +2,12 @@
 
 import colorsys
 
-import cv2
 import numpy as np
 import pytest
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.visualize import colorize_panoptic, contact_sheet, draw_overlay, save_image, side_by_side
+from deeplab2_like.visualize import colorize_panoptic, contact_sheet, draw_overlay, side_by_side
 
 INFO = DatasetInfo(
     "toy",
@@ -120,14 +119,3 @@ def test_contact_sheet():
     assert contact_sheet(images[:1], columns=3, gap=0).shape == (4, 6, 3)
     with pytest.raises(UserError, match="at least one image"):
         contact_sheet([])
-
-
-def test_save_image(tmp_path):
-    image = np.zeros((2, 3, 3), np.uint8)
-    image[0, 1] = 255, 128, 0
-    save_image(tmp_path / "new" / "a.png", image)
-    assert cv2.imread(str(tmp_path / "new" / "a.png"))[0, 1].tolist() == [0, 128, 255]
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot write"):
-        save_image(tmp_path / "file" / "a.png", image)

@@ -128,7 +128,9 @@ def _check(model: type[_Section], content: Any, *, path: str, source: str) -> _S
         if fault["type"] == "missing":
             raise UserError(f"Config key '{where}' is missing in {source}; set it there or with --set.") from None
         message = fault["msg"].removeprefix("Value error, ")
-        raise UserError(f"Config key '{where}' in {source} has the value {fault['input']!r}: {message}.") from None
+        # A whole section as a value would bury the message.
+        value = "is not allowed" if isinstance(fault["input"], dict) else f"has the value {fault['input']!r}"
+        raise UserError(f"Config key '{where}' in {source} {value}: {message}.") from None
 
 
 def _known_keys(model: type[pydantic.BaseModel], prefix: str) -> list[str]:

@@ -15,12 +15,16 @@ class StrictModel(pydantic.BaseModel):
 
 
 class ColorJitterConfig(StrictModel):
-    """Random colour changes; each value is the largest change, 0 switches it off."""
+    """Random colour changes, in the order of the fields; each is the largest change, 0 switches it off."""
 
-    brightness: float = pydantic.Field(0.0, ge=0, le=1, description="Added to the image, as a share of 255.")
-    contrast: float = pydantic.Field(0.0, ge=0, lt=1, description="Contrast is multiplied by 1 +- this.")
-    saturation: float = pydantic.Field(0.0, ge=0, lt=1, description="Saturation is multiplied by 1 +- this.")
-    hue: float = pydantic.Field(0.0, ge=0, le=0.5, description="Added to the hue, in turns of the colour circle.")
+    brightness: float = pydantic.Field(0.0, ge=0, le=1, description="Colours are multiplied by 1 +- this.")
+    contrast: float = pydantic.Field(
+        0.0, ge=0, lt=1, description="Distances from the image's mean grey are multiplied by 1 +- this."
+    )
+    saturation: float = pydantic.Field(
+        0.0, ge=0, lt=1, description="Distances from each pixel's own grey are multiplied by 1 +- this."
+    )
+    hue: float = pydantic.Field(0.0, ge=0, le=0.5, description="Hue is turned by +- this part of the colour circle.")
 
 
 class DataConfig(StrictModel):
@@ -69,7 +73,12 @@ class ScheduleConfig(StrictModel):
     """The learning rate over time."""
 
     power: float = pydantic.Field(0.9, gt=0, description="Exponent of the 'poly' decay to zero.")
-    warmup_steps: int = pydantic.Field(0, ge=0, description="Steps of linear growth from zero before the decay.")
+    warmup_steps: int = pydantic.Field(
+        0,
+        ge=0,
+        description="Steps over which a factor grows linearly from 1 / warmup_steps to 1; it multiplies the decay, "
+        "which starts at step 0 all the same.",
+    )
 
 
 class TrainerConfig(StrictModel):
@@ -85,8 +94,14 @@ class TrainerConfig(StrictModel):
     )
     checkpoint_every: int = pydantic.Field(1000, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = pydantic.Field(3, ge=1, description="How many of the newest checkpoints stay.")
-    log_every: int = pydantic.Field(50, ge=1, description="Steps between two lines of the log and of TensorBoard.")
-    seed: int = pydantic.Field(0, ge=0, description="Seed of initial weights, data order and augmentation.")
+    log_every: int = pydantic.Field(
+        50,
+        ge=1,
+        description="Steps between two lines of the log and of TensorBoard; checkpoints and the last step log, too.",
+    )
+    seed: int = pydantic.Field(
+        0, ge=0, le=2**32 - 1, description="Seed of initial weights, data order and augmentation."
+    )
     strategy: Literal["one_device", "mirrored"] = pydantic.Field(
         "one_device", description="`one_device`, or `mirrored` for all GPUs of this machine."
     )

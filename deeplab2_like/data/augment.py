@@ -6,29 +6,11 @@ does not grow with the scale.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
-# The mean colour of ImageNet, which networks normalise to zero.
-MEAN_COLOR = (124, 116, 104)
-
-
-@dataclasses.dataclass(frozen=True)
-class ColorJitter:
-    """How far colours are changed; zero leaves them alone. Applied in the order of the attributes.
-
-    Attributes:
-        brightness: Colours are multiplied by a factor from 1 - brightness .. 1 + brightness.
-        contrast: Distances from the image's mean grey are multiplied by a factor from 1 - contrast .. 1 + contrast.
-        saturation: Distances from a pixel's own grey are multiplied by a factor from 1 - saturation .. 1 + saturation.
-        hue: Hue is turned by -hue .. hue, in turns of the colour circle, at most 0.5.
-    """
-
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
+from deeplab2_like.configs.schema import ColorJitterConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +29,11 @@ def augment(
     seed: tf.Tensor,
     crop_size: tuple[int, int],
     void: int,
+    pad_value: Sequence[int],
     scale_range: tuple[float, float] = (1.0, 1.0),
     flip: bool = False,
     dihedral: bool = False,
-    color_jitter: ColorJitter | None = None,
-    pad_value: tuple[int, int, int] = MEAN_COLOR,
+    color_jitter: ColorJitterConfig | None = None,
 ) -> dict[str, tf.Tensor]:
     """Scales at random, takes a random crop, flips and changes colours.
 
@@ -64,12 +46,12 @@ def augment(
         seed: int32 or int64 [2].
         crop_size: Height and width of the result.
         void: Panoptic value of padded pixels.
+        pad_value: Colour of padded pixels, red, green and blue.
         scale_range: Smallest and largest scale.
         flip: Whether to mirror left and right, half of the times.
         dihedral: Whether to apply one of the eight turns and mirrorings of a square, all equally likely; for pictures
             without an up, such as microscopy.
         color_jitter: How to change colours; None leaves them alone.
-        pad_value: Colour of padded pixels, red, green and blue.
 
     Returns:
         The same keys; `image` uint8 [h, w, 3], `panoptic` int32 [h, w] of static shape `crop_size`.
@@ -147,7 +129,9 @@ def _bilinear_window(image: tf.Tensor, rows: _Axis, columns: _Axis) -> tf.Tensor
     return resampled[0]
 
 
-def _jitter_colors(pixels: tf.Tensor, inside: tf.Tensor, jitter: ColorJitter, draws: list[tf.Tensor]) -> tf.Tensor:
+def _jitter_colors(
+    pixels: tf.Tensor, inside: tf.Tensor, jitter: ColorJitterConfig, draws: list[tf.Tensor]
+) -> tf.Tensor:
     """Changes the colours of `pixels` float32 [h, w, 3], 0..255; `inside` bool [h, w] says which are of the image."""
     brightness, contrast, saturation, hue = (2.0 * draw - 1.0 for draw in draws)
     if jitter.brightness:

@@ -53,7 +53,7 @@ class DatasetInfo:
         ignore_label: Class id of void pixels; not smaller than the number of classes.
     """
 
-    name: str
+    name: str = dataclasses.field(compare=False)
     categories: tuple[Category, ...]
     label_divisor: int = 1000
     ignore_label: int = 255

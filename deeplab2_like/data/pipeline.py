@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from deeplab2_like.configs.schema import ColorJitterConfig
 from deeplab2_like.data import augment, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
@@ -27,11 +28,11 @@ def make_train_dataset(
     dataset_info: DatasetInfo,
     batch_size: int,
     crop_size: tuple[int, int],
+    pad_value: Sequence[int],
     scale_range: tuple[float, float] = (1.0, 1.0),
     flip: bool = True,
     dihedral: bool = False,
-    color_jitter: augment.ColorJitter | None = None,
-    pad_value: tuple[int, int, int] = augment.MEAN_COLOR,
+    color_jitter: ColorJitterConfig | None = None,
     seed: int = 0,
     start_step: int = 0,
     cache: bool | None = None,
@@ -45,11 +46,11 @@ def make_train_dataset(
         dataset_info: What the labels mean.
         batch_size: Examples per batch, over all replicas.
         crop_size: Height and width of the training images.
-        scale_range: See `augment.augment`, as for the next four.
+        pad_value: Colour of padded pixels, red, green and blue; best the mean that the system normalises to zero.
+        scale_range: See `augment.augment`, as for the next three.
         flip: Whether to mirror left and right.
         dihedral: Whether to turn and mirror in all eight ways.
         color_jitter: How to change colours.
-        pad_value: Colour of padded pixels.
         seed: Decides order and augmentation.
         start_step: Number of batches to leave out at the beginning, to resume there.
         cache: Whether to hold all serialized records in memory; None: if they are smaller than `CACHE_LIMIT_BYTES`.
@@ -77,11 +78,11 @@ def make_train_dataset(
             seed=tf.stack([tf.constant(seed, tf.int64), number]),
             crop_size=crop_size,
             void=dataset_info.void,
+            pad_value=pad_value,
             scale_range=scale_range,
             flip=flip,
             dihedral=dihedral,
             color_jitter=color_jitter,
-            pad_value=pad_value,
         )
         return {
             "image": example["image"],

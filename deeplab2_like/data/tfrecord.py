@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import tensorflow as tf
 
+from deeplab2_like import files
 from deeplab2_like.data import panoptic_label
 from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE
 from deeplab2_like.errors import UserError
@@ -35,6 +36,20 @@ _LABEL_FORMAT = "image/segmentation/class/format"
 
 # Every complaint raised inside a TensorFlow graph starts so; `user_errors` finds it by this.
 _BAD_RECORD = "Bad record: "
+# How a faulty record shows in what TensorFlow says: our own complaints, which name the image, and its operations'.
+_FAULTS = (
+    (re.compile(re.escape(_BAD_RECORD) + r"(.*?)\]\s*(?:\n|$)", re.DOTALL), "{}"),
+    (re.compile(r"([^:\n]+)\n\s*\[\[[^\n]*DecodeImage\b"), "an image cannot be decoded ({})."),
+    (re.compile(r"([^:\n]+)\n\s*\[\[[^\n]*DecodePng\b"), "a label cannot be decoded ({})."),
+    (re.compile(r"Key: (\S+)\. +Data types don't match"), "its feature '{}' has a wrong type."),
+)
+
+# The first bytes of the image files that TensorFlow reads: JPEG, PNG, GIF, BMP, WebP.
+_PNG_BEGINNING = b"\x89PNG"
+_IMAGE_BEGINNINGS = (b"\xff\xd8\xff", _PNG_BEGINNING, b"GIF8", b"BM", b"RIFF")
+
+# What Python and TensorFlow raise when a file cannot be written.
+_WRITE_ERRORS = (OSError, tf.errors.OpError)
 
 _SHARD_NAME = re.compile(r"^(?P<split>[^.].*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.tfrecord$")
 # A record is: length (uint64), its checksum (uint32), the bytes, their checksum (uint32).
@@ -103,9 +118,9 @@ def serialize_example(*, image: bytes | np.ndarray, panoptic: np.ndarray, filena
     """
     if isinstance(image, bytes):
         pixels, keep = decode_image_bytes(image, filename)
-        encoded = image if keep else _encode_png(pixels)
+        encoded = image if keep else files.encode_png(pixels)
     else:
-        pixels, encoded = image, _encode_png(image)
+        pixels, encoded = image, files.encode_png(image)
     height, width = pixels.shape[:2]
     if panoptic.shape != (height, width):
         raise UserError(
@@ -125,7 +140,7 @@ def serialize_example(*, image: bytes | np.ndarray, panoptic: np.ndarray, filena
         _HEIGHT: height,
         _WIDTH: width,
         _CHANNELS: 3,
-        _LABEL: _encode_png(panoptic_label.ids_to_rgb(panoptic)),
+        _LABEL: files.encode_png(panoptic_label.ids_to_rgb(panoptic)),
         _LABEL_FORMAT: b"png",
     }
     example = tf.train.Example()
@@ -152,62 +167,90 @@ def parse_example(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
     features = tf.io.parse_single_example(
         serialized,
         {
-            _ENCODED: tf.io.FixedLenFeature([], tf.string),
+            # Empty if missing, so that the complaint can name the image.
+            _ENCODED: tf.io.FixedLenFeature([], tf.string, ""),
             _FILENAME: tf.io.FixedLenFeature([], tf.string, ""),
-            _LABEL: tf.io.FixedLenFeature([], tf.string),
+            _LABEL: tf.io.FixedLenFeature([], tf.string, ""),
             _LABEL_FORMAT: tf.io.FixedLenFeature([], tf.string, "raw"),
         },
     )
     name = features[_FILENAME]
     label_format = features[_LABEL_FORMAT]
-    # Animated files would be of rank 4.
-    image = tf.io.decode_image(features[_ENCODED], channels=3, expand_animations=False)
+    _require_feature(features, _ENCODED, name)
+    _require_feature(features, _LABEL, name)
+    known_image = require(
+        _begins(features[_ENCODED], *_IMAGE_BEGINNINGS),
+        lambda: ["image '", name, "' is not a JPEG, PNG, GIF, BMP or WebP file."],
+    )
+    with tf.control_dependencies([known_image]):
+        # Animated files would be of rank 4.
+        image = tf.io.decode_image(features[_ENCODED], channels=3, expand_animations=False)
     image.set_shape([None, None, 3])
     is_raw = tf.equal(label_format, "raw")
-    require(
+    known_format = require(
         is_raw | tf.equal(label_format, "png"),
         lambda: ["image '", name, "' has a label of format '", label_format, "'; 'raw' and 'png' are read."],
     )
-    panoptic = tf.cond(
-        is_raw,
-        lambda: _decode_raw_label(features[_LABEL], tf.shape(image), name),
-        lambda: _decode_png_label(features[_LABEL], name),
-    )
+    with tf.control_dependencies([known_format]):
+        panoptic = tf.cond(
+            is_raw,
+            lambda: _decode_raw_label(features[_LABEL], tf.shape(image), name),
+            lambda: _decode_png_label(features[_LABEL], name),
+        )
     panoptic.set_shape([None, None])
     image_size, label_size = tf.shape(image)[:2], tf.shape(panoptic)
-    require(
+    equal_size = require(
         tf.reduce_all(image_size == label_size),
         lambda: ["image '", name, "' is ", image_size, " but its label is ", label_size, " (height, width)."],
     )
+    with tf.control_dependencies([equal_size]):
+        panoptic = tf.identity(panoptic)
     return {"image": image, "panoptic": panoptic, "image_id": name}
+
+
+def _require_feature(features: dict[str, tf.Tensor], key: str, name: tf.Tensor) -> None:
+    """Stops unless the record of the image called `name` holds something under `key`."""
+    require(tf.not_equal(features[key], ""), lambda: ["the record of image '", name, f"' has no '{key}'."])
 
 
 def _decode_raw_label(content: tf.Tensor, image_shape: tf.Tensor, name: tf.Tensor) -> tf.Tensor:
     """DeepLab2's label: H*W little-endian int32; returns int32 [H, W]."""
     expected = 4 * image_shape[0] * image_shape[1]
-    require(
+    right_length = require(
         tf.equal(tf.strings.length(content), expected),
         lambda: ["image '", name, "' has a raw label of ", tf.strings.length(content), " bytes, not ", expected, "."],
     )
-    return tf.reshape(tf.io.decode_raw(content, tf.int32, little_endian=True), image_shape[:2])  # [H, W]
+    with tf.control_dependencies([right_length]):
+        return tf.reshape(tf.io.decode_raw(content, tf.int32, little_endian=True), image_shape[:2])  # [H, W]
 
 
 def _decode_png_label(content: tf.Tensor, name: tf.Tensor) -> tf.Tensor:
     """Our label: an RGB PNG; returns int32 [H, W]."""
-    rgb = tf.io.decode_png(content, channels=0)
-    require(
+    is_png = require(_begins(content, _PNG_BEGINNING), lambda: ["the label of image '", name, "' is not a PNG file."])
+    with tf.control_dependencies([is_png]):
+        rgb = tf.io.decode_png(content, channels=0)
+    is_rgb = require(
         tf.equal(tf.shape(rgb)[-1], 3),
         lambda: ["image '", name, "' has a PNG label of ", tf.shape(rgb)[-1], " channels; a label is an RGB PNG."],
     )
-    return panoptic_label.rgb_to_ids(tf.cast(rgb, tf.int32))
+    with tf.control_dependencies([is_rgb]):
+        return panoptic_label.rgb_to_ids(tf.cast(rgb, tf.int32))
 
 
-def require(condition: tf.Tensor, message: Callable[[], Sequence[str | tf.Tensor]]) -> None:
+def _begins(content: tf.Tensor, *beginnings: bytes) -> tf.Tensor:
+    """Whether `content`, string [], begins with any of `beginnings`; bool []."""
+    return tf.reduce_any([tf.equal(tf.strings.substr(content, 0, len(start)), start) for start in beginnings])
+
+
+def require(condition: tf.Tensor, message: Callable[[], Sequence[str | tf.Tensor]]) -> tf.Tensor:
     """Stops with a readable message unless `condition` holds; runs in a TensorFlow graph.
 
     Args:
         condition: bool [].
         message: Returns the parts of one sentence, strings and tensors; their values are read only on failure.
+
+    Returns:
+        bool [], to be made a control dependency of operations that would fail as well, and less readably.
 
     Raises:
         tf.errors.InvalidArgumentError: With the sentence; `user_errors` turns it into a `UserError`.
@@ -222,7 +265,7 @@ def require(condition: tf.Tensor, message: Callable[[], Sequence[str | tf.Tensor
         with tf.control_dependencies([tf.debugging.Assert(tf.constant(False), [sentence], summarize=1)]):
             return tf.constant(True)
 
-    tf.cond(condition, lambda: tf.constant(True), fail)
+    return tf.cond(condition, lambda: tf.constant(True), fail)
 
 
 @contextlib.contextmanager
@@ -241,16 +284,11 @@ def user_errors(source: str = "A TFRecord file") -> Iterator[None]:
         where = f" ({found[0]})" if found else ""
         raise UserError(f"{source} is damaged{where}; convert the data set again.") from error
     except tf.errors.InvalidArgumentError as error:
-        found = re.search(re.escape(_BAD_RECORD) + r"(.*?)\]\s*(\n|$)", error.message, re.DOTALL)
-        if found is None:
-            raise
-        sentence = found[1].replace("\\'", "'")
-        raise UserError(f"{_BAD_RECORD}{sentence} Convert the data set again.") from error
-
-
-def _encode_png(image: np.ndarray) -> bytes:
-    """Encodes uint8 [H, W, 3] RGB."""
-    return bytes(cv2.imencode(".png", np.ascontiguousarray(image[:, :, ::-1]))[1])
+        for pattern, sentence in _FAULTS:
+            if found := pattern.search(error.message):
+                fault = sentence.format(found[1].strip().replace("\\'", "'"))
+                raise UserError(f"{_BAD_RECORD}{fault} Convert the data set again.") from error
+        raise
 
 
 def _size(image: np.ndarray) -> str:
@@ -399,7 +437,7 @@ class ShardedWriter:
         num_shards: Number of files, 1..99999.
 
     Raises:
-        UserError: If an argument is not as above.
+        UserError: If an argument is not as above; on entering, writing and leaving, if the files cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike[str], split: str, num_shards: int) -> None:
@@ -414,32 +452,47 @@ class ShardedWriter:
         self.num_written = 0
 
     def __enter__(self) -> "ShardedWriter":
-        self._writers = [tf.io.TFRecordWriter(str(self._beside(name))) for name in self._names]
+        try:
+            for name in self._names:
+                self._writers.append(tf.io.TFRecordWriter(str(files.beside(self._folder / name))))
+        except _WRITE_ERRORS as error:
+            self._discard()
+            raise files.cannot_write(self._folder, error) from error
         return self
 
     def write(self, serialized: bytes) -> None:
-        """Appends one serialized example."""
-        self._writers[self.num_written % len(self._writers)].write(serialized)
+        """Appends one serialized example; raises `UserError` if it cannot be written."""
+        try:
+            self._writers[self.num_written % len(self._writers)].write(serialized)
+        except _WRITE_ERRORS as error:
+            raise files.cannot_write(self._folder, error) from error
         self.num_written += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            for writer in self._writers:
-                writer.close()
             if kind is None:
+                for writer in self._writers:
+                    writer.close()
                 self._publish()
+        except _WRITE_ERRORS as failure:
+            raise files.cannot_write(self._folder, failure) from failure
         finally:
-            for name in self._names:
-                self._beside(name).unlink(missing_ok=True)
+            self._discard()
 
     def _publish(self) -> None:
         for match in _shard_names(self._folder):
             if match["split"] == self._split and match[0] not in self._names:
                 (self._folder / match[0]).unlink()
         for name in self._names:
-            self._beside(name).replace(self._folder / name)
+            files.beside(self._folder / name).replace(self._folder / name)
 
-    def _beside(self, name: str) -> Path:
-        return self._folder / f".{name}.{os.getpid()}"
+    def _discard(self) -> None:
+        """Closes and removes what has not been published."""
+        for writer in self._writers:
+            with contextlib.suppress(*_WRITE_ERRORS):  # Nobody needs the rest that cannot be written.
+                writer.close()
+        for name in self._names:
+            with contextlib.suppress(OSError):
+                files.beside(self._folder / name).unlink(missing_ok=True)

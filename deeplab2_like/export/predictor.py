@@ -16,7 +16,8 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.tfrecord import decode_image_bytes
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter, segments_info
-from deeplab2_like.visualize import draw_overlay, save_image, side_by_side
+from deeplab2_like.files import write_png
+from deeplab2_like.visualize import draw_overlay, side_by_side
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -259,7 +260,7 @@ def predict_files(
         else:
             writer.add(image_id, file.name, prediction.panoptic, scores=prediction.scores, png_name=f"{name}.png")
             picture = side_by_side(image, None, prediction.panoptic, predictor.dataset_info)
-            save_image(pictures_dir / f"{name}.png", picture)
+            write_png(pictures_dir / f"{name}.png", picture)
         if progress is not None:
             progress(done, len(files))
     if len(skipped) == len(files):

@@ -22,6 +22,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from deeplab2_like import files
 from deeplab2_like.configs import Config, save_config
 from deeplab2_like.data import dataset_info as dataset_info_module
 from deeplab2_like.errors import UserError
@@ -170,8 +171,8 @@ def _folder_beside(folder: Path, *, name: str) -> Iterator[Path]:
     Raises:
         UserError: If nothing can be written there.
     """
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+    beside = files.beside(folder)
+    replaced = beside.with_name(f"{beside.name}.replaced")
     try:
         try:
             beside.mkdir(parents=True)
@@ -188,8 +189,7 @@ def _folder_beside(folder: Path, *, name: str) -> Iterator[Path]:
             for leftover in (beside, replaced):
                 shutil.rmtree(leftover, ignore_errors=True)
     except (OSError, tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError) as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "message", None) or str(error)
-        raise UserError(f"Cannot write '{name}' ({reason}); choose a folder that can be written.") from error
+        raise files.cannot_write(name, error) from error
 
 
 def _check(folder: Path, infer: tf.types.experimental.ConcreteFunction) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import keras
+import pydantic
 from keras import ops
 
 from deeplab2_like.configs.schema import StrictModel
@@ -29,8 +30,8 @@ class Norm(StrictModel):
     """
 
     kind: Literal["batch", "sync_batch", "frozen_batch", "group", "none"] = "sync_batch"
-    momentum: float = 0.99
-    epsilon: float = 1e-3
+    momentum: float = pydantic.Field(0.99, ge=0, lt=1)
+    epsilon: float = pydantic.Field(1e-3, gt=0)
 
     def layer(self, name: str) -> keras.layers.Layer | None:
         """Builds the layer, or returns None for `none`."""
@@ -60,12 +61,9 @@ class ConvNorm(keras.layers.Layer):
         kernel_size: Height and width, odd.
         strides: Stride of both axes.
         dilation: Atrous rate of both axes.
-        groups: Groups of a grouped convolution.
         depthwise: Whether every channel has a filter of its own.
-        use_bias: Whether to add a bias; by default only where no normalisation follows.
-        norm: The normalisation; None for none.
+        norm: The normalisation; None for none, which adds a bias.
         activation: Name of a Keras activation, or None.
-        initial_stddev: Standard deviation of the initial kernel; by default sqrt(2 / fan-in).
 
     Input shape: float [B, H, W, C]. Output shape: float [B, ceil(H / strides), ceil(W / strides), filters].
     """
@@ -77,37 +75,30 @@ class ConvNorm(keras.layers.Layer):
         *,
         strides: int = 1,
         dilation: int = 1,
-        groups: int = 1,
         depthwise: bool = False,
-        use_bias: bool | None = None,
         norm: Norm | None = None,
         activation: str | None = "relu",
-        initial_stddev: float | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
         margin = dilation * (kernel_size - 1) // 2
         self.pad = keras.layers.ZeroPadding2D(margin, name="pad") if strides > 1 and margin else None
-        initializer: keras.initializers.Initializer | str = "he_normal"
-        if initial_stddev is not None:
-            initializer = keras.initializers.RandomNormal(stddev=initial_stddev)
-        elif depthwise:
-            # Keras counts all channels as fan-in of a depthwise kernel; each output sees one.
-            initializer = keras.initializers.RandomNormal(stddev=(2.0 / kernel_size**2) ** 0.5)
         self.norm = norm.layer("norm") if norm is not None else None
         options: dict[str, Any] = {
             "kernel_size": kernel_size,
             "strides": strides,
             "dilation_rate": dilation,
             "padding": "same" if self.pad is None else "valid",
-            "use_bias": self.norm is None if use_bias is None else use_bias,
+            "use_bias": self.norm is None,
             "name": "conv",
         }
         self.conv: keras.layers.Layer
         if depthwise:
+            # Keras counts all channels as fan-in of a depthwise kernel; each output sees one.
+            initializer = keras.initializers.RandomNormal(stddev=(2.0 / kernel_size**2) ** 0.5)
             self.conv = keras.layers.DepthwiseConv2D(**options, depthwise_initializer=initializer)
         else:
-            self.conv = keras.layers.Conv2D(filters, **options, groups=groups, kernel_initializer=initializer)
+            self.conv = keras.layers.Conv2D(filters, **options, kernel_initializer="he_normal")
         self.activation = keras.activations.get(activation) if activation else None
 
     def call(self, inputs: Tensor, training: bool = False) -> Tensor:

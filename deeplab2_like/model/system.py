@@ -32,7 +32,7 @@ class PanopticSystem(keras.Model):
     private dictionaries. See `DatasetInfo` for the meaning of a panoptic map.
 
     Attributes:
-        config_class: The system's part of the config; `from_config` turns it into keyword arguments.
+        config_class: The system's part of the config; `from_model_config` turns it into keyword arguments.
         dataset_info: What the values of the panoptic map mean.
         loss_weights: Factor of each loss term in the sum that is minimised, by the names of `compute_losses`.
 
@@ -107,7 +107,16 @@ class PanopticSystem(keras.Model):
         raise NotImplementedError
 
     def instances(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> dict[str, Tensor] | None:
-        """Overlapping instance masks with scores, for AP; None if the panoptic segments are all there is."""
+        """Overlapping instances with scores, for AP; None if the panoptic segments are all there is.
+
+        Args:
+            outputs: What calling the system returned.
+            image_size: Height and width of the images before padding, ints or int32 scalars.
+
+        Returns:
+            `masks`: bool [B, N, H, W]. `boxes`: float32 [B, N, 4]. `classes`: int32 [B, N]. `scores`: float32 [B, N],
+            zero for unused rows.
+        """
         del outputs, image_size
         return None
 
@@ -131,10 +140,21 @@ class PanopticSystem(keras.Model):
         images = (images - ops.array(self.image_mean, "float32")) / ops.array(self.image_std, "float32")
         return ops.cast(pad_to_multiple(images, self.size_multiple), self.compute_dtype)
 
-    def infer(self, images: Tensor) -> dict[str, Tensor]:
-        """From images, uint8 [B, H, W, 3], to the dictionary of `postprocess`: what evaluation and export run."""
+    def infer(self, images: Tensor, *, with_instances: bool = False) -> dict[str, Tensor]:
+        """From images to panoptic maps: what evaluation and export run.
+
+        Args:
+            images: uint8 [B, H, W, 3], red, green and blue, any size.
+            with_instances: Whether to add what `instances` returns, if anything, as `instance_masks` and so on.
+
+        Returns:
+            The dictionary of `postprocess`.
+        """
         height, width = ops.shape(images)[1:3]
-        return self.postprocess(self(images, training=False), (height, width))
+        outputs = self(images, training=False)
+        found = self.postprocess(outputs, (height, width))
+        instances = self.instances(outputs, (height, width)) if with_instances else None
+        return found | {f"instance_{name}": value for name, value in (instances or {}).items()}
 
     def create_variables(self) -> "PanopticSystem":
         """Creates all variables by running the network once on an empty image; returns the system itself."""

@@ -19,26 +19,41 @@ CHECKPOINT_FOLDER = "checkpoints"
 CHECKPOINT_NAME = "ckpt"
 
 
-def prepare_model_folder(model_dir: str | os.PathLike[str], config: Config, dataset_info: DatasetInfo) -> None:
-    """Writes the config and the data set's facts into a model folder, new or of an earlier run of the same model.
+def check_model_folder(model_dir: str | os.PathLike[str], config: Config, dataset_info: DatasetInfo) -> None:
+    """Checks that a model folder is free for a training: new, without checkpoints, or of a run of the same model.
 
     Raises:
-        UserError: If the folder holds a run of another model or of other classes, or cannot be written.
+        UserError: If the folder holds checkpoints of another model or of other classes.
     """
     folder = Path(model_dir)
-    if (folder / CONFIG_FILE).is_file():
-        before = load_config(folder / CONFIG_FILE)
-        changed = [key for key in ("system", "model") if getattr(before, key) != getattr(config, key)]
-        if changed:
-            raise UserError(
-                f"Model folder '{folder}' holds a run whose '{changed[0]}' section differs from this config; use "
-                "another --model-dir, or the config of that run."
-            )
-        if DatasetInfo.load(folder) != dataset_info:
-            raise UserError(
-                f"Model folder '{folder}' was trained on data set '{DatasetInfo.load(folder).name}', whose classes or "
-                f"label divisor differ from those of '{dataset_info.name}'; use another --model-dir."
-            )
+    if not list_checkpoints(folder) or not (folder / CONFIG_FILE).is_file():
+        return
+    before = load_config(folder / CONFIG_FILE)
+    changed = [key for key in ("system", "model") if getattr(before, key) != getattr(config, key)]
+    if changed:
+        raise UserError(
+            f"Model folder '{folder}' holds a run whose '{changed[0]}' section differs from this config; use "
+            "another --model-dir, or the config of that run."
+        )
+    trained_on = DatasetInfo.load(folder)
+    if trained_on != dataset_info:
+        raise UserError(
+            f"Model folder '{folder}' was trained on data set '{trained_on.name}', whose classes or "
+            f"label divisor differ from those of '{dataset_info.name}'; use another --model-dir."
+        )
+
+
+def prepare_model_folder(model_dir: str | os.PathLike[str], config: Config, dataset_info: DatasetInfo) -> None:
+    """Writes the config and the data set's facts into a model folder, over those of an earlier run.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    folder = Path(model_dir)
+    if config.data.path is not None:
+        # The folder is used from wherever, so it cannot keep a path that counts from here.
+        data = config.data.model_copy(update={"path": os.path.abspath(config.data.path)})
+        config = config.model_copy(update={"data": data})
     dataset_info.save(folder)
     save_config(config, folder / CONFIG_FILE)
 
@@ -68,7 +83,7 @@ def load_model_folder(
     paths = list_checkpoints(folder)
     if not paths:
         raise UserError(f"Model folder '{folder}' holds no checkpoint yet; train first.")
-    restore(tf.train.Checkpoint(system=_variables(system)), paths[-1])
+    restore(make_checkpoint(system), paths[-1])
     return config, system, _step(paths[-1])
 
 

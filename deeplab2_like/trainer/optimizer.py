@@ -1,11 +1,13 @@
 """Optimisers and the learning rate schedule of the papers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 from keras import ops
+
+from deeplab2_like.errors import unknown_name
 
 
 class PolynomialDecayWithWarmup(keras.optimizers.schedules.LearningRateSchedule):
@@ -35,11 +37,27 @@ class PolynomialDecayWithWarmup(keras.optimizers.schedules.LearningRateSchedule)
         return {"peak": self.peak, "steps": self.steps, "power": self.power, "warmup_steps": self.warmup_steps}
 
 
+# Each is called with the learning rate and the momentum; Adam keeps its usual constants.
+OPTIMIZERS: dict[str, Callable[[Any, float], keras.optimizers.Optimizer]] = {
+    "adam": lambda learning_rate, momentum: keras.optimizers.Adam(learning_rate, epsilon=1e-8),
+    "sgd": lambda learning_rate, momentum: keras.optimizers.SGD(learning_rate, momentum=momentum),
+}
+
+
 def make_optimizer(name: str, *, learning_rate: Any, momentum: float) -> keras.optimizers.Optimizer:
-    """Builds Adam with its usual constants, or SGD with momentum; the config allows no other name."""
-    if name == "adam":
-        return keras.optimizers.Adam(learning_rate, epsilon=1e-8)
-    return keras.optimizers.SGD(learning_rate, momentum=momentum)
+    """Builds an optimiser.
+
+    Args:
+        name: A key of `OPTIMIZERS`.
+        learning_rate: A number or a Keras schedule.
+        momentum: Momentum of SGD, unused by Adam.
+
+    Raises:
+        UserError: If there is no such optimiser.
+    """
+    if name not in OPTIMIZERS:
+        raise unknown_name("optimizer", name, OPTIMIZERS)
+    return OPTIMIZERS[name](learning_rate, momentum)
 
 
 def add_weight_decay(

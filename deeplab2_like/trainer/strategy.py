@@ -1,10 +1,22 @@
 """Where the computation runs."""
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from deeplab2_like.errors import unknown_name
 
-STRATEGIES = ("one_device", "mirrored")
+
+def _one_device() -> tf.distribute.Strategy:
+    return tf.distribute.OneDeviceStrategy("/gpu:0" if tf.config.list_physical_devices("GPU") else "/cpu:0")
+
+
+def _mirrored() -> tf.distribute.Strategy:
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy([device.name for device in devices])
+
+
+STRATEGIES: dict[str, Callable[[], tf.distribute.Strategy]] = {"one_device": _one_device, "mirrored": _mirrored}
 
 
 def make_strategy(name: str) -> tf.distribute.Strategy:
@@ -16,9 +28,6 @@ def make_strategy(name: str) -> tf.distribute.Strategy:
     Raises:
         UserError: If there is no such strategy.
     """
-    if name == "one_device":
-        return tf.distribute.OneDeviceStrategy("/gpu:0" if tf.config.list_physical_devices("GPU") else "/cpu:0")
-    if name == "mirrored":
-        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-        return tf.distribute.MirroredStrategy([device.name for device in devices])
-    raise unknown_name("strategy", name, STRATEGIES)
+    if name not in STRATEGIES:
+        raise unknown_name("strategy", name, STRATEGIES)
+    return STRATEGIES[name]()

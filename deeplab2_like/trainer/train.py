@@ -2,12 +2,10 @@
 
 import contextlib
 import io
-import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
@@ -16,18 +14,19 @@ import tensorflow as tf
 
 from deeplab2_like.configs import Config
 from deeplab2_like.data import pipeline, tfrecord
-from deeplab2_like.data.augment import ColorJitter
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem, build_system
+from deeplab2_like.progress import TrainingProgress
 from deeplab2_like.trainer.checkpoint import (
+    check_model_folder,
+    list_checkpoints,
     make_checkpoint,
     make_checkpoint_manager,
     prepare_model_folder,
     restore,
 )
 from deeplab2_like.trainer.optimizer import PolynomialDecayWithWarmup, add_weight_decay, make_optimizer
-from deeplab2_like.trainer.progress import TrainingProgress
 from deeplab2_like.trainer.strategy import make_strategy
 
 
@@ -48,6 +47,7 @@ def train(config: Config, model_dir: str | os.PathLike[str]) -> PanopticSystem:
         raise UserError("Config key 'data.path' is not set; give a folder that `deeplab2-like convert` wrote.")
     dataset_info = DatasetInfo.load(config.data.path)
     files = tfrecord.list_shards(config.data.path, config.data.train_split)
+    check_model_folder(model_dir, config, dataset_info)
     settings = config.trainer
     strategy = make_strategy(settings.strategy)
     if settings.batch_size % strategy.num_replicas_in_sync:
@@ -71,22 +71,15 @@ def train(config: Config, model_dir: str | os.PathLike[str]) -> PanopticSystem:
         # Before restoring, as a checkpoint finds the optimiser's variables by their order.
         optimizer.build(system.trainable_variables)
 
-    prepare_model_folder(model_dir, config, dataset_info)
     checkpoint = make_checkpoint(system, optimizer)
-    manager = make_checkpoint_manager(
-        checkpoint,
-        model_dir,
-        step=optimizer.iterations.value,
-        every=settings.checkpoint_every,
-        keep=settings.keep_checkpoints,
-    )
-    if manager.latest_checkpoint:
-        restore(checkpoint, manager.latest_checkpoint)
+    if paths := list_checkpoints(model_dir):
+        restore(checkpoint, paths[-1])
     start_step = int(optimizer.iterations.value.numpy())
     if start_step >= settings.steps:
         print(f"Model folder '{model_dir}' is already trained to step {start_step}.")
         return system
 
+    red, green, blue = (round(value) for value in system.image_mean)
     dataset = pipeline.make_train_dataset(
         files,
         make_targets=system.make_targets,
@@ -96,11 +89,21 @@ def train(config: Config, model_dir: str | os.PathLike[str]) -> PanopticSystem:
         scale_range=config.data.scale_range,
         flip=config.data.flip,
         dihedral=config.data.dihedral,
-        color_jitter=ColorJitter(**config.data.color_jitter.model_dump()),
+        color_jitter=config.data.color_jitter,
+        pad_value=(red, green, blue),
         seed=settings.seed,
         start_step=start_step,
     )
-    loop = math.gcd(settings.log_every, settings.checkpoint_every)
+    # Only now, as a start that fails must not claim the folder.
+    prepare_model_folder(model_dir, config, dataset_info)
+    manager = make_checkpoint_manager(
+        checkpoint,
+        model_dir,
+        step=optimizer.iterations.value,
+        every=settings.checkpoint_every,
+        keep=settings.keep_checkpoints,
+    )
+    intervals = (settings.log_every, settings.checkpoint_every)
     progress = TrainingProgress(start_step=start_step, steps=settings.steps, batch_size=settings.batch_size)
     trainer = Trainer(
         strategy.experimental_distribute_dataset(dataset),
@@ -117,7 +120,7 @@ def train(config: Config, model_dir: str | os.PathLike[str]) -> PanopticSystem:
             strategy=strategy,
             global_step=optimizer.iterations.value,
             # A loop ends wherever something is to be logged or saved, also if the first one starts in between.
-            steps_per_loop=lambda step: loop - int(step) % loop,
+            steps_per_loop=lambda step: min(every - int(step) % every for every in intervals),
             checkpoint_manager=manager,
             summary_dir=str(Path(model_dir) / "train"),
             summary_interval=settings.log_every,
@@ -161,11 +164,10 @@ class Trainer(orbit.StandardTrainer):
         self._compiled_step = tf.function(self._distributed_step)
         self._losses: list[dict[str, tf.Tensor]] = []
         self._image_ids: list[Any] = []
-        self._started = 0.0
 
     def train_loop_begin(self) -> None:
         """Forgets the steps of the last loop."""
-        self._losses, self._image_ids, self._started = [], [], time.perf_counter()
+        self._losses, self._image_ids = [], []
 
     def train_step(self, iterator: Iterator[Any]) -> None:
         """Takes the next batch and updates the variables."""
@@ -178,25 +180,26 @@ class Trainer(orbit.StandardTrainer):
         """Returns the means over the loop's steps, for the log and TensorBoard.
 
         Raises:
-            UserError: If a loss of any step is not finite; nothing was saved since.
+            UserError: If a loss or the gradient of any step is not finite; nothing was saved since.
         """
-        seconds = time.perf_counter() - self._started
-        values = {name: np.array([float(step[name]) for step in self._losses]) for name in self._losses[0]}
-        for name, steps in values.items():
-            if not np.isfinite(steps).all():
-                self._stop_on_non_finite(name, int(np.argmin(np.isfinite(steps))))
+        steps = [{name: float(value) for name, value in step.items()} for step in self._losses]
+        # The earliest step is the cause: its update spoils the weights, and with them all terms of the steps after it.
+        for position, step in enumerate(steps):
+            for name, value in step.items():
+                if not np.isfinite(value):
+                    self._stop_on_non_finite(name, position)
         return {
-            **{name: steps.mean() for name, steps in values.items()},
+            **{name: float(np.mean([step[name] for step in steps])) for name in steps[0]},
             "learning_rate": float(self._optimizer.learning_rate),
-            "steps_per_second": len(self._losses) / seconds,
         }
 
-    def _stop_on_non_finite(self, name: str, position: int) -> None:
+    def _stop_on_non_finite(self, name: str, position: int) -> NoReturn:
         step = int(self._optimizer.iterations.value.numpy()) - len(self._losses) + position + 1
         parts = self._strategy.experimental_local_results(self._image_ids[position])
         image_ids = ", ".join(f"'{image_id.decode()}'" for part in parts for image_id in part.numpy())
+        what = {"loss": "The sum of the losses", "gradient_norm": "The gradient"}.get(name, f"Loss '{name}'")
         raise UserError(
-            f"Loss '{name}' is not finite in step {step} on images {image_ids}; lower trainer.learning_rate, raise "
+            f"{what} is not finite in step {step} on images {image_ids}; lower trainer.learning_rate, raise "
             "trainer.schedule.warmup_steps or set trainer.optimizer.clip_norm, and resume from the last checkpoint."
         )
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from deeplab2_like.data.augment import ColorJitter, augment
+from deeplab2_like.configs.schema import ColorJitterConfig
+from deeplab2_like.data.augment import augment
 
 VOID = 255_000
 PAD = (9, 8, 7)
@@ -173,7 +174,8 @@ def test_dihedral_works_on_oblong_images():
 
 def test_seed_decides():
     example = example_of(20, 30)
-    arguments = {"scale_range": (0.5, 2.0), "flip": True, "color_jitter": ColorJitter(0.4, 0.4, 0.4, 0.1)}
+    jitter = ColorJitterConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    arguments = {"scale_range": (0.5, 2.0), "flip": True, "color_jitter": jitter}
     first, again, other = run(example, [3, 3, 4], (16, 16), **arguments)
     np.testing.assert_array_equal(first["image"], again["image"])
     np.testing.assert_array_equal(first["panoptic"], again["panoptic"])
@@ -182,7 +184,7 @@ def test_seed_decides():
 
 def test_zero_jitter_changes_nothing():
     example = example_of(5, 7)
-    (result,) = run(example, [0], (5, 7), color_jitter=ColorJitter())
+    (result,) = run(example, [0], (5, 7), color_jitter=ColorJitterConfig())
     np.testing.assert_array_equal(result["image"], example["image"])
 
 
@@ -201,7 +203,7 @@ GREY_WEIGHTS = np.array([0.2989, 0.587, 0.114])
 
 def test_brightness_multiplies():
     factors = []
-    for image in jittered(ColorJitter(brightness=0.5), IMAGE):
+    for image in jittered(ColorJitterConfig(brightness=0.5), IMAGE):
         factor = image[0, 0, 0] / 100
         factors.append(factor)
         np.testing.assert_allclose(image, factor * IMAGE, atol=1.5)
@@ -212,7 +214,7 @@ def test_brightness_multiplies():
 def test_contrast_keeps_the_mean_grey():
     mean = (IMAGE @ GREY_WEIGHTS).mean()
     spreads = []
-    for image in jittered(ColorJitter(contrast=0.3), IMAGE):
+    for image in jittered(ColorJitterConfig(contrast=0.3), IMAGE):
         spread = (image[0, 0, 0] - mean) / (100 - mean)
         spreads.append(spread)
         np.testing.assert_allclose(image, mean + spread * (IMAGE - mean), atol=1.5)
@@ -222,7 +224,7 @@ def test_contrast_keeps_the_mean_grey():
 def test_saturation_keeps_each_grey():
     greys = IMAGE @ GREY_WEIGHTS
     spreads = []
-    for image in jittered(ColorJitter(saturation=0.3), IMAGE):
+    for image in jittered(ColorJitterConfig(saturation=0.3), IMAGE):
         np.testing.assert_allclose(image @ GREY_WEIGHTS, greys, atol=1)
         np.testing.assert_array_equal(image[0, 1], [60, 60, 60])
         spreads.append((image[0, 0].max() - image[0, 0].min()) / 80)
@@ -230,7 +232,7 @@ def test_saturation_keeps_each_grey():
 
 
 def test_hue_keeps_value_and_saturation():
-    images = jittered(ColorJitter(hue=0.5), IMAGE)
+    images = jittered(ColorJitterConfig(hue=0.5), IMAGE)
     for image in images:
         np.testing.assert_allclose(image.max(axis=-1), IMAGE.max(axis=-1), atol=1)
         np.testing.assert_allclose(image.min(axis=-1), IMAGE.min(axis=-1), atol=1)
@@ -242,7 +244,7 @@ def test_jitter_spares_the_padding():
     example = example_of(2, 2)
     example["image"] = tf.constant(IMAGE)
     mean = (IMAGE @ GREY_WEIGHTS).mean()
-    for result in run(example, range(5), (4, 4), color_jitter=ColorJitter(contrast=0.3)):
+    for result in run(example, range(5), (4, 4), color_jitter=ColorJitterConfig(contrast=0.3)):
         inside = result["panoptic"] != VOID
         assert (result["image"][~inside] == PAD).all()
         # The mean grey is that of the image alone.

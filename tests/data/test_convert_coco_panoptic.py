@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from deeplab2_like.data import panoptic_label, pipeline, tfrecord
-from deeplab2_like.data.convert import CONVERTERS, coco_panoptic, common
+from deeplab2_like.data.convert import coco_panoptic, common
+from deeplab2_like.data.convert.scenes import convert_scenes
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 
@@ -61,7 +62,7 @@ class Source:
             "json_file": self.folder / json_name,
             "output_dir": self.folder / "records",
         }
-        return CONVERTERS["coco-panoptic"](**(arguments | changes))
+        return coco_panoptic.convert_coco_panoptic(**(arguments | changes))
 
     def examples(self, split="train"):
         folder = self.folder / "records"
@@ -437,18 +438,13 @@ def test_default_number_of_shards_grows_with_the_data(tmp_path):
     assert len(tfrecord.list_shards(tmp_path, "large")) == 2
 
 
-def test_registry_leads_to_the_function():
-    with pytest.raises(TypeError, match=coco_panoptic.convert_coco_panoptic.__name__):
-        CONVERTERS["coco-panoptic"]()
-
-
 # Scenes.
 
 
 def test_scenes_are_written_as_rendered(tmp_path):
     from deeplab2_like.data import scenes
 
-    reports = CONVERTERS["scenes"](train=3, val=2, size=(48, 64), output_dir=tmp_path, seed=4)
+    reports = convert_scenes(train=3, val=2, size=(48, 64), output_dir=tmp_path, seed=4)
     assert reports == (common.ConversionReport("train", 3), common.ConversionReport("val", 2))
     info = DatasetInfo.load(tmp_path)
     assert info == scenes.scenes_info()
@@ -462,4 +458,4 @@ def test_scenes_are_written_as_rendered(tmp_path):
 
 def test_scenes_need_a_number(tmp_path):
     with pytest.raises(UserError, match=r"scenes needs train and val of 0 or more, not both 0.*got train 0, val 0"):
-        CONVERTERS["scenes"](train=0, val=0, size=(48, 64), output_dir=tmp_path)
+        convert_scenes(train=0, val=0, size=(48, 64), output_dir=tmp_path)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from deeplab2_like.configs.schema import ColorJitterConfig
 from deeplab2_like.data import pipeline, tfrecord
-from deeplab2_like.data.augment import ColorJitter
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 
@@ -15,6 +15,7 @@ INFO = DatasetInfo.from_coco_categories(
     [{"id": 1, "name": "thing", "isthing": 1}, {"id": 2, "name": "stuff", "isthing": 0}], name="made up"
 )
 COUNT = 7
+PAD = (9, 8, 7)
 
 
 def write(folder, panoptics, split="train", shards=2):
@@ -42,8 +43,9 @@ def train(files, **changes):
         "dataset_info": INFO,
         "batch_size": 3,
         "crop_size": (10, 11),
+        "pad_value": PAD,
         "scale_range": (0.5, 2.0),
-        "color_jitter": ColorJitter(0.2, 0.2, 0.2, 0.1),
+        "color_jitter": ColorJitterConfig(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1),
         "seed": 5,
     }
     return pipeline.make_train_dataset(files, **(arguments | changes))
@@ -74,6 +76,14 @@ def test_batches_have_static_shapes(files):
         labelled = label[label != INFO.void]
         assert (labelled == int(image_id) + 1).all()
         assert pixels == labelled.size > 0
+
+
+def test_padding_has_the_given_colour(files):
+    # Every image is 12 wide and at most 14 high, so that at most 14 * 12 of 20 * 20 pixels are not padding.
+    (batch,) = take(train(files, crop_size=(20, 20), scale_range=(1.0, 1.0)), 1)
+    for image, label in zip(batch["image"], batch["targets"]["label"], strict=True):
+        assert (image[label == INFO.void] == PAD).all()
+        assert (label == INFO.void).sum() >= 20 * 20 - 14 * 12
 
 
 @pytest.mark.parametrize("cache", [True, False])

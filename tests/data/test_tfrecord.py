@@ -1,12 +1,14 @@
 """One record and the files of a split."""
 
 import struct
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from deeplab2_like import files
 from deeplab2_like.data import tfrecord
 from deeplab2_like.errors import UserError
 
@@ -31,7 +33,7 @@ def features_of(serialized):
 
 
 def deeplab2_record(**changes):
-    """A record as DeepLab2 writes it, with some features replaced."""
+    """A record as DeepLab2 writes it, with some features replaced, or left out where the change is None."""
     values = {
         "image/encoded": encode(".png", IMAGE[:, :, ::-1]),
         "image/filename": b"a.png",
@@ -44,6 +46,8 @@ def deeplab2_record(**changes):
     } | changes
     example = tf.train.Example()
     for key, value in values.items():
+        if value is None:
+            continue
         if isinstance(value, bytes):
             example.features.feature[key].bytes_list.value.append(value)
         else:
@@ -126,7 +130,8 @@ def test_label_must_fit_a_png(value):
         tfrecord.serialize_example(image=IMAGE, panoptic=np.full((2, 3), value), filename="a.x")
 
 
-LABEL, LABEL_FORMAT = "image/segmentation/class/encoded", "image/segmentation/class/format"
+ENCODED, LABEL, LABEL_FORMAT = "image/encoded", "image/segmentation/class/encoded", "image/segmentation/class/format"
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +149,24 @@ LABEL, LABEL_FORMAT = "image/segmentation/class/encoded", "image/segmentation/cl
         (
             {LABEL_FORMAT: b"png", LABEL: encode(".png", np.zeros((3, 2, 3), np.uint8))},
             r"image 'a\.png' is \[2 3\] but its label is \[3 2\]",
+        ),
+        ({LABEL: None}, r"the record of image 'a\.png' has no 'image/segmentation/class/encoded'\."),
+        ({ENCODED: None}, r"the record of image 'a\.png' has no 'image/encoded'\."),
+        ({ENCODED: 3}, r"Bad record: its feature 'image/encoded' has a wrong type\."),
+        ({ENCODED: b"no image"}, r"image 'a\.png' is not a JPEG, PNG, GIF, BMP or WebP file\."),
+        ({ENCODED: b"B"}, r"image 'a\.png' is not a JPEG"),
+        (
+            {ENCODED: encode(".png", NOISE)[:1000]},
+            r"^Bad record: an image cannot be decoded \(Invalid PNG data, size 1000\)\.",
+        ),
+        (
+            {ENCODED: encode(".jpg", NOISE)[:300]},
+            r"^Bad record: an image cannot be decoded \(.*Invalid JPEG data.*\)\.",
+        ),
+        ({LABEL_FORMAT: b"png", LABEL: encode(".jpg", NOISE)}, r"the label of image 'a\.png' is not a PNG file\."),
+        (
+            {LABEL_FORMAT: b"png", LABEL: encode(".png", NOISE)[:1000]},
+            r"^Bad record: a label cannot be decoded \(Invalid PNG data, size 1000\)\.",
         ),
     ],
 )
@@ -202,6 +225,35 @@ def test_failed_conversion_leaves_the_old_one(tmp_path):
     writer.write(b"other")
     writer.__exit__(KeyError, KeyError(), None)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path):
+    # The second of three files cannot be made, as if somebody else's lay there; the first must not stay.
+    blocked = files.beside(tmp_path / "train-00001-of-00003.tfrecord")
+    blocked.mkdir()
+    message = rf"^Cannot write '{tmp_path}' \(Is a directory\); choose a folder that can be written\.$"
+    with pytest.raises(UserError, match=message):
+        write(tmp_path, shards=3)
+    assert list(tmp_path.iterdir()) == [blocked]
+
+
+def test_file_that_cannot_be_put_in_its_place_is_named(tmp_path):
+    (tmp_path / "train-00000-of-00001.tfrecord").mkdir()
+    with pytest.raises(UserError, match=rf"^Cannot write '{tmp_path}' \(Is a directory\)"):
+        write(tmp_path, shards=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["train-00000-of-00001.tfrecord"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("size", [10, 10_000_000])  # Buffered until the end, and written at once.
+def test_full_disk_is_a_user_error(tmp_path, size):
+    files.beside(tmp_path / "train-00000-of-00001.tfrecord").symlink_to("/dev/full")
+    with (
+        pytest.raises(UserError, match=rf"^Cannot write '{tmp_path}' \(No space left on device\)"),
+        tfrecord.ShardedWriter(tmp_path, "train", 1) as writer,
+    ):
+        writer.write(bytes(size))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("split", ["", ".train", "a/b"])

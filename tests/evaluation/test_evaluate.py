@@ -1,6 +1,6 @@
 """The evaluation of a system: it sees whole images, counts what comes out, and sees what an export gives."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ class Oracle:
     def __init__(self, info: DatasetInfo) -> None:
         self.dataset_info = info
 
-    def infer(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+    def infer(self, images: tf.Tensor, *, with_instances: bool = False) -> dict[str, tf.Tensor]:
         parts = tf.cast(images, tf.int32)
         panoptic = parts[..., 0] + 256 * parts[..., 1] + 65536 * parts[..., 2]
         ids = tf.unique(tf.reshape(panoptic, [-1])).y[None]  # [1, K]
@@ -56,10 +56,9 @@ def examples(*, shown: Any = lambda label: label) -> Iterator[dict[str, tf.Tenso
 def test_a_perfect_system_gets_everything() -> None:
     seen: list[str] = []
 
-    def after_image(image_id: str, image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> None:
-        seen.append(image_id)
-        assert image.shape == (*label.shape, 3)
-        np.testing.assert_array_equal(label, prediction)
+    def after_image(example: Mapping[str, tf.Tensor], prediction: np.ndarray) -> None:
+        seen.append(example["image_id"].numpy().decode())
+        np.testing.assert_array_equal(example["panoptic"], prediction)
 
     metrics = evaluate(Oracle(scenes_info()), examples(), after_image=after_image)  # type: ignore[arg-type]
     assert seen == ["scene_0.png", "scene_1.png", "scene_0.png"]
@@ -83,6 +82,26 @@ def test_a_blind_system_gets_nothing() -> None:
     assert metrics["instance"]["mask_ap"] == 0.0
 
 
+class WithInstances(Oracle):
+    """Its overlapping instances are all wrong, while its panoptic segments are right."""
+
+    def infer(self, images: tf.Tensor, *, with_instances: bool = False) -> dict[str, tf.Tensor]:
+        found = super().infer(images)
+        if with_instances:
+            height, width = images.shape[1:3]
+            found["instance_masks"] = tf.ones((1, 1, height, width), tf.bool)
+            found["instance_boxes"] = tf.constant([[[0.0, 0.0, height, width]]])
+            found["instance_classes"] = tf.constant([[self.dataset_info.thing_classes[0]]])
+            found["instance_scores"] = tf.constant([[0.9]])
+        return found
+
+
+def test_average_precision_is_that_of_a_system_s_own_instances() -> None:
+    metrics = evaluate(WithInstances(scenes_info()), examples())  # type: ignore[arg-type]
+    assert metrics["instance"]["mask_ap"] == 0.0
+    assert metrics["panoptic"]["stuff"]["sq"] == 100.0
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_evaluation_sees_what_the_export_gives(compiled: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
     system = OneConvolution(dataset_info=scenes_info(), channels=8).create_variables()
@@ -92,8 +111,8 @@ def test_evaluation_sees_what_the_export_gives(compiled: bool, tmp_path_factory:
     predictor = Predictor(exported)
     maps: list[np.ndarray] = []
 
-    def after_image(_: str, image: np.ndarray, __: np.ndarray, prediction: np.ndarray) -> None:
-        np.testing.assert_array_equal(prediction, predictor(image).panoptic)
+    def after_image(example: Mapping[str, tf.Tensor], prediction: np.ndarray) -> None:
+        np.testing.assert_array_equal(prediction, predictor(example["image"].numpy()).panoptic)
         maps.append(prediction)
 
     evaluate(system, examples(), compiled=compiled, after_image=after_image)

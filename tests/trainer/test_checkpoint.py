@@ -9,10 +9,16 @@ import pytest
 import tensorflow as tf
 from one_convolution import one_convolution_config
 
-from deeplab2_like.configs import save_config
+from deeplab2_like.configs import load_config, save_config
+from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
-from deeplab2_like.trainer.checkpoint import list_checkpoints, load_model_folder, prepare_model_folder
+from deeplab2_like.trainer.checkpoint import (
+    check_model_folder,
+    list_checkpoints,
+    load_model_folder,
+    prepare_model_folder,
+)
 from deeplab2_like.trainer.train import train
 
 
@@ -98,21 +104,34 @@ def test_no_model_folder(tmp_path: Path) -> None:
         load_model_folder(tmp_path / "missing")
 
 
-def test_a_folder_keeps_to_one_model_and_one_data_set(tmp_path: Path) -> None:
-    info = scenes_info()
-    prepare_model_folder(tmp_path, one_convolution_config(), info)
+def test_a_folder_keeps_to_one_model_and_one_data_set(folder: Path, records: Path) -> None:
+    info = DatasetInfo.load(records)
     # The trainer's section may change, say, for a longer training.
-    prepare_model_folder(tmp_path, one_convolution_config(steps=9), info)
+    check_model_folder(folder, one_convolution_config(steps=9), info)
+    other_model = one_convolution_config(model={"channels": 5})
     with pytest.raises(UserError, match=r"holds a run whose 'model' section differs from this config; use another"):
-        prepare_model_folder(tmp_path, one_convolution_config(model={"channels": 5}), info)
+        check_model_folder(folder, other_model, info)
+    other_info = dataclasses.replace(info, label_divisor=500)
     with pytest.raises(
         UserError, match=r"was trained on data set '.*', whose classes or label divisor differ from those"
     ):
-        prepare_model_folder(tmp_path, one_convolution_config(), dataclasses.replace(info, label_divisor=500))
+        check_model_folder(folder, one_convolution_config(), other_info)
+    # Without checkpoints there is nothing to protect.
+    for file in (folder / "checkpoints").glob("ckpt-*"):
+        file.unlink()
+    check_model_folder(folder, other_model, other_info)
 
 
-def test_a_file_in_the_way(tmp_path: Path) -> None:
+def test_the_path_of_the_data_holds_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    prepare_model_folder("model", one_convolution_config(data={"path": "../records"}), scenes_info())
+    config = load_config(tmp_path / "here" / "model" / "config.yaml")
+    assert config == one_convolution_config(data={"path": str(tmp_path / "records")})
+
+
+def test_a_file_in_the_way(registered: None, records: Path, tmp_path: Path) -> None:
     path = tmp_path / "model"
     save_config(one_convolution_config(), path)
     with pytest.raises(UserError, match=r"Cannot write '.*dataset_info.json'"):
-        prepare_model_folder(path, one_convolution_config(), scenes_info())
+        train(one_convolution_config(data={"path": str(records)}), path)

@@ -1,13 +1,18 @@
 """Learning rate schedule, weight decay, clipping."""
 
+from typing import get_args
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from one_convolution import OneConvolution
 
+from deeplab2_like.configs.schema import OptimizerConfig, TrainerConfig
 from deeplab2_like.data.scenes import scenes_info
-from deeplab2_like.trainer.optimizer import PolynomialDecayWithWarmup, add_weight_decay, make_optimizer
+from deeplab2_like.errors import UserError
+from deeplab2_like.trainer.optimizer import OPTIMIZERS, PolynomialDecayWithWarmup, add_weight_decay, make_optimizer
+from deeplab2_like.trainer.strategy import STRATEGIES, make_strategy
 from deeplab2_like.trainer.train import Trainer
 
 
@@ -62,6 +67,18 @@ def test_optimizers() -> None:
     assert weight_after_two_steps("sgd") == pytest.approx(1 - 0.2 - 0.3)
     # Equal gradients make Adam's steps as long as the learning rate.
     assert weight_after_two_steps("adam") == pytest.approx(1 - 0.1 - 0.1, rel=1e-5)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(UserError, match=r"Unknown optimizer 'adamw'\. Did you mean 'adam'\? Known: adam, sgd"):
+        make_optimizer("adamw", learning_rate=0.1, momentum=0.5)
+    with pytest.raises(UserError, match=r"Unknown strategy 'mirror'\. Did you mean 'mirrored'\? Known: mirrored, one_"):
+        make_strategy("mirror")
+
+
+def test_the_config_allows_what_there_is() -> None:
+    assert set(get_args(OptimizerConfig.model_fields["name"].annotation)) == set(OPTIMIZERS)
+    assert set(get_args(TrainerConfig.model_fields["strategy"].annotation)) == set(STRATEGIES)
 
 
 def step_of(*, clip_norm: float | None = None, weight_decay: float = 0.0) -> tuple[list[np.ndarray], float]:

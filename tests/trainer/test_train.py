@@ -174,10 +174,11 @@ def test_a_finished_training_says_so(
     trained_folder: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(trained_folder, tmp_path / "model"))
-    before = {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").glob("ckpt*")}
-    system = train(one_convolution_config(data={"path": str(records)}), folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    # Other settings of the trainer do not replace those that it was trained with.
+    system = train(one_convolution_config(data={"path": str(records)}, steps=3), folder)
     assert capsys.readouterr().out == f"Model folder '{folder}' is already trained to step 6.\n"
-    assert {path: path.stat().st_mtime_ns for path in (folder / "checkpoints").glob("ckpt*")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     stored = variables_of(list_checkpoints(folder)[-1])
     assert any(np.array_equal(system.weights[0].numpy(), value) for value in stored.values())
 
@@ -192,20 +193,53 @@ def test_progress_is_printed(
     assert all("semantic" in line and "loss" in line for line in lines)
 
 
-def test_a_loss_that_is_not_finite_stops(
-    trained_folder: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_loops_end_where_something_is_due(
+    registered: None, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = one_convolution_config(data={"path": str(records)}, steps=10, log_every=3, checkpoint_every=4)
+    train(config, tmp_path)
+    # Multiples of 3 and of 4, and the end.
+    steps = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert steps == ["3/10", "4/10", "6/10", "8/10", "9/10", "10/10"]
+    assert [Path(path).name for path in list_checkpoints(tmp_path)] == ["ckpt-4", "ckpt-8", "ckpt-10"]
+
+
+def test_padding_has_the_mean_color(
+    registered: None, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def record(files: Any, **options: Any) -> None:
+        asked.update(options)
+        raise PowerCut
+
+    monkeypatch.setattr(pipeline, "make_train_dataset", record)
+    with pytest.raises(PowerCut):
+        train(one_convolution_config(data={"path": str(records)}), tmp_path)
+    # The system's mean is 127.5, which rounds to even.
+    assert asked["pad_value"] == (128, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("center", "Loss 'center'"), ("loss", "The sum of the losses"), ("gradient_norm", "The gradient")],
+)
+def test_the_first_value_that_is_not_finite_stops(
+    trained_folder: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
 ) -> None:
     folder = Path(shutil.copytree(trained_folder, tmp_path / "model"))
     config = one_convolution_config(data={"path": str(records)}, steps=12, log_every=4)
     original = Trainer.replica_step
 
-    def spoilt_in_step_8(self: Trainer, batch: dict[str, Any]) -> dict[str, Any]:
+    def spoilt_from_step_7(self: Trainer, batch: dict[str, Any]) -> dict[str, Any]:
+        """One value, and from step 8 on all: both steps are in the loop from 6 to 8."""
         values = original(self, batch)
-        nan = tf.where(self._optimizer.iterations.value >= 8, np.nan, 1.0)
-        return {**values, "semantic": values["semantic"] * nan, "loss": values["loss"] * nan}
+        values = {"semantic": values.pop("semantic"), "center": tf.constant(0.0), **values}
+        step = self._optimizer.iterations.value
+        return {key: tf.where(step >= (7 if key == name else 8), np.nan, value) for key, value in values.items()}
 
-    monkeypatch.setattr(Trainer, "replica_step", spoilt_in_step_8)
-    # Step 8 is batch number 7, as the first is number 0.
+    monkeypatch.setattr(Trainer, "replica_step", spoilt_from_step_7)
+    # Step 7 is batch number 6, as the first is number 0.
     info = DatasetInfo.load(records)
     batches = pipeline.make_train_dataset(
         tfrecord.list_shards(records, "train"),
@@ -213,11 +247,12 @@ def test_a_loss_that_is_not_finite_stops(
         dataset_info=info,
         batch_size=2,
         crop_size=(16, 24),
+        pad_value=(128, 128, 128),
         seed=config.trainer.seed,
-        start_step=7,
+        start_step=6,
     )
     first, second = (name.decode() for name in next(iter(batches))["image_id"].numpy())
-    message = rf"Loss 'semantic' is not finite in step 8 on images '{first}', '{second}'; lower trainer.learning_rate"
+    message = rf"^{words} is not finite in step 7 on images '{first}', '{second}'; lower trainer.learning_rate"
     with pytest.raises(UserError, match=message):
         train(config, folder)
     assert [Path(path).name for path in list_checkpoints(folder)] == ["ckpt-4", "ckpt-6"]
@@ -225,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops(
 
 def test_a_learning_rate_that_is_too_high_stops(registered: None, records: Path, tmp_path: Path) -> None:
     config = one_convolution_config(data={"path": str(records)}, learning_rate=1e30, optimizer={"name": "sgd"})
-    with pytest.raises(UserError, match=r"Loss '.*' is not finite in step [23] on images 'scene_"):
+    with pytest.raises(UserError, match=r"(Loss 'semantic'|The gradient) is not finite in step [23] on images 'scene_"):
         train(config, tmp_path)
     assert list_checkpoints(tmp_path) == []
 
@@ -235,6 +270,12 @@ def test_precision_is_this_trainings_alone(registered: None, records: Path, tmp_
     assert system.compute_dtype == "bfloat16"
     assert {weight.dtype for weight in system.weights} == {"float32"}
     assert keras.config.dtype_policy().name == "float32"
+
+
+def test_every_seed_that_the_config_allows_can_be_set() -> None:
+    keras.utils.set_random_seed(one_convolution_config(seed=2**32 - 1).trainer.seed)
+    with pytest.raises(ValueError, match="less than or equal to 4294967295"):
+        one_convolution_config(seed=2**32)
 
 
 def test_what_does_not_fit_is_refused(registered: None, records: Path, tmp_path: Path) -> None:
@@ -254,3 +295,4 @@ def test_records_without_examples(registered: None, records: Path, tmp_path: Pat
     (tmp_path / "train-00000-of-00001.tfrecord").touch()
     with pytest.raises(UserError, match="hold no examples"):
         train(one_convolution_config(data={"path": str(tmp_path)}), tmp_path / "model")
+    assert not (tmp_path / "model").exists()

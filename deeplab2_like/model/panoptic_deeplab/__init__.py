@@ -30,7 +30,7 @@ from keras import ops
 
 from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import BackboneConfig, build_backbone
 from deeplab2_like.model.layers import Norm, Tensor
 from deeplab2_like.model.panoptic_deeplab.losses import compute_losses
@@ -49,8 +49,10 @@ class AsppConfig(StrictModel):
     """Atrous spatial pyramid pooling."""
 
     channels: int = pydantic.Field(256, ge=1)
-    rates: tuple[int, ...] = pydantic.Field((6, 12, 18), description="Atrous rates at output stride 16.")
-    pooling_window: tuple[int, int] | None = pydantic.Field(
+    rates: tuple[pydantic.PositiveInt, ...] = pydantic.Field(
+        (6, 12, 18), description="Atrous rates in feature pixels; double them at output stride 8."
+    )
+    pooling_window: tuple[pydantic.PositiveInt, pydantic.PositiveInt] | None = pydantic.Field(
         None, description="Window of the image pooling in feature pixels; null averages the whole image."
     )
     dropout: float = pydantic.Field(0.1, ge=0, lt=1)
@@ -59,7 +61,7 @@ class AsppConfig(StrictModel):
 class DecoderConfig(StrictModel):
     """Both decoders and the heads on them."""
 
-    low_level_channels: dict[str, int] = pydantic.Field(
+    low_level_channels: dict[str, pydantic.PositiveInt] = pydantic.Field(
         {"res3": 64, "res2": 32},
         description="Channels to which each low-level feature is projected, coarse to fine; the last one's stride is "
         "that of the predictions. Add `stem` for predictions at 1/2 instead of 1/4.",
@@ -124,7 +126,7 @@ class PanopticDeepLabConfig(StrictModel):
     backbone: BackboneConfig = BackboneConfig()
     norm: Norm = Norm()
     image_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    image_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    image_std: tuple[pydantic.PositiveFloat, pydantic.PositiveFloat, pydantic.PositiveFloat] = (58.395, 57.12, 57.375)
     dual_aspp: bool = True
     dual_decoder: bool = True
     semantic_only: bool = pydantic.Field(False, description="Leave out the instance branch: Semantic-DeepLab.")
@@ -136,7 +138,7 @@ class PanopticDeepLabConfig(StrictModel):
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "PanopticDeepLabConfig":
         if self.dual_aspp and not self.dual_decoder:
-            raise ValueError("dual_aspp needs dual_decoder, as one decoder has one input")
+            raise ValueError("dual_aspp needs dual_decoder, as one decoder has one input; set both to the same value")
         return self
 
 
@@ -195,7 +197,7 @@ class PanopticDeepLab(PanopticSystem):
                 f"data set '{dataset_info.name}' has room for {dataset_info.label_divisor - 1} instances; lower top_k."
             )
         self.semantic_only = semantic_only
-        self.loss = loss
+        self.loss_config = loss
         self.postprocess_config = postprocess
         self.loss_weights = {"semantic": loss.semantic_weight}
         if not semantic_only:
@@ -203,9 +205,6 @@ class PanopticDeepLab(PanopticSystem):
 
         self.backbone = build_backbone(backbone, norm=norm)
         strides = self.backbone.strides
-        unknown = [feature for feature in decoder.low_level_channels if feature not in strides]
-        if unknown:
-            raise unknown_name(f"feature of backbone {backbone.name}", unknown[0], strides)
         self.stride = strides[list(decoder.low_level_channels)[-1]]
 
         def build_aspp(name: str) -> AtrousSpatialPyramidPooling:
@@ -269,11 +268,11 @@ class PanopticDeepLab(PanopticSystem):
         return make_targets(
             panoptic,
             dataset_info=self.dataset_info,
-            sigma=self.loss.sigma,
-            small_instance_area=self.loss.small_instance_area,
-            small_instance_weight=self.loss.small_instance_weight,
+            sigma=self.loss_config.sigma,
+            small_instance_area=self.loss_config.small_instance_area,
+            small_instance_weight=self.loss_config.small_instance_weight,
             semantic_only=self.semantic_only,
-            crowd_as_instance=self.loss.crowd_as_instance,
+            crowd_as_instance=self.loss_config.crowd_as_instance,
         )
 
     def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
@@ -309,8 +308,8 @@ class PanopticDeepLab(PanopticSystem):
             targets,
             outputs,
             stride=self.stride,
-            top_k_share=self.loss.top_k_share,
-            center_loss=self.loss.center,
+            top_k_share=self.loss_config.top_k_share,
+            center_loss=self.loss_config.center,
         )
 
     def postprocess(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> dict[str, Tensor]:
@@ -322,7 +321,7 @@ class PanopticDeepLab(PanopticSystem):
         outputs = {"semantic_logits": 20.0 * ops.one_hot(targets["semantic"], self.dataset_info.num_classes)}
         if not self.semantic_only:
             center = targets["center"]
-            if self.loss.center == "sigmoid_cross_entropy":
+            if self.loss_config.center == "sigmoid_cross_entropy":
                 center = ops.log(ops.maximum(center, 1e-6) / ops.maximum(1 - center, 1e-6))
             outputs |= {"center": center[..., None], "offset": targets["offset"]}
         return self._postprocess(outputs, ops.shape(targets["semantic"])[1:3], 1)
@@ -337,7 +336,7 @@ class PanopticDeepLab(PanopticSystem):
             thing_classes=self.dataset_info.thing_classes,
             label_divisor=self.dataset_info.label_divisor,
             ignore_label=self.dataset_info.ignore_label,
-            center_is_logit=self.loss.center == "sigmoid_cross_entropy",
+            center_is_logit=self.loss_config.center == "sigmoid_cross_entropy",
             center_threshold=self.postprocess_config.center_threshold,
             nms_kernel=self.postprocess_config.nms_kernel,
             top_k=self.postprocess_config.top_k,

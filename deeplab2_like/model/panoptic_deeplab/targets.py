@@ -1,10 +1,8 @@
 """Training targets of Panoptic-DeepLab (sections 3.1 and 4): classes, centre heat map, offsets, and their weights."""
 
-from typing import Any
-
+from deeplab2_like.data import panoptic_label
 from deeplab2_like.data.dataset_info import DatasetInfo
-
-Tensor = Any
+from deeplab2_like.model.layers import Tensor
 
 
 def make_targets(
@@ -42,9 +40,9 @@ def make_targets(
 
     height, width = panoptic.shape
     divisor = dataset_info.label_divisor
-    class_map = panoptic // divisor
+    class_map, instance_map = panoptic_label.decode(panoptic, divisor)
     is_thing = tf.reduce_any(class_map[..., tf.newaxis] == tf.constant(dataset_info.thing_classes, tf.int32), axis=-1)
-    is_instance = is_thing if crowd_as_instance else is_thing & (panoptic % divisor > 0)
+    is_instance = is_thing if crowd_as_instance else is_thing & (instance_map > 0)
     is_void = class_map == dataset_info.ignore_label
 
     # Statistics of every instance by its panoptic value; bin 0 is for the pixels outside of instances. Sums of

@@ -1,13 +1,30 @@
-"""What training shows while it runs: a live bar on a terminal, plain lines elsewhere."""
+"""What commands show while they run: a live bar on a terminal; for training, plain lines elsewhere."""
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how far a command is.
+
+    Args:
+        name: What is being done.
+
+    Yields:
+        A function to call with the numbers of things done and of all; on a terminal it moves a bar.
+    """
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class TrainingProgress:
@@ -58,7 +75,7 @@ class TrainingProgress:
 
     def report(self, values: Mapping[str, Any]) -> None:
         """Shows the means of the last loop, in the order loss, terms."""
-        hidden = ("learning_rate", "steps_per_second", "gradient_norm")
+        hidden = ("learning_rate", "gradient_norm")
         losses = "  ".join(f"{name} {float(value):.3f}" for name, value in values.items() if name not in hidden)
         self._bar.update(self._task, losses=losses)
         if not self._console.is_terminal:
