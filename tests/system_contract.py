@@ -103,11 +103,13 @@ class SystemContract:
         return self.build(INFO)
 
     @pytest.fixture(scope="class")
-    def excited(self) -> PanopticSystem:
+    @classmethod
+    def excited(cls) -> PanopticSystem:
         """A system that predicts something; tests share it and leave it as it is."""
         keras.utils.set_random_seed(1)
-        system = self.build(INFO)
-        self.excite(system)
+        contract = cls()
+        system = contract.build(INFO)
+        contract.excite(system)
         return system
 
     # --- the contract ------------------------------------------------------------------------------------------------

@@ -71,8 +71,7 @@ def make_train_dataset(
     read = _cached_reader(index) if cache else _file_reader(index)
 
     def prepare(number: tf.Tensor, record: tf.Tensor) -> dict[str, tf.Tensor | Targets]:
-        example = tfrecord.parse_example(read(record))
-        _check_classes(example, dataset_info)
+        example = _check_classes(tfrecord.parse_example(read(record)), dataset_info)
         example = augment.augment(
             example,
             seed=tf.stack([tf.constant(seed, tf.int64), number]),
@@ -110,9 +109,7 @@ def make_eval_dataset(
     """
 
     def prepare(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
-        example = tfrecord.parse_example(serialized)
-        _check_classes(example, dataset_info)
-        return example
+        return _check_classes(tfrecord.parse_example(serialized), dataset_info)
 
     dataset = tf.data.TFRecordDataset(list(files))
     dataset = dataset.map(prepare, num_parallel_calls=num_parallel_calls, deterministic=True)
@@ -165,8 +162,8 @@ def _file_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tensor
     return read
 
 
-def _check_classes(example: dict[str, tf.Tensor], dataset_info: DatasetInfo) -> None:
-    """Stops on a panoptic value whose class the data set does not have."""
+def _check_classes(example: dict[str, tf.Tensor], dataset_info: DatasetInfo) -> dict[str, tf.Tensor]:
+    """Returns the example, or stops on a panoptic value whose class the data set does not have."""
     panoptic, divisor = example["panoptic"], dataset_info.label_divisor
     class_map = panoptic // divisor
     allowed = ((class_map >= 0) & (class_map < dataset_info.num_classes)) | (class_map == dataset_info.ignore_label)
@@ -184,7 +181,8 @@ def _check_classes(example: dict[str, tf.Tensor], dataset_info: DatasetInfo) -> 
             f" and {dataset_info.ignore_label} for void.",
         ]
 
-    tfrecord.require(tf.reduce_all(allowed), message)
+    with tf.control_dependencies([tfrecord.require(tf.reduce_all(allowed), message)]):
+        return {**example, "panoptic": tf.identity(panoptic)}
 
 
 def _names(files: Sequence[str]) -> str:

@@ -134,7 +134,6 @@ def test_convolutions_are_padded_alike_on_all_sides(
         strides=strides,
         dilation=1 if strides > 1 else dilation,
         depthwise=depthwise,
-        use_bias=False,
         activation=None,
     )
     layer(x)
@@ -151,7 +150,7 @@ def test_convolutions_are_padded_alike_on_all_sides(
 
 
 def test_order_of_convolution_norm_and_activation() -> None:
-    layer = ConvNorm(1, 1, norm=Norm(kind="frozen_batch", epsilon=0.0))
+    layer = ConvNorm(1, 1, norm=Norm(kind="frozen_batch", epsilon=1e-12))
     layer(tf.zeros((1, 1, 1, 1)))
     assert layer.conv.bias is None
     layer.conv.kernel.assign([[[[2.0]]]])
@@ -188,9 +187,6 @@ def test_initial_kernels_keep_the_variance() -> None:
     dense = ConvNorm(64, 5)
     dense(tf.zeros((1, 8, 8, 64)))
     assert np.std(dense.conv.kernel) == pytest.approx(np.sqrt(2 / (25 * 64)), rel=0.05)
-    small = ConvNorm(64, 5, initial_stddev=0.001)
-    small(tf.zeros((1, 8, 8, 64)))
-    assert np.std(small.conv.kernel) == pytest.approx(0.001, rel=0.05)
 
 
 class Compiler:
