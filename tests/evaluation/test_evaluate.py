@@ -88,9 +88,9 @@ class WithInstances(Oracle):
     def infer(self, images: tf.Tensor, *, with_instances: bool = False) -> dict[str, tf.Tensor]:
         found = super().infer(images)
         if with_instances:
-            height, width = images.shape[1:3]
-            found["instance_masks"] = tf.ones((1, 1, height, width), tf.bool)
-            found["instance_boxes"] = tf.constant([[[0.0, 0.0, height, width]]])
+            size = tf.shape(images)[1:3]
+            found["instance_masks"] = tf.ones(tf.concat([[1, 1], size], axis=0), tf.bool)
+            found["instance_boxes"] = tf.cast(tf.concat([[0, 0], size], axis=0), tf.float32)[None, None]
             found["instance_classes"] = tf.constant([[self.dataset_info.thing_classes[0]]])
             found["instance_scores"] = tf.constant([[0.9]])
         return found
