@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 import traceback
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # TensorFlow's own messages would drown what the commands say; whoever looks for a fault sets the level to 0.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
         options = _make_parser().parse_args(arguments)
         options.run(options)
@@ -109,7 +111,7 @@ def _make_parser() -> argparse.ArgumentParser:
     describe.add_argument("--size", type=_size, metavar="HxW", help="image size (default: the training crop)")
     describe.add_argument(
         "--classes",
-        type=int,
+        type=_positive,
         help="number of made-up classes, instead of those of data.path (default without data.path: 19)",
     )
     describe.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON, too")
@@ -125,6 +127,12 @@ def _add_set(command: argparse.ArgumentParser) -> None:
         metavar="KEY.PATH=VALUE",
         help="change a key of the config; may be given several times",
     )
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
+    return int(text)
 
 
 def _size(text: str) -> tuple[int, int]:

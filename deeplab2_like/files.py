@@ -26,6 +26,19 @@ def cannot_write(path: str | os.PathLike[str], error: Exception) -> UserError:
     return UserError(f"Cannot write '{path}' ({reason}); choose a folder that can be written.")
 
 
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """Makes a folder and its parents if they are missing.
+
+    Raises:
+        UserError: If that is impossible.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file in its place" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"Output folder '{folder}' cannot be made ({reason}); choose another.") from error
+
+
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes `content` beside `path` under a hidden name, then renames it; makes missing folders.
 

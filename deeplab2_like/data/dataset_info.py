@@ -65,6 +65,13 @@ class DatasetInfo:
         doubled = sorted({i for i in ids if ids.count(i) > 1})
         if doubled:
             raise UserError(f"Data set '{self.name}' lists category id {doubled[0]} twice; ids must differ.")
+        names = [category.name for category in self.categories]
+        doubled_names = sorted({name for name in names if names.count(name) > 1})
+        if doubled_names:
+            raise UserError(
+                f"Data set '{self.name}' has two categories named '{doubled_names[0]}'; results are listed by name, so "
+                "names must differ."
+            )
         if self.ignore_label < len(self.categories):
             raise UserError(
                 f"ignore_label {self.ignore_label} is also a class id, as there are {len(self.categories)} classes; "

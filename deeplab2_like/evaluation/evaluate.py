@@ -15,6 +15,7 @@ from deeplab2_like.evaluation import report
 from deeplab2_like.evaluation.instance_ap import InstanceAP
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 from deeplab2_like.evaluation.semantic_iou import SemanticIoU
+from deeplab2_like.files import make_folder
 from deeplab2_like.model import PanopticSystem
 from deeplab2_like.model.layers import compiled_stages
 from deeplab2_like.progress import progress_bar
@@ -122,6 +123,9 @@ def evaluate_model_folder(
             f"model folder '{model_dir}'; evaluate on records of the data set it was trained on."
         )
     files = tfrecord.list_shards(config.data.path, split)
+    output_dir = output_dir or Path(model_dir) / split
+    make_folder(output_dir)  # Now, as the evaluation may take hours.
+    path = output_dir / "metrics.json"
     examples = pipeline.make_eval_dataset(files, dataset_info=system.dataset_info)
     total = tfrecord.count_examples(files)
     if not total:
@@ -135,7 +139,6 @@ def evaluate_model_folder(
 
         metrics = evaluate(system, counted(), compiled=compiled)
     report.print_table(metrics, title=f"{model_dir}, step {step}, split {split}, {total} images")
-    path = (output_dir or Path(model_dir) / split) / "metrics.json"
     report.write_metrics(path, metrics)
     print(f"Metrics are in {path}")
     return metrics

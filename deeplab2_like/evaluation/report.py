@@ -91,11 +91,14 @@ def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console
         table.add_section()
         for name, quality in panoptic["per_class"].items():
             counts = [quality[key] for key in ("tp", "fp", "fn")]
-            # A class that nobody showed has no quality; zeros would look like failures.
-            values = _percents(quality, "pq", "sq", "rq") if any(counts) else ["-"] * 3
+            if not any(counts):
+                continue  # A class that nobody showed has no quality; zeros would look like failures.
+            values = _percents(quality, "pq", "sq", "rq")
             # Text, as rich would read brackets in a plain name as markup.
             table.add_row(Text(name), *values, *(str(count) for count in counts))
         console.print(table)
+        # Again, as the first rows of a table of many classes scroll away.
+        _print_line(console, "Panoptic", {f"PQ {group}": panoptic[group]["pq"] for group in groups})
     if semantic := metrics.get("semantic"):
         _print_line(console, "Semantic", {"mIoU": semantic["miou"], "fwIoU": semantic["fwiou"]})
     for kind in ("mask", "box"):

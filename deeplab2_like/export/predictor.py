@@ -16,7 +16,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.tfrecord import decode_image_bytes
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter, segments_info
-from deeplab2_like.files import write_png
+from deeplab2_like.files import make_folder, write_png
 from deeplab2_like.visualize import draw_overlay, side_by_side
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -237,6 +237,7 @@ def predict_files(
     names = _distinct_names(files)
     image_ids = _image_ids(names)
     pictures_dir = Path(output_dir) / "pictures"
+    make_folder(output_dir)
     predictor = Predictor(model_dir, compiled=compiled)
     writer = CocoPanopticWriter(output_dir, predictor.dataset_info)
     for folder in (pictures_dir, writer.png_dir):

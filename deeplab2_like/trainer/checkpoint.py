@@ -167,9 +167,9 @@ def restore(checkpoint: tf.train.Checkpoint, path: str) -> None:
     try:
         checkpoint.restore(path).expect_partial().assert_existing_objects_matched()
     except (AssertionError, ValueError) as error:
-        # An assertion prints the values of all variables that it misses.
+        # TensorFlow's own texts print variables by the hundred.
         is_lacking = isinstance(error, AssertionError)
-        detail = "it lacks variables of the network" if is_lacking else str(error).strip().splitlines()[0]
+        detail = "it lacks variables of the network" if is_lacking else "its variables have other shapes"
         raise UserError(
             f"Checkpoint '{path}' does not fit the config ({detail}); use the config it was trained with."
         ) from error

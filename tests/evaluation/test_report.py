@@ -89,9 +89,10 @@ def test_table_without_a_terminal(metrics):
         ["sky", "75.00", "75.00", "100.00", "1", "0", "0"],
         # Names in brackets are no markup.
         ["[cat]", "80.00", "80.00", "100.00", "1", "0", "0"],
-        ["dog", "-", "-", "-", "0", "0", "0"],
+        # Nobody has seen a dog.
     ]
     assert "toy, [val]" in text
+    assert "PQ all 77.50  PQ things 80.00  PQ stuff 75.00" in text
     assert "mIoU 77.50  fwIoU 77.50" in text
     assert "AP 70.00  AP50 100.00  AP75 100.00  AP small 70.00" in text
     assert text.count("AP50") == 2

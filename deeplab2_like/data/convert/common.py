@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from deeplab2_like import errors
 from deeplab2_like.data import dataset_info, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
+from deeplab2_like.files import make_folder
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
@@ -75,6 +77,7 @@ def write_split(
         raise UserError(f"workers must be 1 or more, got {workers}.")
     if shards is None:
         shards = max(1, round(len(items) / EXAMPLES_PER_SHARD))
+    is_new = not output_dir.exists()
     make_folder(output_dir)
 
     def attempt(item: Item) -> bytes | UserError:
@@ -84,19 +87,26 @@ def write_split(
             return error
 
     skipped: list[str] = []
-    with tfrecord.ShardedWriter(output_dir, split, min(shards, max(1, len(items)))) as writer:
-        for done, outcome in enumerate(_in_order(attempt, items, workers), start=1):
-            if isinstance(outcome, bytes):
-                writer.write(outcome)
-            elif on_error == "stop":
-                raise outcome
-            else:
-                skipped.append(str(outcome))
-            if progress is not None:
-                progress(done, len(items))
-        if not writer.num_written:
-            reason = f"all {len(skipped)} are faulty, the first: {skipped[0]}" if skipped else "the data set is empty."
-            raise UserError(f"Split '{split}' has no examples to write: {reason}")
+    try:
+        with tfrecord.ShardedWriter(output_dir, split, min(shards, max(1, len(items)))) as writer:
+            for done, outcome in enumerate(_in_order(attempt, items, workers), start=1):
+                if isinstance(outcome, bytes):
+                    writer.write(outcome)
+                elif on_error == "stop":
+                    raise outcome
+                else:
+                    skipped.append(str(outcome))
+                if progress is not None:
+                    progress(done, len(items))
+            if not writer.num_written:
+                first = f"all {len(skipped)} are faulty, the first: {skipped[0]}" if skipped else ""
+                reason = first or "the data set is empty."
+                raise UserError(f"Split '{split}' has no examples to write: {reason}")
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):  # Whatever somebody else has put there stays.
+                output_dir.rmdir()
+        raise
     info.save(output_dir)
     return ConversionReport(split, writer.num_written, tuple(skipped))
 
@@ -171,14 +181,6 @@ def _first_difference(existing: DatasetInfo, info: DatasetInfo) -> str:
         if old != new:
             return f"id {old.id} '{old.name}' there, id {new.id} '{new.name}' here"
     return f"{existing.num_classes} categories there, {info.num_classes} here"
-
-
-def make_folder(folder: Path) -> None:
-    """Makes `folder` and its parents if they are missing; raises `UserError` if that is impossible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"Output folder '{folder}' cannot be made ({error.strerror}); choose another.") from error
 
 
 def require_folder(folder: Path, what: str) -> None:
