@@ -234,6 +234,17 @@ def test_no_model_folder(chain: Path, tmp_path: Path, refuse: Callable[..., str]
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_in_place_of_the_output_folder(chain: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    message = refuse(
+        "predict", "--model", chain / "exported", "--input", chain / "images", "--output-dir", tmp_path / "file"
+    )
+    assert message.startswith(f"Output folder '{tmp_path / 'file'}' cannot be made (there is a file in its place)")
+    message = refuse("evaluate", "--model-dir", chain / "model", "--output-dir", tmp_path / "file")
+    assert message.startswith(f"Output folder '{tmp_path / 'file'}' cannot be made (there is a file in its place)")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_evaluation_of_nothing(chain: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:
     assert "has no split 'test'" in refuse("evaluate", "--model-dir", chain / "model", "--split", "test")
     shutil.copy(chain / "records" / "dataset_info.json", tmp_path)

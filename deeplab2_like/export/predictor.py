@@ -237,12 +237,12 @@ def predict_files(
     names = _distinct_names(files)
     image_ids = _image_ids(names)
     pictures_dir = Path(output_dir) / "pictures"
-    make_folder(output_dir)
     predictor = Predictor(model_dir, compiled=compiled)
     writer = CocoPanopticWriter(output_dir, predictor.dataset_info)
     for folder in (pictures_dir, writer.png_dir):
         if files[0].resolve().parent == folder.resolve():
             raise UserError(f"The output would replace the images in '{folder}'; choose another output folder.")
+    make_folder(output_dir)
     # The JSON of an earlier run must not describe the PNG files of this one, should it end early.
     writer.json_file.unlink(missing_ok=True)
 
