@@ -7,6 +7,8 @@ from typing import Literal
 
 import pydantic
 
+from deeplab2_like.errors import UserError
+
 
 class StrictModel(pydantic.BaseModel):
     """A config section: immutable, and an unknown key is an error."""
@@ -40,6 +42,16 @@ class DataConfig(StrictModel):
         False, description="Random quarter turns and mirroring up to down; for images without a natural 'up'."
     )
     color_jitter: ColorJitterConfig = ColorJitterConfig()
+
+    @property
+    def record_folder(self) -> str:
+        """The value of `path`; raises `UserError` if it is not set."""
+        if self.path is None:
+            raise UserError(
+                "Config key 'data.path' is not set; give a folder that `deeplab2-like convert` wrote, as with "
+                "--set data.path=DIR."
+            )
+        return self.path
 
     @pydantic.field_validator("crop_size")
     @classmethod

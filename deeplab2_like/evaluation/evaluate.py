@@ -115,21 +115,20 @@ def evaluate_model_folder(
     """
     config, system, step = load_model_folder(model_dir, overrides)
     split = split or config.data.val_split
-    if config.data.path is None:
-        raise UserError("Config key 'data.path' is not set; give the record folder with --set data.path=DIR.")
-    if DatasetInfo.load(config.data.path) != system.dataset_info:
+    records = config.data.record_folder
+    if DatasetInfo.load(records) != system.dataset_info:
         raise UserError(
-            f"The records in '{config.data.path}' have other classes, in another order, or another label divisor than "
+            f"The records in '{records}' have other classes, in another order, or another label divisor than "
             f"model folder '{model_dir}'; evaluate on records of the data set it was trained on."
         )
-    files = tfrecord.list_shards(config.data.path, split)
+    files = tfrecord.list_shards(records, split)
     output_dir = output_dir or Path(model_dir) / split
     make_folder(output_dir)  # Now, as the evaluation may take hours.
     path = output_dir / "metrics.json"
     examples = pipeline.make_eval_dataset(files, dataset_info=system.dataset_info)
     total = tfrecord.count_examples(files)
     if not total:
-        raise UserError(f"Split '{split}' in '{config.data.path}' holds no examples; convert the data set again.")
+        raise UserError(f"Split '{split}' in '{records}' holds no examples; convert the data set again.")
     with progress_bar("evaluate") as progress, tfrecord.user_errors():
 
         def counted() -> Iterator[Mapping[str, tf.Tensor]]:

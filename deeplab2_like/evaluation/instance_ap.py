@@ -20,7 +20,12 @@ from pycocotools.cocoeval import COCOeval
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.panoptic_quality import check_maps, classes_of_values, find_runs
+from deeplab2_like.evaluation.panoptic_quality import (
+    check_maps,
+    classes_of_values,
+    find_runs,
+    require_same_categories,
+)
 
 # pycocotools' form of a run-length encoded mask: {"size": [H, W], "counts": bytes}.
 Rle = dict[str, Any]
@@ -87,11 +92,7 @@ class InstanceAP:
         Raises:
             UserError: If the other metric is for other classes, or both hold an image.
         """
-        if self.dataset_info.categories != other.dataset_info.categories:
-            raise UserError(
-                f"Cannot merge the AP of data sets '{self.dataset_info.name}' and '{other.dataset_info.name}': their "
-                "categories differ; evaluate both with the same ones."
-            )
+        require_same_categories("AP", self.dataset_info, other.dataset_info)
         for image_id in other._images:
             self._check_new(image_id)
         self._images.update(other._images)

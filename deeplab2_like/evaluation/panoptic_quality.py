@@ -246,6 +246,15 @@ def classes_of_values(
     return np.where(void, -1, classes)
 
 
+def require_same_categories(metric: str, first: DatasetInfo, second: DatasetInfo) -> None:
+    """Raises `UserError` unless two metrics, named by what they measure, are for the same classes."""
+    if first.categories != second.categories:
+        raise UserError(
+            f"Cannot merge the {metric} of data sets '{first.name}' and '{second.name}': their categories differ; "
+            "evaluate both with the same ones."
+        )
+
+
 class PanopticQuality:
     """Streaming panoptic quality.
 
@@ -280,11 +289,7 @@ class PanopticQuality:
         Raises:
             UserError: If the other metric is for other classes.
         """
-        if self.dataset_info.categories != other.dataset_info.categories:
-            raise UserError(
-                f"Cannot merge the panoptic quality of data sets '{self.dataset_info.name}' and "
-                f"'{other.dataset_info.name}': their categories differ; evaluate both with the same ones."
-            )
+        require_same_categories("panoptic quality", self.dataset_info, other.dataset_info)
         self.iou_sum += other.iou_sum
         self.true_positives += other.true_positives
         self.false_positives += other.false_positives

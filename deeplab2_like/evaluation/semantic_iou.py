@@ -5,8 +5,12 @@ import dataclasses
 import numpy as np
 
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.panoptic_quality import check_maps, classes_of_values, count_overlaps
+from deeplab2_like.evaluation.panoptic_quality import (
+    check_maps,
+    classes_of_values,
+    count_overlaps,
+    require_same_categories,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +54,7 @@ class SemanticIoU:
         Raises:
             UserError: If the other metric is for other classes.
         """
-        if self.dataset_info.categories != other.dataset_info.categories:
-            raise UserError(
-                f"Cannot merge the IoU of data sets '{self.dataset_info.name}' and '{other.dataset_info.name}': their "
-                "categories differ; evaluate both with the same ones."
-            )
+        require_same_categories("IoU", self.dataset_info, other.dataset_info)
         self.confusion += other.confusion
 
     def update_state(self, ground_truth: np.ndarray, prediction: np.ndarray) -> None:

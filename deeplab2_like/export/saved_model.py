@@ -12,7 +12,6 @@ Signatures, all returning the dictionary of `PanopticSystem.postprocess`:
 """
 
 import contextlib
-import functools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from deeplab2_like import files
 from deeplab2_like.configs import Config, save_config
 from deeplab2_like.data import dataset_info as dataset_info_module
 from deeplab2_like.errors import UserError
+from deeplab2_like.evaluation.evaluate import compile_with_xla
 from deeplab2_like.model.layers import compiled_stages
 from deeplab2_like.model.system import PanopticSystem
 
@@ -108,10 +108,9 @@ def export_model_folder(
 def _trace(system: PanopticSystem) -> dict[str, tf.types.experimental.ConcreteFunction]:
     """Traces the signatures of a system, by name."""
     images = tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")
-    compiler = functools.partial(tf.function, jit_compile=True)
 
     def infer_compiled(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        with compiled_stages(compiler):
+        with compiled_stages(compile_with_xla):
             return system.infer(images)
 
     infer = tf.function(system.infer, input_signature=[images], autograph=False).get_concrete_function()

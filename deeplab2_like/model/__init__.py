@@ -2,7 +2,7 @@
 
 from deeplab2_like.configs.schema import Config
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.errors import unknown_name
 from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab
 from deeplab2_like.model.system import Loss, PanopticSystem
 
@@ -32,9 +32,7 @@ def build_system(config: Config, dataset_info: DatasetInfo | None = None) -> Pan
         UserError: If neither `dataset_info` nor `config.data.path` is given, or the folder does not hold a data set.
     """
     if dataset_info is None:
-        if config.data.path is None:
-            raise UserError("Config key 'data.path' is not set; give a folder that `deeplab2-like convert` wrote.")
-        dataset_info = DatasetInfo.load(config.data.path)
+        dataset_info = DatasetInfo.load(config.data.record_folder)
     return find_system(config.system).from_model_config(config.model, dataset_info).create_variables()
 
 

@@ -43,10 +43,8 @@ def train(config: Config, model_dir: str | os.PathLike[str]) -> PanopticSystem:
     Raises:
         UserError: If the records, the config and the model folder do not fit together, or a loss is not finite.
     """
-    if config.data.path is None:
-        raise UserError("Config key 'data.path' is not set; give a folder that `deeplab2-like convert` wrote.")
-    dataset_info = DatasetInfo.load(config.data.path)
-    files = tfrecord.list_shards(config.data.path, config.data.train_split)
+    dataset_info = DatasetInfo.load(config.data.record_folder)
+    files = tfrecord.list_shards(config.data.record_folder, config.data.train_split)
     check_model_folder(model_dir, config, dataset_info)
     settings = config.trainer
     strategy = make_strategy(settings.strategy)
