@@ -85,18 +85,62 @@ def _make_parser() -> argparse.ArgumentParser:
     train = add("train", _train, "Train, or resume the training of a model folder.")
     train.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a built-in config or a YAML file")
     train.add_argument("--model-dir", type=Path, required=True, help="folder for checkpoints and logs")
+    train.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="MODEL_DIR_OR_CHECKPOINT",
+        help="start from the weights of another training, as far as they fit",
+    )
+    train.add_argument(
+        "--profile", type=_positive, default=0, metavar="STEPS", help="record steps for TensorBoard's profiler"
+    )
     _add_set(train)
 
     evaluate = add("evaluate", _evaluate, "Compute PQ, AP and mIoU of a trained model.")
     evaluate.add_argument("--model-dir", type=Path, required=True, help="folder that training wrote")
     evaluate.add_argument("--split", help="split of the records (default: the config's data.val_split)")
-    evaluate.add_argument("--output-dir", type=Path, help="folder for metrics.json (default: MODEL_DIR/SPLIT)")
+    evaluate.add_argument("--output-dir", type=Path, help="folder for the results (default: MODEL_DIR/SPLIT)")
+    evaluate.add_argument(
+        "--checkpoint", default="last", metavar="last|best|STEP", help="which checkpoint (default: %(default)s)"
+    )
+    evaluate.add_argument(
+        "--follow", action="store_true", help="evaluate each new checkpoint while training runs, and keep the best"
+    )
+    evaluate.add_argument("--save-predictions", action="store_true", help="write a picture per image")
+    evaluate.add_argument("--submission", metavar="BENCHMARK", help="write files to submit: coco or cityscapes")
+    evaluate.add_argument("--image-json", type=Path, metavar="FILE", help="COCO JSON with the image ids to submit")
+    evaluate.add_argument(
+        "--images", type=Path, metavar="FILE_OR_DIR", help="images without labels, in place of records: no metrics"
+    )
+    evaluate.add_argument("--flip", action="store_true", help="average with the mirror images")
+    evaluate.add_argument(
+        "--scales", type=float, nargs="+", default=[1.0], metavar="FACTOR", help="average over image sizes"
+    )
+    evaluate.add_argument(
+        "--ensemble", type=Path, nargs="+", default=[], metavar="MODEL_DIR", help="average with these models"
+    )
+    evaluate.add_argument(
+        "--oracle", nargs="+", default=[], metavar="PART", help="replace parts of the prediction by the truth"
+    )
     evaluate.add_argument("--compile", action="store_true", help="compile the post-processing with XLA")
     _add_set(evaluate)
+
+    files = add("evaluate-files", _evaluate_files, "Compute PQ and mIoU of COCO panoptic files; needs no model.")
+    for name, what in (("ground-truth", "labels"), ("prediction", "predictions")):
+        files.add_argument(f"--{name}", type=Path, required=True, metavar="JSON", help=f"panoptic JSON of the {what}")
+        files.add_argument(f"--{name}-dir", type=Path, required=True, metavar="DIR", help="folder of its PNGs")
+    files.add_argument("--output-dir", type=Path, help="folder for metrics.json (default: none is written)")
+    files.add_argument(
+        "--reference-crowd-rule", action="store_true", help="treat crowds and areas exactly as panopticapi does"
+    )
+    files.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="images compared at once")
 
     export = add("export", _export, "Export a trained model as a SavedModel.")
     export.add_argument("--model-dir", type=Path, required=True, help="folder that training wrote")
     export.add_argument("--output-dir", type=Path, required=True, help="folder of the SavedModel")
+    export.add_argument(
+        "--checkpoint", default="last", metavar="last|best|STEP", help="which checkpoint (default: %(default)s)"
+    )
     _add_set(export)
 
     predict = add("predict", _predict, "Run an exported model on images; write pictures and COCO panoptic files.")
@@ -196,26 +240,70 @@ def _train(options: argparse.Namespace) -> None:
     from deeplab2_like.configs import load_config
     from deeplab2_like.trainer.train import train
 
-    train(load_config(options.config, options.set), options.model_dir)
+    config = load_config(options.config, options.set)
+    train(config, options.model_dir, init_from=options.init_from, profile=options.profile)
     print(f"Model folder: {options.model_dir}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from deeplab2_like.evaluation.evaluate import evaluate_model_folder
+    from deeplab2_like.evaluation.evaluate import ModelFolderEvaluation
+    from deeplab2_like.evaluation.submission import read_image_ids
 
-    evaluate_model_folder(
+    if options.follow and (options.images or options.checkpoint != "last"):
+        raise UserError("--follow evaluates every new checkpoint on labels; leave out --images and --checkpoint.")
+    evaluation = ModelFolderEvaluation(
         options.model_dir,
         split=options.split,
         output_dir=options.output_dir,
         compiled=options.compile,
+        flip=options.flip,
+        scales=options.scales,
+        ensemble=options.ensemble,
+        oracle=options.oracle,
+        save_predictions=options.save_predictions,
+        submission=options.submission,
+        image_ids=read_image_ids(options.image_json) if options.image_json else None,
         overrides=options.set,
     )
+    if options.images:
+        count = evaluation.predict(options.images, options.checkpoint)
+        print(f"{count} images predicted.")
+    elif options.follow:
+        evaluation.follow()
+    else:
+        evaluation.run(options.checkpoint)
+    for what, wanted, folder in (
+        ("Pictures", options.save_predictions, "predictions"),
+        ("Files to submit", options.submission, "submission"),
+    ):
+        if wanted:
+            print(f"{what} are in {evaluation.output_dir / folder}")
+
+
+def _evaluate_files(options: argparse.Namespace) -> None:
+    from deeplab2_like.evaluation import report
+    from deeplab2_like.evaluation.evaluate_files import evaluate_files
+
+    with progress_bar("evaluate") as progress:
+        metrics = evaluate_files(
+            ground_truth=options.ground_truth,
+            ground_truth_dir=options.ground_truth_dir,
+            prediction=options.prediction,
+            prediction_dir=options.prediction_dir,
+            output_dir=options.output_dir,
+            reference_crowd_rule=options.reference_crowd_rule,
+            workers=options.workers,
+            progress=progress,
+        )
+    report.print_table(metrics, title=f"{options.prediction} against {options.ground_truth}")
+    if options.output_dir is not None:
+        print(f"Metrics are in {options.output_dir / 'metrics.json'}")
 
 
 def _export(options: argparse.Namespace) -> None:
     from deeplab2_like.export.saved_model import export_model_folder
 
-    export_model_folder(options.model_dir, options.output_dir, overrides=options.set)
+    export_model_folder(options.model_dir, options.output_dir, checkpoint=options.checkpoint, overrides=options.set)
     print(f"SavedModel is in {options.output_dir}")
 
 

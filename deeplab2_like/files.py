@@ -1,6 +1,7 @@
-"""Writing files so that they appear whole or not at all."""
+"""Writing files so that they appear whole or not at all, and the names that outputs take from their images."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -58,25 +59,61 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         raise cannot_write(path, error) from error
 
 
-def encode_png(rgb: np.ndarray) -> bytes:
-    """Encodes an image, uint8 [H, W, 3] in the order red, green, blue, as a PNG file's bytes.
+def encode_png(image: np.ndarray) -> bytes:
+    """Encodes an image, uint8 [H, W, 3] in the order red, green, blue or grey [H, W], as a PNG file's bytes.
 
     Raises:
         UserError: If the array is not such an image, or larger than a PNG file can be.
     """
-    if rgb.ndim == 3 and rgb.shape[2] == 3 and rgb.size and rgb.dtype == np.uint8:
-        encoded, content = cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))
+    is_rgb = image.ndim == 3 and image.shape[2] == 3
+    if (is_rgb or image.ndim == 2) and image.size and image.dtype == np.uint8:
+        # OpenCV's order is blue, green, red.
+        encoded, content = cv2.imencode(".png", np.ascontiguousarray(image[..., ::-1] if is_rgb else image))
         if encoded:
             return content.tobytes()
-    raise UserError(f"An array of shape {rgb.shape} and type {rgb.dtype} is not an image; give uint8 [H, W, 3].")
+    raise UserError(
+        f"An array of shape {image.shape} and type {image.dtype} is not an image; give uint8 [H, W, 3] or [H, W]."
+    )
 
 
-def write_png(path: str | os.PathLike[str], rgb: np.ndarray) -> None:
-    """Writes an image, uint8 [H, W, 3] in the order red, green, blue, as a PNG file, whole or not at all.
-
-    Makes missing folders.
+def write_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
+    """Writes an image, see `encode_png`, as a PNG file, whole or not at all; makes missing folders.
 
     Raises:
-        UserError: If the array is not such an image, or the file cannot be written.
+        UserError: If the array is not an image, or the file cannot be written.
     """
-    write_atomically(path, encode_png(rgb))
+    write_atomically(path, encode_png(image))
+
+
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """Names what is made of files: the stem of each, or its whole name where several would have the same.
+
+    Names that differ only in upper and lower case count as the same, as they are on some file systems.
+    """
+    names = [file.stem for file in files]
+    # A whole name may in turn be the stem of a third file (a.jpg, a.png, a.jpg.png), hence the repetition.
+    while len({name.lower() for name in names}) < len(names):
+        folded = [name.lower() for name in names]
+        longer = [
+            file.name if folded.count(name.lower()) > 1 else name for file, name in zip(files, names, strict=True)
+        ]
+        if longer == names:
+            break  # They differ in upper and lower case only.
+        names = longer
+    return names
+
+
+def image_id_of_name(name: str) -> int | str:
+    """The id of an image in COCO files, from its name without ending: the number that it is, or else the name."""
+    return int(name) if name.isascii() and name.isdigit() else name
+
+
+def image_ids_of_names(names: Sequence[str]) -> list[int | str]:
+    """The ids of images in COCO files, from their names without endings.
+
+    Returns:
+        As in COCO, numbers if the names are numbers that all differ; else the names.
+    """
+    ids = [image_id_of_name(name) for name in names]
+    all_numbers = all(isinstance(image_id, int) for image_id in ids)
+    return ids if all_numbers and len(set(ids)) == len(ids) else list(names)

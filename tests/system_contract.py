@@ -12,10 +12,11 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.evaluate import make_inference_function
+from deeplab2_like.evaluation.evaluate import make_inference_function, make_oracle_function
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import PanopticSystem
+from deeplab2_like.model.system import View
 from deeplab2_like.trainer.checkpoint import make_checkpoint, restore
 from deeplab2_like.trainer.train import Trainer
 
@@ -182,6 +183,42 @@ class SystemContract:
             found = system.postprocess_targets(self.targets_of(system, label))
             metric.update_state(label, found["panoptic"].numpy()[0])
         assert metric.result().all.pq == 1.0
+
+    def test_oracle_without_parts_is_the_prediction(self, excited: PanopticSystem) -> None:
+        label = hand_made_label()
+        image = paint(label)[None]
+        outputs = excited(image, training=False)
+        found = excited.postprocess_with_truth(outputs, self.targets_of(excited, label), label.shape, ())
+        expected = excited.infer(image)
+        # Enlarging first may round differently, which moves single pixels on borders.
+        same = found["panoptic"].numpy() == expected["panoptic"].numpy()
+        assert same.mean() > 0.999
+        np.testing.assert_array_equal(found["segment_class"], expected["segment_class"])
+
+    def test_oracle_with_all_parts_is_the_label(self, excited: PanopticSystem) -> None:
+        assert excited.oracle_parts
+        label = hand_made_label()
+        found = make_oracle_function(excited, excited.oracle_parts)(
+            {"image": tf.constant(paint(label)), "panoptic": tf.constant(label)}
+        )
+        assert panoptic_quality(label, found["panoptic"].numpy()[0], INFO) == 1.0
+
+    def test_views_are_merged_in_place(self, excited: PanopticSystem) -> None:
+        image = tf.constant(paint(hand_made_label())[None])
+        if type(excited).merge_views is PanopticSystem.merge_views:
+            with pytest.raises(UserError, match="does not define how the outputs of several views are averaged"):
+                make_inference_function(excited, flip=True)(image)
+            return
+        expected = excited.infer(image)["panoptic"].numpy()[0]
+        assert len(np.unique(expected)) > 2
+        # The same view twice, as an ensemble of one model with itself.
+        twice = make_inference_function(excited, ensemble=[excited])(image)["panoptic"].numpy()[0]
+        assert panoptic_quality(expected, twice, INFO) > 0.99
+        # The mirror image of a mirror image, alone.
+        size = tuple(image.shape[1:3])
+        outputs = excited.merge_views([View(excited(image[:, :, ::-1]), size, mirrored=True)], size)
+        mirrored = excited.infer(image[:, :, ::-1])["panoptic"].numpy()[0, :, ::-1]
+        assert panoptic_quality(mirrored, excited.finish(outputs, size)["panoptic"].numpy()[0], INFO) > 0.95
 
     def test_image_without_things(self, system: PanopticSystem) -> None:
         label = np.where(np.arange(64)[:, None] < 32, 0, 1000) * np.ones((1, 64), np.int32)

@@ -136,6 +136,114 @@ def test_evaluation_of_a_moved_folder(chain: Path, tmp_path: Path, run: Run) -> 
     assert (tmp_path / "out" / "metrics.json").is_file()
 
 
+@pytest.fixture
+def model(chain: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(chain / "model", tmp_path / "model"))
+
+
+def test_evaluation_with_everything_at_once(model: Path, run: Run, tmp_path: Path) -> None:
+    out_dir = tmp_path / "out"
+    status, out, err = run(
+        "evaluate", "--model-dir", model, "--output-dir", out_dir, "--checkpoint", 2, "--save-predictions",
+        "--submission", "coco", "--flip", "--scales", 0.5, 1, "--ensemble", model, "--compile",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert f"Files to submit are in {out_dir / 'submission'}" in out
+    names = {path.name for path in (out_dir / "predictions").iterdir()}
+    assert names == {"scene_1000000.png", "scene_1000001.png"}
+    reader = CocoPanopticReader(out_dir / "submission" / "panoptic.json", out_dir / "submission" / "panoptic")
+    assert {image_id: panoptic.shape for image_id, panoptic in reader} == {
+        "scene_1000000": (32, 64),
+        "scene_1000001": (32, 64),
+    }
+    assert list(out_dir.glob("events.out.tfevents.*"))
+    assert hidden(tmp_path) == []
+
+
+def test_following_keeps_the_best_checkpoint(model: Path, run: Run, refuse: Callable[..., str]) -> None:
+    assert "has no best checkpoint, as none was evaluated during training" in refuse(
+        "evaluate", "--model-dir", model, "--checkpoint", "best"
+    )
+    status, out, err = run("evaluate", "--model-dir", model, "--follow")
+    assert (status, err) == (0, "")
+    assert "Step 2 is the best so far." in out
+    for file in (model / "checkpoints").iterdir():
+        file.unlink()
+    assert "step 2, split val" in " ".join(run("evaluate", "--model-dir", model, "--checkpoint", "best").out.split())
+    assert run("export", "--model-dir", model, "--output-dir", model / "e", "--checkpoint", "best").status == 0
+
+
+def test_an_oracle_is_better_than_nothing(model: Path, run: Run) -> None:
+    parts = ("semantic", "centers", "offsets")
+    assert run("evaluate", "--model-dir", model, "--oracle", *parts).status == 0
+    metrics = json.loads((model / "val" / "metrics.json").read_text())
+    assert metrics["panoptic"]["stuff"]["sq"] == pytest.approx(100.0)
+    # Not all: in so small scenes, two centres may lie within one window of the peak search.
+    assert metrics["panoptic"]["all"]["pq"] > 80
+
+
+def test_images_without_labels(chain: Path, model: Path, run: Run) -> None:
+    status, out, err = run(
+        "evaluate", "--model-dir", model, "--images", chain / "images", "--submission", "coco", "--save-predictions"
+    )
+    assert (status, err) == (0, "")
+    assert "3 images predicted." in out
+    folder = model / "val"
+    reader = CocoPanopticReader(folder / "submission" / "panoptic.json", folder / "submission" / "panoptic")
+    predicted = CocoPanopticReader(chain / "predicted" / "panoptic.json", chain / "predicted" / "panoptic")
+    for image_id, panoptic in reader:
+        np.testing.assert_array_equal(panoptic, predicted.read(image_id))
+    assert len(list((folder / "predictions").iterdir())) == 3
+
+
+def test_images_that_a_benchmark_names(model: Path, run: Run, refuse: Callable[..., str], tmp_path: Path) -> None:
+    """Cityscapes keeps a folder per city; of COCO's test images only some are asked for, with ids of their own."""
+    for name in ("a/1.png", "b/2.png", "b/3.png"):
+        (tmp_path / "test" / name).parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(tmp_path / "test" / name), np.zeros((8, 8, 3), np.uint8))
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps({"images": [{"file_name": "b/2.png", "id": 70}, {"file_name": "a/1.png", "id": 60}]}))
+    options = (
+        "--images",
+        tmp_path / "test",
+        "--submission",
+        "coco",
+        "--image-json",
+        ids,
+        "--output-dir",
+        tmp_path / "o",
+    )
+    assert "2 images predicted." in run("evaluate", "--model-dir", model, *options).out
+    content = json.loads((tmp_path / "o" / "submission" / "panoptic.json").read_text())
+    assert [annotation["image_id"] for annotation in content["annotations"]] == [70, 60]
+    (tmp_path / "test" / "a" / "1.png").unlink()
+    said = refuse("evaluate", "--model-dir", model, *options)
+    assert "lacks image 'a/1.png' (1 of 2 that the JSON of image ids names)" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "7"], r"has no checkpoint '7'; give `last`, `best` or one of the steps 2."),
+        (["--oracle", "boxes"], "Unknown oracle part of system 'panoptic_deeplab' 'boxes'. Known: centers"),
+        (["--oracle", "semantic", "--flip"], "An oracle looks at one view of one model"),
+        (["--scales", "0"], "Scales must be numbers above 0"),
+        (["--submission", "kitti"], "Unknown submission 'kitti'. Known: cityscapes, coco"),
+        (["--submission", "cityscapes"], "Unknown class of Cityscapes"),
+        (["--images", "."], "Images without labels give no metrics; ask for pictures"),
+        (["--images", ".", "--submission", "coco", "--oracle", "semantic"], "have no truth for an oracle"),
+        (["--follow", "--checkpoint", "2"], "leave out --images and --checkpoint"),
+        (["--image-json", "missing.json"], "The JSON of image ids 'missing.json' cannot be read"),
+    ],
+)
+def test_evaluation_options_that_do_not_fit(
+    options: list[str], message: str, chain: Path, tmp_path: Path, refuse: Callable[..., str]
+) -> None:
+    said = refuse("evaluate", "--model-dir", chain / "model", "--output-dir", tmp_path / "out", *options)
+    assert message in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_training_again_says_that_it_is_done(chain: Path, run: Run) -> None:
     status, out, _ = run("train", "--config", chain / "model" / "config.yaml", "--model-dir", chain / "model")
     assert status == 0

@@ -5,20 +5,22 @@ construction, never 0 (class 0 without an instance has panoptic value 0), and re
 24 bits because void, which is written as 0, is the largest class. Category ids in the JSON are the data set's own.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 
+from deeplab2_like.data.coco_segments import Segment, ids_to_panoptic, parse_segments, read_segment_ids
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.panoptic_label import ids_to_rgb, rgb_to_ids
+from deeplab2_like.data.label_runs import find_runs
+from deeplab2_like.data.panoptic_label import ids_to_rgb
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.panoptic_quality import Segment, classes_of_values, find_runs
+from deeplab2_like.evaluation.panoptic_quality import classes_of_values
 from deeplab2_like.files import write_atomically, write_png
 
 
@@ -115,83 +117,6 @@ def segments_info(
 def panoptic_to_ids(panoptic: np.ndarray, dataset_info: DatasetInfo) -> np.ndarray:
     """Turns a panoptic map, int32 [H, W], into the ids of its PNG, int32 [H, W]: value + 1, and 0 for void."""
     return np.where(panoptic >= dataset_info.void, 0, panoptic + 1).astype(np.int32)
-
-
-def ids_to_panoptic(
-    ids: np.ndarray, segments: Sequence[Segment], dataset_info: DatasetInfo, *, name: str = "annotation"
-) -> np.ndarray:
-    """Turns a map of COCO segment ids into a panoptic map.
-
-    Instances of a thing class are numbered from 1 in the order of the list. Crowds and stuff get instance 0, so several
-    segments of one such class become one.
-
-    Args:
-        ids: int32 [H, W], segment ids, 0 for void.
-        segments: The meaning of the ids, see `parse_segments`.
-        dataset_info: The meaning of the classes.
-        name: What to call the annotation in messages.
-
-    Returns:
-        int32 [H, W], panoptic map.
-
-    Raises:
-        UserError: If map and list do not name the same ids, or the instances are too many.
-    """
-    value_of_id = {0: dataset_info.void}
-    instances = [0] * dataset_info.num_classes
-    for segment in segments:
-        instance = 0
-        if dataset_info.categories[segment.class_id].is_thing and not segment.is_crowd:
-            instances[segment.class_id] += 1
-            instance = instances[segment.class_id]
-        if instance >= dataset_info.label_divisor:
-            raise UserError(
-                f"{name} has more than {dataset_info.label_divisor - 1} instances of "
-                f"'{dataset_info.categories[segment.class_id].name}'; use a label_divisor above {instance}."
-            )
-        value_of_id[segment.id] = segment.class_id * dataset_info.label_divisor + instance
-    if ids.size == 0:
-        return np.zeros(ids.shape, np.int32)
-    flat = ids.reshape(-1)  # [H*W]
-    ends, lengths = find_runs(flat)
-    present, index = np.unique(flat[ends], return_inverse=True)
-    unlisted = sorted(set(present.tolist()) - value_of_id.keys())
-    absent = sorted(value_of_id.keys() - set(present.tolist()) - {0})
-    if unlisted:
-        raise UserError(f"{name}: the PNG holds segment id {unlisted[0]}, which segments_info does not list.")
-    if absent:
-        raise UserError(f"{name}: segments_info lists id {absent[0]}, which the PNG does not hold.")
-    values = np.array([value_of_id[i] for i in present.tolist()], np.int32)
-    return np.repeat(values[index], lengths).reshape(ids.shape)  # [H, W]
-
-
-def parse_segments(
-    segments: Sequence[Mapping[str, Any]], dataset_info: DatasetInfo, *, name: str = "annotation"
-) -> list[Segment]:
-    """Reads a `segments_info` list.
-
-    Raises:
-        UserError: If a segment lacks a field, its id is 0 or listed twice, or its category is unknown.
-    """
-    parsed: dict[int, Segment] = {}
-    for segment in segments:
-        missing = [key for key in ("id", "category_id") if key not in segment]
-        if missing:
-            raise UserError(f"{name}: a segment lacks '{missing[0]}'; each needs 'id' and 'category_id'.")
-        segment_id, category_id = int(segment["id"]), int(segment["category_id"])
-        if segment_id == 0 or segment_id in parsed:
-            raise UserError(f"{name}: segment id {segment_id} is {'void' if segment_id == 0 else 'listed twice'}.")
-        if category_id not in dataset_info.class_of_category_id:
-            raise UserError(
-                f"{name}: segment {segment_id} has category_id {category_id}, which the categories of data set "
-                f"'{dataset_info.name}' do not list."
-            )
-        parsed[segment_id] = Segment(
-            id=segment_id,
-            class_id=dataset_info.class_of_category_id[category_id],
-            is_crowd=bool(segment.get("iscrowd", 0)),
-        )
-    return list(parsed.values())
 
 
 class CocoPanopticWriter:
@@ -321,17 +246,19 @@ class CocoPanopticReader:
         except ValueError as error:
             raise UserError(f"'{json_file}' is not valid JSON ({error}).") from error
         wanted = ("annotations",) if dataset_info else ("annotations", "categories")
-        missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
+        missing = [key for key in wanted if not isinstance(content, dict) or not isinstance(content.get(key), list)]
         if missing:
             raise UserError(f"'{json_file}' has no '{missing[0]}'; give a COCO panoptic JSON.")
         self.dataset_info = dataset_info or DatasetInfo.from_coco_categories(
             content["categories"], name=self.json_file.stem, label_divisor=label_divisor
         )
         self.annotations: dict[int | str, Mapping[str, Any]] = {}
-        for annotation in content["annotations"]:
-            missing = [key for key in ("image_id", "file_name", "segments_info") if key not in annotation]
-            if missing:
-                raise UserError(f"'{json_file}': an annotation lacks '{missing[0]}'; give a COCO panoptic JSON.")
+        for position, annotation in enumerate(content["annotations"]):
+            for key, kind in (("image_id", (int, str)), ("file_name", str), ("segments_info", list)):
+                if not isinstance(annotation, dict) or not isinstance(annotation.get(key), kind):
+                    raise UserError(
+                        f"'{json_file}': entry {position} of 'annotations' lacks '{key}'; give a COCO panoptic JSON."
+                    )
             if annotation["image_id"] in self.annotations:
                 raise UserError(f"'{json_file}' annotates image {annotation['image_id']} twice.")
             self.annotations[annotation["image_id"]] = annotation
@@ -347,27 +274,31 @@ class CocoPanopticReader:
     def read(self, image_id: int | str) -> np.ndarray:
         """Reads an image's panoptic map, int32 [H, W]; see `ids_to_panoptic` for what it merges and raises."""
         ids, segments = self.read_segments(image_id)
-        return ids_to_panoptic(ids, segments, self.dataset_info, name=self._name(image_id))
+        with self._naming(image_id):
+            return ids_to_panoptic(ids, segments, self.dataset_info, png=f"'{self._png_of(image_id)}'")
 
     def read_segments(self, image_id: int | str) -> tuple[np.ndarray, list[Segment]]:
         """Reads an image's segment ids, int32 [H, W], and their meaning, for `PanopticQuality.update_from_segments`.
 
-        Unlike `read` this keeps several crowd or stuff segments of one class apart, as the official tool does.
+        Unlike `read` this keeps several crowd or stuff segments of one class apart, as the official tool does. May be
+        called from several threads.
 
         Raises:
             UserError: If the image has no annotation, its PNG is missing or damaged, or its segments are wrong.
         """
         if image_id not in self.annotations:
             raise UserError(f"'{self.json_file}' has no annotation of image '{image_id}'.")
-        annotation = self.annotations[image_id]
-        path = self.png_dir / annotation["file_name"]
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
-        if image is None:
-            state = "is not a readable image" if path.is_file() else "does not exist"
-            raise UserError(f"'{path}', the PNG of image '{image_id}' in '{self.json_file}', {state}.")
-        ids = rgb_to_ids(image[..., ::-1].astype(np.int32))
-        return ids, parse_segments(annotation["segments_info"], self.dataset_info, name=self._name(image_id))
+        with self._naming(image_id):
+            segments = parse_segments(self.annotations[image_id]["segments_info"], self.dataset_info)
+            return read_segment_ids(self._png_of(image_id)), segments
 
-    def _name(self, image_id: int | str) -> str:
-        """What to call an annotation in messages."""
-        return f"Image '{image_id}' of '{self.json_file}'"
+    def _png_of(self, image_id: int | str) -> Path:
+        return self.png_dir / self.annotations[image_id]["file_name"]
+
+    @contextlib.contextmanager
+    def _naming(self, image_id: int | str) -> Iterator[None]:
+        """Adds the image's name to errors."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"Image '{image_id}' of '{self.json_file}': {error}") from error

@@ -1,34 +1,66 @@
-"""Evaluates a system on records: the same function of images that is exported, then the metrics."""
+"""Evaluates a system on records: the same function of images that is exported, then the metrics.
 
+`evaluate` is the core: a system, examples, numbers. `ModelFolderEvaluation` is what the command line does with a model
+folder around it.
+"""
+
+import contextlib
 import functools
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
+from deeplab2_like.configs import Config
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.errors import UserError
+from deeplab2_like.data.image_files import list_images, read_image
+from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation import report
 from deeplab2_like.evaluation.instance_ap import InstanceAP
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 from deeplab2_like.evaluation.semantic_iou import SemanticIoU
-from deeplab2_like.files import make_folder
+from deeplab2_like.evaluation.submission import Instances, make_submission
+from deeplab2_like.evaluation.test_time import check_views, infer_views
+from deeplab2_like.files import make_folder, write_png
 from deeplab2_like.model import PanopticSystem
 from deeplab2_like.model.layers import compiled_stages
+from deeplab2_like.parallel import map_in_order
 from deeplab2_like.progress import progress_bar
-from deeplab2_like.trainer.checkpoint import load_model_folder
+from deeplab2_like.trainer.checkpoint import (
+    build_from_model_folder,
+    checkpoint_step,
+    find_checkpoint,
+    keep_best,
+    list_checkpoints,
+    load_model_folder,
+    restore_system,
+)
+from deeplab2_like.visualize import side_by_side
 
+Example = Mapping[str, tf.Tensor]
+# What inference gives for one image, without the batch axis.
+Found = Mapping[str, np.ndarray]
 InferenceFunction = Callable[[tf.Tensor], dict[str, tf.Tensor]]
+
+_FREE_SIZE = tf.TensorSpec([None, None, None, 3], tf.uint8)
 
 # One object, so that stages compiled for one system are found again for the next.
 compile_with_xla = functools.partial(tf.function, jit_compile=True)
 
 
 def make_inference_function(
-    system: PanopticSystem, *, compiled: bool = False, with_instances: bool = False
+    system: PanopticSystem,
+    *,
+    compiled: bool = False,
+    with_instances: bool = False,
+    ensemble: Sequence[PanopticSystem] = (),
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
 ) -> InferenceFunction:
     """Makes a graph of a system's inference, for images of any size.
 
@@ -37,107 +69,378 @@ def make_inference_function(
         compiled: Whether the stages of the post-processing are compiled with XLA: faster after the first image of each
             size, for which it takes some seconds.
         with_instances: See `PanopticSystem.infer`.
+        ensemble: Other systems, of the same kind and classes, whose raw outputs are averaged with the system's.
+        scales: Factors of the image size at which the network looks; outputs are averaged.
+        flip: Whether it looks at the mirror images, too.
 
     Returns:
         A function from uint8 [B, H, W, 3] to the dictionary of `PanopticSystem.postprocess`.
-    """
-    if not compiled:
-        free_size = [tf.TensorSpec([None, None, None, 3], tf.uint8)]
-        return tf.function(functools.partial(system.infer, with_instances=with_instances), input_signature=free_size)
 
-    @tf.function
+    Raises:
+        UserError: If systems or scales do not fit together.
+    """
+    systems = [system, *ensemble]
+    check_views(systems, scales)
+
     def infer(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        with compiled_stages(compile_with_xla):
+        if len(systems) == 1 and tuple(scales) == (1.0,) and not flip:
             return system.infer(images, with_instances=with_instances)
+        return infer_views(systems, images, scales=scales, flip=flip, with_instances=with_instances)
+
+    if not compiled:
+        return tf.function(infer, input_signature=[_FREE_SIZE], autograph=False)
+
+    # Without AutoGraph, as it would wrap the system's own errors.
+    @tf.function(autograph=False)
+    def infer_in_compiled_stages(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        with compiled_stages(compile_with_xla):
+            return infer(images)
+
+    return infer_in_compiled_stages
+
+
+def make_oracle_function(system: PanopticSystem, parts: Sequence[str]) -> Callable[[Example], dict[str, tf.Tensor]]:
+    """Makes a function like inference that is told a part of the truth.
+
+    Args:
+        system: The system.
+        parts: What to replace by the ground truth, some of the system's `oracle_parts`.
+
+    Returns:
+        A function from an example of `pipeline.make_eval_dataset` to the dictionary of `PanopticSystem.postprocess`.
+
+    Raises:
+        UserError: If the system does not have such a part.
+    """
+    for part in parts:
+        if part not in system.oracle_parts:
+            raise unknown_name(f"oracle part of system '{system.name}'", part, system.oracle_parts)
+    network = tf.function(lambda images: system(images, training=False), input_signature=[_FREE_SIZE], autograph=False)
+
+    def infer(example: Example) -> dict[str, tf.Tensor]:
+        # Not in the graph: targets have static shapes, so every image size would be a graph of its own.
+        targets = {name: value[tf.newaxis] for name, value in system.make_targets(example["panoptic"]).items()}
+        size = tuple(example["panoptic"].shape)
+        return system.postprocess_with_truth(network(example["image"][tf.newaxis]), targets, size, parts)
 
     return infer
 
 
+class _Counts(NamedTuple):
+    """The three metrics, of one image or of many."""
+
+    quality: PanopticQuality
+    iou: SemanticIoU
+    precision: InstanceAP
+
+    @classmethod
+    def start(cls, info: DatasetInfo) -> "_Counts":
+        return cls(PanopticQuality(info), SemanticIoU(info), InstanceAP(info))
+
+    def merge(self, other: "_Counts") -> None:
+        self.quality.merge(other.quality)
+        self.iou.merge(other.iou)
+        self.precision.merge(other.precision)
+
+
 def evaluate(
     system: PanopticSystem,
-    examples: Iterable[Mapping[str, tf.Tensor]],
+    examples: Iterable[Example],
     *,
-    compiled: bool = False,
-    after_image: Callable[[Mapping[str, tf.Tensor], np.ndarray], None] | None = None,
+    infer: InferenceFunction | None = None,
+    infer_example: Callable[[Example], dict[str, tf.Tensor]] | None = None,
+    after_image: Callable[[Example, Found], None] | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Computes PQ, mIoU and AP over a data set.
 
+    Images go through the network one by one, at their own size, while other threads measure those before them.
+
     Args:
         system: The trained system.
-        examples: What `pipeline.make_eval_dataset` yields; images are evaluated one by one, at their own size.
-        compiled: See `make_inference_function`.
-        after_image: Called with each example and its predicted panoptic map, int32 [H, W].
+        examples: What `pipeline.make_eval_dataset` yields.
+        infer: What `make_inference_function` returned, to use it again; by default one is made.
+        infer_example: In its place, a function of the whole example, such as `make_oracle_function` returns.
+        after_image: Called in order with each example and what was found in it.
+        workers: Number of threads that measure; by default that of the cores.
 
     Returns:
         The content of `metrics.json`, in percent.
     """
-    infer = make_inference_function(system, compiled=compiled, with_instances=True)
     info = system.dataset_info
-    quality, iou, precision = PanopticQuality(info), SemanticIoU(info), InstanceAP(info)
-    for number, example in enumerate(examples):
-        image_id = example["image_id"].numpy().decode()
-        label = example["panoptic"].numpy()
-        found = {name: value.numpy()[0] for name, value in infer(example["image"][tf.newaxis]).items()}
-        prediction = found.pop("panoptic")
-        quality.update_state(label, prediction)
-        iou.update_state(label, prediction)
+    run = infer or make_inference_function(system, with_instances=True)
+    infer_one = infer_example or (lambda example: run(example["image"][tf.newaxis]))
+
+    def inferred() -> Iterator[tuple[int, Example, Found]]:
+        for number, example in enumerate(examples):
+            yield number, example, {name: value.numpy()[0] for name, value in infer_one(example).items()}
+
+    def measure(item: tuple[int, Example, Found]) -> tuple[Example, Found, _Counts]:
+        number, example, found = item
+        counts = _Counts.start(info)
+        label, prediction = example["panoptic"].numpy(), found["panoptic"]
+        counts.quality.update_state(label, prediction)
+        counts.iou.update_state(label, prediction)
         # Numbered, as records from other sources may repeat a name.
-        name = f"{number}/{image_id}"
+        name = f"{number}/{example['image_id'].numpy().decode()}"
         if "instance_masks" in found:
-            parts = {key: found[f"instance_{key}"] for key in ("masks", "scores", "classes", "boxes")}
-            precision.update_from_instances(name, label, **parts)
+            instances = {key: found[f"instance_{key}"] for key in ("masks", "scores", "classes", "boxes")}
+            counts.precision.update_from_instances(name, label, **instances)
         else:
-            precision.update_from_panoptic(name, label, prediction, **found)
+            table = {key: found[key] for key in ("segment_id", "segment_class", "segment_score")}
+            counts.precision.update_from_panoptic(name, label, prediction, **table)
+        return example, found, counts
+
+    total = _Counts.start(info)
+    for example, found, counts in map_in_order(measure, inferred(), workers=workers or os.cpu_count() or 1):
+        total.merge(counts)
         if after_image is not None:
-            after_image(example, prediction)
-    return report.metrics_dict(panoptic=quality.result(), semantic=iou.result(), instance=precision.result())
+            after_image(example, found)
+    return report.metrics_dict(
+        panoptic=total.quality.result(), semantic=total.iou.result(), instance=total.precision.result()
+    )
 
 
-def evaluate_model_folder(
-    model_dir: Path,
-    *,
-    split: str | None = None,
-    output_dir: Path | None = None,
-    compiled: bool = False,
-    overrides: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of a model folder, prints the table and writes `metrics.json`.
+class ModelFolderEvaluation:
+    """Evaluates checkpoints of a model folder. What they share is made once: records, network, graph.
 
     Args:
         model_dir: A folder that training wrote.
         split: Split of the records; by default the config's `data.val_split`.
-        output_dir: Folder of `metrics.json`; by default a folder in `model_dir` with the split's name.
+        output_dir: Folder of `metrics.json`, pictures, submissions and TensorBoard events; by default a folder in
+            `model_dir` with the split's name.
         compiled: Whether to compile the post-processing with XLA.
+        flip: See `make_inference_function`, as for the next two.
+        scales: Factors of the image size.
+        ensemble: Other model folders, of which the newest checkpoints are used.
+        oracle: What to replace by the ground truth, see `make_oracle_function`.
+        save_predictions: Whether to write a picture per image to `predictions/`.
+        submission: A key of `submission.SUBMISSIONS`, to write files for a benchmark's server to `submission/`.
+        image_ids: File name -> image id for the submission, see `make_submission`.
         overrides: Changes to the config.
 
-    Returns:
-        The content of `metrics.json`.
+    Raises:
+        UserError: If folders, records and options do not fit together.
     """
-    config, system, step = load_model_folder(model_dir, overrides)
-    split = split or config.data.val_split
-    records = config.data.record_folder
-    if DatasetInfo.load(records) != system.dataset_info:
-        raise UserError(
-            f"The records in '{records}' have other classes, in another order, or another label divisor than "
-            f"model folder '{model_dir}'; evaluate on records of the data set it was trained on."
+
+    def __init__(
+        self,
+        model_dir: str | os.PathLike[str],
+        *,
+        split: str | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
+        compiled: bool = False,
+        flip: bool = False,
+        scales: Sequence[float] = (1.0,),
+        ensemble: Sequence[str | os.PathLike[str]] = (),
+        oracle: Sequence[str] = (),
+        save_predictions: bool = False,
+        submission: str | None = None,
+        image_ids: Mapping[str, int | str] | None = None,
+        overrides: Sequence[str] = (),
+    ) -> None:
+        self.model_dir = Path(model_dir)
+        self.config: Config
+        self.config, self.system = build_from_model_folder(model_dir, overrides)
+        self.split = split or self.config.data.val_split
+        self.output_dir = Path(output_dir or self.model_dir / self.split)
+        self._save_predictions = save_predictions
+        self._submission = submission
+        self._image_ids = image_ids
+        several_views = flip or bool(ensemble) or tuple(scales) != (1.0,)
+        if oracle and (several_views or compiled):
+            raise UserError("An oracle looks at one view of one model, uncompiled; leave out the other options.")
+        self._infer = make_inference_function(
+            self.system,
+            compiled=compiled,
+            with_instances=True,
+            ensemble=[load_model_folder(folder)[1] for folder in ensemble],
+            scales=scales,
+            flip=flip,
         )
-    files = tfrecord.list_shards(records, split)
-    output_dir = output_dir or Path(model_dir) / split
-    make_folder(output_dir)  # Now, as the evaluation may take hours.
-    path = output_dir / "metrics.json"
-    examples = pipeline.make_eval_dataset(files, dataset_info=system.dataset_info)
-    total = tfrecord.count_examples(files)
-    if not total:
-        raise UserError(f"Split '{split}' in '{records}' holds no examples; convert the data set again.")
+        self._infer_example = make_oracle_function(self.system, oracle) if oracle else None
+
+    def run(self, checkpoint: str = "last") -> dict[str, Any]:
+        """Evaluates a checkpoint, prints the table, and writes `metrics.json` and TensorBoard's numbers.
+
+        Args:
+            checkpoint: See `find_checkpoint`.
+
+        Returns:
+            The content of `metrics.json`.
+
+        Raises:
+            UserError: If there is no such checkpoint, or records or output folder cannot be used.
+        """
+        step = self._restore(checkpoint)
+        files, total = self._records()
+        path = self.output_dir / "metrics.json"
+        examples = pipeline.make_eval_dataset(files, dataset_info=self.system.dataset_info)
+        with self._writers() as write, _shown(examples, total) as shown:
+            make_folder(self.output_dir)  # Now, as the evaluation may take hours.
+            metrics = evaluate(
+                self.system, shown, infer=self._infer, infer_example=self._infer_example, after_image=write
+            )
+        report.print_table(metrics, title=f"{self.model_dir}, step {step}, split {self.split}, {total} images")
+        report.write_metrics(path, metrics)
+        report.write_events(self.output_dir, metrics, step=step)
+        print(f"Metrics are in {path}")
+        return metrics
+
+    def follow(self, *, poll_seconds: float = 10.0, timeout_seconds: float | None = None) -> dict[str, Any] | None:
+        """Evaluates every checkpoint while a training saves them, and keeps the best, until that of the last step.
+
+        Args:
+            poll_seconds: Time between two looks at the folder.
+            timeout_seconds: Ends if there is no new checkpoint for so long; None waits for ever.
+
+        Returns:
+            The content of the last `metrics.json`, None if there was no checkpoint.
+        """
+        metrics = None
+        done = 0
+        waiting_since = time.monotonic()
+        while done < self.config.trainer.steps:
+            steps = [checkpoint_step(path) for path in list_checkpoints(self.model_dir)]
+            new = [step for step in steps if step > done]
+            if not new:
+                if timeout_seconds is not None and time.monotonic() - waiting_since > timeout_seconds:
+                    break
+                time.sleep(poll_seconds)
+                continue
+            done = new[0]
+            try:
+                metrics = self.run(str(done))
+            except UserError:
+                if done in [checkpoint_step(path) for path in list_checkpoints(self.model_dir)]:
+                    raise
+                continue  # Training has deleted it since.
+            if keep_best(self.model_dir, self.system, step=done, pq=metrics["panoptic"]["all"]["pq"]):
+                print(f"Step {done} is the best so far.")
+            waiting_since = time.monotonic()
+        return metrics
+
+    def predict(self, images: str | os.PathLike[str], checkpoint: str = "last") -> int:
+        """Writes pictures and submission for images without labels.
+
+        Args:
+            images: An image file, or a folder, whose folders are searched, too. Given image ids, only the images that
+                they name count: COCO's test-dev is a part of its folder of test images.
+            checkpoint: See `find_checkpoint`.
+
+        Returns:
+            The number of images.
+
+        Raises:
+            UserError: If nothing was asked for, an image cannot be read, or one that has an image id is missing.
+        """
+        if self._infer_example is not None:
+            raise UserError("Images without labels have no truth for an oracle; leave out one of the two.")
+        if not (self._save_predictions or self._submission):
+            raise UserError(
+                "Images without labels give no metrics; ask for pictures with --save-predictions or for files to "
+                "submit with --submission."
+            )
+        self._restore(checkpoint)
+        files = self._named_images(Path(images))
+
+        def examples() -> Iterator[Example]:
+            for name, file in files.items():
+                yield {"image": tf.constant(read_image(file)), "image_id": tf.constant(name)}
+
+        with self._writers() as write, _shown(examples(), len(files)) as shown:
+            for example in shown:
+                found = self._infer(example["image"][tf.newaxis])
+                write(example, {name: value.numpy()[0] for name, value in found.items()})
+        return len(files)
+
+    def _named_images(self, path: Path) -> dict[str, Path]:
+        """Lists images by their names, with folders, see `predict`."""
+        folder = path if path.is_dir() else path.parent
+        files = {file.relative_to(folder).as_posix(): file for file in list_images(path, recursive=True)}
+        if self._image_ids is None:
+            return files
+        missing = [name for name in self._image_ids if name not in files]
+        if missing:
+            raise UserError(
+                f"'{path}' lacks image '{missing[0]}' ({len(missing)} of {len(self._image_ids)} that the JSON of image "
+                "ids names); give the folder of these images."
+            )
+        return {name: files[name] for name in self._image_ids}
+
+    def _restore(self, checkpoint: str) -> int:
+        """Loads a checkpoint into the system; returns its step."""
+        path = find_checkpoint(self.model_dir, checkpoint)
+        restore_system(self.system, path)
+        return checkpoint_step(path)
+
+    def _records(self) -> tuple[list[str], int]:
+        """Returns the files of the split and the number of their examples; raises `UserError` if they do not fit."""
+        folder = self.config.data.record_folder
+        if DatasetInfo.load(folder) != self.system.dataset_info:
+            raise UserError(
+                f"The records in '{folder}' have other classes, in another order, or another label divisor than "
+                f"model folder '{self.model_dir}'; evaluate on records of the data set it was trained on."
+            )
+        files = tfrecord.list_shards(folder, self.split)
+        total = tfrecord.count_examples(files)
+        if not total:
+            raise UserError(f"Split '{self.split}' in '{folder}' holds no examples; convert the data set again.")
+        return files, total
+
+    @contextlib.contextmanager
+    def _writers(self) -> Iterator[Callable[[Example, Found], None]]:
+        """What to do with each example and what was found in it: pictures, submission."""
+        info = self.system.dataset_info
+        pictures = self.output_dir / "predictions"
+        with contextlib.ExitStack() as stack:
+            submission = None
+            if self._submission is not None:
+                folder = self.output_dir / "submission"
+                submission = stack.enter_context(
+                    make_submission(self._submission, folder, info, image_ids=self._image_ids)
+                )
+
+            def write(example: Example, found: Found) -> None:
+                name = example["image_id"].numpy().decode()
+                if submission is not None:
+                    submission.add(name, found["panoptic"], _scores(found), _instances(found))
+                if self._save_predictions:
+                    truth = example["panoptic"].numpy() if "panoptic" in example else None
+                    picture = side_by_side(example["image"].numpy(), truth, found["panoptic"], info)
+                    write_png(pictures / PurePosixPath(name.lstrip("/")).with_suffix(".png"), picture)
+
+            yield write
+
+
+def evaluate_model_folder(
+    model_dir: str | os.PathLike[str], *, checkpoint: str = "last", **options: Any
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a model folder: `ModelFolderEvaluation(model_dir, **options).run(checkpoint)`."""
+    return ModelFolderEvaluation(model_dir, **options).run(checkpoint)
+
+
+def _scores(found: Found) -> dict[int, float]:
+    """Panoptic value -> score of the segments of one image."""
+    rows = zip(found["segment_id"].tolist(), found["segment_score"].tolist(), strict=True)
+    return {segment: score for segment, score in rows if score > 0}
+
+
+def _instances(found: Found) -> Instances | None:
+    """The overlapping instances of one image, if the system has any."""
+    if "instance_masks" not in found:
+        return None
+    return Instances(found["instance_masks"], found["instance_classes"], found["instance_scores"])
+
+
+@contextlib.contextmanager
+def _shown(examples: Iterable[Example], total: int) -> Iterator[Iterable[Example]]:
+    """Shows a progress bar that moves while the examples are taken, and turns faults of records into `UserError`."""
     with progress_bar("evaluate") as progress, tfrecord.user_errors():
 
-        def counted() -> Iterator[Mapping[str, tf.Tensor]]:
+        def counted() -> Iterator[Example]:
             for done, example in enumerate(examples, start=1):
                 yield example
                 progress(done, total)
 
-        metrics = evaluate(system, counted(), compiled=compiled)
-    report.print_table(metrics, title=f"{model_dir}, step {step}, split {split}, {total} images")
-    report.write_metrics(path, metrics)
-    print(f"Metrics are in {path}")
-    return metrics
+        yield counted()

@@ -62,6 +62,23 @@ def metrics_dict(
     return metrics
 
 
+def scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Names the numbers of `metrics_dict` for TensorBoard, without those of single classes.
+
+    Returns:
+        Such as `panoptic/pq`, `panoptic/things_pq`, `semantic/miou`, `instance/mask_ap`, in percent.
+    """
+    scalars = {
+        f"panoptic/{name}" if group == "all" else f"panoptic/{group}_{name}": value
+        for group, values in metrics.get("panoptic", {}).items()
+        if group != "per_class"
+        for name, value in values.items()
+    }
+    for part in ("semantic", "instance"):
+        scalars |= {f"{part}/{name}": value for name, value in metrics.get(part, {}).items()}
+    return scalars
+
+
 def write_metrics(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:
     """Writes the mapping of `metrics_dict` as JSON, whole or not at all.
 
@@ -69,6 +86,17 @@ def write_metrics(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> N
         UserError: If the file cannot be written.
     """
     write_atomically(path, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_events(folder: str | os.PathLike[str], metrics: Mapping[str, Any], *, step: int) -> None:
+    """Adds the numbers of `scalar_metrics` to the TensorBoard events of a folder, as those of a training step."""
+    import tensorflow as tf  # Here, because metrics of files need no TensorFlow.
+
+    writer = tf.summary.create_file_writer(str(folder))
+    with writer.as_default(step=step):
+        for name, value in scalar_metrics(metrics).items():
+            tf.summary.scalar(name, value)
+    writer.close()
 
 
 def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console: Console | None = None) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.evaluation.panoptic_quality import (
+    ClassifiedOverlaps,
     check_maps,
-    classes_of_values,
-    count_overlaps,
+    overlap_panoptic,
     require_same_categories,
 )
 
@@ -81,6 +81,14 @@ class SemanticIoU:
         """
         self._update(ground_truth, prediction, divisor=1)
 
+    def add(self, found: ClassifiedOverlaps) -> None:
+        """Counts one image whose overlaps are known."""
+        # Void is -1: a predicted void falls into the last column by itself, a true void is left out.
+        rows = found.truth_classes[found.overlaps.first_index]
+        columns = found.predicted_classes[found.overlaps.second_index]
+        labelled = rows >= 0
+        np.add.at(self.confusion, (rows[labelled], columns[labelled]), found.overlaps.pixels[labelled])
+
     def result(self) -> SemanticIoUResult:
         """Returns the IoU of all pixels counted so far."""
         intersection = np.diagonal(self.confusion)
@@ -99,10 +107,4 @@ class SemanticIoU:
     def _update(self, ground_truth: np.ndarray, prediction: np.ndarray, *, divisor: int) -> None:
         """Adds the pixels of maps whose values are `class * divisor + instance`."""
         for truth_map, predicted_map in zip(*check_maps(ground_truth, prediction), strict=True):
-            overlaps = count_overlaps(truth_map, predicted_map)
-            truth = classes_of_values(overlaps.first_values, self.dataset_info, name="ground-truth", divisor=divisor)
-            predicted = classes_of_values(overlaps.second_values, self.dataset_info, name="predicted", divisor=divisor)
-            # Void is -1: a predicted void falls into the last column by itself, a true void is left out.
-            rows, columns = truth[overlaps.first_index], predicted[overlaps.second_index]
-            labelled = rows >= 0
-            np.add.at(self.confusion, (rows[labelled], columns[labelled]), overlaps.pixels[labelled])
+            self.add(overlap_panoptic(truth_map, predicted_map, self.dataset_info, divisor=divisor))

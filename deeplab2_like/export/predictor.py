@@ -13,13 +13,11 @@ import numpy as np
 import tensorflow as tf
 
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.tfrecord import decode_image_bytes
+from deeplab2_like.data.image_files import list_images, read_image
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter, segments_info
-from deeplab2_like.files import make_folder, write_png
+from deeplab2_like.files import distinct_names, image_ids_of_names, make_folder, write_png
 from deeplab2_like.visualize import draw_overlay, side_by_side
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +216,7 @@ def predict_files(
 
     Args:
         model_dir: A folder that `deeplab2-like export` wrote.
-        input_path: An image file, or a folder; hidden files and those without one of `IMAGE_SUFFIXES` are left out.
+        input_path: An image file, or a folder; see `image_files.list_images`.
         output_dir: Is made if missing.
         compiled: See `Predictor`.
         on_error: "stop" at the first image that cannot be read, or "skip" it and report it.
@@ -233,9 +231,9 @@ def predict_files(
     """
     if on_error not in ("stop", "skip"):
         raise unknown_name("value of on_error", on_error, ("stop", "skip"))
-    files = _list_images(Path(input_path))
-    names = _distinct_names(files)
-    image_ids = _image_ids(names)
+    files = list_images(Path(input_path))
+    names = distinct_names(files)
+    image_ids = image_ids_of_names(names)
     pictures_dir = Path(output_dir) / "pictures"
     predictor = Predictor(model_dir, compiled=compiled)
     writer = CocoPanopticWriter(output_dir, predictor.dataset_info)
@@ -249,7 +247,7 @@ def predict_files(
     skipped: list[str] = []
     for done, (file, name, image_id) in enumerate(zip(files, names, image_ids, strict=True), start=1):
         try:
-            image = _read_image(file)
+            image = read_image(file)
             try:
                 prediction = predictor(image)
             except UserError as error:
@@ -281,57 +279,6 @@ def _require_export(folder: Path) -> None:
         elif (folder / "checkpoints").is_dir():
             advice = "as it is a model folder, export it first with `deeplab2-like export`"
         raise UserError(f"'{folder}' is no exported model, for it has no saved_model.pb; {advice}.")
-
-
-def _list_images(path: Path) -> list[Path]:
-    """Lists the images of a folder, by name, or the one file; raises `UserError` if there is none."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"Input '{path}' does not exist; give an image file or a folder of images.")
-    files = [
-        file
-        for file in path.iterdir()
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-    ]
-    if not files:
-        raise UserError(
-            f"Folder '{path}' has no image directly in it ({', '.join(IMAGE_SUFFIXES)}); give a folder of images."
-        )
-    return sorted(files, key=lambda file: (file.name.lower(), file.name))
-
-
-def _distinct_names(files: list[Path]) -> list[str]:
-    """Names the outputs: the stem of each file, or its whole name where several would have the same."""
-    names = [file.stem for file in files]
-    # A whole name may in turn be the stem of a third file (a.jpg, a.png, a.jpg.png), hence the repetition.
-    while len({name.lower() for name in names}) < len(names):
-        folded = [name.lower() for name in names]
-        longer = [
-            file.name if folded.count(name.lower()) > 1 else name for file, name in zip(files, names, strict=True)
-        ]
-        if longer == names:
-            break  # They differ in upper and lower case only.
-        names = longer
-    return names
-
-
-def _image_ids(names: list[str]) -> list[int | str]:
-    """The image ids of the JSON, see `predict_files`."""
-    if all(name.isascii() and name.isdigit() for name in names):
-        numbers = [int(name) for name in names]
-        if len(set(numbers)) == len(numbers):
-            return list(numbers)
-    return list(names)
-
-
-def _read_image(file: Path) -> np.ndarray:
-    """Reads an image file as uint8 [H, W, 3]; raises `UserError` if that is impossible."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"Image '{file}' cannot be read ({error.strerror}); check the file.") from error
-    return decode_image_bytes(content, str(file))[0]
 
 
 def _first_line(error: BaseException) -> str:

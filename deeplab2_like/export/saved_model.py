@@ -83,14 +83,19 @@ def export_saved_model(
 
 
 def export_model_folder(
-    model_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str], overrides: Sequence[str] = ()
+    model_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    checkpoint: str = "last",
 ) -> Path:
-    """Exports the newest checkpoint of a model folder, see `export_saved_model`.
+    """Exports a checkpoint of a model folder, see `export_saved_model`.
 
     Args:
         model_dir: A folder that training wrote.
         output_dir: The SavedModel's folder.
         overrides: Changes to the config, `key.path=value`, such as thresholds of the post-processing.
+        checkpoint: Which one, see `find_checkpoint`.
 
     Returns:
         The folder.
@@ -101,7 +106,7 @@ def export_model_folder(
     from deeplab2_like.trainer.checkpoint import load_model_folder
 
     _require_free(Path(output_dir).resolve(), name=str(output_dir))
-    config, system, _ = load_model_folder(model_dir, overrides)
+    config, system, _ = load_model_folder(model_dir, overrides, checkpoint=checkpoint)
     return export_saved_model(system, output_dir, config=config)
 
 

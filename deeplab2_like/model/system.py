@@ -8,6 +8,7 @@ from keras import ops
 
 from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
 from deeplab2_like.model.layers import Tensor, pad_to_multiple
 
 
@@ -25,6 +26,20 @@ class Loss(NamedTuple):
     normalizer: Tensor
 
 
+class View(NamedTuple):
+    """What a network said about one view of a batch of images: another scale, a mirror image, another model.
+
+    Attributes:
+        outputs: The raw outputs.
+        image_size: Height and width of the view, multiples of `size_multiple`, ints or int32 scalars.
+        mirrored: Whether left and right were swapped.
+    """
+
+    outputs: Mapping[str, Tensor]
+    image_size: tuple[Any, Any]
+    mirrored: bool
+
+
 class PanopticSystem(keras.Model):
     """Base class of the systems.
 
@@ -34,6 +49,7 @@ class PanopticSystem(keras.Model):
     Attributes:
         config_class: The system's part of the config; `from_model_config` turns it into keyword arguments.
         dataset_info: What the values of the panoptic map mean.
+        oracle_parts: Names of the parts of a prediction that `postprocess_with_truth` can replace.
         loss_weights: Factor of each loss term in the sum that is minimised, by the names of `compute_losses`.
 
     Args:
@@ -44,6 +60,7 @@ class PanopticSystem(keras.Model):
     """
 
     config_class: ClassVar[type[StrictModel]]
+    oracle_parts: ClassVar[tuple[str, ...]] = ()
     loss_weights: Mapping[str, float]
 
     def __init__(
@@ -127,6 +144,45 @@ class PanopticSystem(keras.Model):
         """
         raise NotImplementedError
 
+    def postprocess_with_truth(
+        self,
+        outputs: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        image_size: tuple[Any, Any],
+        parts: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """Post-processes raw outputs of which some parts are replaced by the ground truth, for upper bounds.
+
+        Args:
+            outputs: What calling the system returned.
+            targets: What `make_targets` returned for the whole images, with a leading batch axis.
+            image_size: Height and width of the images before padding.
+            parts: Some of `oracle_parts`; with none of them the result is that of `postprocess`.
+
+        Returns:
+            The dictionary of `postprocess`.
+        """
+        raise NotImplementedError
+
+    def merge_views(self, views: Sequence[View], image_size: tuple[Any, Any]) -> dict[str, Tensor]:
+        """Averages the raw outputs of several views of the same images.
+
+        Args:
+            views: At least one.
+            image_size: Height and width of the images, multiples of `size_multiple`, ints or int32 scalars.
+
+        Returns:
+            Raw outputs of the images at `image_size`.
+
+        Raises:
+            UserError: If the system does not define this.
+        """
+        del views, image_size
+        raise UserError(
+            f"System '{self.name}' does not define how the outputs of several views are averaged; evaluate it without "
+            "mirroring, scales and ensembles."
+        )
+
     def prepare_images(self, images: Tensor) -> Tensor:
         """Normalises and pads images; the padding is the mean colour.
 
@@ -150,10 +206,25 @@ class PanopticSystem(keras.Model):
         Returns:
             The dictionary of `postprocess`.
         """
-        height, width = ops.shape(images)[1:3]
-        outputs = self(images, training=False)
-        found = self.postprocess(outputs, (height, width))
-        instances = self.instances(outputs, (height, width)) if with_instances else None
+        return self.finish(
+            self(images, training=False), tuple(ops.shape(images)[1:3]), with_instances=with_instances
+        )
+
+    def finish(
+        self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any], *, with_instances: bool = False
+    ) -> dict[str, Tensor]:
+        """The second half of `infer`: from raw outputs to panoptic maps.
+
+        Args:
+            outputs: What calling the system, or `merge_views`, returned.
+            image_size: Height and width of the images before padding, ints or int32 scalars.
+            with_instances: See `infer`.
+
+        Returns:
+            The dictionary of `infer`.
+        """
+        found = self.postprocess(outputs, image_size)
+        instances = self.instances(outputs, image_size) if with_instances else None
         return found | {f"instance_{name}": value for name, value in (instances or {}).items()}
 
     def create_variables(self) -> "PanopticSystem":

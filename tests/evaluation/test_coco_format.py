@@ -6,17 +6,17 @@ import cv2
 import numpy as np
 import pytest
 
+from deeplab2_like.data.coco_segments import Segment
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.coco_format import (
     CocoPanopticReader,
     CocoPanopticWriter,
-    ids_to_panoptic,
     list_segments,
-    parse_segments,
     segments_info,
 )
-from deeplab2_like.evaluation.panoptic_quality import PanopticQuality, Segment
+from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
+from deeplab2_like.files import write_png
 
 # Class 0 is stuff with panoptic value 0, the value that must not be taken for void.
 INFO = DatasetInfo(
@@ -81,7 +81,7 @@ def test_round_trip(tmp_path):
     np.testing.assert_array_equal(maps[7], np.full((2, 5), VOID))
 
     ids, segments = reader.read_segments(42)
-    assert segments == [Segment(1, 0), Segment(1001, 1, is_crowd=True), Segment(1002, 1)]
+    assert segments == [Segment(1, 0, area=6), Segment(1001, 1, is_crowd=True, area=2), Segment(1002, 1, area=3)]
     metric = PanopticQuality(INFO)
     metric.update_from_segments(ids, segments, ids, segments)
     assert metric.result().all.pq == 1.0
@@ -97,25 +97,6 @@ def test_no_json_after_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         write()
     assert not (tmp_path / "panoptic.json").exists()
-
-
-def test_ids_of_others():
-    # Ids of any size; instances are numbered in the order of the list, two crowds and two skies become one each.
-    ids = np.array([[9, 8, 70000], [5, 4, 0], [3, 2, 2]])
-    segments = parse_segments(
-        [
-            {"id": 70000, "category_id": 7},
-            {"id": 8, "category_id": 7, "iscrowd": 1},
-            {"id": 9, "category_id": 7, "iscrowd": 1},
-            {"id": 4, "category_id": 7, "iscrowd": 0},
-            {"id": 5, "category_id": 12},
-            {"id": 3, "category_id": 12},
-            {"id": 2, "category_id": 7},
-        ],
-        INFO,
-    )
-    expected = [[1000, 1000, 1001], [0, 1002, VOID], [0, 1003, 1003]]
-    np.testing.assert_array_equal(ids_to_panoptic(ids, segments, INFO), expected)
 
 
 def test_writer_errors(tmp_path):
@@ -134,23 +115,6 @@ def test_writer_errors(tmp_path):
         CocoPanopticWriter(tmp_path / "file", INFO).add(1, "a.jpg", LABELS)
 
 
-def test_segment_errors():
-    ids = np.array([[1, 1, 0]])
-    for segments, message in (
-        ([], r"x: the PNG holds segment id 1, which segments_info does not list"),
-        ([{"id": 1, "category_id": 7}, {"id": 2, "category_id": 7}], "x: segments_info lists id 2, which the PNG does"),
-        ([{"id": 1, "category_id": 7}, {"id": 1, "category_id": 7}], "x: segment id 1 is listed twice"),
-        ([{"id": 0, "category_id": 7}], "x: segment id 0 is void"),
-        ([{"id": 1, "category_id": 8}], "x: segment 1 has category_id 8, which the categories of data set 'toy'"),
-        ([{"id": 1}], "x: a segment lacks 'category_id'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            ids_to_panoptic(ids, parse_segments(segments, INFO, name="x"), INFO, name="x")
-    few = DatasetInfo("few", INFO.categories, label_divisor=2)
-    with pytest.raises(UserError, match=r"x has more than 1 instances of 'cat'; use a label_divisor above 2"):
-        ids_to_panoptic(np.array([[1, 2]]), [Segment(1, 1), Segment(2, 1)], few, name="x")
-
-
 def test_reader_errors(tmp_path):
     file = tmp_path / "a.json"
     with pytest.raises(UserError, match=r"JSON '.*a\.json' does not exist"):
@@ -160,6 +124,8 @@ def test_reader_errors(tmp_path):
         ("{", "is not valid JSON"),
         ("[]", "has no 'annotations'; give a COCO panoptic JSON"),
         (json.dumps({"annotations": []}), "has no 'categories'"),
+        (json.dumps({"annotations": {}}), "has no 'annotations'"),
+        (json.dumps({"annotations": [7], "categories": INFO.to_coco_categories()}), "entry 0 .* lacks 'image_id'"),
         (
             json.dumps({"annotations": [{"image_id": 1, "file_name": "a"}], "categories": INFO.to_coco_categories()}),
             "lacks 'segments_info'",
@@ -178,8 +144,11 @@ def test_reader_errors(tmp_path):
     reader = CocoPanopticReader(file, tmp_path, dataset_info=INFO)
     with pytest.raises(UserError, match="no annotation of image '2'"):
         reader.read(2)
-    with pytest.raises(UserError, match=r"1\.png', the PNG of image '1' .* does not exist"):
+    with pytest.raises(UserError, match=r"^Image '1' of '.*a\.json': the panoptic PNG '.*1\.png' cannot be read"):
         reader.read(1)
     (tmp_path / "1.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="is not a readable image"):
+    with pytest.raises(UserError, match=r"^Image '1' of '.*a\.json': '.*1\.png' is not a readable PNG, or cut short"):
+        reader.read(1)
+    write_png(tmp_path / "1.png", np.full((2, 2, 3), [7, 1, 0], np.uint8))
+    with pytest.raises(UserError, match=r"^Image '1' of '.*a\.json': '.*1\.png' has pixels of id 263, which 'segm"):
         reader.read(1)

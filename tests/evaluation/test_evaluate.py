@@ -1,5 +1,6 @@
 """The evaluation of a system: it sees whole images, counts what comes out, and sees what an export gives."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -8,11 +9,14 @@ import pytest
 import tensorflow as tf
 from one_convolution import OneConvolution, one_convolution_config
 
+from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
-from deeplab2_like.evaluation.evaluate import evaluate, make_inference_function
+from deeplab2_like.errors import UserError
+from deeplab2_like.evaluation.evaluate import evaluate, make_inference_function, make_oracle_function
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_saved_model
+from deeplab2_like.model import build_system
 
 SIZES = ((16, 32), (24, 16), (16, 32))
 
@@ -56,9 +60,9 @@ def examples(*, shown: Any = lambda label: label) -> Iterator[dict[str, tf.Tenso
 def test_a_perfect_system_gets_everything() -> None:
     seen: list[str] = []
 
-    def after_image(example: Mapping[str, tf.Tensor], prediction: np.ndarray) -> None:
+    def after_image(example: Mapping[str, tf.Tensor], found: Mapping[str, np.ndarray]) -> None:
         seen.append(example["image_id"].numpy().decode())
-        np.testing.assert_array_equal(example["panoptic"], prediction)
+        np.testing.assert_array_equal(example["panoptic"], found["panoptic"])
 
     metrics = evaluate(Oracle(scenes_info()), examples(), after_image=after_image)  # type: ignore[arg-type]
     assert seen == ["scene_0.png", "scene_1.png", "scene_0.png"]
@@ -111,14 +115,48 @@ def test_evaluation_sees_what_the_export_gives(compiled: bool, tmp_path_factory:
     predictor = Predictor(exported)
     maps: list[np.ndarray] = []
 
-    def after_image(example: Mapping[str, tf.Tensor], prediction: np.ndarray) -> None:
-        np.testing.assert_array_equal(prediction, predictor(example["image"].numpy()).panoptic)
-        maps.append(prediction)
+    def after_image(example: Mapping[str, tf.Tensor], found: Mapping[str, np.ndarray]) -> None:
+        np.testing.assert_array_equal(found["panoptic"], predictor(example["image"].numpy()).panoptic)
+        maps.append(found["panoptic"])
 
-    evaluate(system, examples(), compiled=compiled, after_image=after_image)
+    infer = make_inference_function(system, compiled=compiled, with_instances=True)
+    evaluate(system, examples(), infer=infer, after_image=after_image)
     assert tuple(prediction.shape for prediction in maps) == SIZES
     # Several classes: maps of one class alone would always agree.
     assert max(len(np.unique(prediction)) for prediction in maps) > 1
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    info = scenes_info()
+    # Labels with their borders moved, so that the numbers are not all 100.
+    results = [
+        evaluate(Oracle(info), examples(shown=lambda label: np.roll(label, 1, axis=1)), workers=workers)  # type: ignore[arg-type]
+        for workers in (1, 4)
+    ]
+    assert results[0] == results[1]
+    assert 0 < results[0]["panoptic"]["all"]["pq"] < 100
+
+
+def test_systems_without_a_rule_have_neither_views_nor_oracle() -> None:
+    system = OneConvolution(dataset_info=scenes_info(), channels=4).create_variables()
+    infer = make_inference_function(system, flip=True)
+    with pytest.raises(UserError, match="System 'one_convolution' does not define how the outputs of several views"):
+        infer(tf.zeros((1, 8, 8, 3), tf.uint8))
+    with pytest.raises(UserError, match="Unknown oracle part of system 'one_convolution' 'semantic'"):
+        make_oracle_function(system, ["semantic"])
+
+
+def test_views_that_do_not_fit_are_refused() -> None:
+    system = OneConvolution(dataset_info=scenes_info(), channels=4)
+    for scales in ((), (0.5, 0.0), (float("nan"),)):
+        with pytest.raises(UserError, match="Scales must be numbers above 0"):
+            make_inference_function(system, scales=scales)
+    fewer = dataclasses.replace(scenes_info(), categories=scenes_info().categories[:3])
+    with pytest.raises(UserError, match="An ensemble needs models for the same classes; those of data sets 'scenes'"):
+        make_inference_function(system, ensemble=[OneConvolution(dataset_info=fewer, channels=4)])
+    other = build_system(load_config("panoptic_deeplab/scenes_tiny"), scenes_info())
+    with pytest.raises(UserError, match="models of one system, got 'one_convolution' and 'panoptic_deeplab'"):
+        make_inference_function(system, ensemble=[other])
 
 
 def test_inference_takes_any_size() -> None:

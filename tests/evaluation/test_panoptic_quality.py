@@ -1,13 +1,15 @@
 """Panoptic quality: worked examples, and random maps against a plain implementation that follows the definition."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
 
+from deeplab2_like.data.coco_segments import Segment
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.panoptic_quality import PanopticQuality, Segment, count_overlaps
+from deeplab2_like.evaluation.panoptic_quality import PanopticQuality, count_overlaps
 
 # Classes 0 and 1 are things, 2 and 3 stuff; divisor 10, so 11 is instance 1 of class 1; 90 is void.
 INFO = DatasetInfo(
@@ -187,8 +189,8 @@ def test_several_crowds_of_a_class():
 def test_segment_lists_must_fit_their_maps():
     labels = np.array([[5, 5, 0]])
     for segments, message in (
-        ([], "ground-truth map holds segment id 5, which its list"),
-        ([Segment(5, 0), Segment(8, 0)], "ground-truth list of segments names id 8"),
+        ([], "the ground-truth map has pixels of id 5, which 'segments_info' does not list"),
+        ([Segment(5, 0), Segment(8, 0)], "lists id 8, of which the ground-truth map has no pixels"),
         ([Segment(5, 4)], r"ground-truth segment 5 has class 4; data set 'toy' has classes 0\.\.3"),
     ):
         with pytest.raises(UserError, match=message):
@@ -218,54 +220,72 @@ def random_pair(random):
     return ground_truth, prediction
 
 
-def plain_counts(ground_truth, prediction):
-    """TP, FP, FN and the sum of IoU per class of one image, pixel mask by pixel mask, as the paper says it."""
+def plain_counts(ground_truth, prediction, true_class, found_class, crowds):
+    """TP, FP, FN and the sum of IoU per class of one image, pixel mask by pixel mask, as the paper says it.
 
-    def kind(value):
-        class_id = value // 10
-        return -1 if class_id == 9 else class_id
-
+    `true_class` and `found_class` map a value to its class, -1 for void; `crowds` are the crowd values of the truth.
+    """
     totals = {class_id: [0, 0, 0, 0.0] for class_id in range(4)}
-    void = ground_truth // 10 == 9
+    true_values, found_values = np.unique(ground_truth).tolist(), np.unique(prediction).tolist()
+    void = np.isin(ground_truth, [value for value in true_values if true_class(value) < 0])
     matched_truth, matched_prediction = set(), set()
-    for true_value in np.unique(ground_truth):
-        is_crowd = kind(true_value) in (0, 1) and true_value % 10 == 0
-        for value in np.unique(prediction):
-            if kind(value) != kind(true_value) or kind(value) < 0 or is_crowd:
+    for true_value in true_values:
+        class_id = true_class(true_value)
+        if class_id < 0 or true_value in crowds:
+            continue
+        for value in found_values:
+            if found_class(value) != class_id:
                 continue
             true_mask, mask = ground_truth == true_value, (prediction == value) & ~void
             iou = (true_mask & mask).sum() / (true_mask | mask).sum()
             if iou > 0.5:
-                totals[kind(value)][0] += 1
-                totals[kind(value)][3] += iou
+                totals[class_id][0] += 1
+                totals[class_id][3] += iou
                 matched_truth.add(true_value)
                 matched_prediction.add(value)
-        if kind(true_value) >= 0 and not is_crowd and true_value not in matched_truth:
-            totals[kind(true_value)][2] += 1
-    for value in np.unique(prediction):
+        totals[class_id][2] += true_value not in matched_truth
+    for value in found_values:
+        class_id = found_class(value)
         mask = prediction == value
-        excuse = void | ((ground_truth == kind(value) * 10) & (kind(value) in (0, 1)))
-        if kind(value) >= 0 and value not in matched_prediction and (mask & excuse).sum() / mask.sum() <= 0.5:
-            totals[kind(value)][1] += 1
+        excuse = void | np.isin(ground_truth, [crowd for crowd in crowds if true_class(crowd) == class_id])
+        if class_id >= 0 and value not in matched_prediction and (mask & excuse).sum() / mask.sum() <= 0.5:
+            totals[class_id][1] += 1
     return totals
+
+
+def class_of_panoptic(value):
+    return -1 if value // 10 == 9 else value // 10
+
+
+def assert_counts(metric, expected, case):
+    for class_id, (tp, fp, fn, iou) in expected.items():
+        assert metric.true_positives[class_id] == tp, case
+        assert metric.false_positives[class_id] == fp, case
+        assert metric.false_negatives[class_id] == fn, case
+        assert metric.iou_sum[class_id] == pytest.approx(iou), case
 
 
 def test_random_maps_equal_the_plain_definition():
     random = np.random.default_rng(1)
     whole, parts = PanopticQuality(INFO), [PanopticQuality(INFO), PanopticQuality(INFO)]
     sums = {class_id: np.zeros(4) for class_id in range(4)}
+    seen = Counter()
     for case in range(1000):
         ground_truth, prediction = random_pair(random)
-        expected = plain_counts(ground_truth, prediction)
+        expected = plain_counts(ground_truth, prediction, class_of_panoptic, class_of_panoptic, crowds=(0, 10))
+        true_classes, found_classes = ({class_of_panoptic(v) for v in m.flat} for m in (ground_truth, prediction))
+        seen["all void"] += true_classes == {-1}
+        seen["predicted void"] += found_classes == {-1}
+        seen["hallucinated only"] += not true_classes & found_classes - {-1} and found_classes > {-1}
+        seen["crowd"] += bool(np.isin(ground_truth, (0, 10)).any())
+        seen["class without segments"] += any(not sum(counted[:3]) for counted in expected.values())
         single = PanopticQuality(INFO)
         for metric in (single, whole, parts[case % 2]):
             metric.update_state(ground_truth, prediction)
-        for class_id, (tp, fp, fn, iou) in expected.items():
-            sums[class_id] += (tp, fp, fn, iou)
-            assert single.true_positives[class_id] == tp, case
-            assert single.false_positives[class_id] == fp, case
-            assert single.false_negatives[class_id] == fn, case
-            assert single.iou_sum[class_id] == pytest.approx(iou), case
+        assert_counts(single, expected, case)
+        for class_id, values in expected.items():
+            sums[class_id] += values
+    assert min(seen.values()) > 20, seen  # The cases must be of all these kinds.
     parts[0].merge(parts[1])
     for metric in (whole, parts[0]):
         result = metric.result()
@@ -283,6 +303,37 @@ def test_random_maps_equal_the_plain_definition():
         assert result.stuff.pq == pytest.approx(np.mean(expected_pq[2:]))
     whole.reset_state()
     assert whole.result().all.num_classes == 0
+
+
+def test_random_segments_equal_the_plain_definition():
+    # Ids of any size in any order, several crowds of a class, several segments of a stuff class.
+    random = np.random.default_rng(3)
+    crowded = 0
+    for case in range(300):
+        new_ids = np.append(0, random.permutation(np.arange(1, 2**24, 2**16)))
+        maps = [new_ids[labels % VOID] for labels in random_pair(random)]
+        class_of, segments = [], []
+        for part, labels in enumerate(maps):
+            ids = [value for value in random.permutation(np.unique(labels)).tolist() if value]
+            class_of.append({0: -1} | {value: int(random.integers(4)) for value in ids})
+            segments.append(
+                [Segment(value, class_of[-1][value], bool(part == 0 and random.random() < 0.6)) for value in ids]
+            )
+        crowds = [segment.id for segment in segments[0] if segment.is_crowd]
+        crowded += len({class_of[0][value] for value in crowds}) < len(crowds)
+        metric = PanopticQuality(INFO)
+        metric.update_from_segments(maps[0], segments[0], maps[1], segments[1])
+        assert_counts(metric, plain_counts(*maps, class_of[0].get, class_of[1].get, crowds), case)
+    assert crowded > 20
+
+
+def test_areas_of_the_list_count_under_the_reference_rule():
+    # One cat of 4 pixels, 3 of them found. The list says 5: IoU 3/5 instead of 3/4.
+    labels, found = np.array([[1, 1, 1, 1]]), np.array([[2, 2, 2, 0]])
+    for reference_crowd_rule, area, iou in ((False, 5, 3 / 4), (True, 5, 3 / 5), (True, None, 3 / 4)):
+        metric = PanopticQuality(INFO, reference_crowd_rule=reference_crowd_rule)
+        metric.update_from_segments(labels, [Segment(1, 0, area=area)], found, [Segment(2, 0, area=9)])
+        assert metric.result().per_class["cat"].sq == pytest.approx(iou)
 
 
 def test_a_batch_is_its_images():

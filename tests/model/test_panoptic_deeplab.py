@@ -9,6 +9,7 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem, build_system
+from deeplab2_like.model.system import View
 
 SMALL = [
     "model.aspp.channels=16",
@@ -67,6 +68,41 @@ def test_variants_train_and_predict(variant: str) -> None:
     np.testing.assert_array_equal(found, label)
     # A size that is no multiple of any stride.
     assert system.infer(paint(label)[None, :37, :53])["panoptic"].shape == (1, 37, 53)
+
+
+@pytest.mark.parametrize("center", ["mean_squared_error", "sigmoid_cross_entropy"])
+def test_views_of_other_sizes_and_mirror_images_agree_on_pixels_of_the_image(center: str) -> None:
+    system = build_small(INFO, f"model.loss.center={center}")
+    # Constant maps, as interpolation leaves them alone: 3 pixels up and 5 to the right, at 32x64, in a view twice as
+    # large, and in its mirror image.
+    views = []
+    for scale, mirrored in ((1, False), (2, False), (2, True)):
+        grid = (1, scale * 32 // system.stride, scale * 64 // system.stride)
+        offset = np.array([-3.0, -5.0 if mirrored else 5.0]) * scale
+        outputs = {
+            "semantic_logits": tf.constant([0.0, 3.0, 1.0, -1.0]) * tf.ones((*grid, 1)),
+            "center": tf.fill((*grid, 1), 0.25),
+            "offset": tf.constant(offset, tf.float32) * tf.ones((*grid, 1)),
+        }
+        views.append(View(outputs, (scale * 32, scale * 64), mirrored))
+    merged = system.merge_views(views, (32, 64))
+    assert merged["offset"].shape == (1, 32 // system.stride, 64 // system.stride, 2)
+    np.testing.assert_allclose(merged["offset"][0, 1, 2], [-3.0, 5.0], atol=1e-5)
+    np.testing.assert_allclose(merged["center"][0, 1, 2], [0.25], atol=1e-5)
+    expected = tf.nn.softmax([0.0, 3.0, 1.0, -1.0])
+    np.testing.assert_allclose(tf.nn.softmax(merged["semantic_logits"][0, 1, 2]), expected, atol=1e-5)
+
+
+def test_views_average_probabilities() -> None:
+    """Two views, one sure of class 0, one of class 1 with three times the odds against: the mean is 0.5, 0.5."""
+    system = build_small(INFO, "model.semantic_only=true")
+    grid = np.ones((1, 32 // system.stride, 32 // system.stride, 1), np.float32)
+    views = [
+        View({"semantic_logits": tf.constant(np.log([a, b, 1e-9, 1e-9]) * grid, tf.float32)}, (32, 32), False)
+        for a, b in ((0.75, 0.25), (0.25, 0.75))
+    ]
+    merged = system.merge_views(views, (32, 32))["semantic_logits"]
+    np.testing.assert_allclose(np.exp(merged[0, 0, 0, :2]), [0.5, 0.5], atol=1e-6)
 
 
 def test_semantic_only_has_no_instance_branch() -> None:

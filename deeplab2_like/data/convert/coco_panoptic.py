@@ -11,10 +11,8 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tensorflow as tf
-
-from deeplab2_like.data import panoptic_label, tfrecord
+from deeplab2_like.data import tfrecord
+from deeplab2_like.data.coco_segments import ids_to_panoptic, parse_segments, read_segment_ids
 from deeplab2_like.data.convert import common
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
@@ -191,109 +189,15 @@ def _make_record(example: _Example, *, images: Path, panoptic: Path, info: Datas
     """Reads the files of one example and makes its record; every fault is a `UserError`."""
     if example.fault is not None:
         raise UserError(example.fault)
-    segment_ids, values = _segment_values(example.segments, info)
-    content = _read_file(images / example.name, "image")
-    ids = _read_panoptic(panoptic / example.panoptic_name)
-    label = _map_ids(ids, segment_ids, values, void=info.void, png=panoptic / example.panoptic_name)
+    segments = parse_segments(example.segments, info)
+    content = _read_file(images / example.name)
+    png = panoptic / example.panoptic_name
+    label = ids_to_panoptic(read_segment_ids(png), segments, info, png=f"'{png}'")
     return tfrecord.serialize_example(image=content, panoptic=label, filename=example.name)
 
 
-def _segment_values(segments: Any, info: DatasetInfo) -> tuple[np.ndarray, np.ndarray]:
-    """Reads `segments_info`.
-
-    Args:
-        segments: The list as it is in the JSON.
-        info: What the labels mean.
-
-    Returns:
-        int64 [S] ids in the PNG, int32 [S] panoptic values.
-
-    Raises:
-        UserError: If the list is faulty.
-    """
-    if not isinstance(segments, list):
-        raise UserError("its annotation has no list 'segments_info'; add it, empty if nothing is labelled.")
-    ids: list[int] = []
-    values: list[int] = []
-    instances: Counter[int] = Counter()
-    for position, segment in enumerate(segments):
-        try:
-            segment_id, category_id = int(segment["id"]), int(segment["category_id"])
-            is_crowd = bool(segment.get("iscrowd", 0))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"entry {position} of 'segments_info' lacks a whole number 'id' or 'category_id'."
-            ) from error
-        class_id = info.class_of_category_id.get(category_id)
-        if class_id is None:
-            raise UserError(f"segment {segment_id} has category_id {category_id}, which 'categories' does not list.")
-        if segment_id == 0:
-            raise UserError("a segment has id 0, which stands for unlabelled pixels; use another id.")
-        instance = 0
-        if info.categories[class_id].is_thing and not is_crowd:
-            instances[class_id] += 1
-            instance = instances[class_id]
-        ids.append(segment_id)
-        values.append(panoptic_label.encode(class_id, instance, info.label_divisor))
-    doubled = [segment_id for segment_id, count in Counter(ids).items() if count > 1]
-    if doubled:
-        raise UserError(f"'segments_info' lists id {doubled[0]} more than once; ids must differ.")
-    return np.array(ids, np.int64), np.array(values, np.int32)
-
-
-def _read_file(path: Path, what: str) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"the {what} '{path}' cannot be read ({error.strerror}).") from error
-
-
-def _read_panoptic(path: Path) -> np.ndarray:
-    """Reads a PNG of segment ids; int32 [H, W]."""
-    content = _read_file(path, "panoptic PNG")
-    try:
-        rgb = tf.io.decode_png(content, channels=0).numpy()
-    except tf.errors.InvalidArgumentError as error:
-        raise UserError(f"'{path}' is not a readable PNG, or cut short.") from error
-    if rgb.shape[-1] != 3:
-        raise UserError(f"'{path}' has {rgb.shape[-1]} channels; a panoptic PNG is RGB, with id = R + 256 G + 65536 B.")
-    return panoptic_label.rgb_to_ids(rgb.astype(np.int32))
-
-
-def _map_ids(ids: np.ndarray, segment_ids: np.ndarray, values: np.ndarray, *, void: int, png: Path) -> np.ndarray:
-    """Replaces segment ids by panoptic values.
-
-    Args:
-        ids: int32 [H, W], read from `png`; 0 is unlabelled.
-        segment_ids: int64 [S], distinct, not 0.
-        values: int32 [S].
-        void: Value of unlabelled pixels.
-        png: For messages.
-
-    Returns:
-        int32 [H, W].
-
-    Raises:
-        UserError: If an id of the PNG is not in `segment_ids`, or one of these has no pixels.
-    """
-    table = np.concatenate([[0], segment_ids])
-    order = np.argsort(table)
-    table = table[order]
-    table_values = np.concatenate([[void], values])[order].astype(np.int32)
-    # One look-up for all pixels. [H, W], positions in the table
-    positions = np.minimum(np.searchsorted(table, ids), len(table) - 1)
-    unknown = table[positions] != ids
-    if unknown.any():
-        raise UserError(
-            f"'{png}' has pixels of id {_some(np.unique(ids[unknown]))}, which 'segments_info' does not list."
-        )
-    present = np.bincount(positions.ravel(), minlength=len(table)) > 0
-    absent = table[~present & (table != 0)]
-    if absent.size:
-        raise UserError(f"'segments_info' lists id {_some(absent)}, of which '{png}' has no pixels.")
-    return table_values[positions]
-
-
-def _some(ids: np.ndarray) -> str:
-    """Names the first ids of a list."""
-    return ", ".join(str(i) for i in ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+        raise UserError(f"the image '{path}' cannot be read ({error.strerror}).") from error

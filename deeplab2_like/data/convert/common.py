@@ -1,10 +1,8 @@
 """What all converters share: writing one split, in order, with faulty examples refused or counted."""
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -13,6 +11,7 @@ from deeplab2_like.data import dataset_info, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import make_folder
+from deeplab2_like.parallel import map_in_order
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
@@ -89,7 +88,7 @@ def write_split(
     skipped: list[str] = []
     try:
         with tfrecord.ShardedWriter(output_dir, split, min(shards, max(1, len(items)))) as writer:
-            for done, outcome in enumerate(_in_order(attempt, items, workers), start=1):
+            for done, outcome in enumerate(map_in_order(attempt, items, workers=workers), start=1):
                 if isinstance(outcome, bytes):
                     writer.write(outcome)
                 elif on_error == "stop":
@@ -109,18 +108,6 @@ def write_split(
         raise
     info.save(output_dir)
     return ConversionReport(split, writer.num_written, tuple(skipped))
-
-
-def _in_order(function: Callable[[Item], bytes | UserError], items: Sequence[Item], workers: int) -> Iterator:
-    """Yields `function` of each item in order, computed by threads that are never far ahead (to bound the memory)."""
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        pending: collections.deque[concurrent.futures.Future] = collections.deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
 
 def agree_on_dataset_info(

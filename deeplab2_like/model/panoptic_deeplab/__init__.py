@@ -22,7 +22,7 @@ Where the paper leaves a choice, and where this differs from the implementation 
   DeepLab2 wants sizes of `stride * k + 1` and aligns corners.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pydantic
@@ -32,7 +32,7 @@ from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import BackboneConfig, build_backbone
-from deeplab2_like.model.layers import Norm, Tensor
+from deeplab2_like.model.layers import Norm, Tensor, resize_bilinear, upsample_bilinear
 from deeplab2_like.model.panoptic_deeplab.losses import compute_losses
 from deeplab2_like.model.panoptic_deeplab.network import (
     AtrousSpatialPyramidPooling,
@@ -42,7 +42,7 @@ from deeplab2_like.model.panoptic_deeplab.network import (
 )
 from deeplab2_like.model.panoptic_deeplab.postprocess import postprocess
 from deeplab2_like.model.panoptic_deeplab.targets import make_targets
-from deeplab2_like.model.system import Loss, PanopticSystem
+from deeplab2_like.model.system import Loss, PanopticSystem, View
 
 
 class AsppConfig(StrictModel):
@@ -167,6 +167,7 @@ class PanopticDeepLab(PanopticSystem):
     """
 
     config_class = PanopticDeepLabConfig
+    oracle_parts = ("semantic", "centers", "offsets")
 
     def __init__(
         self,
@@ -318,13 +319,61 @@ class PanopticDeepLab(PanopticSystem):
 
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_targets`."""
+        return self._postprocess(self._perfect_outputs(targets), ops.shape(targets["semantic"])[1:3], 1)
+
+    def postprocess_with_truth(
+        self,
+        outputs: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        image_size: tuple[Any, Any],
+        parts: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """See `PanopticSystem.postprocess_with_truth`; outputs are enlarged to the size of the targets first."""
+        height, width = image_size
+        perfect = self._perfect_outputs(targets)
+        replaced = {"semantic_logits": "semantic", "center": "centers", "offset": "offsets"}
+        enlarged = {name: upsample_bilinear(value, self.stride) for name, value in outputs.items()}
+        mixed = {
+            name: perfect[name] if replaced[name] in parts else value[:, :height, :width]
+            for name, value in enlarged.items()
+        }
+        return self._postprocess(mixed, image_size, 1)
+
+    def _perfect_outputs(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Raw outputs at full resolution that say what the targets say."""
         outputs = {"semantic_logits": 20.0 * ops.one_hot(targets["semantic"], self.dataset_info.num_classes)}
         if not self.semantic_only:
-            center = targets["center"]
+            center = targets["center"][..., None]
             if self.loss_config.center == "sigmoid_cross_entropy":
-                center = ops.log(ops.maximum(center, 1e-6) / ops.maximum(1 - center, 1e-6))
-            outputs |= {"center": center[..., None], "offset": targets["offset"]}
-        return self._postprocess(outputs, ops.shape(targets["semantic"])[1:3], 1)
+                center = _logit(center)
+            outputs |= {"center": center, "offset": targets["offset"]}
+        return outputs
+
+    def merge_views(self, views: Sequence[View], image_size: tuple[Any, Any]) -> dict[str, Tensor]:
+        """Averages class probabilities, heat and offsets (section 4.3); see `PanopticSystem.merge_views`."""
+        is_logit = self.loss_config.center == "sigmoid_cross_entropy"
+        height, width = image_size
+
+        def aligned(view: View, name: str) -> Tensor:
+            values = view.outputs[name]
+            values = values[:, :, ::-1] if view.mirrored else values
+            values = resize_bilinear(values, height // self.stride, width // self.stride)
+            if name == "semantic_logits":
+                return ops.softmax(values, axis=-1)
+            if name == "center":
+                return ops.sigmoid(values) if is_logit else values
+            # Offsets are in pixels of the view, and a mirror image points the other way.
+            shrink = [
+                ops.cast(side, "float32") / ops.cast(seen, "float32")
+                for side, seen in zip(image_size, view.image_size, strict=True)
+            ]
+            return values * ops.stack([shrink[0], -shrink[1] if view.mirrored else shrink[1]])
+
+        mean = {name: sum(aligned(view, name) for view in views) / len(views) for name in views[0].outputs}
+        merged = {"semantic_logits": ops.log(ops.maximum(mean.pop("semantic_logits"), 1e-30)), **mean}
+        if is_logit and "center" in merged:
+            merged["center"] = _logit(merged["center"])
+        return merged
 
     def _postprocess(
         self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any], stride: int
@@ -342,3 +391,8 @@ class PanopticDeepLab(PanopticSystem):
             top_k=self.postprocess_config.top_k,
             stuff_area_limit=self.postprocess_config.stuff_area_limit,
         )
+
+
+def _logit(probability: Tensor) -> Tensor:
+    """The inverse of the sigmoid, finite for 0 and 1."""
+    return ops.log(ops.maximum(probability, 1e-6) / ops.maximum(1 - probability, 1e-6))

@@ -1,0 +1,174 @@
+"""What a COCO panoptic annotation says about one image: a PNG of segment ids, and a list that gives them a meaning.
+
+The one home of reading these two, for conversion and evaluation. No TensorFlow here.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from deeplab2_like.data import panoptic_label
+from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE, DatasetInfo
+from deeplab2_like.data.label_runs import find_run_values
+from deeplab2_like.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """What one value of a map of segment ids means.
+
+    Attributes:
+        id: The value in the map; 0 is void and belongs to no segment.
+        class_id: Contiguous class id.
+        is_crowd: Whether it is a crowd region; ignored in predictions.
+        area: Number of pixels as the annotation states it, None if it does not. Only `reference_crowd_rule` of
+            `PanopticQuality` uses it; everything else counts the pixels of the map.
+    """
+
+    id: int
+    class_id: int
+    is_crowd: bool = False
+    area: float | None = None
+
+
+def parse_segments(segments: Any, dataset_info: DatasetInfo) -> list[Segment]:
+    """Reads a `segments_info` list.
+
+    Args:
+        segments: The list as it is in the JSON.
+        dataset_info: The meaning of the category ids.
+
+    Returns:
+        The segments, in the order of the list.
+
+    Raises:
+        UserError: If it is no list, a segment lacks a field, its id is 0 or listed twice, or its category is unknown.
+    """
+    if not isinstance(segments, list):
+        raise UserError("its annotation has no list 'segments_info'; add it, empty if nothing is labelled.")
+    parsed: dict[int, Segment] = {}
+    for position, segment in enumerate(segments):
+        try:
+            segment_id, category_id = int(segment["id"]), int(segment["category_id"])
+            is_crowd = bool(segment.get("iscrowd", 0))
+            area = segment.get("area")
+            area = None if area is None else float(area)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"entry {position} of 'segments_info' lacks a whole number 'id' or 'category_id', or has an 'area' "
+                "that is no number."
+            ) from error
+        class_id = dataset_info.class_of_category_id.get(category_id)
+        if class_id is None:
+            raise UserError(
+                f"segment {segment_id} has category_id {category_id}, which 'categories' does not list (those of "
+                f"'{dataset_info.name}' count)."
+            )
+        if segment_id == 0:
+            raise UserError("a segment has id 0, which stands for unlabelled pixels; use another id.")
+        if segment_id in parsed:
+            raise UserError(f"'segments_info' lists id {segment_id} more than once; ids must differ.")
+        parsed[segment_id] = Segment(segment_id, class_id, is_crowd, area)
+    return list(parsed.values())
+
+
+def read_segment_ids(path: Path) -> np.ndarray:
+    """Reads a PNG of segment ids, `id = R + 256 G + 65536 B`.
+
+    Returns:
+        int32 [H, W].
+
+    Raises:
+        UserError: If the file is missing, damaged, or no image of 8-bit red, green and blue.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"the panoptic PNG '{path}' cannot be read ({error.strerror}).") from error
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # An empty file.
+        image = None
+    if image is None:
+        raise UserError(f"'{path}' is not a readable PNG, or cut short.")
+    channels = 1 if image.ndim == 2 else image.shape[2]
+    if channels != 3 or image.dtype != np.uint8:
+        depth = "" if image.dtype == np.uint8 else f" of {8 * image.itemsize} bits"
+        raise UserError(
+            f"'{path}' has {channels} channels{depth}; a panoptic PNG is RGB of 8 bits each, with id = R + 256 G + "
+            "65536 B."
+        )
+    ids = cv2.cvtColor(image, cv2.COLOR_BGR2RGBA).view("<i4")[..., 0]  # [H, W], red in the lowest byte.
+    ids &= MAX_PANOPTIC_VALUE  # Without alpha.
+    return ids
+
+
+def ids_to_panoptic(
+    ids: np.ndarray, segments: Sequence[Segment], dataset_info: DatasetInfo, *, png: str = "the PNG"
+) -> np.ndarray:
+    """Turns a map of segment ids into a panoptic map.
+
+    Instances of a thing class are numbered from 1 in the order of the list. Crowds and stuff get instance 0, so several
+    segments of one such class become one.
+
+    Args:
+        ids: int32 [H, W], segment ids, 0 for void.
+        segments: The meaning of the ids, see `parse_segments`.
+        dataset_info: The meaning of the classes.
+        png: What to call the map in messages.
+
+    Returns:
+        int32 [H, W], panoptic map.
+
+    Raises:
+        UserError: If map and list do not name the same ids, or the instances are too many.
+    """
+    value_of_id = {0: dataset_info.void}
+    instances = [0] * dataset_info.num_classes
+    for segment in segments:
+        instance = 0
+        if dataset_info.categories[segment.class_id].is_thing and not segment.is_crowd:
+            instances[segment.class_id] += 1
+            instance = instances[segment.class_id]
+        if instance >= dataset_info.label_divisor:
+            raise UserError(
+                f"it has more than {dataset_info.label_divisor - 1} instances of "
+                f"'{dataset_info.categories[segment.class_id].name}'; use a label_divisor above {instance}."
+            )
+        value_of_id[segment.id] = panoptic_label.encode(segment.class_id, instance, dataset_info.label_divisor)
+    if ids.size == 0:
+        return np.zeros(ids.shape, np.int32)
+    lengths, (id_of_run,) = find_run_values(ids.reshape(-1))
+    present, index = np.unique(id_of_run, return_inverse=True)
+    check_ids(present, segments, png=png)
+    values = np.array([value_of_id[i] for i in present.tolist()], np.int32)
+    return np.repeat(values[index], lengths).reshape(ids.shape)  # [H, W]
+
+
+def check_ids(present: np.ndarray, segments: Sequence[Segment], *, png: str) -> None:
+    """Checks that a map holds the ids of a list and no others.
+
+    Args:
+        present: Integers [N], the distinct values of the map.
+        segments: The list.
+        png: What to call the map in messages.
+
+    Raises:
+        UserError: If one of them names an id that the other lacks.
+    """
+    listed = {segment.id for segment in segments}
+    held = set(present.tolist()) - {0}
+    if held == listed:
+        return
+    if held - listed:
+        raise UserError(f"{png} has pixels of id {_some(held - listed)}, which 'segments_info' does not list.")
+    raise UserError(f"'segments_info' lists id {_some(listed - held)}, of which {png} has no pixels.")
+
+
+def _some(ids: set[int]) -> str:
+    """Names the first ids of a set."""
+    return ", ".join(str(i) for i in sorted(ids)[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")

@@ -1,0 +1,50 @@
+"""Image files that a user points at."""
+
+from pathlib import Path
+
+import numpy as np
+
+from deeplab2_like.data.tfrecord import decode_image_bytes
+from deeplab2_like.errors import UserError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+def list_images(path: Path, *, recursive: bool = False) -> list[Path]:
+    """Lists the images of a folder, by name, or the one file.
+
+    Hidden files and those without one of `IMAGE_SUFFIXES` are left out.
+
+    Args:
+        path: An image file or a folder.
+        recursive: Whether to look into folders of the folder, too.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"Input '{path}' does not exist; give an image file or a folder of images.")
+    files = [
+        file
+        for file in (path.rglob("*") if recursive else path.iterdir())
+        if file.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and file.is_file()
+    ]
+    if not files:
+        raise UserError(
+            f"Folder '{path}' has no image {'in it' if recursive else 'directly in it'} "
+            f"({', '.join(IMAGE_SUFFIXES)}); give a folder of images."
+        )
+    return sorted(files, key=lambda file: (str(file).lower(), str(file)))
+
+
+def read_image(file: Path) -> np.ndarray:
+    """Reads an image file as uint8 [H, W, 3]; raises `UserError` if that is impossible."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"Image '{file}' cannot be read ({error.strerror}); check the file.") from error
+    return decode_image_bytes(content, str(file))[0]

@@ -1,0 +1,86 @@
+"""Evaluates COCO panoptic files against each other: no model, no TensorFlow, any data set in this format."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deeplab2_like.errors import UserError
+from deeplab2_like.evaluation import report
+from deeplab2_like.evaluation.coco_format import CocoPanopticReader
+from deeplab2_like.evaluation.panoptic_quality import ClassifiedOverlaps, Matches, PanopticQuality, overlap_segments
+from deeplab2_like.evaluation.semantic_iou import SemanticIoU
+from deeplab2_like.files import make_folder
+from deeplab2_like.parallel import map_in_order
+
+
+def evaluate_files(
+    *,
+    ground_truth: str | os.PathLike[str],
+    ground_truth_dir: str | os.PathLike[str],
+    prediction: str | os.PathLike[str],
+    prediction_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str] | None = None,
+    reference_crowd_rule: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Computes PQ and mIoU of a prediction in the COCO panoptic format.
+
+    The ground truth says which images and categories count. The prediction's JSON needs `annotations` only; those of
+    other images are left out. Images are read side by side and counted in the order of the ground truth, so the numbers
+    do not depend on `workers`, to the last bit; the memory does not grow with the number of images but for the JSON.
+
+    Args:
+        ground_truth: The JSON of the labels.
+        ground_truth_dir: The folder of its PNG files.
+        prediction: The JSON of the predictions.
+        prediction_dir: The folder of its PNG files.
+        output_dir: Folder for `metrics.json`; None writes no file.
+        reference_crowd_rule: Count exactly as panopticapi does on one core, see `PanopticQuality`.
+        workers: Threads; None: one per core. Most of the time goes into PNG files, which are decoded side by side.
+        progress: Called after each image with the numbers of images done and of all.
+
+    Returns:
+        The content of `metrics.json`: "panoptic" and "semantic", in percent.
+
+    Raises:
+        UserError: If a file or folder is missing or damaged, an image has no prediction, maps differ in size, or a
+            PNG and its list of segments do not fit together.
+    """
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    if workers < 1:
+        raise UserError(f"workers must be 1 or more, got {workers}.")
+    truth = CocoPanopticReader(ground_truth, ground_truth_dir)
+    info = truth.dataset_info
+    predicted = CocoPanopticReader(prediction, prediction_dir, dataset_info=info)
+    if not len(truth):
+        raise UserError(f"'{ground_truth}' has no annotations, so there is nothing to evaluate.")
+    unpredicted = [image_id for image_id in truth.annotations if image_id not in predicted.annotations]
+    if unpredicted:
+        raise UserError(
+            f"'{prediction}' has no annotation of image '{unpredicted[0]}' ({len(unpredicted)} of {len(truth)} images "
+            "are missing); predict every image of the ground truth, and give the same 'image_id'."
+        )
+    if output_dir is not None:
+        make_folder(output_dir)  # Now, as the evaluation may take long.
+    quality, iou = PanopticQuality(info, reference_crowd_rule=reference_crowd_rule), SemanticIoU(info)
+
+    def compare(image_id: int | str) -> tuple[Matches, ClassifiedOverlaps]:
+        truth_ids, truth_segments = truth.read_segments(image_id)
+        predicted_ids, predicted_segments = predicted.read_segments(image_id)
+        try:
+            found = overlap_segments(truth_ids, truth_segments, predicted_ids, predicted_segments, info)
+            return quality.match_segments(found, truth_segments), found
+        except UserError as error:
+            raise UserError(f"Image '{image_id}': {error}") from error
+
+    for done, (matches, found) in enumerate(map_in_order(compare, truth.annotations, workers=workers), start=1):
+        quality.add(matches)
+        iou.add(found)
+        if progress is not None:
+            progress(done, len(truth))
+    metrics = report.metrics_dict(panoptic=quality.result(), semantic=iou.result())
+    if output_dir is not None:
+        report.write_metrics(Path(output_dir) / "metrics.json", metrics)
+    return metrics

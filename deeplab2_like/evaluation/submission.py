@@ -1,0 +1,329 @@
+"""Files that the benchmark servers of COCO and Cityscapes take, also for images without labels.
+
+Both take panoptic segmentations in the COCO panoptic format, and differ in the ids. Cityscapes takes two more kinds of
+results, made here of the same predictions: class maps and instance masks.
+"""
+
+import abc
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.evaluation.coco_format import CocoPanopticWriter
+from deeplab2_like.files import image_id_of_name, make_folder, write_atomically, write_png
+
+# Name -> label id of the classes that Cityscapes evaluates; from `helpers/labels.py` of its scripts,
+# https://github.com/mcordts/cityscapesScripts.
+CITYSCAPES_LABEL_IDS = {
+    "road": 7,
+    "sidewalk": 8,
+    "building": 11,
+    "wall": 12,
+    "fence": 13,
+    "pole": 17,
+    "traffic light": 19,
+    "traffic sign": 20,
+    "vegetation": 21,
+    "terrain": 22,
+    "sky": 23,
+    "person": 24,
+    "rider": 25,
+    "car": 26,
+    "truck": 27,
+    "bus": 28,
+    "train": 31,
+    "motorcycle": 32,
+    "bicycle": 33,
+}
+CITYSCAPES_UNLABELED = 0
+
+# City, number of the sequence and number of the frame, by which the servers find the prediction of an image.
+_CITYSCAPES_NAME = re.compile(r"([^_\s]+_\d{6}_\d{6})([_.].*)?")
+
+
+class Instances(NamedTuple):
+    """Instances of an image, whose masks may overlap.
+
+    Attributes:
+        masks: bool [N, H, W], or anything that yields N masks [H, W] one by one.
+        classes: int [N], class ids (contiguous).
+        scores: float [N]. Rows with score 0 are unused.
+    """
+
+    masks: Iterable[np.ndarray]
+    classes: Sequence[int] | np.ndarray
+    scores: Sequence[float] | np.ndarray
+
+
+class Submission(abc.ABC):
+    """Writes predictions one by one for a server; the JSON, which makes them complete, on `close`.
+
+    As a context manager it closes itself, unless an error ends the block: then there is no JSON.
+
+    Attributes:
+        output_dir: The folder of all files.
+        dataset_info: The meaning of the maps, with the category ids that the server knows.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        dataset_info: DatasetInfo,
+        *,
+        image_ids: Mapping[str, int | str] | None = None,
+        stem: str = "panoptic",
+    ) -> None:
+        """Makes the folder and removes the JSON of an earlier run, which must not describe the files of this one.
+
+        Args:
+            output_dir: Is made if missing.
+            dataset_info: The meaning of the maps.
+            image_ids: File name -> id, see `read_image_ids`; by default the names tell the ids.
+            stem: Name of the panoptic JSON without its ending, and of the folder of its PNG files.
+
+        Raises:
+            UserError: If the data set does not fit the benchmark, or the folder cannot be made.
+        """
+        self.output_dir = Path(output_dir)
+        self.dataset_info = dataset_info
+        self._image_ids = image_ids
+        self._panoptic = CocoPanopticWriter(output_dir, dataset_info, name=stem)
+        self._name_of_image_id: dict[int | str, str] = {}
+        make_folder(output_dir)
+        self._panoptic.json_file.unlink(missing_ok=True)
+
+    def add(
+        self,
+        image_name: str,
+        panoptic: np.ndarray,
+        scores: Mapping[int, float],
+        instances: Instances | None = None,
+    ) -> None:
+        """Writes the files of an image.
+
+        Args:
+            image_name: The image's file name, maybe with folders.
+            panoptic: int32 [H, W], panoptic map.
+            scores: Panoptic value -> score, for the segments that have one.
+            instances: Where a benchmark takes instances, used for them instead of the thing segments.
+
+        Raises:
+            UserError: If the image has no id on the server, or that of an earlier one, the map or an instance does not
+                fit the data set, or a file cannot be written.
+        """
+        image_id = self._image_id(image_name)
+        if image_id in self._name_of_image_id:
+            raise UserError(
+                f"Images '{self._name_of_image_id[image_id]}' and '{image_name}' have the same id, '{image_id}'; a "
+                "submission holds each image once."
+            )
+        self._panoptic.add(image_id, image_name, panoptic, scores, png_name=self._png_name(image_name))
+        self._name_of_image_id[image_id] = image_name
+
+    def close(self) -> list[Path]:
+        """Writes the JSON, whole or not at all.
+
+        Returns:
+            The files and folders to submit.
+        """
+        return [self._panoptic.close(), self._panoptic.png_dir]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    @abc.abstractmethod
+    def _image_id(self, image_name: str) -> int | str:
+        """The server's id of an image; raises `UserError` if it has none."""
+
+    def _png_name(self, image_name: str) -> str | None:
+        """The name of the panoptic PNG; None for that of the image with another ending."""
+        return None
+
+
+class CocoSubmission(Submission):
+    """`OUTPUT_DIR/STEM.json` and `OUTPUT_DIR/STEM/*.png`, with the data set's own category ids.
+
+    COCO's server takes a zip file of the two, with STEM `panoptic_test-dev2017_ALGORITHM_results`.
+
+    An image's id is the one in `image_ids`. Without `image_ids` it is the image's name without folder and ending, as a
+    number if it is one.
+    """
+
+    def _image_id(self, image_name: str) -> int | str:
+        path = PurePosixPath(image_name)
+        if self._image_ids is None:
+            return image_id_of_name(path.stem)
+        # DeepLab2's records name images without folder and ending.
+        for name in (image_name, path.name, f"{path.name}.jpg"):
+            if name in self._image_ids:
+                return self._image_ids[name]
+        raise UserError(
+            f"Image '{image_name}' is not among the {len(self._image_ids)} images of the JSON of image ids; give the "
+            "JSON that lists the images of this split."
+        )
+
+
+class CityscapesSubmission(Submission):
+    """Results for the three benchmarks of Cityscapes.
+
+    The scripts of Cityscapes search a folder and its subfolders for the one file that begins with the image's id,
+    CITY_000000_000000. So each benchmark has a folder of its own, and each is submitted as a zip file of its own:
+
+    * panoptic: `OUTPUT_DIR/STEM.json` and `OUTPUT_DIR/STEM/ID.png`;
+    * semantic: `OUTPUT_DIR/semantic/ID_pred_labelIds.png`, grey, the label id of each pixel, 0 for void;
+    * instances: `OUTPUT_DIR/instances/ID.txt` with a line `masks/ID_000.png LABEL_ID SCORE` for each instance, and the
+      masks, grey, 255 inside and 0 outside.
+
+    All ids of classes are Cityscapes' label ids ("road" is 7), found by the names of the classes. So it does not matter
+    whether the data set was made with label ids or with train ids ("road" is 0).
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        dataset_info: DatasetInfo,
+        *,
+        image_ids: Mapping[str, int | str] | None = None,
+        stem: str = "panoptic",
+    ) -> None:
+        """See `Submission`; `image_ids` must be None, as the ids are part of the images' names."""
+        if image_ids is not None:
+            raise UserError("Image ids of Cityscapes are part of the file names; leave out the JSON of image ids.")
+        unknown = [c.name for c in dataset_info.categories if c.name not in CITYSCAPES_LABEL_IDS]
+        if unknown:
+            raise unknown_name("class of Cityscapes", unknown[0], CITYSCAPES_LABEL_IDS)
+        categories = tuple(dataclasses.replace(c, id=CITYSCAPES_LABEL_IDS[c.name]) for c in dataset_info.categories)
+        super().__init__(output_dir, dataclasses.replace(dataset_info, categories=categories), stem=stem)
+        self.semantic_dir = self.output_dir / "semantic"
+        self.instance_dir = self.output_dir / "instances"
+        # One entry more, for void.
+        self._label_ids = np.array([category.id for category in categories] + [CITYSCAPES_UNLABELED], np.uint8)
+
+    def add(
+        self,
+        image_name: str,
+        panoptic: np.ndarray,
+        scores: Mapping[int, float],
+        instances: Instances | None = None,
+    ) -> None:
+        """See `Submission.add`."""
+        super().add(image_name, panoptic, scores)
+        image_id = self._image_id(image_name)
+        classes = np.minimum(panoptic // self.dataset_info.label_divisor, self.dataset_info.num_classes)
+        write_png(self.semantic_dir / f"{image_id}_pred_labelIds.png", self._label_ids[classes])
+
+        if instances is None:
+            found = _thing_segments(panoptic, scores, self.dataset_info)
+        else:
+            found = zip(*instances, strict=True)
+        lines: list[str] = []
+        for mask, class_id, score in found:
+            if score <= 0 or not mask.any():
+                continue
+            if mask.shape != panoptic.shape or not 0 <= class_id < self.dataset_info.num_classes:
+                raise UserError(
+                    f"Image '{image_name}', a map of shape {panoptic.shape}, has an instance of class {class_id} with "
+                    f"a mask of shape {mask.shape}; masks must have the size of the image, and classes are "
+                    f"0..{self.dataset_info.num_classes - 1}."
+                )
+            mask_file = f"masks/{image_id}_{len(lines):03d}.png"
+            write_png(self.instance_dir / mask_file, np.where(mask, 255, 0).astype(np.uint8))
+            lines.append(f"{mask_file} {self._label_ids[class_id]} {score:.9g}\n")
+        # Also if there are none, as each image needs its file. Last, as it names the masks.
+        write_atomically(self.instance_dir / f"{image_id}.txt", "".join(lines).encode())
+
+    def close(self) -> list[Path]:
+        """See `Submission.close`."""
+        return [*super().close(), self.semantic_dir, self.instance_dir]
+
+    def _image_id(self, image_name: str) -> str:
+        match = _CITYSCAPES_NAME.fullmatch(PurePosixPath(image_name).name)
+        if match is None:
+            raise UserError(
+                f"Image '{image_name}' is not named as in Cityscapes, CITY_000000_000000_leftImg8bit.png, by which the "
+                "server finds a prediction; keep the names of the images when you convert them."
+            )
+        return match.group(1)
+
+    def _png_name(self, image_name: str) -> str:
+        return f"{self._image_id(image_name)}.png"
+
+
+SUBMISSIONS: dict[str, type[Submission]] = {"coco": CocoSubmission, "cityscapes": CityscapesSubmission}
+
+
+def make_submission(
+    name: str,
+    output_dir: str | os.PathLike[str],
+    dataset_info: DatasetInfo,
+    *,
+    image_ids: Mapping[str, int | str] | None = None,
+    stem: str = "panoptic",
+) -> Submission:
+    """Prepares a folder for the results of a benchmark.
+
+    Args:
+        name: One of `SUBMISSIONS`.
+        output_dir: Is made if missing.
+        dataset_info: The meaning of the maps.
+        image_ids: File name -> id, see `read_image_ids`; only for COCO.
+        stem: Name of the panoptic JSON without its ending, and of the folder of its PNG files.
+
+    Raises:
+        UserError: If the name is unknown, the data set does not fit the benchmark, or the folder cannot be made.
+    """
+    if name not in SUBMISSIONS:
+        raise unknown_name("submission", name, SUBMISSIONS)
+    return SUBMISSIONS[name](output_dir, dataset_info, image_ids=image_ids, stem=stem)
+
+
+def read_image_ids(json_file: str | os.PathLike[str]) -> dict[str, int | str]:
+    """Reads the ids of images from a JSON in any of COCO's formats, such as `image_info_test-dev2017.json`.
+
+    Returns:
+        File name -> id, in the order of the JSON.
+
+    Raises:
+        UserError: If the file is missing, is not such a JSON, or lists a file name twice.
+    """
+    try:
+        content = json.loads(Path(json_file).read_bytes())
+        names_and_ids = [(str(image["file_name"]), image["id"]) for image in content["images"]]
+    except OSError as error:
+        raise UserError(f"The JSON of image ids '{json_file}' cannot be read ({error.strerror}).") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"'{json_file}' does not list images ({error!r}); give a COCO JSON whose 'images' have 'file_name' and "
+            "'id', such as image_info_test-dev2017.json."
+        ) from error
+    image_ids = dict(names_and_ids)
+    if len(image_ids) < len(names_and_ids):
+        names = [name for name, _ in names_and_ids]
+        doubled = next(name for position, name in enumerate(names) if name in names[:position])
+        raise UserError(f"'{json_file}' lists image '{doubled}' twice; file names must differ.")
+    return image_ids
+
+
+def _thing_segments(
+    panoptic: np.ndarray, scores: Mapping[int, float], dataset_info: DatasetInfo
+) -> Iterator[tuple[Any, ...]]:
+    """Yields mask, bool [H, W], class id and score of the thing segments with a score."""
+    for value, score in scores.items():
+        class_id = int(value) // dataset_info.label_divisor
+        if class_id in dataset_info.thing_classes:
+            yield panoptic == value, class_id, score

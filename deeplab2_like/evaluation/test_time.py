@@ -1,0 +1,81 @@
+"""Test-time options of the papers: mirror images, several scales, ensembles of models.
+
+Every view has a size that is a multiple of what the network needs, and covers the padded image exactly; so outputs of
+all views lie on one another without any cropping. The systems themselves say how outputs are averaged.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+from keras import ops
+
+from deeplab2_like.errors import UserError
+from deeplab2_like.model import PanopticSystem
+from deeplab2_like.model.layers import pad_to_multiple, resize_bilinear
+from deeplab2_like.model.system import View
+
+
+def check_views(systems: Sequence[PanopticSystem], scales: Sequence[float]) -> None:
+    """Checks that outputs of these systems at these scales can be averaged.
+
+    Raises:
+        UserError: If the systems are of different kinds or for different classes, or a scale is not positive.
+    """
+    if not scales or not all(math.isfinite(scale) and scale > 0 for scale in scales):
+        raise UserError(f"Scales must be numbers above 0, got {list(scales)}; 1 is the image's own size.")
+    first = systems[0]
+    for other in systems[1:]:
+        if type(other) is not type(first):
+            raise UserError(
+                f"An ensemble needs models of one system, got '{first.name}' and '{other.name}'; leave one out."
+            )
+        if other.dataset_info != first.dataset_info:
+            raise UserError(
+                f"An ensemble needs models for the same classes; those of data sets '{first.dataset_info.name}' and "
+                f"'{other.dataset_info.name}' differ."
+            )
+
+
+def infer_views(
+    systems: Sequence[PanopticSystem],
+    images: tf.Tensor,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    with_instances: bool = False,
+) -> dict[str, tf.Tensor]:
+    """Runs every system on every view, averages their raw outputs, and post-processes them as the first system does.
+
+    Args:
+        systems: One or more, see `check_views`.
+        images: uint8 [B, H, W, 3], any size.
+        scales: Factors of the image size.
+        flip: Whether to add the mirror image of each.
+        with_instances: See `PanopticSystem.infer`.
+
+    Returns:
+        The dictionary of `PanopticSystem.infer`.
+    """
+    first = systems[0]
+    multiple = math.lcm(*(system.size_multiple for system in systems))
+    height, width = ops.shape(images)[1:3]
+    mean = tf.constant(first.image_mean)
+    padded = pad_to_multiple(tf.cast(images, tf.float32) - mean, multiple) + mean
+    padded_size = tuple(ops.shape(padded)[1:3])
+    views = []
+    for scale in scales:
+        view_size = tuple(_scaled(side, scale, multiple) for side in padded_size)
+        resized = padded if scale == 1 else resize_bilinear(padded, *view_size)
+        for mirrored in (False, True) if flip else (False,):
+            shown = resized[:, :, ::-1] if mirrored else resized
+            views += [View(system(shown, training=False), view_size, mirrored) for system in systems]
+    outputs = first.merge_views(views, padded_size)
+    return first.finish(outputs, (height, width), with_instances=with_instances)
+
+
+def _scaled(side: Any, scale: float, multiple: int) -> Any:
+    """A side, int32 scalar, times a scale, rounded to a multiple, but not to zero."""
+    multiples = tf.cast(tf.round(tf.cast(side, tf.float32) * scale / multiple), tf.int32)
+    return tf.maximum(multiples, 1) * multiple

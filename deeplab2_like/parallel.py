@@ -1,0 +1,30 @@
+"""Work spread over threads, with results in order."""
+
+import collections
+import concurrent.futures
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
+    """Yields `function(item)` of each item, in the order of the items.
+
+    Items are taken in the calling thread, and never more than a few ahead of what has been yielded, so that the memory
+    stays bounded.
+
+    Args:
+        function: Called from `workers` threads; worth it where it spends its time in code that releases Python's lock.
+        items: May be made one by one, by a generator.
+        workers: Number of threads.
+    """
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
