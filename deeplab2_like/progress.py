@@ -27,20 +27,24 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+# What a training step reports beside its losses.
+_NO_LOSSES = ("learning_rate", "gradient_norm", "images_per_second", "waiting_for_data", "loss_scale", "skipped_steps")
+
+
 class TrainingProgress:
-    """Step, losses by name, images per second and time left.
+    """Step, losses by name, learning rate, images per second and time left.
 
     Use as a context manager around the loop.
 
     Args:
         start_step: Step at which the loop starts.
         steps: Step at which it ends.
-        batch_size: Images per step.
+        is_shown: Whether to show anything; of several workers one is enough.
     """
 
-    def __init__(self, *, start_step: int, steps: int, batch_size: int) -> None:
-        self._console = Console(file=sys.stdout)  # Kept, so that it survives a redirected stdout.
-        self._batch_size = batch_size
+    def __init__(self, *, start_step: int, steps: int, is_shown: bool = True) -> None:
+        # Kept, so that it survives a redirected stdout.
+        self._console = Console(file=sys.stdout, quiet=not is_shown)
         self._steps = steps
         self._step = self._first_step = start_step
         self._started = time.perf_counter()
@@ -71,22 +75,25 @@ class TrainingProgress:
         self._step += 1
         if self._step == self._first_step + 1:
             self._started = time.perf_counter()  # The first step compiles, which says nothing of the speed.
-        self._bar.update(self._task, completed=self._step, speed=self._speed())
+        self._bar.update(self._task, completed=self._step)
 
     def report(self, values: Mapping[str, Any]) -> None:
-        """Shows the means of the last loop, in the order loss, terms."""
-        hidden = ("learning_rate", "gradient_norm")
-        losses = "  ".join(f"{name} {float(value):.3f}" for name, value in values.items() if name not in hidden)
-        self._bar.update(self._task, losses=losses)
+        """Shows the means of the last loop: the losses in their order, and the learning rate."""
+        losses = "  ".join(f"{name} {float(value):.3f}" for name, value in values.items() if name not in _NO_LOSSES)
+        if "learning_rate" in values:
+            losses += f"  learning rate {float(values['learning_rate']):.2e}"
+        speed = f"{values['images_per_second']:.1f} images/s" if "images_per_second" in values else ""
+        self._bar.update(self._task, losses=losses, speed=speed)
         if not self._console.is_terminal:
             left = (self._steps - self._step) * (time.perf_counter() - self._started) / max(self._done(), 1)
-            text = f"step {self._step}/{self._steps}  {losses}  {self._speed()}  {left / 60:.1f} min left"
+            text = f"step {self._step}/{self._steps}  {losses}  {speed}  {left / 60:.1f} min left"
             self._console.print(text, soft_wrap=True, highlight=False)
             self._console.file.flush()
 
+    def note(self, text: str) -> None:
+        """Prints a line of its own, above the bar if there is one."""
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+        self._console.file.flush()
+
     def _done(self) -> int:
         return self._step - self._first_step - 1
-
-    def _speed(self) -> str:
-        seconds = time.perf_counter() - self._started
-        return f"{self._done() * self._batch_size / seconds:.1f} images/s" if self._done() > 0 else ""

@@ -79,30 +79,82 @@ class OptimizerConfig(StrictModel):
     clip_norm: float | None = pydantic.Field(
         None, gt=0, description="Largest global norm of the gradient, after summing over replicas."
     )
+    clip_value: float | None = pydantic.Field(
+        None, gt=0, description="Largest absolute value of an element of the gradient, after `clip_norm`."
+    )
+    multipliers: dict[str, pydantic.NonNegativeFloat] = pydantic.Field(
+        {},
+        description="Factors of the learning rate by part of the network, such as {backbone: 0.1, backbone/stem: 0}; "
+        "the longest name that fits counts. 0 freezes a part: batch normalisation in it uses its stored statistics.",
+    )
 
 
 class ScheduleConfig(StrictModel):
     """The learning rate over time."""
 
-    power: float = pydantic.Field(0.9, gt=0, description="Exponent of the 'poly' decay to zero.")
+    name: Literal["poly", "step", "cosine", "constant"] = pydantic.Field(
+        "poly",
+        description="`poly` and `cosine` fall to zero at `trainer.steps`; `step` falls at `boundaries`.",
+    )
+    power: float = pydantic.Field(0.9, gt=0, description="Exponent of `poly`.")
+    boundaries: tuple[pydantic.PositiveInt, ...] = pydantic.Field(
+        (), description="Steps at which `step` multiplies the learning rate by `decay_factor`."
+    )
+    decay_factor: float = pydantic.Field(0.1, gt=0, lt=1, description="Factor of `step` at each boundary.")
     warmup_steps: int = pydantic.Field(
         0,
         ge=0,
-        description="Steps over which a factor grows linearly from 1 / warmup_steps to 1; it multiplies the decay, "
-        "which starts at step 0 all the same.",
+        description="Steps over which a factor grows linearly to 1; it multiplies the decay, which starts at step 0 "
+        "all the same.",
     )
+    warmup_start: float = pydantic.Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Where that factor starts: step n of the warm-up, counted from 1, has "
+        "warmup_start + (1 - warmup_start) * n / warmup_steps.",
+    )
+
+    @pydantic.field_validator("boundaries")
+    @classmethod
+    def _ordered_boundaries(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError("must grow from one step to the next")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _boundaries_of_step(self) -> "ScheduleConfig":
+        if (self.name == "step") != bool(self.boundaries):
+            raise ValueError("`boundaries` belong to the schedule `step`, which needs at least one")
+        return self
 
 
 class TrainerConfig(StrictModel):
     """How long and how to train."""
 
     steps: int = pydantic.Field(ge=1, description="Optimiser steps in all.")
-    batch_size: int = pydantic.Field(ge=1, description="Images per step over all devices.")
+    batch_size: int = pydantic.Field(ge=1, description="Images that are in memory at once, over all devices.")
+    accumulate_steps: int = pydantic.Field(
+        1,
+        ge=1,
+        description="Batches whose gradients are averaged for one optimiser step. It equals one batch as many times "
+        "as large where a loss counts the same in every batch (its normalizer), and up to batch normalisation, which "
+        "sees one batch at a time.",
+    )
     learning_rate: float = pydantic.Field(gt=0, description="Peak learning rate.")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    precision: Literal["float32", "mixed_bfloat16"] = pydantic.Field(
-        "float32", description="Type of the network's activations; losses and weights are float32 always."
+    precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = pydantic.Field(
+        "float32",
+        description="Type of the network's activations; losses and weights are float32 always. `mixed_float16` scales "
+        "the loss, and leaves out steps whose gradient overflows.",
+    )
+    ema_decay: float | None = pydantic.Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay of a running average of the weights, which then is what is evaluated and exported; in step "
+        "n, counted from 0, it is at most (1 + n) / (10 + n). null: none.",
     )
     checkpoint_every: int = pydantic.Field(1000, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = pydantic.Field(3, ge=1, description="How many of the newest checkpoints stay.")
@@ -111,12 +163,27 @@ class TrainerConfig(StrictModel):
         ge=1,
         description="Steps between two lines of the log and of TensorBoard; checkpoints and the last step log, too.",
     )
+    pictures_every: int | None = pydantic.Field(
+        1000,
+        ge=1,
+        description="Steps between pictures of a few images of `data.val_split` in TensorBoard; the first ones come "
+        "after `log_every` steps. null: none, as without such a split.",
+    )
+    evaluate_every: int | None = pydantic.Field(
+        None,
+        ge=1,
+        description="Steps between evaluations on `data.val_split`, of which the checkpoint of the highest PQ is kept "
+        "as `best`; also after the last step. null: none.",
+    )
     seed: int = pydantic.Field(
         0, ge=0, le=2**32 - 1, description="Seed of initial weights, data order and augmentation."
     )
-    strategy: Literal["one_device", "mirrored"] = pydantic.Field(
-        "one_device", description="`one_device`, or `mirrored` for all GPUs of this machine."
+    strategy: Literal["one_device", "mirrored", "multi_worker", "tpu"] = pydantic.Field(
+        "one_device",
+        description="`one_device`; `mirrored` for all GPUs of this machine; `multi_worker` for those of several "
+        "machines, which the environment variable TF_CONFIG names; `tpu`.",
     )
+    tpu: str = pydantic.Field("local", description="Name or address of the TPU; `local` for that of this machine.")
 
 
 class Config(StrictModel):

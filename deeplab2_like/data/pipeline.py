@@ -35,6 +35,8 @@ def make_train_dataset(
     color_jitter: ColorJitterConfig | None = None,
     seed: int = 0,
     start_step: int = 0,
+    num_parts: int = 1,
+    parts: Sequence[int] = (0,),
     cache: bool | None = None,
     num_parallel_calls: int = tf.data.AUTOTUNE,
 ) -> tf.data.Dataset:
@@ -53,16 +55,21 @@ def make_train_dataset(
         color_jitter: How to change colours.
         seed: Decides order and augmentation.
         start_step: Number of batches to leave out at the beginning, to resume there.
+        num_parts: Into how many equal parts each batch is cut, one for each replica.
+        parts: Which of them are wanted here, in growing order; they come one after the other.
         cache: Whether to hold all serialized records in memory; None: if they are smaller than `CACHE_LIMIT_BYTES`.
         num_parallel_calls: Examples prepared at once.
 
     Returns:
-        Yields `{"image": uint8 [B, h, w, 3], "image_id": string [B], "targets": make_targets' dict, each [B, ...]}`.
+        Yields `{"image": uint8 [B, h, w, 3], "image_id": string [B], "targets": make_targets' dict, each [B, ...]}`
+        with B = `batch_size / num_parts`.
 
     Raises:
-        UserError: If the files hold no records or are damaged. While iterating, a faulty record raises a TensorFlow
-            error, which `tfrecord.user_errors` turns into a `UserError`.
+        UserError: If the files hold no records or are damaged, or a batch cannot be cut. While iterating, a faulty
+            record raises a TensorFlow error, which `tfrecord.user_errors` turns into a `UserError`.
     """
+    if batch_size % num_parts:
+        raise UserError(f"A batch of {batch_size} images cannot be cut into {num_parts} equal parts.")
     index = tfrecord.read_index(files)
     if not len(index):
         raise UserError(f"The TFRecord files hold no examples ({_names(files)}); convert the data set again.")
@@ -89,9 +96,13 @@ def make_train_dataset(
             "targets": make_targets(example["panoptic"]),
         }
 
+    part_size = batch_size // num_parts
     dataset = _numbered_records(len(index), seed=seed, start=start_step * batch_size)
+    if len(parts) < num_parts:
+        wanted = tf.constant(list(parts), tf.int64)
+        dataset = dataset.filter(lambda number, _: tf.reduce_any(number % batch_size // part_size == wanted))
     dataset = dataset.map(prepare, num_parallel_calls=num_parallel_calls, deterministic=True)
-    return dataset.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    return dataset.batch(part_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
 
 def make_eval_dataset(

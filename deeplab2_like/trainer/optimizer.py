@@ -1,6 +1,7 @@
-"""Optimisers and the learning rate schedule of the papers."""
+"""Optimisers and the learning rate schedules of the papers."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -8,56 +9,202 @@ import tensorflow as tf
 from keras import ops
 
 from deeplab2_like.errors import unknown_name
+from deeplab2_like.model import PanopticSystem
+
+# Each takes the step, float32, and options of the config, and returns the factor of the peak learning rate.
+SCHEDULES: dict[str, Callable[..., Any]] = {
+    "constant": lambda step, **options: ops.ones_like(step),
+    # To zero at the last step.
+    "poly": lambda step, *, steps, power, **options: ops.power(ops.maximum(1.0 - step / steps, 0.0), power),
+    "cosine": lambda step, *, steps, **options: 0.5 * (1.0 + ops.cos(math.pi * ops.minimum(step / steps, 1.0))),
+    # A factor at each boundary that is reached.
+    "step": lambda step, *, boundaries, decay_factor, **options: ops.power(
+        decay_factor, ops.sum(ops.cast(step >= ops.array(boundaries, "float32"), "float32"))
+    ),
+}
 
 
-class PolynomialDecayWithWarmup(keras.optimizers.schedules.LearningRateSchedule):
-    """The 'poly' schedule: `peak * (1 - step / steps) ** power`, with a linear warm-up multiplied in.
+class LearningRate(keras.optimizers.schedules.LearningRateSchedule):
+    """A peak, times a decay, times a linear warm-up.
 
     Args:
         peak: The learning rate that the decay starts from.
-        steps: Step at which it is zero.
-        power: Exponent of the decay.
-        warmup_steps: Steps over which the factor grows from `1 / warmup_steps` to 1.
+        decay: From a step, float32 scalar, to a factor.
+        warmup_steps: Steps over which the warm-up's factor grows to 1; 0 for no warm-up.
+        warmup_start: Where that factor starts; in the n-th step it is
+            `warmup_start + (1 - warmup_start) * n / warmup_steps`.
     """
 
-    def __init__(self, *, peak: float, steps: int, power: float, warmup_steps: int) -> None:
+    def __init__(
+        self, *, peak: float, decay: Callable[[Any], Any], warmup_steps: int = 0, warmup_start: float = 0.0
+    ) -> None:
         self.peak = peak
-        self.steps = steps
-        self.power = power
+        self.decay = decay
         self.warmup_steps = warmup_steps
+        self.warmup_start = warmup_start
 
     def __call__(self, step: Any) -> Any:
-        """Returns the learning rate of a step, float32 scalar."""
+        """Returns the learning rate of a step, counted from 0, float32 scalar."""
         step = ops.cast(step, "float32")
-        rate = self.peak * ops.power(ops.maximum(1.0 - step / self.steps, 0.0), self.power)
-        return rate * ops.minimum((step + 1.0) / self.warmup_steps, 1.0) if self.warmup_steps else rate
+        rate = self.peak * self.decay(step)
+        if not self.warmup_steps:
+            return rate
+        progress = ops.minimum((step + 1.0) / self.warmup_steps, 1.0)
+        return rate * (self.warmup_start + (1.0 - self.warmup_start) * progress)
 
-    def get_config(self) -> dict[str, Any]:
-        """Returns the constructor's arguments."""
-        return {"peak": self.peak, "steps": self.steps, "power": self.power, "warmup_steps": self.warmup_steps}
+
+def make_schedule(
+    name: str,
+    *,
+    peak: float,
+    steps: int,
+    power: float = 0.9,
+    boundaries: Sequence[int] = (),
+    decay_factor: float = 0.1,
+    warmup_steps: int = 0,
+    warmup_start: float = 0.0,
+) -> LearningRate:
+    """Builds the learning rate over time.
+
+    Args:
+        name: A key of `SCHEDULES`.
+        peak: The highest learning rate.
+        steps: Step at which `poly` and `cosine` are zero.
+        power: Exponent of `poly`.
+        boundaries: Steps from which on `step` multiplies by another `decay_factor`.
+        decay_factor: See `boundaries`.
+        warmup_steps: See `LearningRate`.
+        warmup_start: See `LearningRate`.
+
+    Raises:
+        UserError: If there is no such schedule.
+    """
+    if name not in SCHEDULES:
+        raise unknown_name("schedule", name, SCHEDULES)
+    options = {"steps": steps, "power": power, "boundaries": tuple(boundaries), "decay_factor": decay_factor}
+    return LearningRate(
+        peak=peak,
+        decay=lambda step: SCHEDULES[name](step, **options),
+        warmup_steps=warmup_steps,
+        warmup_start=warmup_start,
+    )
+
+
+class _Multiplied:
+    """What the trainer needs of an optimiser beyond Keras' own.
+
+    Attributes:
+        multipliers: Factor of the learning rate of each variable, in the order of `build`; None for 1 everywhere.
+    """
+
+    multipliers: Sequence[float] | None = None
+
+    def update_step(self: Any, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Updates one variable."""
+        factor = 1.0 if self.multipliers is None else self.multipliers[self._get_variable_index(variable)]
+        super().update_step(gradient, variable, learning_rate * factor)  # type: ignore[misc]
+
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
+        # The trainer has summed them over replicas already, as clipping needs the sum.
+        return list(grads_and_vars)
+
+
+class _Adam(_Multiplied, keras.optimizers.Adam):
+    pass
+
+
+class _SGD(_Multiplied, keras.optimizers.SGD):
+    pass
 
 
 # Each is called with the learning rate and the momentum; Adam keeps its usual constants.
 OPTIMIZERS: dict[str, Callable[[Any, float], keras.optimizers.Optimizer]] = {
-    "adam": lambda learning_rate, momentum: keras.optimizers.Adam(learning_rate, epsilon=1e-8),
-    "sgd": lambda learning_rate, momentum: keras.optimizers.SGD(learning_rate, momentum=momentum),
+    "adam": lambda learning_rate, momentum: _Adam(learning_rate, epsilon=1e-8, name="adam"),
+    "sgd": lambda learning_rate, momentum: _SGD(learning_rate, momentum=momentum, name="sgd"),
 }
 
 
-def make_optimizer(name: str, *, learning_rate: Any, momentum: float) -> keras.optimizers.Optimizer:
-    """Builds an optimiser.
+def make_optimizer(
+    name: str,
+    *,
+    learning_rate: Any,
+    momentum: float,
+    variables: Sequence[keras.Variable] | None = None,
+    multipliers: Sequence[float] | None = None,
+    scale_loss: bool = False,
+) -> keras.optimizers.Optimizer:
+    """Builds an optimiser of gradients that are summed over replicas already.
 
     Args:
         name: A key of `OPTIMIZERS`.
         learning_rate: A number or a Keras schedule.
         momentum: Momentum of SGD, unused by Adam.
+        variables: What to optimise; None builds the optimiser later.
+        multipliers: Factor of the learning rate of each variable; None for 1 everywhere.
+        scale_loss: Whether to scale the loss dynamically, as float16 needs, leaving out steps that overflow.
 
     Raises:
         UserError: If there is no such optimiser.
     """
     if name not in OPTIMIZERS:
         raise unknown_name("optimizer", name, OPTIMIZERS)
-    return OPTIMIZERS[name](learning_rate, momentum)
+    optimizer = OPTIMIZERS[name](learning_rate, momentum)
+    optimizer.multipliers = multipliers
+    if scale_loss:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale")
+    if variables is not None:
+        optimizer.build(variables)
+    return optimizer
+
+
+def learning_rate_multipliers(system: PanopticSystem, multipliers: Mapping[str, float]) -> dict[str, float]:
+    """Finds the factor of the learning rate of every weight.
+
+    Args:
+        system: The system.
+        multipliers: Factor by the name of a part: names of layers joined by "/", from the network down. Of several
+            that fit a weight the longest counts.
+
+    Returns:
+        Factor by the weight's path, 1 where nothing fits.
+
+    Raises:
+        UserError: If a name fits no weight.
+    """
+    relative = {weight.path: weight.path.partition("/")[2] for weight in system.weights}
+    for part in multipliers:
+        if not any(_is_within(path, part) for path in relative.values()):
+            known = {path.partition("/")[0] for path in relative.values()}
+            raise unknown_name("part of the network in trainer.optimizer.multipliers", part, known)
+    found = {}
+    for path, inner in relative.items():
+        fitting = [part for part in multipliers if _is_within(inner, part)]
+        found[path] = multipliers[max(fitting, key=len)] if fitting else 1.0
+    return found
+
+
+def _is_within(path: str, part: str) -> bool:
+    return f"{path}/".startswith(f"{part.rstrip('/')}/")
+
+
+def freeze(system: PanopticSystem, factors: Mapping[str, float]) -> None:
+    """Takes the weights whose factor is 0 out of training.
+
+    A layer all of whose own weights are frozen is frozen itself, so that batch normalisation uses the statistics that
+    it has and leaves them as they are.
+
+    Args:
+        system: The system, changed in place.
+        factors: What `learning_rate_multipliers` returned.
+    """
+    for layer in system._flatten_layers():
+        inner = {id(weight) for child in layer._flatten_layers(include_self=False) for weight in child.weights}
+        own = [weight for weight in layer.weights if id(weight) not in inner]
+        frozen = [weight for weight in own if factors[weight.path] == 0]
+        if own and len(frozen) == len(own) and len(own) == len(layer.weights):
+            layer.trainable = False
+        for weight in frozen:
+            weight.trainable = False
 
 
 def add_weight_decay(

@@ -1,14 +1,14 @@
-"""The training loop: reads from top to bottom, for any system and any `tf.distribute` strategy."""
+"""Training from start to end: reads from top to bottom, for any system and any `tf.distribute` strategy."""
 
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import orbit
 import tensorflow as tf
 
@@ -16,223 +16,365 @@ from deeplab2_like.configs import Config
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
+from deeplab2_like.evaluation.report import write_events
+from deeplab2_like.files import cannot_write
 from deeplab2_like.model import PanopticSystem, build_system
 from deeplab2_like.progress import TrainingProgress
+from deeplab2_like.trainer import failures
+from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.checkpoint import (
     check_model_folder,
+    keep_best,
     list_checkpoints,
+    load_what_fits,
     make_checkpoint,
     make_checkpoint_manager,
+    newest_whole_checkpoint,
     prepare_model_folder,
     restore,
 )
-from deeplab2_like.trainer.optimizer import PolynomialDecayWithWarmup, add_weight_decay, make_optimizer
-from deeplab2_like.trainer.strategy import make_strategy
+from deeplab2_like.trainer.optimizer import freeze, learning_rate_multipliers, make_optimizer, make_schedule
+from deeplab2_like.trainer.stopping import StopSignal, StopTraining
+from deeplab2_like.trainer.strategy import is_chief, make_strategy, worker_of
+from deeplab2_like.trainer.summaries import StepProfiler, Summaries
+from deeplab2_like.trainer.trainer import NonFiniteError, Trainer, make_step_counter
+from deeplab2_like.trainer.validation import Validation
 
 
-def train(config: Config, model_dir: str | os.PathLike[str]) -> PanopticSystem:
+def train(
+    config: Config,
+    model_dir: str | os.PathLike[str],
+    *,
+    init_from: str | os.PathLike[str] | None = None,
+    profile: int = 0,
+) -> PanopticSystem:
     """Trains the system of a config, or resumes where an earlier run in the same model folder ended.
+
+    On SIGTERM it finishes the step, saves a checkpoint, says how to resume and ends the process with exit status 0.
 
     Args:
         config: What to train, on which records, how long.
-        model_dir: Folder for checkpoints, config and TensorBoard events; made if absent.
+        model_dir: Folder for checkpoints, config and TensorBoard events; made if absent. Several workers need to see
+            the same folder.
+        init_from: A model folder, or a checkpoint's path without ending, to start from with all weights that fit by
+            name and shape; without effect when resuming.
+        profile: Number of steps to record with TensorFlow's profiler, some steps after the start.
 
     Returns:
-        The trained system.
+        The trained system, with the averaged weights if `trainer.ema_decay` is set.
 
     Raises:
-        UserError: If the records, the config and the model folder do not fit together, or a loss is not finite.
+        UserError: If the records, the config and the model folder do not fit together, a loss is not finite, the
+            memory does not suffice, or another worker is lost.
+        SystemExit: After SIGTERM.
     """
+    settings = config.trainer
+    # First of all, as several workers must find each other before TensorFlow computes anything.
+    strategy = make_strategy(settings.strategy, tpu=settings.tpu)
     dataset_info = DatasetInfo.load(config.data.record_folder)
     files = tfrecord.list_shards(config.data.record_folder, config.data.train_split)
+    validation_files = _list_validation_files(config)
     check_model_folder(model_dir, config, dataset_info)
-    settings = config.trainer
-    strategy = make_strategy(settings.strategy)
-    if settings.batch_size % strategy.num_replicas_in_sync:
-        raise UserError(
-            f"trainer.batch_size is {settings.batch_size}, which {strategy.num_replicas_in_sync} devices cannot share "
-            "evenly; use a multiple of the number of devices."
-        )
+    _check_batch_size(settings.batch_size, strategy.num_replicas_in_sync)
 
+    state = _make_state(config, dataset_info, strategy)
+    system, step = state.system, state.step
+    _restore_or_initialize(state, strategy, model_dir, init_from)
+    if int(step) >= settings.steps:
+        print(f"Model folder '{model_dir}' is already trained to step {int(step)}.")
+        _use_average(state)
+        return system
+
+    dataset = _distribute_batches(config, files, system, strategy, start_step=int(step))
+    with contextlib.ExitStack() as stack:
+        if is_chief(strategy):
+            # Only now, as a start that fails must not claim the folder.
+            prepare_model_folder(model_dir, config, dataset_info)
+            saving_dir, events_dir = Path(model_dir), Path(model_dir) / "train"
+        else:
+            # All workers have to save, of which one counts.
+            saving_dir, events_dir = Path(stack.enter_context(tempfile.TemporaryDirectory())), None
+        manager = make_checkpoint_manager(
+            state.checkpoint,
+            saving_dir,
+            step=step,
+            every=settings.checkpoint_every,
+            keep=settings.keep_checkpoints,
+        )
+        summaries = stack.enter_context(Summaries(events_dir))
+        profiler = stack.enter_context(StepProfiler(events_dir, profile))
+        stop = stack.enter_context(StopSignal(strategy))
+        progress = TrainingProgress(start_step=int(step), steps=settings.steps, is_shown=is_chief(strategy))
+
+        def after_step() -> None:
+            progress.advance()
+            profiler.advance()
+            if int(step) < settings.steps:
+                stop.raise_if_agreed()
+
+        trainer = Trainer(
+            dataset,
+            system=system,
+            optimizer=state.optimizer,
+            strategy=strategy,
+            weight_decay=settings.optimizer.weight_decay,
+            clip_norm=settings.optimizer.clip_norm,
+            clip_value=settings.optimizer.clip_value,
+            accumulate_steps=settings.accumulate_steps,
+            average=state.average,
+            step=step,
+            images_per_step=settings.batch_size * settings.accumulate_steps,
+            after_step=after_step,
+        )
+        actions: list[Callable[[Mapping[str, Any]], None]] = [
+            progress.report,
+            lambda values: summaries.numbers(values, step=int(step)),
+        ]
+        if is_chief(strategy) and validation_files:
+            validation = Validation(system, validation_files, average=state.average, is_stopped=lambda: stop.noted)
+            actions += _validation_actions(config, validation, saving_dir, state, manager, summaries, progress)
+        intervals = [settings.log_every, settings.checkpoint_every, settings.pictures_every, settings.evaluate_every]
+        with progress, _quiet(), tfrecord.user_errors(), _clear_errors(config, model_dir, files, system, strategy):
+            controller = orbit.Controller(
+                trainer=trainer,
+                strategy=strategy,
+                global_step=step,
+                # A loop ends wherever something is due, also if the first one starts in between.
+                steps_per_loop=lambda now: min(every - int(now) % every for every in intervals if every),
+                checkpoint_manager=manager,
+                train_actions=actions,
+            )
+            try:
+                controller.train(settings.steps)
+            except StopTraining:
+                trainer.train_loop_end()  # Checks that all is finite, before it is saved.
+                manager.save(int(step), check_interval=False)
+    if int(step) < settings.steps:
+        print(
+            f"Stopped by SIGTERM after step {int(step)} of {settings.steps}, which is saved; run the same command "
+            f"again to resume from '{model_dir}'.",
+            flush=True,
+        )
+        raise SystemExit(0)
+    _use_average(state)
+    return system
+
+
+class _State(NamedTuple):
+    """Everything that training changes."""
+
+    system: PanopticSystem
+    optimizer: keras.optimizers.Optimizer
+    average: WeightAverage | None
+    step: tf.Variable
+    checkpoint: tf.train.Checkpoint
+
+
+def _make_state(config: Config, dataset_info: DatasetInfo, strategy: tf.distribute.Strategy) -> _State:
+    """Builds system and optimiser, and all their variables, as a checkpoint restores only what is there."""
+    settings = config.trainer
     keras.utils.set_random_seed(settings.seed)
     with strategy.scope(), _dtype_policy(settings.precision):
         system = build_system(config, dataset_info)
-        schedule = PolynomialDecayWithWarmup(
+        factors = learning_rate_multipliers(system, settings.optimizer.multipliers)
+        freeze(system, factors)
+        variables = system.trainable_variables
+        if not variables:
+            raise UserError("trainer.optimizer.multipliers freezes the whole network; leave a part to train.")
+        schedule = make_schedule(
+            settings.schedule.name,
             peak=settings.learning_rate,
             steps=settings.steps,
             power=settings.schedule.power,
+            boundaries=settings.schedule.boundaries,
+            decay_factor=settings.schedule.decay_factor,
             warmup_steps=settings.schedule.warmup_steps,
+            warmup_start=settings.schedule.warmup_start,
         )
         optimizer = make_optimizer(
-            settings.optimizer.name, learning_rate=schedule, momentum=settings.optimizer.momentum
+            settings.optimizer.name,
+            learning_rate=schedule,
+            momentum=settings.optimizer.momentum,
+            variables=variables,
+            multipliers=[factors[variable.path] for variable in variables],
+            scale_loss=settings.precision == "mixed_float16",
         )
-        # Before restoring, as a checkpoint finds the optimiser's variables by their order.
-        optimizer.build(system.trainable_variables)
+        average = None if settings.ema_decay is None else WeightAverage(system, settings.ema_decay)
+    step = make_step_counter()
+    return _State(system, optimizer, average, step, make_checkpoint(system, optimizer, average=average, step=step))
 
-    checkpoint = make_checkpoint(system, optimizer)
-    if paths := list_checkpoints(model_dir):
-        restore(checkpoint, paths[-1])
-    start_step = int(optimizer.iterations.value.numpy())
-    if start_step >= settings.steps:
-        print(f"Model folder '{model_dir}' is already trained to step {start_step}.")
-        return system
+
+def _restore_or_initialize(
+    state: _State,
+    strategy: tf.distribute.Strategy,
+    model_dir: str | os.PathLike[str],
+    init_from: str | os.PathLike[str] | None,
+) -> None:
+    """Restores the newest whole checkpoint of the model folder, or else takes from another training what fits."""
+    with strategy.scope():
+        if paths := list_checkpoints(model_dir):
+            restore(state.checkpoint, newest_whole_checkpoint(paths))
+            if init_from is not None:
+                print(f"Resuming from step {int(state.step)} of '{model_dir}'; '{init_from}' is not used.")
+        elif init_from is not None:
+            load_what_fits(state.system, init_from)
+            if state.average is not None:
+                state.average.copy_from_system()
+
+
+def _use_average(state: _State) -> None:
+    if state.average is not None:
+        state.average.copy_to_system()
+
+
+def _check_batch_size(batch_size: int, devices: int) -> None:
+    if batch_size % devices:
+        raise UserError(
+            f"trainer.batch_size is {batch_size}, which {devices} devices cannot share evenly; use a multiple of the "
+            "number of devices."
+        )
+
+
+def _list_validation_files(config: Config) -> list[str]:
+    """Returns the files of the validation split; none if there is no such split and none is asked for."""
+    if config.trainer.pictures_every is None and config.trainer.evaluate_every is None:
+        return []
+    try:
+        return tfrecord.list_shards(config.data.record_folder, config.data.val_split)
+    except UserError as error:
+        if config.trainer.evaluate_every is None:
+            return []
+        raise UserError(f"{error} Key trainer.evaluate_every needs it; leave that key out to do without.") from error
+
+
+def _make_batches(
+    config: Config, files: Sequence[str], system: PanopticSystem, *, with_label: bool = False, **options: Any
+) -> tf.data.Dataset:
+    """Makes the data set of training batches; `options` say which, see `pipeline.make_train_dataset`."""
+
+    def make_targets(panoptic: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"panoptic": panoptic, **system.make_targets(panoptic)}
 
     red, green, blue = (round(value) for value in system.image_mean)
-    dataset = pipeline.make_train_dataset(
+    return pipeline.make_train_dataset(
         files,
-        make_targets=system.make_targets,
-        dataset_info=dataset_info,
-        batch_size=settings.batch_size,
+        make_targets=make_targets if with_label else system.make_targets,
+        dataset_info=system.dataset_info,
         crop_size=config.data.crop_size,
         scale_range=config.data.scale_range,
         flip=config.data.flip,
         dihedral=config.data.dihedral,
         color_jitter=config.data.color_jitter,
         pad_value=(red, green, blue),
-        seed=settings.seed,
-        start_step=start_step,
+        seed=config.trainer.seed,
+        **options,
     )
-    # Only now, as a start that fails must not claim the folder.
-    prepare_model_folder(model_dir, config, dataset_info)
-    manager = make_checkpoint_manager(
-        checkpoint,
-        model_dir,
-        step=optimizer.iterations.value,
-        every=settings.checkpoint_every,
-        keep=settings.keep_checkpoints,
-    )
-    intervals = (settings.log_every, settings.checkpoint_every)
-    progress = TrainingProgress(start_step=start_step, steps=settings.steps, batch_size=settings.batch_size)
-    trainer = Trainer(
-        strategy.experimental_distribute_dataset(dataset),
-        system=system,
-        optimizer=optimizer,
-        strategy=strategy,
-        weight_decay=settings.optimizer.weight_decay,
-        clip_norm=settings.optimizer.clip_norm,
-        after_step=progress.advance,
-    )
-    with progress, _quiet(), tfrecord.user_errors():
-        controller = orbit.Controller(
-            trainer=trainer,
-            strategy=strategy,
-            global_step=optimizer.iterations.value,
-            # A loop ends wherever something is to be logged or saved, also if the first one starts in between.
-            steps_per_loop=lambda step: min(every - int(step) % every for every in intervals),
-            checkpoint_manager=manager,
-            summary_dir=str(Path(model_dir) / "train"),
-            summary_interval=settings.log_every,
-            train_actions=[progress.report],
+
+
+def _distribute_batches(
+    config: Config,
+    files: Sequence[str],
+    system: PanopticSystem,
+    strategy: tf.distribute.Strategy,
+    *,
+    start_step: int,
+) -> Any:
+    """Gives each worker its replicas' parts of each batch: the batches are the same for any number of devices."""
+
+    def make_dataset(context: tf.distribute.InputContext) -> tf.data.Dataset:
+        share = strategy.num_replicas_in_sync // context.num_input_pipelines
+        first = context.input_pipeline_id * share
+        dataset = _make_batches(
+            config,
+            files,
+            system,
+            batch_size=config.trainer.batch_size,
+            start_step=start_step * config.trainer.accumulate_steps,
+            num_parts=strategy.num_replicas_in_sync,
+            parts=range(first, first + share),
         )
-        controller.train(settings.steps)
-    return system
+        # Names are strings, which not every accelerator takes.
+        return dataset.map(lambda batch: {"image": batch["image"], "targets": batch["targets"]})
+
+    return strategy.distribute_datasets_from_function(make_dataset)
 
 
-class Trainer(orbit.StandardTrainer):
-    """One optimiser step for Orbit's loop.
+def _validation_actions(
+    config: Config,
+    validation: Validation,
+    model_dir: Path,
+    state: _State,
+    manager: tf.train.CheckpointManager,
+    summaries: Summaries,
+    progress: TrainingProgress,
+) -> list[Callable[[Mapping[str, Any]], None]]:
+    """What is done with validation images at the end of a loop, where it is due."""
+    settings = config.trainer
 
-    Args:
-        dataset: Distributed batches of `pipeline.make_train_dataset`.
-        system: The system to train.
-        optimizer: Its optimiser, built.
-        strategy: The distribution strategy of both.
-        weight_decay: Factor of the L2 penalty.
-        clip_norm: Largest global norm of the gradient, or None.
-        after_step: Called after every step.
-    """
+    def draw(values: Mapping[str, Any]) -> None:
+        step = int(state.step)
+        if settings.pictures_every and (step % settings.pictures_every == 0 or step == settings.log_every):
+            summaries.pictures(validation.draw(), step=step)
 
-    def __init__(
-        self,
-        dataset: Any,
-        *,
-        system: PanopticSystem,
-        optimizer: keras.optimizers.Optimizer,
-        strategy: tf.distribute.Strategy,
-        weight_decay: float,
-        clip_norm: float | None,
-        after_step: Callable[[], None],
-    ) -> None:
-        super().__init__(dataset, orbit.StandardTrainerOptions(use_tf_while_loop=False, use_tf_function=False))
-        self._system = system
-        self._optimizer = optimizer
-        self._strategy = strategy
-        self._weight_decay = weight_decay
-        self._clip_norm = clip_norm
-        self._after_step = after_step
-        self._compiled_step = tf.function(self._distributed_step)
-        self._losses: list[dict[str, tf.Tensor]] = []
-        self._image_ids: list[Any] = []
-
-    def train_loop_begin(self) -> None:
-        """Forgets the steps of the last loop."""
-        self._losses, self._image_ids = [], []
-
-    def train_step(self, iterator: Iterator[Any]) -> None:
-        """Takes the next batch and updates the variables."""
-        batch = next(iterator)
-        self._image_ids.append(batch.pop("image_id"))
-        self._losses.append(self._compiled_step(batch))
-        self._after_step()
-
-    def train_loop_end(self) -> dict[str, float]:
-        """Returns the means over the loop's steps, for the log and TensorBoard.
-
-        Raises:
-            UserError: If a loss or the gradient of any step is not finite; nothing was saved since.
-        """
-        steps = [{name: float(value) for name, value in step.items()} for step in self._losses]
-        # The earliest step is the cause: its update spoils the weights, and with them all terms of the steps after it.
-        for position, step in enumerate(steps):
-            for name, value in step.items():
-                if not np.isfinite(value):
-                    self._stop_on_non_finite(name, position)
-        return {
-            **{name: float(np.mean([step[name] for step in steps])) for name in steps[0]},
-            "learning_rate": float(self._optimizer.learning_rate),
-        }
-
-    def _stop_on_non_finite(self, name: str, position: int) -> NoReturn:
-        step = int(self._optimizer.iterations.value.numpy()) - len(self._losses) + position + 1
-        parts = self._strategy.experimental_local_results(self._image_ids[position])
-        image_ids = ", ".join(f"'{image_id.decode()}'" for part in parts for image_id in part.numpy())
-        what = {"loss": "The sum of the losses", "gradient_norm": "The gradient"}.get(name, f"Loss '{name}'")
-        raise UserError(
-            f"{what} is not finite in step {step} on images {image_ids}; lower trainer.learning_rate, raise "
-            "trainer.schedule.warmup_steps or set trainer.optimizer.clip_norm, and resume from the last checkpoint."
+    def evaluate(values: Mapping[str, Any]) -> None:
+        step = int(state.step)
+        if not settings.evaluate_every or (step % settings.evaluate_every and step < settings.steps):
+            return
+        # What took so long to reach is safe first.
+        manager.save(step, check_interval=False)
+        metrics = validation.evaluate()
+        if metrics is None:
+            return
+        write_events(model_dir / config.data.val_split, metrics, step=step)
+        quality = metrics["panoptic"]["all"]["pq"]
+        with validation.evaluated_weights():
+            is_best = keep_best(model_dir, state.system, step=step, pq=quality)
+        progress.note(
+            f"step {step}/{settings.steps}  PQ {quality:.2f} on split '{config.data.val_split}'"
+            f"{', the best so far' if is_best else ''}"
         )
 
-    def _distributed_step(self, batch: dict[str, Any]) -> dict[str, tf.Tensor]:
-        per_replica = self._strategy.run(self.replica_step, args=(batch,))
-        return {name: self._strategy.reduce("SUM", value, axis=None) for name, value in per_replica.items()}
+    return [draw, evaluate]
 
-    def replica_step(self, batch: dict[str, Any]) -> dict[str, tf.Tensor]:
-        """One step on this replica's share; returns this replica's share of each loss."""
-        context = tf.distribute.get_replica_context()
-        variables = self._system.trainable_variables
-        with tf.GradientTape() as tape:
-            outputs = self._system(batch["image"], targets=batch["targets"], training=True)
-            losses = self._system.compute_losses(batch["targets"], outputs)
-            # Divided by what all replicas count together, so that the sum over replicas is the loss of the whole batch.
-            counts = context.all_reduce("SUM", [loss.normalizer for loss in losses.values()])
-            shares = {
-                name: self._system.loss_weights[name] * tf.math.divide_no_nan(loss.total, count)
-                for (name, loss), count in zip(losses.items(), counts, strict=True)
-            }
-            total = tf.add_n(list(shares.values()))
-        gradients = tape.gradient(total, [variable.value for variable in variables])
-        gradients = context.all_reduce("SUM", gradients)
-        if self._weight_decay:
-            gradients = add_weight_decay(gradients, variables, self._weight_decay)
-        norm = tf.linalg.global_norm(gradients)
-        if self._clip_norm is not None:
-            gradients, _ = tf.clip_by_global_norm(gradients, self._clip_norm, use_norm=norm)
-        # The optimiser sums over replicas what is already summed.
-        replicas = self._strategy.num_replicas_in_sync
-        self._optimizer.apply_gradients(
-            [(gradient / replicas, variable) for gradient, variable in zip(gradients, variables, strict=True)]
+
+@contextlib.contextmanager
+def _clear_errors(
+    config: Config,
+    model_dir: str | os.PathLike[str],
+    files: Sequence[str],
+    system: PanopticSystem,
+    strategy: tf.distribute.Strategy,
+) -> Iterator[None]:
+    """Turns what stops a training into a sentence that says what to do."""
+    settings = config.trainer
+    try:
+        yield
+    except NonFiniteError as error:
+        # As a batch follows from seed and step, none was kept.
+        batch = next(
+            iter(
+                _make_batches(
+                    config,
+                    files,
+                    system,
+                    with_label=True,
+                    batch_size=settings.batch_size * settings.accumulate_steps,
+                    start_step=error.step - 1,
+                )
+            )
         )
-        # The terms come first, so that a term is named rather than the sum.
-        return {**shares, "loss": total, "gradient_norm": norm / replicas}
+        folder = Path(model_dir) / f"non_finite_step_{error.step}" if is_chief(strategy) else None
+        raise failures.non_finite(error, batch, folder) from None
+    except tf.errors.ResourceExhaustedError as error:
+        if "No space left" in error.message:  # A full disk is the same error to TensorFlow.
+            raise cannot_write(model_dir, error) from error
+        raise failures.out_of_memory(
+            batch_size=settings.batch_size, crop_size=config.data.crop_size, precision=settings.precision
+        ) from error
+    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError) as error:
+        if worker_of(strategy)[1] == 1:
+            raise
+        raise failures.lost_worker() from error
 
 
 @contextlib.contextmanager
@@ -248,6 +390,9 @@ def _dtype_policy(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbit prints a line per loop; the progress display says the same better."""
+    """Orbit prints a line per loop, which the progress display says better, and sets the process's summary step."""
     with contextlib.redirect_stdout(io.StringIO()):
-        yield
+        try:
+            yield
+        finally:
+            tf.summary.experimental.set_step(None)

@@ -101,6 +101,27 @@ def test_resumes_exactly(files, start_step):
     assert_same(take(train(files), 12)[start_step:], take(train(files, start_step=start_step), 12 - start_step))
 
 
+@pytest.mark.parametrize("start_step", [0, 4])
+def test_parts_make_up_the_batches(files, start_step):
+    whole = take(train(files, batch_size=6, start_step=start_step), 5)
+    # Two workers of two replicas, and of one.
+    for num_parts, shares in ((4, None), (6, [[0, 1, 2], [3, 4, 5]]), (3, [[0], [1, 2]]), (1, [[0]])):
+        if shares is None:
+            with pytest.raises(UserError, match="A batch of 6 images cannot be cut into 4 equal parts"):
+                train(files, batch_size=6, num_parts=num_parts, parts=[0])
+            continue
+        parts = {}
+        for share in shares:
+            batches = take(
+                train(files, batch_size=6, start_step=start_step, num_parts=num_parts, parts=share), 5 * len(share)
+            )
+            for position, batch in enumerate(batches):
+                parts[position // len(share), share[position % len(share)]] = batch
+        for number, expected in enumerate(whole):
+            joined = [parts[number, part] for part in range(num_parts)]
+            assert_same(tf.nest.map_structure(lambda *values: np.concatenate(values), *joined), expected)
+
+
 def test_neither_cache_nor_parallelism_changes_anything(files):
     expected = take(train(files, cache=True, num_parallel_calls=1), 6)
     for arguments in ({"cache": False, "num_parallel_calls": 4}, {"cache": True, "num_parallel_calls": 4}, {}):

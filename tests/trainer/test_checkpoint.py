@@ -14,10 +14,16 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
 from deeplab2_like.trainer.checkpoint import (
+    build_from_model_folder,
     check_model_folder,
+    checkpoint_step,
+    find_checkpoint,
+    keep_best,
     list_checkpoints,
     load_model_folder,
     prepare_model_folder,
+    read_best,
+    restore_system,
 )
 from deeplab2_like.trainer.train import train
 
@@ -49,7 +55,9 @@ def test_overrides_reach_the_config(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing", "index"])
-def test_a_damaged_checkpoint_is_named_and_can_be_deleted(folder: Path, damage: str) -> None:
+def test_the_one_before_a_damaged_checkpoint_is_used(
+    folder: Path, trained_folder: Path, records: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = list_checkpoints(folder)[-1]
     data = Path(f"{path}.data-00000-of-00001")
     content = bytearray(data.read_bytes())
@@ -62,14 +70,78 @@ def test_a_damaged_checkpoint_is_named_and_can_be_deleted(folder: Path, damage: 
         data.unlink()
     else:
         Path(f"{path}.index").write_bytes(b"nothing")
+    # Asked for by its step, it is an error.
     with pytest.raises(
         UserError, match=r"Checkpoint '.*ckpt-6' is damaged or incomplete; delete it to use the one before"
     ):
+        load_model_folder(folder, checkpoint="6")
+    # The newest is the one before, with a warning.
+    capsys.readouterr()
+    assert load_model_folder(folder)[2] == 4
+    warning = f"Warning: checkpoint '{path}' is damaged or incomplete; looking for one before it.\n"
+    assert capsys.readouterr().err == warning
+    # So it is for training, which saves a whole one in its place.
+    expected = [weight.numpy() for weight in load_model_folder(trained_folder)[1].weights]
+    train(one_convolution_config(data={"path": str(records)}), folder)
+    assert capsys.readouterr().err == warning
+    _, system, step = load_model_folder(folder)
+    assert step == 6
+    assert capsys.readouterr().err == ""
+    for weight, value in zip(system.weights, expected, strict=True):
+        np.testing.assert_array_equal(weight, value)
+
+
+def test_no_checkpoint_is_whole(folder: Path) -> None:
+    for file in (folder / "checkpoints").glob("*.index"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match=r"No checkpoint in '.*checkpoints' is whole, the newest is 'ckpt-6'; restore"):
         load_model_folder(folder)
-    data.unlink(missing_ok=True)
-    Path(f"{path}.index").unlink()
-    _, _, step = load_model_folder(folder)
-    assert step == 4
+
+
+def test_checkpoints_are_found(folder: Path) -> None:
+    checkpoints = folder / "checkpoints"
+    assert find_checkpoint(folder) == str(checkpoints / "ckpt-6")
+    assert find_checkpoint(folder, "4") == str(checkpoints / "ckpt-4")
+    assert checkpoint_step(find_checkpoint(folder, "4")) == 4
+    with pytest.raises(UserError, match=r"has no checkpoint '5'; give `last`, `best` or one of the steps 4, 6\."):
+        find_checkpoint(folder, "5")
+    with pytest.raises(UserError, match=r"has no best checkpoint, as none was evaluated during training; run"):
+        find_checkpoint(folder, "best")
+    with pytest.raises(UserError, match="holds no checkpoint yet; train first"):
+        find_checkpoint(folder / "nowhere")
+
+
+def test_the_best_is_kept(folder: Path) -> None:
+    assert read_best(folder) is None
+    _, system, _ = load_model_folder(folder, checkpoint="4")
+    assert keep_best(folder, system, step=4, pq=12.5)
+    assert not keep_best(folder, system, step=6, pq=12.5)  # As good is not better.
+    assert read_best(folder) == (str(folder / "best" / "ckpt-4"), 12.5)
+    # Training deletes its own; this one stays, also under its number.
+    for file in (folder / "checkpoints").glob("ckpt-4.*"):
+        file.unlink()
+    assert find_checkpoint(folder, "4") == find_checkpoint(folder, "best") == str(folder / "best" / "ckpt-4")
+    config, loaded, step = load_model_folder(folder, checkpoint="best")
+    assert (config.system, step) == ("one_convolution", 4)
+    for weight, expected in zip(loaded.weights, system.weights, strict=True):
+        np.testing.assert_array_equal(weight, expected)
+    # A better one takes its place.
+    _, better, _ = load_model_folder(folder)
+    assert keep_best(folder, better, step=6, pq=13.0)
+    assert {path.name.partition(".")[0] for path in (folder / "best").iterdir()} == {"best", "ckpt-6"}
+    np.testing.assert_array_equal(load_model_folder(folder, checkpoint="best")[1].weights[0], better.weights[0])
+    (folder / "best" / "best.json").write_text("{}")
+    with pytest.raises(UserError, match=r"best.json' is damaged .*; delete the folder it is in"):
+        read_best(folder)
+
+
+def test_a_system_without_its_variables(folder: Path) -> None:
+    config, system = build_from_model_folder(folder, ["data.val_split=other"])
+    assert config.data.val_split == "other"
+    trained = load_model_folder(folder)[1]
+    assert not np.array_equal(system.weights[0], trained.weights[0])
+    restore_system(system, find_checkpoint(folder))
+    np.testing.assert_array_equal(system.weights[0], trained.weights[0])
 
 
 def test_training_goes_on_from_the_one_before(folder: Path, records: Path) -> None:
@@ -86,9 +158,19 @@ def test_training_starts_over_without_checkpoints(folder: Path, records: Path) -
     assert load_model_folder(folder)[2] == 2
 
 
-def test_checkpoint_of_another_config(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"Checkpoint '.*ckpt-6' does not fit the config \(.*\); use the config it was"):
+def test_checkpoint_of_another_config(folder: Path, records: Path) -> None:
+    # Of nine variables, two are as before: the bias of the logits, and the state of dropout's random numbers.
+    message = (
+        r"Checkpoint '.*ckpt-6' does not fit the config in 7 of 9 variables: one_convolution/convolution/kernel "
+        r"\(3x3x3x4 in the checkpoint, 3x3x3x5 here\), one_convolution/convolution/bias \(4 in the "
+        r"checkpoint, 5 here\), .*, \.\.\.; use the config it was trained with"
+    )
+    with pytest.raises(UserError, match=message):
         load_model_folder(folder, ["model.channels=5"])
+    # Another optimiser has other variables: its step, and a momentum for each of six weights.
+    message = r"does not fit the config in 7 of 17 variables: optimizer/sgd/\S+ \(missing in the checkpoint, .* here\)"
+    with pytest.raises(UserError, match=message):
+        train(one_convolution_config(data={"path": str(records)}, steps=9, optimizer={"name": "sgd"}), folder)
 
 
 def test_no_checkpoint_yet(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Learning rate schedule, weight decay, clipping."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import keras
 import numpy as np
@@ -8,10 +8,18 @@ import pytest
 import tensorflow as tf
 from one_convolution import OneConvolution
 
-from deeplab2_like.configs.schema import OptimizerConfig, TrainerConfig
+from deeplab2_like.configs.schema import OptimizerConfig, ScheduleConfig, TrainerConfig
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
-from deeplab2_like.trainer.optimizer import OPTIMIZERS, PolynomialDecayWithWarmup, add_weight_decay, make_optimizer
+from deeplab2_like.trainer.optimizer import (
+    OPTIMIZERS,
+    SCHEDULES,
+    add_weight_decay,
+    freeze,
+    learning_rate_multipliers,
+    make_optimizer,
+    make_schedule,
+)
 from deeplab2_like.trainer.strategy import STRATEGIES, make_strategy
 from deeplab2_like.trainer.train import Trainer
 
@@ -28,16 +36,41 @@ from deeplab2_like.trainer.train import Trainer
     ],
 )
 def test_linear_decay_with_warmup(step: int, expected: float) -> None:
-    schedule = PolynomialDecayWithWarmup(peak=0.2, steps=10, power=1.0, warmup_steps=4)
+    schedule = make_schedule("poly", peak=0.2, steps=10, power=1.0, warmup_steps=4)
     assert float(schedule(step)) == pytest.approx(expected)
-    again = PolynomialDecayWithWarmup(**schedule.get_config())
-    assert float(again(step)) == float(schedule(step))
 
 
-def test_power_without_warmup() -> None:
-    schedule = PolynomialDecayWithWarmup(peak=1.0, steps=100, power=0.5, warmup_steps=0)
+def test_schedules() -> None:
+    def rates(name: str, *at: int, **options: Any) -> list[float]:
+        schedule = make_schedule(name, peak=2.0, steps=100, **options)
+        return [float(schedule(step)) for step in at]
+
     # 1 - 75 / 100 is 1 / 4, whose root is 1 / 2.
-    assert [float(schedule(step)) for step in (0, 75)] == pytest.approx([1.0, 0.5])
+    assert rates("poly", 0, 75, power=0.5) == pytest.approx([2.0, 1.0])
+    assert rates("constant", 0, 99, 500) == [2.0, 2.0, 2.0]
+    # Half a cosine: 1, then cos(60 degrees), cos(90 degrees), cos(180 degrees), each moved from -1..1 to 0..2.
+    assert rates("cosine", 0, 33, 50, 100, 150) == pytest.approx([2.0, 1.0 + np.cos(0.33 * np.pi), 1.0, 0.0, 0.0])
+    # Panoptic FPN: to a tenth at each of two steps.
+    expected = [2.0, 2.0, 0.2, 0.2, 0.02, 0.02]
+    assert rates("step", 0, 59, 60, 79, 80, 99, boundaries=(60, 80)) == pytest.approx(expected)
+    # The warm-up goes from a quarter to one, in thirds of the rest: 1/4 + 3/4 * n/3.
+    assert rates("constant", 0, 1, 2, 3, warmup_steps=3, warmup_start=0.25) == pytest.approx([1.0, 1.5, 2.0, 2.0])
+
+
+def test_a_schedule_computes_in_a_graph() -> None:
+    schedule = make_schedule("step", peak=1.0, steps=100, boundaries=(3,), decay_factor=0.5, warmup_steps=2)
+    rate = tf.function(schedule, jit_compile=True)
+    assert [float(rate(tf.constant(step, tf.int64))) for step in (0, 2, 3)] == [0.5, 1.0, 0.5]
+
+
+def test_boundaries_belong_to_steps() -> None:
+    with pytest.raises(ValueError, match="`boundaries` belong to the schedule `step`, which needs at least one"):
+        ScheduleConfig(name="step")
+    with pytest.raises(ValueError, match="`boundaries` belong to the schedule `step`"):
+        ScheduleConfig(name="poly", boundaries=(4,))
+    with pytest.raises(ValueError, match="must grow from one step to the next"):
+        ScheduleConfig(name="step", boundaries=(4, 4))
+    assert ScheduleConfig(name="step", boundaries=(4, 6)).boundaries == (4, 6)
 
 
 def test_weight_decay_leaves_normalisation_alone() -> None:
@@ -72,16 +105,23 @@ def test_optimizers() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match=r"Unknown optimizer 'adamw'\. Did you mean 'adam'\? Known: adam, sgd"):
         make_optimizer("adamw", learning_rate=0.1, momentum=0.5)
-    with pytest.raises(UserError, match=r"Unknown strategy 'mirror'\. Did you mean 'mirrored'\? Known: mirrored, one_"):
+    with pytest.raises(UserError, match=r"Unknown schedule 'cosin'\. Did you mean 'cosine'\? Known: constant, cosine"):
+        make_schedule("cosin", peak=1.0, steps=10)
+    with pytest.raises(
+        UserError, match=r"Unknown strategy 'mirror'\. Did you mean 'mirrored'\? Known: mirrored, multi"
+    ):
         make_strategy("mirror")
 
 
 def test_the_config_allows_what_there_is() -> None:
     assert set(get_args(OptimizerConfig.model_fields["name"].annotation)) == set(OPTIMIZERS)
+    assert set(get_args(ScheduleConfig.model_fields["name"].annotation)) == set(SCHEDULES)
     assert set(get_args(TrainerConfig.model_fields["strategy"].annotation)) == set(STRATEGIES)
 
 
-def step_of(*, clip_norm: float | None = None, weight_decay: float = 0.0) -> tuple[list[np.ndarray], float]:
+def step_of(
+    *, clip_norm: float | None = None, clip_value: float | None = None, weight_decay: float = 0.0
+) -> tuple[list[np.ndarray], float]:
     """How far one step of SGD, learning rate 1, moves the weights, and the norm of the gradient that it reports."""
     keras.utils.set_random_seed(4)
     system = OneConvolution(dataset_info=scenes_info(), channels=4).create_variables()
@@ -94,6 +134,7 @@ def step_of(*, clip_norm: float | None = None, weight_decay: float = 0.0) -> tup
         strategy=tf.distribute.get_strategy(),
         weight_decay=weight_decay,
         clip_norm=clip_norm,
+        clip_value=clip_value,
         after_step=lambda: None,
     )
     label = np.repeat([[0], [3000]], 8, axis=0) + np.zeros((1, 8), np.int32)
@@ -122,3 +163,64 @@ def test_weight_decay_counts_before_clipping() -> None:
     decayed, reported = step_of(weight_decay=10.0, clip_norm=0.5)
     assert reported > 2 * norm
     assert np.sqrt(sum(np.square(part).sum() for part in decayed)) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_clipping_by_value_cuts_each_element() -> None:
+    whole, _ = step_of()
+    limit = float(np.median(np.abs(whole[0])))
+    clipped, _ = step_of(clip_value=limit)
+    assert np.abs(whole[0]).max() > 2 * limit
+    for long, short in zip(whole, clipped, strict=True):
+        np.testing.assert_allclose(short, np.clip(long, -limit, limit), atol=1e-6)
+
+
+def one_convolution() -> OneConvolution:
+    keras.utils.set_random_seed(4)
+    return OneConvolution(dataset_info=scenes_info(), channels=4).create_variables()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_multipliers_scale_the_steps_of_a_part(name: str) -> None:
+    def moves(multipliers: dict[str, float]) -> dict[str, np.ndarray]:
+        system = one_convolution()
+        factors = learning_rate_multipliers(system, multipliers)
+        variables = system.trainable_variables
+        optimizer = make_optimizer(
+            name,
+            learning_rate=0.01,
+            momentum=0.9,
+            variables=variables,
+            multipliers=[factors[variable.path] for variable in variables],
+        )
+        before = {variable.path.partition("/")[2]: variable.numpy() for variable in variables}
+        for _ in range(2):
+            optimizer.apply_gradients([(tf.ones(variable.shape), variable) for variable in variables])
+        return {path: before[path] - variable.numpy() for path, variable in zip(before, variables, strict=True)}
+
+    plain = moves({})
+    # The longer name counts; "conv" is no part, though a name begins so.
+    scaled = moves({"convolution": 0.5, "convolution/bias": 3.0})
+    for path, factor in (("convolution/kernel", 0.5), ("convolution/bias", 3.0), ("logits/kernel", 1.0)):
+        np.testing.assert_allclose(scaled[path], factor * plain[path], rtol=1e-3)
+        assert np.abs(plain[path]).min() > 1e-3
+    message = (
+        r"Unknown part of the network in trainer.optimizer.multipliers 'conv'\. .*Known: convolution, logits, norm\."
+    )
+    with pytest.raises(UserError, match=message):
+        moves({"conv": 1.0})
+
+
+def test_a_frozen_part_keeps_weights_and_statistics() -> None:
+    system = one_convolution()
+    freeze(system, learning_rate_multipliers(system, {"norm": 0.0, "logits/bias": 0.0}))
+    assert [variable.path.partition("/")[2] for variable in system.trainable_variables] == [
+        "convolution/kernel",
+        "convolution/bias",
+        "logits/kernel",
+    ]
+    norm = system.stages[1]
+    norm.moving_mean.assign([1.0, 2.0, 3.0, 4.0])
+    features = np.random.default_rng(0).normal(size=(1, 5, 5, 4)).astype(np.float32)
+    expected = (features - [1.0, 2.0, 3.0, 4.0]) / np.sqrt(1 + norm.epsilon)
+    np.testing.assert_allclose(norm(features, training=True), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(norm.moving_mean, [1.0, 2.0, 3.0, 4.0])

@@ -1,5 +1,6 @@
 """The training loop: exact resuming, several devices, what it writes, and when it refuses or stops."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import keras
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.trainer.checkpoint import list_checkpoints
+from deeplab2_like.trainer.checkpoint import list_checkpoints, load_model_folder
 from deeplab2_like.trainer.train import Trainer, train
+from deeplab2_like.trainer.validation import Validation
 
 # Panoptic-DeepLab with few channels, for a few steps. Dropout has a state, which resuming must restore.
 SMALL = [
@@ -51,7 +54,7 @@ def test_resuming_is_exact(records: Path, tmp_path: Path, monkeypatch: pytest.Mo
     train(config, tmp_path / "straight")
 
     def fail_in_step_4(self: Trainer, iterator: Any) -> None:
-        if int(self._optimizer.iterations) == 3:
+        if int(self._step) == 3:
             raise PowerCut
         original(self, iterator)
 
@@ -66,7 +69,7 @@ def test_resuming_is_exact(records: Path, tmp_path: Path, monkeypatch: pytest.Mo
     straight, resumed = (variables_of(list_checkpoints(tmp_path / name)[-1]) for name in ("straight", "cut"))
     assert straight.keys() == resumed.keys()
     # Weights, running statistics, the optimiser's slots and step, the states of random generators.
-    for part in ("kernel", "gamma", "moving_variance", "optimizer", "iterations", "generators"):
+    for part in ("kernel", "gamma", "moving_variance", "optimizer", "iteration", "step", "generators"):
         assert any(part in name for name in straight), part
     different = [name for name in straight if not np.array_equal(straight[name], resumed[name])]
     assert different == []
@@ -164,10 +167,10 @@ def test_tensorboard_has_every_value(trained_folder: Path) -> None:
         event = tf.compat.v1.Event.FromString(record)
         for value in event.summary.value:
             steps.setdefault(value.tag, []).append(event.step)
-            assert np.isfinite(tf.make_ndarray(value.tensor))
-    # Six steps, every second one is logged.
-    expected = ("semantic", "loss", "learning_rate", "gradient_norm", "steps_per_second")
-    assert steps == {name: [2, 4, 6] for name in expected}
+            assert value.tag.startswith("pictures/") or np.isfinite(tf.make_ndarray(value.tensor))
+    # Six steps, every second one is logged; pictures of both validation images come with the first line.
+    expected = ("semantic", "loss", "learning_rate", "gradient_norm", "images_per_second", "waiting_for_data")
+    assert steps == {name: [2, 4, 6] for name in expected} | {f"pictures/{number}": [2] for number in range(2)}
 
 
 def test_a_finished_training_says_so(
@@ -231,9 +234,9 @@ def test_the_first_value_that_is_not_finite_stops(
     config = one_convolution_config(data={"path": str(records)}, steps=12, log_every=4)
     original = Trainer.replica_step
 
-    def spoilt_from_step_7(self: Trainer, batch: dict[str, Any]) -> dict[str, Any]:
+    def spoilt_from_step_7(self: Trainer, batch: dict[str, Any], is_last: bool) -> dict[str, Any]:
         """One value, and from step 8 on all: both steps are in the loop from 6 to 8."""
-        values = original(self, batch)
+        values = original(self, batch, is_last)
         values = {"semantic": values.pop("semantic"), "center": tf.constant(0.0), **values}
         step = self._optimizer.iterations.value
         return {key: tf.where(step >= (7 if key == name else 8), np.nan, value) for key, value in values.items()}
@@ -296,3 +299,224 @@ def test_records_without_examples(registered: None, records: Path, tmp_path: Pat
     with pytest.raises(UserError, match="hold no examples"):
         train(one_convolution_config(data={"path": str(tmp_path)}), tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def events_of(folder: Path) -> dict[str, dict[int, Any]]:
+    """TensorBoard's tags, and for each the values by step."""
+    found: dict[str, dict[int, Any]] = {}
+    for file in sorted(folder.iterdir()):
+        for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
+            event = tf.compat.v1.Event.FromString(record)
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = tf.make_ndarray(value.tensor)
+    return found
+
+
+def test_pictures_of_the_same_images(registered: None, records: Path, tmp_path: Path) -> None:
+    config = one_convolution_config(data={"path": str(records)}, steps=12, log_every=3, pictures_every=5)
+    train(config, tmp_path)
+    pictures = {tag: values for tag, values in events_of(tmp_path / "train").items() if tag.startswith("pictures/")}
+    # With the first line, and at multiples of five.
+    assert {tag: list(values) for tag, values in pictures.items()} == {f"pictures/{n}": [3, 5, 10] for n in range(2)}
+    width, height, *encoded = pictures["pictures/0"][10]
+    picture = tf.io.decode_png(encoded[0]).numpy()
+    assert picture.shape == (int(height), int(width), 3)
+    # Image and ground truth, in the left two thirds, stay; the prediction changes.
+    before = tf.io.decode_png(pictures["pictures/0"][3][2]).numpy()
+    third = picture.shape[1] // 3
+    np.testing.assert_array_equal(picture[:, : 2 * third - 8], before[:, : 2 * third - 8])
+    assert (picture[:, 2 * third :] != before[:, 2 * third :]).any()
+
+
+def test_without_validation_split_there_are_no_pictures(registered: None, records: Path, tmp_path: Path) -> None:
+    data = {"path": str(records), "val_split": "other"}
+    train(one_convolution_config(data=data, steps=2), tmp_path / "model")
+    assert not any(tag.startswith("pictures/") for tag in events_of(tmp_path / "model" / "train"))
+    message = r"has no split 'other'; .* Key trainer.evaluate_every needs it; leave that key out to do without"
+    with pytest.raises(UserError, match=message):
+        train(one_convolution_config(data=data, evaluate_every=2), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_evaluation_keeps_the_best(
+    registered: None,
+    records: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ema_decay: float | None,
+) -> None:
+    qualities = iter([20.0, 30.0, 10.0])
+    weights = []
+    traces = []
+    original = Validation.evaluate
+
+    def pretended(self: Validation) -> dict[str, Any]:
+        metrics = original(self)
+        assert metrics is not None
+        metrics["panoptic"]["all"]["pq"] = next(qualities)
+        with self.evaluated_weights():
+            weights.append([weight.numpy() for weight in self._system.weights])
+        traces.append(self.infer.experimental_get_tracing_count())
+        return metrics
+
+    monkeypatch.setattr(Validation, "evaluate", pretended)
+    config = one_convolution_config(
+        data={"path": str(records)}, steps=7, evaluate_every=3, checkpoint_every=5, ema_decay=ema_decay
+    )
+    plain = train(
+        config.model_copy(update={"trainer": config.trainer.model_copy(update={"evaluate_every": None})}),
+        tmp_path / "plain",
+    )
+    system = train(config, tmp_path / "model")
+    # At 3, 6, and at the end; nothing is traced again.
+    assert next(qualities, None) is None
+    assert traces == [1, 1, 1]
+    said = [line for line in capsys.readouterr().out.splitlines() if "PQ" in line]
+    assert said == [
+        "step 3/7  PQ 20.00 on split 'val', the best so far",
+        "step 6/7  PQ 30.00 on split 'val', the best so far",
+        "step 7/7  PQ 10.00 on split 'val'",
+    ]
+    _, best, step = load_model_folder(tmp_path / "model", checkpoint="best")
+    assert step == 6
+    for weight, expected in zip(best.weights, weights[1], strict=True):
+        np.testing.assert_array_equal(weight, expected)
+    assert {tuple(values) for values in events_of(tmp_path / "model" / "val").values()} == {(3, 6, 7)}
+    # Looking changes nothing; what is returned is what is evaluated last, and what is loaded.
+    _, last, step = load_model_folder(tmp_path / "model")
+    assert step == 7
+    for one, other, evaluated, loaded in zip(system.weights, plain.weights, weights[2], last.weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one, evaluated)
+        np.testing.assert_array_equal(one, loaded)
+
+
+def test_a_profile_is_recorded(registered: None, records: Path, tmp_path: Path) -> None:
+    train(one_convolution_config(data={"path": str(records)}), tmp_path, profile=2)
+    assert list((tmp_path / "train" / "plugins" / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+def test_everything_at_once_resumes_exactly(registered: None, records: Path, tmp_path: Path, precision: str) -> None:
+    def settings(steps: int) -> Any:
+        return one_convolution_config(
+            data={"path": str(records)},
+            steps=steps,
+            accumulate_steps=2,
+            ema_decay=0.8,
+            precision=precision,
+            schedule={"name": "step", "boundaries": [4], "warmup_steps": 3, "warmup_start": 0.1},
+            optimizer={"name": "sgd", "multipliers": {"convolution": 0.5, "norm": 0}, "weight_decay": 1e-4},
+        )
+
+    train(settings(6), tmp_path / "straight")
+    train(settings(3), tmp_path / "cut")
+    train(settings(6), tmp_path / "cut")
+    straight, resumed = (variables_of(list_checkpoints(tmp_path / name)[-1]) for name in ("straight", "cut"))
+    different = [name for name in straight if not np.array_equal(straight[name], resumed[name])]
+    assert [name for name in different if "save_counter" not in name] == []
+    assert any("loss_scale" in name for name in straight) == (precision == "mixed_float16")
+
+
+def test_out_of_memory_says_what_to_reduce(
+    registered: None, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Trainer, iterator: Any) -> None:
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    message = (
+        r"^Out of memory with trainer.batch_size 2 and data.crop_size 16x24; lower trainer.batch_size .*"
+        r"trainer.accumulate_steps.*lower data.crop_size, set trainer.precision=mixed_bfloat16"
+    )
+    with pytest.raises(UserError, match=message):
+        train(one_convolution_config(data={"path": str(records)}), tmp_path)
+
+
+def test_a_full_disk_is_no_lack_of_memory(
+    registered: None, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Trainer, iterator: Any) -> None:
+        raise tf.errors.ResourceExhaustedError(None, None, "/somewhere/ckpt-4; No space left on device")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    with pytest.raises(UserError, match=r"^Cannot write '.*' \(No space left on device\); choose a folder that can"):
+        train(one_convolution_config(data={"path": str(records)}), tmp_path)
+
+
+def test_the_batch_of_a_loss_that_is_not_finite_is_saved(
+    registered: None, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = Trainer.replica_step
+
+    def spoilt(self: Trainer, batch: dict[str, Any], is_last: bool) -> dict[str, Any]:
+        tf.py_function(lambda image: seen.append(image.numpy()), [batch["image"]], [])
+        values = original(self, batch, is_last)
+        return {**values, "semantic": tf.where(self._optimizer.iterations.value >= 3, np.nan, values["semantic"])}
+
+    monkeypatch.setattr(Trainer, "replica_step", spoilt)
+    config = one_convolution_config(data={"path": str(records)}, accumulate_steps=2)
+    with pytest.raises(UserError, match=r"Loss 'semantic' is not finite in step 3 .* targets are in '.*step_3'\.$"):
+        train(config, tmp_path)
+    folder = tmp_path / "non_finite_step_3"
+    # The fifth and the sixth batch of two.
+    images = [cv2.imread(str(path))[..., ::-1] for path in sorted(folder.glob("*.png"))]
+    np.testing.assert_array_equal(images, np.concatenate(seen[4:6]))
+    targets = np.load(folder / "targets.npz")
+    assert set(targets) == {"panoptic", "classes", "weight"}
+    np.testing.assert_array_equal(targets["panoptic"] // 1000, targets["classes"])
+    assert targets["classes"].shape == (4, 16, 24)
+
+
+def test_starting_from_another_training(
+    trained_folder: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Another number of classes: the last layer does not fit.
+    for path in records.iterdir():
+        shutil.copy(path, tmp_path)
+    info = DatasetInfo.load(records)
+    extra = dataclasses.replace(info.categories[-1], id=99, name="more")
+    dataclasses.replace(info, categories=(*info.categories, extra)).save(tmp_path)
+    config = one_convolution_config(data={"path": str(tmp_path)}, learning_rate=1e-30, steps=1)
+    capsys.readouterr()
+    system = train(config, tmp_path / "tuned", init_from=trained_folder)
+    classes = info.num_classes
+    out = capsys.readouterr().out.splitlines()
+    assert out[:4] == [
+        f"Started from '{trained_folder}/checkpoints/ckpt-6': 6 of 8 weights fit.",
+        "Left out: 2",
+        f"  one_convolution/logits/bias ({classes}, here {classes + 1})",
+        f"  one_convolution/logits/kernel (1x1x4x{classes}, here 1x1x4x{classes + 1})",
+    ]
+    _, source, _ = load_model_folder(trained_folder)
+    same = [
+        weight.path
+        for weight, origin in zip(system.weights, source.weights, strict=True)
+        if weight.shape == origin.shape and "moving" not in weight.path and np.array_equal(weight, origin)
+    ]
+    assert len(same) == 4
+
+    train(
+        config.model_copy(update={"trainer": config.trainer.model_copy(update={"steps": 2})}),
+        tmp_path / "tuned",
+        init_from=trained_folder,
+    )
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"Resuming from step 1 of '{tmp_path / 'tuned'}'; '{trained_folder}' is not used."
+
+
+def test_starting_from_what_does_not_fit(trained_folder: Path, records: Path, tmp_path: Path) -> None:
+    config = one_convolution_config(data={"path": str(records)}, model={"channels": 5})
+    with pytest.raises(UserError, match=r"'.*nowhere' to start from is neither a model folder nor a checkpoint"):
+        train(config, tmp_path, init_from=tmp_path / "nowhere")
+    # A checkpoint by its path: of the network only the bias of the logits is of the same shape.
+    train(config, tmp_path / "some", init_from=list_checkpoints(trained_folder)[0])
+
+
+def test_freezing_everything_is_refused(registered: None, records: Path, tmp_path: Path) -> None:
+    everything = {"convolution": 0, "norm": 0, "logits": 0}
+    with pytest.raises(UserError, match="multipliers freezes the whole network; leave a part to train"):
+        train(one_convolution_config(data={"path": str(records)}, optimizer={"multipliers": everything}), tmp_path)

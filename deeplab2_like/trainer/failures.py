@@ -1,0 +1,67 @@
+"""What a user is told, and given to look at, when a training cannot go on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deeplab2_like.errors import UserError
+from deeplab2_like.files import beside, cannot_write, write_png
+from deeplab2_like.trainer.trainer import NonFiniteError
+
+_VALUES = {"loss": "The sum of the losses", "gradient_norm": "The gradient"}
+
+
+def non_finite(error: NonFiniteError, batch: Mapping[str, Any], folder: Path | None) -> UserError:
+    """Saves the batch of a step whose loss is not finite, and builds the error.
+
+    Args:
+        error: What the trainer raised.
+        batch: The step's images, `image` uint8 [B, H, W, 3], their `image_id`, and `targets`.
+        folder: Where to save: the images as PNG files, labels and targets as `targets.npz`. None saves nothing.
+    """
+    names = [name.decode() for name in batch["image_id"].numpy()]
+    what = _VALUES.get(error.value, f"Loss '{error.value}'")
+    image_ids = ", ".join(f"'{name}'" for name in names)
+    return UserError(
+        f"{what} is not finite in step {error.step} on images {image_ids}; lower trainer.learning_rate, raise "
+        "trainer.schedule.warmup_steps or set trainer.optimizer.clip_norm, and resume from the last checkpoint."
+        f"{'' if folder is None else ' ' + _save_batch(batch, names, folder)}"
+    )
+
+
+def _save_batch(batch: Mapping[str, Any], names: list[str], folder: Path) -> str:
+    """Returns a sentence that says where the batch is."""
+    try:
+        for number, (name, image) in enumerate(zip(names, batch["image"].numpy(), strict=True)):
+            write_png(folder / f"{number}_{Path(name).stem}.png", image)
+        path = folder / "targets.npz"
+        hidden = beside(path)
+        with hidden.open("wb") as file:
+            np.savez_compressed(file, **{name: value.numpy() for name, value in batch["targets"].items()})
+        hidden.replace(path)
+    except OSError as error:
+        return f"The batch cannot be saved: {cannot_write(folder, error)}"
+    except UserError as error:
+        return f"The batch cannot be saved: {error}"
+    return f"Its images, labels and targets are in '{folder}'."
+
+
+def out_of_memory(*, batch_size: int, crop_size: tuple[int, int], precision: str) -> UserError:
+    """Builds the error for a training that does not fit into memory, with what to change."""
+    height, width = crop_size
+    wise = "" if precision != "float32" else ", set trainer.precision=mixed_bfloat16"
+    return UserError(
+        f"Out of memory with trainer.batch_size {batch_size} and data.crop_size {height}x{width}; lower "
+        "trainer.batch_size (and raise trainer.accumulate_steps as much, to keep the images per step), lower "
+        f"data.crop_size{wise}, or spread the batch over more devices."
+    )
+
+
+def lost_worker() -> UserError:
+    """Builds the error for a training of several workers of which one has gone."""
+    return UserError(
+        "Another worker has gone, or cannot be reached; start all workers again with the same commands, and they "
+        "resume from the newest checkpoint."
+    )

@@ -1,0 +1,280 @@
+"""One training step, for any system and any `tf.distribute` strategy, and what is known about the steps of a loop."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import orbit
+import tensorflow as tf
+
+from deeplab2_like.model import PanopticSystem
+from deeplab2_like.trainer.average import WeightAverage
+from deeplab2_like.trainer.optimizer import add_weight_decay
+
+
+class NonFiniteError(Exception):
+    """A loss or a gradient is not finite.
+
+    Attributes:
+        value: Its name: that of a loss, or `loss` for the sum, or `gradient_norm`.
+        step: The training step, counted from 1.
+    """
+
+    def __init__(self, value: str, step: int) -> None:
+        super().__init__(f"{value} is not finite in step {step}")
+        self.value = value
+        self.step = step
+
+
+class Trainer(orbit.StandardTrainer):
+    """One optimiser step for Orbit's loop.
+
+    Args:
+        dataset: Distributed batches of `pipeline.make_train_dataset`, of images and targets.
+        system: The system to train.
+        optimizer: Its optimiser, built, of `make_optimizer`.
+        strategy: The distribution strategy of both.
+        weight_decay: Factor of the L2 penalty.
+        clip_norm: Largest global norm of the gradient, or None.
+        clip_value: Largest absolute value of an element of the gradient, after `clip_norm`, or None.
+        accumulate_steps: Batches whose gradients are averaged for one optimiser step. Each batch divides its losses by
+            its own normalizers, so this equals one large batch where these are the same in all of them.
+        average: What takes in the weights after each step, or None.
+        step: Counts the steps, also those that a scaled loss leaves out; int64 scalar.
+        images_per_step: Images of a step over all devices, to report the speed.
+        after_step: Called after every step.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        system: PanopticSystem,
+        optimizer: keras.optimizers.Optimizer,
+        strategy: tf.distribute.Strategy,
+        weight_decay: float,
+        clip_norm: float | None,
+        after_step: Callable[[], None],
+        clip_value: float | None = None,
+        accumulate_steps: int = 1,
+        average: WeightAverage | None = None,
+        step: tf.Variable | None = None,
+        images_per_step: int = 0,
+    ) -> None:
+        super().__init__(dataset, orbit.StandardTrainerOptions(use_tf_while_loop=False, use_tf_function=False))
+        self._system = system
+        self._optimizer = optimizer
+        self._strategy = strategy
+        self._weight_decay = weight_decay
+        self._clip_norm = clip_norm
+        self._clip_value = clip_value
+        self._accumulate_steps = accumulate_steps
+        self._average = average
+        self._step = make_step_counter() if step is None else step
+        self._images_per_step = images_per_step
+        self._after_step = after_step
+        self._compiled_step = tf.function(self._distributed_step)
+        self._scales_loss = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        self._sums: list[tf.Variable] = []
+        if accumulate_steps > 1:
+            with strategy.scope():
+                self._sums = [self._make_sum(variable) for variable in system.trainable_variables]
+        self._values: list[list[dict[str, tf.Tensor]]] = []
+        self._clock = _Clock()
+
+    @property
+    def traces(self) -> int:
+        """How often the step was traced: once, or twice if gradients are accumulated, and never again."""
+        return int(self._compiled_step.experimental_get_tracing_count())
+
+    def train_loop_begin(self) -> None:
+        """Forgets the steps of the last loop."""
+        self._values = []
+        self._clock.start()
+
+    def train_step(self, iterator: Iterator[Any]) -> None:
+        """Takes the next batch, or batches, and updates the variables."""
+        values = []
+        for batch_number in range(self._accumulate_steps):
+            with self._clock.waiting():
+                batch = next(iterator)
+            values.append(self._compiled_step(batch, is_last=batch_number == self._accumulate_steps - 1))
+        if self._average is not None:
+            self._average.update(self._step)
+        self._step.assign_add(1)
+        self._values.append(values)
+        self._clock.count(lambda: [float(value) for value in values[-1].values()])
+        self._after_step()
+
+    def train_loop_end(self) -> dict[str, float]:
+        """Returns the means over the loop's steps, for the log and TensorBoard.
+
+        Raises:
+            NonFiniteError: If a loss or the gradient of any step is not finite; nothing was saved since. With a scaled
+                loss a gradient that overflows only leaves out its step.
+        """
+        steps = [
+            {
+                name: float(np.mean([float(values[name]) for values in batches if name in values]))
+                for name in batches[-1]
+            }
+            for batches in self._values
+        ]
+        skipped = 0
+        # The earliest step is the cause: its update spoils the weights, and with them all terms of the steps after it.
+        for position, step in enumerate(steps):
+            for name, value in step.items():
+                if np.isfinite(value):
+                    continue
+                if name == "gradient_norm" and step.get("loss_scale", 1.0) > 1.0:
+                    skipped += 1
+                else:
+                    raise NonFiniteError(name, int(self._step.numpy()) - len(steps) + position + 1)
+        means = {name: _mean_of_finite([step[name] for step in steps]) for name in steps[0]}
+        return {
+            **means,
+            **({"skipped_steps": float(skipped)} if self._scales_loss else {}),
+            "learning_rate": float(self._optimizer.learning_rate),
+            **self._clock.report(self._images_per_step),
+        }
+
+    def _distributed_step(self, batch: Mapping[str, Any], is_last: bool) -> dict[str, tf.Tensor]:
+        per_replica = self._strategy.run(self.replica_step, args=(batch,), kwargs={"is_last": is_last})
+        return {name: self._strategy.reduce("SUM", value, axis=None) for name, value in per_replica.items()}
+
+    def replica_step(self, batch: Mapping[str, Any], is_last: bool = True) -> dict[str, tf.Tensor]:
+        """One batch on this replica.
+
+        Args:
+            batch: This replica's share of the batch.
+            is_last: Whether it is the last one of an optimiser step.
+
+        Returns:
+            What the strategy sums over replicas to each loss, their sum, and, of the last batch, the norm of the
+            gradient.
+        """
+        gradients, shares = self._gradients(batch)
+        if self._accumulate_steps > 1:
+            gradients = [gradient / self._accumulate_steps for gradient in gradients]
+            if not is_last:
+                for total, gradient in zip(self._sums, gradients, strict=True):
+                    total.assign_add(gradient)
+                return shares
+            gradients = [gradient + total for total, gradient in zip(self._sums, gradients, strict=True)]
+            for total in self._sums:
+                total.assign(tf.zeros_like(total))
+        return {**shares, **self._apply(gradients)}
+
+    def _gradients(self, batch: Mapping[str, Any]) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
+        """Returns this replica's share of the gradients, and of each loss and their sum."""
+        context = tf.distribute.get_replica_context()
+        with tf.GradientTape() as tape:
+            outputs = self._system(batch["image"], targets=batch["targets"], training=True)
+            losses = self._system.compute_losses(batch["targets"], outputs)
+            # Divided by what all replicas count together, so that the sum over replicas is the loss of the whole batch.
+            counts = context.all_reduce("SUM", [loss.normalizer for loss in losses.values()])
+            shares = {
+                name: self._system.loss_weights[name] * tf.math.divide_no_nan(loss.total, count)
+                for (name, loss), count in zip(losses.items(), counts, strict=True)
+            }
+            total = tf.add_n(list(shares.values()))
+            scaled = total * self._loss_scale()
+        gradients = tape.gradient(scaled, [variable.value for variable in self._system.trainable_variables])
+        if self._scales_loss:
+            gradients = [gradient / self._loss_scale() for gradient in gradients]
+        # The terms come first, so that a term is named rather than the sum.
+        return gradients, {**shares, "loss": total}
+
+    def _apply(self, gradients: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Sums gradients over replicas and updates the variables; returns what there is to report."""
+        context = tf.distribute.get_replica_context()
+        variables = self._system.trainable_variables
+        replicas = self._strategy.num_replicas_in_sync
+        gradients = context.all_reduce("SUM", gradients)
+        if self._weight_decay:
+            gradients = add_weight_decay(gradients, variables, self._weight_decay)
+        norm = tf.linalg.global_norm(gradients)
+        report = {"gradient_norm": norm / replicas}
+        if self._clip_norm is not None:
+            gradients, _ = tf.clip_by_global_norm(gradients, self._clip_norm, use_norm=norm)
+        if self._clip_value is not None:
+            gradients = [tf.clip_by_value(gradient, -self._clip_value, self._clip_value) for gradient in gradients]
+        if self._scales_loss:
+            scale = self._loss_scale()
+            report["loss_scale"] = scale / replicas
+            # The optimiser divides by the scale, and must see an overflow that clipping may have hidden.
+            scale = tf.where(tf.math.is_finite(norm), scale, np.nan)
+            gradients = [gradient * scale for gradient in gradients]
+        self._optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return report
+
+    def _loss_scale(self) -> Any:
+        return tf.convert_to_tensor(self._optimizer.dynamic_scale.value) if self._scales_loss else 1.0
+
+    def _make_sum(self, variable: keras.Variable) -> tf.Variable:
+        # Each replica adds up its own gradients; only the sum is exchanged.
+        return tf.Variable(
+            tf.zeros(variable.shape, variable.dtype),
+            trainable=False,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.SUM,
+        )
+
+
+def make_step_counter() -> tf.Variable:
+    """The number of training steps done, int64 scalar."""
+    with tf.device("CPU:0"):
+        return tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
+
+
+def _mean_of_finite(values: Sequence[float]) -> float:
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else 0.0
+
+
+class _Clock:
+    """Speed, and the share of the time that went by while there was no batch.
+
+    Where devices compute while the program goes on, some of that waiting hurts nobody: the share is an upper bound.
+    The very first step is left out, as it compiles.
+    """
+
+    def __init__(self) -> None:
+        self._is_first = True
+        self.start()
+
+    def start(self) -> None:
+        """Begins a loop."""
+        self._started = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+
+    def waiting(self) -> "_Clock":
+        """A context in which the time is waiting time."""
+        return self
+
+    def __enter__(self) -> None:
+        self._wait_started = time.perf_counter()
+
+    def __exit__(self, *details: object) -> None:
+        self._waited += time.perf_counter() - self._wait_started
+
+    def count(self, wait_for_devices: Callable[[], Any]) -> None:
+        """Ends a step."""
+        self._steps += 1
+        if self._is_first:
+            wait_for_devices()
+            self._is_first = False
+            self.start()
+
+    def report(self, images_per_step: int) -> dict[str, float]:
+        """Returns the loop's speed; nothing where only the first step was done."""
+        seconds = time.perf_counter() - self._started
+        if not self._steps or not images_per_step:
+            return {}
+        return {
+            "images_per_second": self._steps * images_per_step / seconds,
+            "waiting_for_data": self._waited / seconds,
+        }
