@@ -1,0 +1,105 @@
+"""Instance masks: targets of the mask head read from the map of instances, and predictions pasted into the image."""
+
+from typing import Any
+
+from keras import ops
+
+from deeplab2_like.model.boxes import take_rows
+from deeplab2_like.model.detection.roi_pooling import axis_samples
+from deeplab2_like.model.layers import Tensor
+
+
+def mask_targets(
+    instance_map: Tensor,
+    boxes: Tensor,
+    row: Tensor,
+    *,
+    output_size: int = 28,
+    sampling_ratio: int = 2,
+    max_sampling_ratio: int = 8,
+) -> Tensor:
+    """What the mask head shall predict: which bins of a box its instance fills by half or more.
+
+    This is RoIAlign of the instance's own bit mask, without ever making that mask: the pixels around each sample are
+    compared with the instance's row.
+
+    Args:
+        instance_map: int32 [B, H, W] of `instance_targets`.
+        boxes: float32 [B, R, 4].
+        row: int32 [B, R], the instance of each box, its row in the table.
+        output_size: Bins along each axis, P.
+        sampling_ratio: As for `roi_align`, in image pixels.
+        max_sampling_ratio: As for `roi_align`.
+
+    Returns:
+        bool [B, R, P, P].
+    """
+    batch, height, width = ops.shape(instance_map)
+    flat = ops.reshape(instance_map, (batch, height * width))
+
+    def axis(first: int, size: Any) -> tuple[Tensor, Tensor, Tensor]:
+        sizes = ops.full_like(row, size)
+        return axis_samples(
+            boxes[..., first], boxes[..., first + 2], sizes, output_size, sampling_ratio, max_sampling_ratio
+        )
+
+    # Coordinates int32 and weights float32, each [B, R, P, G]; the second weight belongs to the next coordinate.
+    y, y_weight, y_next = axis(0, height)
+    x, x_weight, x_next = axis(1, width)
+    samples = y.shape[-1]
+    grid = output_size * samples
+    rois = ops.shape(boxes)[1]
+
+    def line(values: Tensor) -> Tensor:
+        return ops.reshape(values, (batch, rois, grid))  # [B, R, P * G]
+
+    total = ops.zeros((batch, rois, grid, grid), "float32")
+    for y_step, y_share in ((0, y_weight), (1, y_next)):
+        for x_step, x_share in ((0, x_weight), (1, x_next)):
+            rows = ops.minimum(line(y) + y_step, height - 1)
+            columns = ops.minimum(line(x) + x_step, width - 1)
+            index = rows[..., :, None] * width + columns[..., None, :]  # [B, R, P * G, P * G]
+            index = ops.reshape(index, (batch, rois * grid * grid))
+            found = ops.reshape(take_rows(flat, index), (batch, rois, grid, grid))
+            inside = ops.cast(found == row[..., None, None] + 1, "float32")
+            total = total + inside * line(y_share)[..., :, None] * line(x_share)[..., None, :]
+    total = ops.reshape(total, (batch, rois, output_size, samples, output_size, samples))
+    return ops.sum(total, axis=(3, 5)) >= 0.5
+
+
+def paste_weights(start: Tensor, end: Tensor, *, bins: int, size: Any) -> Tensor:
+    """The matrix that interpolates a mask along one axis, from its bins to the pixels of the image.
+
+    Args:
+        start: float32 [B, N], where the boxes start along the axis, in image pixels.
+        end: float32 [B, N], where they end.
+        bins: Values of a mask along the axis, P.
+        size: Pixels of the image along the axis, S.
+
+    Returns:
+        float32 [B, N, S, P]. The centre of each pixel reads the two nearest bins, with zeros beyond the outer ones.
+    """
+    pixel = ops.cast(ops.arange(size), "float32") + 0.5
+    length = ops.maximum(end - start, 1e-6)[..., None]
+    position = (pixel - start[..., None]) / length * bins - 0.5  # [B, N, S]
+    return ops.maximum(1.0 - ops.abs(position[..., None] - ops.arange(bins, dtype="float32")), 0.0)
+
+
+def paste_masks(probabilities: Tensor, boxes: Tensor, height: Any, width: Any, *, threshold: float = 0.5) -> Tensor:
+    """Puts predicted masks into the image.
+
+    Args:
+        probabilities: float32 [B, N, P, P].
+        boxes: float32 [B, N, 4] in pixels of that image. An empty box gives an empty mask.
+        height: Height of the image, int or int32 scalar.
+        width: Its width.
+        threshold: Probability from which a pixel belongs to the mask.
+
+    Returns:
+        bool [B, N, H, W].
+    """
+    bins = probabilities.shape[-1]
+    rows = paste_weights(boxes[..., 0], boxes[..., 2], bins=bins, size=height)  # [B, N, H, P]
+    columns = paste_weights(boxes[..., 1], boxes[..., 3], bins=bins, size=width)  # [B, N, W, P]
+    lines = ops.matmul(rows, ops.cast(probabilities, "float32"))  # [B, N, H, P]
+    return ops.matmul(lines, ops.transpose(columns, (0, 1, 3, 2))) >= threshold

@@ -1,0 +1,155 @@
+"""Which boxes teach what: matching with the ground truth, crowds, and seeded random sampling, in static shapes."""
+
+from keras import ops
+
+from deeplab2_like.model.boxes import pairwise_iou, take_rows
+from deeplab2_like.model.layers import Tensor
+
+# Pairs of boxes that are compared at once: a table of all anchors and instances would take hundreds of megabytes.
+_PAIRS_AT_ONCE = 2**20
+# Anchors that lie alike around an instance have the same overlap up to rounding.
+_TIE = 1e-6
+
+
+def match_boxes(boxes: Tensor, truth: Tensor, truth_valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the instance that each box overlaps most.
+
+    Args:
+        boxes: float32 [B or 1, N, 4], anchors or proposals.
+        truth: float32 [B, M, 4], boxes of the instances.
+        truth_valid: bool [B, M].
+
+    Returns:
+        `iou`: float32 [B, N], with the best instance, 0 if there is none.
+        `row`: int32 [B, N], the row of that instance, the first of equals.
+        `is_best`: bool [B, N], whether no box overlaps some instance more than this one does. Only boxes that overlap
+        it at all count.
+    """
+    batch, num_truth = ops.shape(truth)[0], truth.shape[1]
+    num_boxes = ops.shape(boxes)[1]
+    # An empty box far away overlaps nothing.
+    truth = ops.where(truth_valid[..., None], truth, -1.0)
+    at_once = min(num_truth, max(1, _PAIRS_AT_ONCE // (boxes.shape[1] or _PAIRS_AT_ONCE // 8)))
+    num_steps = -(-num_truth // at_once)
+    truth = ops.pad(truth, [[0, 0], [0, num_steps * at_once - num_truth], [0, 0]], constant_values=-1.0)
+    used = ops.max(ops.where(truth_valid, ops.arange(1, num_truth + 1), 0))
+
+    def step(start: Tensor, iou: Tensor, row: Tensor, is_best: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        part = ops.slice(truth, (0, start, 0), (batch, at_once, 4))
+        pairs = pairwise_iou(part, boxes)  # [B, at_once, N]
+        part_iou = ops.max(pairs, axis=1)
+        part_row = ops.cast(ops.argmax(pairs, axis=1), "int32") + start
+        best = ops.max(pairs, axis=2, keepdims=True)  # [B, at_once, 1]
+        ties = ops.any((pairs > best - _TIE) & (best > 0), axis=1)
+        return start + at_once, ops.maximum(iou, part_iou), ops.where(part_iou > iou, part_row, row), is_best | ties
+
+    start = (
+        ops.zeros((), "int32"),
+        ops.zeros((batch, num_boxes), "float32"),
+        ops.zeros((batch, num_boxes), "int32"),
+        ops.zeros((batch, num_boxes), "bool"),
+    )
+    _, iou, row, is_best = ops.while_loop(lambda begin, *_: begin < used, step, start, maximum_iterations=num_steps)
+    return iou, row, is_best
+
+
+def crowd_share(boxes: Tensor, instance_map: Tensor) -> Tensor:
+    """How much of each box is crowd, counted in pixels through sums over rectangles.
+
+    A crowd region of a panoptic map may be scattered over the image, so its bounding box would say little.
+
+    Args:
+        boxes: float32 [B or 1, N, 4].
+        instance_map: int32 [B, H, W] of `instance_targets`, -1 on crowd.
+
+    Returns:
+        float32 [B, N], 0..1, of the part of the box (rounded to whole pixels) inside the map; 0 if nothing is inside.
+    """
+    batch, height, width = ops.shape(instance_map)
+    is_crowd = ops.cast(instance_map < 0, "int32")
+    sums = ops.cumsum(ops.cumsum(is_crowd, axis=1), axis=2)
+    sums = ops.pad(sums, [[0, 0], [1, 0], [1, 0]])  # [B, H + 1, W + 1], of all pixels before
+    sums = ops.reshape(sums, (batch, (height + 1) * (width + 1)))
+
+    corners = ops.cast(ops.round(boxes), "int32")
+    y_min, y_max = (ops.clip(corners[..., k], 0, height) for k in (0, 2))
+    x_min, x_max = (ops.clip(corners[..., k], 0, width) for k in (1, 3))
+    area = (y_max - y_min) * (x_max - x_min)
+
+    def before(y: Tensor, x: Tensor) -> Tensor:
+        index = y * (width + 1) + x
+        return take_rows(sums, ops.broadcast_to(index, (batch, ops.shape(index)[1])))
+
+    count = before(y_max, x_max) - before(y_min, x_max) - before(y_max, x_min) + before(y_min, x_min)
+    return ops.cast(count, "float32") / ops.cast(ops.maximum(area, 1), "float32")
+
+
+def random_uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Random numbers that depend on the seed and the position alone, the same on every backend.
+
+    `keras.random` takes seeds as numbers or generators only, not as the tensors that a training step passes on. This
+    is the finalizer of the MurmurHash3 function, with the seed mixed in twice.
+
+    Args:
+        seed: int32 or uint32 [2].
+        shape: Sizes, known or not.
+
+    Returns:
+        float32 of that shape, at least 0 and below 1.
+    """
+    number = 1
+    for size in shape:
+        number = number * size
+    seed = ops.cast(seed, "int32")
+
+    def mix(x: Tensor) -> Tensor:
+        # Multiplication wraps around; the mask makes the shift of a negative number one that fills up with zeros.
+        for shift, factor in ((16, -2048144789), (13, -1028477387), (16, 1)):
+            x = ops.bitwise_xor(x, ops.bitwise_and(ops.right_shift(x, shift), 2 ** (32 - shift) - 1)) * factor
+        return x
+
+    bits = mix(mix(ops.arange(number, dtype="int32") + mix(seed[0])) + mix(seed[1] + 1))
+    bits = ops.bitwise_and(ops.right_shift(bits, 8), 2**24 - 1)
+    return ops.reshape(ops.cast(bits, "float32") / 2.0**24, shape)
+
+
+def sample_balanced(
+    positive: Tensor, negative: Tensor, *, number: int, max_positive: int, seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws positives and negatives at random.
+
+    Negatives fill up where positives are few; positives never take more than their share.
+
+    Args:
+        positive: bool [B, N].
+        negative: bool [B, N], disjoint from `positive`.
+        number: How many are drawn per image.
+        max_positive: How many of them may be positive.
+        seed: int32 [2].
+
+    Returns:
+        `index`: int32 [B, number]; the drawn positives come first, so they are within the first `max_positive`.
+        `is_positive`: bool [B, number].
+        `valid`: bool [B, number]; False where there was nothing left to draw.
+    """
+    order = random_uniform(seed, tuple(ops.shape(positive)[:2]))
+    positive_key, positive_index = top_k_padded(ops.where(positive, order + 2.0, -1.0), max_positive, fill=-1.0)
+    negative_key, negative_index = top_k_padded(ops.where(negative, order, -1.0), number, fill=-1.0)
+    key, place = ops.top_k(ops.concatenate([positive_key, negative_key], axis=1), number)
+    index = take_rows(ops.concatenate([positive_index, negative_index], axis=1), place)
+    return index, key >= 2.0, key >= 0.0
+
+
+def top_k_padded(scores: Tensor, k: int, *, fill: float) -> tuple[Tensor, Tensor]:
+    """Like `ops.top_k` along the last axis of [B, N], also where N is below k or unknown.
+
+    Returns:
+        Scores [B, k], `fill` where there are too few; int32 [B, k] indices, 0 there.
+    """
+    if scores.shape[1] is None or scores.shape[1] < k:
+        size = ops.shape(scores)[1]
+        scores = ops.pad(scores, [[0, 0], [0, k if scores.shape[1] is None else k - size]], constant_values=fill)
+        values, index = ops.top_k(scores, k)
+        return values, ops.where(index < size, index, 0)
+    values, index = ops.top_k(scores, k)
+    return values, ops.cast(index, "int32")

@@ -1,0 +1,259 @@
+"""RoIAlign (He et al. 2017) over a feature pyramid, in static shapes.
+
+The levels are put together in one table of feature pixels, so that all boxes are treated alike, whatever their level.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from keras import ops
+
+from deeplab2_like.model.boxes import box_area
+from deeplab2_like.model.layers import Tensor, stage
+
+# A box of this side belongs to level 4 (Lin et al. 2017, section 4.2).
+_CANONICAL_SIDE = 224.0
+_CANONICAL_LEVEL = 4
+# Feature values per image that the adaptive variant reads at once, 64 MB of float32.
+_VALUES_AT_ONCE = 2**24
+
+
+def roi_align(
+    pyramid: Mapping[str, Tensor],
+    strides: Mapping[str, int],
+    boxes: Tensor,
+    *,
+    output_size: int,
+    sampling_ratio: int = 2,
+    max_sampling_ratio: int = 8,
+) -> Tensor:
+    """Averages features over the bins of each box, on the level that suits its size.
+
+    Coordinates are aligned: the centre of feature pixel 0 lies at `stride / 2`. A sample more than one feature pixel
+    outside of the map is zero; nearer ones take the border. The gradient of a fixed number of samples holds
+    `(2 * sampling_ratio * P) ** 2` feature vectors per box for a moment: 400 MB for 512 boxes, 7 bins, 256 channels.
+
+    Args:
+        pyramid: float [B, h, w, C] per level, fine to coarse, strides doubling.
+        strides: Image pixels per feature pixel, for at least the levels of `pyramid`.
+        boxes: float32 [B, R, 4] in image pixels, without gradient. Unused rows may hold anything finite.
+        output_size: Bins along each axis, P.
+        sampling_ratio: Samples per bin and axis. 0 takes one per feature pixel that the bin spans, rounded up, as
+            Detectron2 does by default.
+        max_sampling_ratio: Limit of that number where it depends on the box: results are exact for boxes of up to
+            `output_size * max_sampling_ratio` feature pixels on their level; of longer ones that many pixels are read,
+            evenly spread. Time grows with its square.
+
+    Returns:
+        float [B, R, P, P, C] in the type of the features.
+    """
+    boxes = ops.stop_gradient(boxes)
+    table, height, width, base, scale = _locate(pyramid, strides, boxes)
+    place = (table, height, width, base)
+    ends = (boxes[..., :2] * scale[..., None], boxes[..., 2:] * scale[..., None])
+    if sampling_ratio:
+        return _pool_samples(*place, *ends, bins=output_size, samples=sampling_ratio)
+    return _pool_pixels(*place, *ends, bins=output_size, limit=max_sampling_ratio)
+
+
+@stage
+def _pool_samples(
+    table: Tensor, height: Tensor, width: Tensor, base: Tensor, start: Tensor, end: Tensor, *, bins: int, samples: int
+) -> Tensor:
+    """RoIAlign with a fixed number of samples: adds up the 2 x 2 pixels around each of them.
+
+    Args:
+        table: float [rows, C], see `_locate`, like the next three.
+        height: int32 [B, R].
+        width: int32 [B, R].
+        base: int32 [B, R].
+        start: float32 [B, R, 2], (y, x) in feature pixels.
+        end: float32 [B, R, 2].
+        bins: P.
+        samples: G.
+
+    Returns:
+        float [B, R, P, P, C].
+    """
+
+    def axis(k: int, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates and weights, [B, R, P, 2 G]."""
+        first, near, far = axis_samples(start[..., k], end[..., k], size, bins, samples, samples)
+        second = ops.minimum(first + 1, size[..., None, None] - 1)
+        return ops.concatenate([first, second], axis=-1), ops.concatenate([near, far], axis=-1)
+
+    rows, row_weights = axis(0, height)
+    columns, column_weights = axis(1, width)
+    rows = base[..., None, None] + rows * width[..., None, None]  # Where in the table each row starts.
+    taps = 2 * samples
+
+    # The gradient is written out: left to the backends, it would keep all that was read.
+    @ops.custom_gradient
+    def pool(table: Tensor) -> tuple[Tensor, Any]:
+        pooled = 0.0  # In float32, whatever the features are, as it is a sum of many.
+        for i in range(taps):
+            for j in range(taps):
+                index = rows[..., :, None, i] + columns[..., None, :, j]  # [B, R, P, P]
+                weight = row_weights[..., :, None, i] * column_weights[..., None, :, j]
+                features = ops.cast(ops.take(table, index, axis=0), "float32")  # [B, R, P, P, C]
+                pooled = pooled + features * weight[..., None]
+
+        def gradient(*args: Tensor, upstream: Tensor | None = None) -> Tensor:
+            pooled = ops.cast(args[0] if upstream is None else upstream, "float32")
+            index = rows[..., :, None, :, None] + columns[..., None, :, None, :]  # [B, R, P, P, 2 G, 2 G]
+            weight = row_weights[..., :, None, :, None] * column_weights[..., None, :, None, :]
+            values = pooled[..., None, None, :] * weight[..., None]  # [B, R, P, P, 2 G, 2 G, C]
+            values = ops.reshape(values, (-1, table.shape[-1]))
+            total = ops.segment_sum(values, ops.reshape(index, (-1,)), num_segments=ops.shape(table)[0])
+            return ops.cast(total, table.dtype)
+
+        return ops.cast(pooled, table.dtype), gradient
+
+    return pool(table)
+
+
+def _pool_pixels(
+    table: Tensor, height: Tensor, width: Tensor, base: Tensor, start: Tensor, end: Tensor, *, bins: int, limit: int
+) -> Tensor:
+    """RoIAlign with as many samples as a box has pixels: every pixel of the box is read once.
+
+    Interpolation is separable, so two small products of matrices turn the pixels of a box into its bins. Boxes are
+    treated a few at a time, as what they read is far more than what comes out.
+
+    Args:
+        table: As for `_pool_samples`, like the others up to `bins`.
+        height: int32 [B, R].
+        width: int32 [B, R].
+        base: int32 [B, R].
+        start: float32 [B, R, 2].
+        end: float32 [B, R, 2].
+        bins: P.
+        limit: The largest number of samples per bin.
+
+    Returns:
+        float [B, R, P, P, C].
+    """
+    rows, row_weights = _pixels(start[..., 0], end[..., 0], height, bins=bins, limit=limit)
+    columns, column_weights = _pixels(start[..., 1], end[..., 1], width, bins=bins, limit=limit)
+    rows = base[..., None] + rows * width[..., None]  # Where in the table each row starts.
+    batch, rois = ops.shape(rows)[:2]
+    pixels, channels = rows.shape[-1], table.shape[-1]
+
+    def pool(parts: tuple[Tensor, ...]) -> Tensor:
+        rows, row_weights, columns, column_weights = parts
+        number = ops.shape(rows)[1]
+        features = ops.take(table, rows[..., :, None] + columns[..., None, :], axis=0)  # [B, R, T, T, C]
+        features = ops.reshape(features, (batch, number, pixels, pixels * channels))
+        features = ops.matmul(ops.cast(row_weights, features.dtype), features)  # [B, R, P, T * C]
+        features = ops.reshape(features, (batch, number, bins, pixels, channels))
+        return ops.matmul(ops.cast(column_weights, features.dtype)[:, :, None], features)  # [B, R, P, P, C]
+
+    size = max(1, _VALUES_AT_ONCE // (pixels * pixels * channels))
+    steps = -(-rois // size)
+
+    def split(values: Tensor) -> Tensor:
+        rest = values.shape[2:]
+        values = ops.pad(values, [[0, 0], [0, steps * size - rois]] + [[0, 0]] * len(rest))
+        return ops.moveaxis(ops.reshape(values, (batch, steps, size, *rest)), 1, 0)  # [steps, B, size, ...]
+
+    parts = (rows, row_weights, columns, column_weights)
+    pooled = ops.map(pool, tuple(split(values) for values in parts))  # [steps, B, size, P, P, C]
+    pooled = ops.moveaxis(pooled, 0, 1)
+    return ops.reshape(pooled, (batch, steps * size, bins, bins, channels))[:, :rois]
+
+
+def assign_levels(boxes: Tensor, *, first: int, last: int) -> Tensor:
+    """The pyramid level of each box by the root of its area; int32 [...], first..last (stride 2 ** level)."""
+    level = ops.floor(_CANONICAL_LEVEL + ops.log2(ops.sqrt(box_area(boxes)) / _CANONICAL_SIDE + 1e-8))
+    return ops.cast(ops.clip(level, first, last), "int32")
+
+
+def _locate(
+    pyramid: Mapping[str, Tensor], strides: Mapping[str, int], boxes: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All features as one table [rows, C], and where each box finds its level in it.
+
+    Returns:
+        The table; height and width of each box's level, int32 [B, R]; the table row of the level's first pixel, int32
+        [B, R]; feature pixels per image pixel, float32 [B, R].
+    """
+    channels = next(iter(pyramid.values())).shape[-1]
+    batch = ops.shape(boxes)[0]
+    table = ops.concatenate([ops.reshape(x, (-1, channels)) for x in pyramid.values()], axis=0)
+    sizes = [ops.shape(x)[1:3] for x in pyramid.values()]
+    heights = ops.stack([ops.convert_to_tensor(h, "int32") for h, _ in sizes])  # [L]
+    widths = ops.stack([ops.convert_to_tensor(w, "int32") for _, w in sizes])
+    pixels = heights * widths
+    starts = (ops.cumsum(pixels) - pixels) * batch
+
+    first = round(math.log2(strides[next(iter(pyramid))]))
+    position = assign_levels(boxes, first=first, last=first + len(pyramid) - 1) - first  # [B, R]
+
+    def of_level(values: Tensor) -> Tensor:
+        return ops.take(values, position, axis=0)
+
+    image = ops.arange(batch, dtype="int32")[:, None]
+    scale = ops.array([1.0 / strides[level] for level in pyramid], "float32")
+    return table, of_level(heights), of_level(widths), of_level(starts) + image * of_level(pixels), of_level(scale)
+
+
+def axis_samples(
+    start: Tensor, end: Tensor, size: Tensor, bins: int, sampling_ratio: int, max_sampling_ratio: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the bins of each box take their samples along one axis, and which pixels are around them.
+
+    Args:
+        start: float32 [B, R], where the box starts along the axis, in pixels of the map.
+        end: float32 [B, R].
+        size: int32 [B, R], pixels of the map along the axis.
+        bins: Bins along the axis, P.
+        sampling_ratio: See `roi_align`; the result has G = `sampling_ratio` samples per bin.
+        max_sampling_ratio: See `roi_align`; G where `sampling_ratio` is 0.
+
+    Returns:
+        The pixel at or before each sample, int32 [B, R, P, G], 0..size - 1; the weight of that pixel and the weight of
+        the next one, float32 [B, R, P, G]. All weights of a bin add up to 1, less for samples outside of the map. The
+        next pixel has no weight where it would be outside.
+    """
+    samples = sampling_ratio or max_sampling_ratio
+    bin_size = (end - start) / bins  # [B, R]
+    if sampling_ratio:
+        count = ops.full_like(bin_size, float(sampling_ratio))
+    else:
+        count = ops.clip(ops.ceil(bin_size), 1.0, float(max_sampling_ratio))
+    sample = ops.arange(samples, dtype="float32")
+    inside_bin = (sample + 0.5) / count[..., None]  # [B, R, G]
+    place = ops.arange(bins, dtype="float32")[:, None] + inside_bin[..., None, :]  # [B, R, P, G]
+    position = start[..., None, None] - 0.5 + place * bin_size[..., None, None]
+
+    limit = ops.cast(size, "float32")[..., None, None]
+    used = (position >= -1.0) & (position <= limit) & (sample < count[..., None])[..., None, :]
+    position = ops.clip(position, 0.0, limit - 1)
+    before = ops.floor(position)
+    share = position - before
+    weight = ops.where(used, 1.0, 0.0) / count[..., None, None]
+    return ops.cast(before, "int32"), (1 - share) * weight, share * weight
+
+
+def _pixels(start: Tensor, end: Tensor, size: Tensor, *, bins: int, limit: int) -> tuple[Tensor, Tensor]:
+    """The pixels of a box along one axis, and the matrix that turns them into bins; see `axis_samples`.
+
+    Returns:
+        int32 [B, R, T] coordinates and float32 [B, R, P, T] weights, T = P * limit + 2. Of a box of more pixels only
+        so many are read, evenly spread.
+    """
+    first, near, far = axis_samples(start, end, size, bins, 0, limit)
+    last = size[..., None] - 1  # [B, R, 1]
+    number = bins * limit + 2
+    pixel = ops.arange(number, dtype="float32")
+    total = near + far  # [B, R, P, G]
+    inside = total > 0
+    position = ops.cast(first, "float32") + far / ops.maximum(total, 1e-6)
+    begin = ops.min(ops.where(inside, ops.cast(first, "float32"), 1e9), axis=(2, 3))
+    begin = ops.minimum(begin, ops.cast(last[..., 0], "float32"))[..., None]  # [B, R, 1]
+    step = ops.maximum(1.0, (end - start)[..., None] / (number - 2))
+    place = (position - begin[..., None]) / step[..., None]  # [B, R, P, G], counted in pixels that are read
+    weights = ops.maximum(1.0 - ops.abs(place[..., None] - pixel), 0.0) * total[..., None]  # [B, R, P, G, T]
+    coordinates = ops.cast(begin + pixel * step, "int32")  # [B, R, T]
+    return ops.minimum(coordinates, last), ops.sum(weights, axis=3)
