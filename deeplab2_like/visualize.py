@@ -7,10 +7,9 @@ import cv2
 import numpy as np
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
-from deeplab2_like.data.label_runs import find_runs
+from deeplab2_like.data.label_runs import find_runs, list_segments
+from deeplab2_like.data.panoptic_label import classes_of_values
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.coco_format import list_segments
-from deeplab2_like.evaluation.panoptic_quality import classes_of_values
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _WHITE = (255, 255, 255)

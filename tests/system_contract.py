@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from deeplab2_like.checkpoint import make_checkpoint, restore
 from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
@@ -17,7 +18,6 @@ from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import PanopticSystem
 from deeplab2_like.model.system import View
-from deeplab2_like.trainer.checkpoint import make_checkpoint, restore
 from deeplab2_like.trainer.train import Trainer
 
 # Two stuff classes (0, 1) and two thing classes (2, 3).
@@ -299,5 +299,6 @@ class SystemContract:
             np.testing.assert_allclose(exported[name], value, atol=1e-5)
 
     def test_unknown_model_key_is_refused(self) -> None:
-        with pytest.raises(UserError, match=r"Unknown config key 'model\.no_such_key'\. Known: model\."):
+        message = r"Unknown config key 'model\.no_such_key'\.( Did you mean '.*'\?)? Known: model\."
+        with pytest.raises(UserError, match=message):
             load_config(self.config_name, ["model.no_such_key=1"])

@@ -1,11 +1,15 @@
 """Encoding of panoptic maps: class and instance in one integer, and that integer in an RGB PNG.
 
-The functions use only integer arithmetic, so they work on NumPy arrays and on tensors of any backend alike.
+`encode`, `decode` and `rgb_to_ids` use only integer arithmetic, so they work on NumPy arrays and on tensors of any
+backend alike.
 """
 
 from typing import Any
 
 import numpy as np
+
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
 
 
 def encode(class_map: Any, instance_map: Any, label_divisor: int) -> Any:
@@ -40,3 +44,34 @@ def rgb_to_ids(rgb: Any) -> Any:
         int32 [H, W].
     """
     return rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+
+
+def classes_of_values(
+    values: np.ndarray, dataset_info: DatasetInfo, *, name: str, divisor: int | None = None
+) -> np.ndarray:
+    """Returns the class of each value of a label map, -1 for void.
+
+    Args:
+        values: int64 [N], distinct values `class * divisor + instance`, not negative.
+        dataset_info: The meaning of the classes.
+        name: What the map is, for the message ("ground-truth", "predicted").
+        divisor: The data set's label_divisor if not given; 1 for class maps.
+
+    Returns:
+        int64 [N], contiguous class ids or -1.
+
+    Raises:
+        UserError: If the class of a value is neither one of the data set's nor void.
+    """
+    divisor = divisor or dataset_info.label_divisor
+    classes = values // divisor
+    classes[classes == dataset_info.ignore_label] = -1
+    unknown = classes >= dataset_info.num_classes
+    if np.count_nonzero(unknown):
+        value = int(values[unknown][0])
+        raise UserError(
+            f"The {name} map holds value {value}, which is class {value // divisor}; data set '{dataset_info.name}' "
+            f"has classes 0..{dataset_info.num_classes - 1} and {dataset_info.ignore_label} for void (values are class "
+            f"* {divisor} + instance): check that the map belongs to this data set."
+        )
+    return classes

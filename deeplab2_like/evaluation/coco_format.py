@@ -11,62 +11,16 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from deeplab2_like.data.coco_segments import Segment, ids_to_panoptic, parse_segments, read_segment_ids
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.label_runs import find_runs
-from deeplab2_like.data.panoptic_label import ids_to_rgb
+from deeplab2_like.data.label_runs import list_segments
+from deeplab2_like.data.panoptic_label import classes_of_values, ids_to_rgb
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.panoptic_quality import classes_of_values
 from deeplab2_like.files import write_atomically, write_png
-
-
-class SegmentTable(NamedTuple):
-    """The segments of a label map.
-
-    Attributes:
-        values: int64 [N], the distinct values, ascending.
-        areas: int64 [N], numbers of pixels.
-        boxes: int64 [N, 4], tight boxes y_min, x_min, y_max, x_max; the maxima are exclusive (height is
-            y_max - y_min).
-    """
-
-    values: np.ndarray
-    areas: np.ndarray
-    boxes: np.ndarray
-
-
-def list_segments(labels: np.ndarray) -> SegmentTable:
-    """Lists the distinct values of a map with areas and boxes; void, if any, is listed like the others.
-
-    Args:
-        labels: Integers [H, W].
-    """
-    height, width = labels.shape
-    flat = labels.reshape(-1)  # [H*W]
-    if flat.size == 0:
-        return SegmentTable(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4), np.int64))
-    ends, lengths = find_runs(flat)
-    starts = ends - lengths + 1
-    values, index = np.unique(flat[ends], return_inverse=True)
-    top, bottom = starts // width, ends // width
-    # A run that goes on in the next row touches both sides of the map.
-    wraps = top != bottom
-    left, right = np.where(wraps, 0, starts % width), np.where(wraps, width - 1, ends % width)
-    boxes = np.empty((values.size, 4), np.int64)
-    boxes[:, :2] = max(height, width)
-    boxes[:, 2:] = 0
-    for column, sides, smaller_or_larger in (
-        (0, top, np.minimum),
-        (1, left, np.minimum),
-        (2, bottom + 1, np.maximum),
-        (3, right + 1, np.maximum),
-    ):
-        smaller_or_larger.at(boxes[:, column], index, sides)
-    return SegmentTable(values.astype(np.int64), np.bincount(index, lengths).astype(np.int64), boxes)
 
 
 def segments_info(

@@ -15,6 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from deeplab2_like.checkpoint import (
+    build_from_model_folder,
+    checkpoint_step,
+    find_checkpoint,
+    keep_best,
+    list_checkpoints,
+    load_model_folder,
+    restore_system,
+)
 from deeplab2_like.configs import Config
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
@@ -31,15 +40,6 @@ from deeplab2_like.model import PanopticSystem
 from deeplab2_like.model.layers import compiled_stages
 from deeplab2_like.parallel import map_in_order
 from deeplab2_like.progress import progress_bar
-from deeplab2_like.trainer.checkpoint import (
-    build_from_model_folder,
-    checkpoint_step,
-    find_checkpoint,
-    keep_best,
-    list_checkpoints,
-    load_model_folder,
-    restore_system,
-)
 from deeplab2_like.visualize import side_by_side
 
 Example = Mapping[str, tf.Tensor]

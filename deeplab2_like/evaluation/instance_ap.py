@@ -20,10 +20,10 @@ from pycocotools.cocoeval import COCOeval
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import find_runs
+from deeplab2_like.data.panoptic_label import classes_of_values
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.panoptic_quality import (
     check_maps,
-    classes_of_values,
     require_same_categories,
 )
 

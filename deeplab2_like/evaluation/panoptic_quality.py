@@ -25,6 +25,7 @@ import numpy as np
 from deeplab2_like.data.coco_segments import Segment, check_ids
 from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE, DatasetInfo
 from deeplab2_like.data.label_runs import find_run_values
+from deeplab2_like.data.panoptic_label import classes_of_values
 from deeplab2_like.errors import UserError
 
 _MAX_RUN = 2**16 - 1
@@ -233,37 +234,6 @@ def check_maps(ground_truth: np.ndarray, prediction: np.ndarray) -> tuple[np.nda
     if ground_truth.ndim == 2:
         ground_truth, prediction = ground_truth[None], prediction[None]  # [1, H, W]
     return ground_truth, prediction
-
-
-def classes_of_values(
-    values: np.ndarray, dataset_info: DatasetInfo, *, name: str, divisor: int | None = None
-) -> np.ndarray:
-    """Returns the class of each value of a label map, -1 for void.
-
-    Args:
-        values: int64 [N], distinct values `class * divisor + instance`, not negative.
-        dataset_info: The meaning of the classes.
-        name: What the map is, for the message ("ground-truth", "predicted").
-        divisor: The data set's label_divisor if not given; 1 for class maps.
-
-    Returns:
-        int64 [N], contiguous class ids or -1.
-
-    Raises:
-        UserError: If the class of a value is neither one of the data set's nor void.
-    """
-    divisor = divisor or dataset_info.label_divisor
-    classes = values // divisor
-    classes[classes == dataset_info.ignore_label] = -1
-    unknown = classes >= dataset_info.num_classes
-    if np.count_nonzero(unknown):
-        value = int(values[unknown][0])
-        raise UserError(
-            f"The {name} map holds value {value}, which is class {value // divisor}; data set '{dataset_info.name}' "
-            f"has classes 0..{dataset_info.num_classes - 1} and {dataset_info.ignore_label} for void (values are class "
-            f"* {divisor} + instance): check that the map belongs to this data set."
-        )
-    return classes
 
 
 def overlap_panoptic(

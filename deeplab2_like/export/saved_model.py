@@ -103,7 +103,7 @@ def export_model_folder(
     Raises:
         UserError: If the model folder cannot be loaded, or the export cannot be written.
     """
-    from deeplab2_like.trainer.checkpoint import load_model_folder
+    from deeplab2_like.checkpoint import load_model_folder
 
     _require_free(Path(output_dir).resolve(), name=str(output_dir))
     config, system, _ = load_model_folder(model_dir, overrides, checkpoint=checkpoint)

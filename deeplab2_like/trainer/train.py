@@ -12,17 +12,7 @@ import keras
 import orbit
 import tensorflow as tf
 
-from deeplab2_like.configs import Config
-from deeplab2_like.data import pipeline, tfrecord
-from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.report import write_events
-from deeplab2_like.files import cannot_write
-from deeplab2_like.model import PanopticSystem, build_system
-from deeplab2_like.progress import TrainingProgress
-from deeplab2_like.trainer import failures
-from deeplab2_like.trainer.average import WeightAverage
-from deeplab2_like.trainer.checkpoint import (
+from deeplab2_like.checkpoint import (
     check_model_folder,
     keep_best,
     list_checkpoints,
@@ -33,6 +23,16 @@ from deeplab2_like.trainer.checkpoint import (
     prepare_model_folder,
     restore,
 )
+from deeplab2_like.configs import Config
+from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+from deeplab2_like.evaluation.report import write_events
+from deeplab2_like.files import cannot_write
+from deeplab2_like.model import PanopticSystem, build_system
+from deeplab2_like.progress import TrainingProgress
+from deeplab2_like.trainer import failures
+from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.optimizer import freeze, learning_rate_multipliers, make_optimizer, make_schedule
 from deeplab2_like.trainer.stopping import StopSignal, StopTraining
 from deeplab2_like.trainer.strategy import is_chief, make_strategy, worker_of
@@ -201,7 +201,9 @@ def _make_state(config: Config, dataset_info: DatasetInfo, strategy: tf.distribu
         )
         average = None if settings.ema_decay is None else WeightAverage(system, settings.ema_decay)
     step = make_step_counter()
-    return _State(system, optimizer, average, step, make_checkpoint(system, optimizer, average=average, step=step))
+    averages = None if average is None else average.variables
+    checkpoint = make_checkpoint(system, optimizer, average=averages, step=step)
+    return _State(system, optimizer, average, step, checkpoint)
 
 
 def _restore_or_initialize(

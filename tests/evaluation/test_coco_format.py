@@ -8,11 +8,11 @@ import pytest
 
 from deeplab2_like.data.coco_segments import Segment
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.coco_format import (
     CocoPanopticReader,
     CocoPanopticWriter,
-    list_segments,
     segments_info,
 )
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality

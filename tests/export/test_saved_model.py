@@ -10,13 +10,13 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
+from deeplab2_like.checkpoint import make_checkpoint, prepare_model_folder
 from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
 from deeplab2_like.export import saved_model
 from deeplab2_like.export.saved_model import export_model_folder, export_saved_model
-from deeplab2_like.trainer.checkpoint import make_checkpoint, prepare_model_folder
 
 # None makes an import fail, as if the package were not installed.
 _LOAD_ELSEWHERE = """

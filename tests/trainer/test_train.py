@@ -15,11 +15,11 @@ import pytest
 import tensorflow as tf
 from one_convolution import one_convolution_config
 
+from deeplab2_like.checkpoint import list_checkpoints, load_model_folder
 from deeplab2_like.configs import load_config
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.trainer.checkpoint import list_checkpoints, load_model_folder
 from deeplab2_like.trainer.train import Trainer, train
 from deeplab2_like.trainer.validation import Validation
 

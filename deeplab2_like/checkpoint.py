@@ -19,7 +19,6 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import cannot_write, write_atomically
 from deeplab2_like.model import PanopticSystem, build_system
-from deeplab2_like.trainer.average import WeightAverage
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -319,15 +318,22 @@ def make_checkpoint(
     system: PanopticSystem,
     optimizer: keras.optimizers.Optimizer | None = None,
     *,
-    average: WeightAverage | None = None,
+    average: Mapping[str, tf.Variable] | None = None,
     step: tf.Variable | None = None,
 ) -> tf.train.Checkpoint:
-    """Everything that training changes, or only the system's part; the optimiser's variables must exist."""
+    """Everything that training changes, or only the system's part.
+
+    Args:
+        system: The system, with its variables.
+        optimizer: Its optimiser, with its variables.
+        average: The averages of the system's weights by the weights' paths.
+        step: The step that training has reached.
+    """
     parts: dict[str, Any] = {"system": _system_variables(system)}
     if optimizer is not None:
         parts["optimizer"] = _optimizer_variables(optimizer)
     if average is not None:
-        parts["average"] = dict(average.variables)
+        parts["average"] = dict(average)
     if step is not None:
         parts["step"] = step
     return tf.train.Checkpoint(**parts)

@@ -9,11 +9,7 @@ import pytest
 import tensorflow as tf
 from one_convolution import one_convolution_config
 
-from deeplab2_like.configs import load_config, save_config
-from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.scenes import scenes_info
-from deeplab2_like.errors import UserError
-from deeplab2_like.trainer.checkpoint import (
+from deeplab2_like.checkpoint import (
     build_from_model_folder,
     check_model_folder,
     checkpoint_step,
@@ -25,6 +21,10 @@ from deeplab2_like.trainer.checkpoint import (
     read_best,
     restore_system,
 )
+from deeplab2_like.configs import load_config, save_config
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.scenes import scenes_info
+from deeplab2_like.errors import UserError
 from deeplab2_like.trainer.train import train
 
 
