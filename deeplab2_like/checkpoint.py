@@ -17,7 +17,7 @@ import tensorflow as tf
 from deeplab2_like.configs import Config, load_config, save_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import cannot_write, write_atomically
+from deeplab2_like.files import beside, cannot_write, write_atomically
 from deeplab2_like.model import PanopticSystem, build_system
 
 CONFIG_FILE = "config.yaml"
@@ -43,6 +43,11 @@ def check_model_folder(model_dir: str | os.PathLike[str], config: Config, datase
         UserError: If the folder holds checkpoints of another model or of other classes.
     """
     folder = Path(model_dir)
+    if not list_checkpoints(folder) and (folder / BEST_FOLDER).exists():
+        raise UserError(
+            f"Model folder '{folder}' holds the best checkpoint of an earlier run, but none to resume from; use "
+            f"another --model-dir, or delete '{folder / BEST_FOLDER}'."
+        )
     if not list_checkpoints(folder) or not (folder / CONFIG_FILE).is_file():
         return
     before = load_config(folder / CONFIG_FILE)
@@ -130,13 +135,14 @@ def build_from_model_folder(
     return config, build_system(config, DatasetInfo.load(folder))
 
 
-def list_checkpoints(model_dir: str | os.PathLike[str], *, subfolder: str = CHECKPOINT_FOLDER) -> list[str]:
+def list_checkpoints(model_dir: str | os.PathLike[str]) -> list[str]:
     """Lists the checkpoints of a model folder, the oldest first, as paths without ending.
 
     It looks at the files: TensorFlow's own list still names a checkpoint that somebody has deleted, say, as damaged.
     """
-    indices = (Path(model_dir) / subfolder).glob(f"{CHECKPOINT_NAME}-*.index")
-    return sorted((str(index.with_suffix("")) for index in indices), key=checkpoint_step)
+    indices = (Path(model_dir) / CHECKPOINT_FOLDER).glob(f"{CHECKPOINT_NAME}-*.index")
+    paths = [str(index.with_suffix("")) for index in indices]
+    return sorted((path for path in paths if path.rpartition("-")[2].isdecimal()), key=checkpoint_step)
 
 
 def checkpoint_step(path: str) -> int:
@@ -219,11 +225,13 @@ def read_best(model_dir: str | os.PathLike[str]) -> tuple[str, float] | None:
         path, quality = file.with_name(f"{CHECKPOINT_NAME}-{int(content['step'])}"), float(content["pq"])
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"'{file}' is damaged ({error!r}); delete the folder it is in.") from error
+    if not path.with_name(f"{path.name}.index").is_file():
+        raise UserError(f"'{file}' names checkpoint '{path.name}', which is not there; delete the folder it is in.")
     return str(path), quality
 
 
 def keep_best(model_dir: str | os.PathLike[str], system: PanopticSystem, *, step: int, pq: float) -> bool:
-    """Saves a system as the best checkpoint of a model folder, if its quality is higher than that of the one there.
+    """Saves a system as the best checkpoint of a model folder, if its quality is not lower than that of the one there.
 
     It is saved from memory, as training may have deleted the checkpoint while it was being evaluated; only what is
     evaluated and exported is kept, nothing to resume from.
@@ -241,17 +249,20 @@ def keep_best(model_dir: str | os.PathLike[str], system: PanopticSystem, *, step
         UserError: If it cannot be written.
     """
     best = read_best(model_dir)
-    if best is not None and pq <= best[1]:
+    if best is not None and pq < best[1]:
         return False
     folder, name = Path(model_dir) / BEST_FOLDER, f"{CHECKPOINT_NAME}-{step}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        make_checkpoint(system).write(str(folder / name))
+        hidden = beside(folder / name)
+        make_checkpoint(system).write(str(hidden))
+        for file in sorted(folder.glob(f"{hidden.name}.*")):
+            file.replace(folder / file.name.replace(hidden.name, name, 1))
         # The note comes last, as it names what is whole.
         write_atomically(folder / BEST_FILE, (json.dumps({"step": step, "pq": pq}) + "\n").encode())
-        for file in folder.glob(f"{CHECKPOINT_NAME}-*"):
-            if not file.name.startswith(f"{name}."):
-                file.unlink()
+        if best is not None and Path(best[0]).name != name:
+            for file in folder.glob(f"{Path(best[0]).name}.*"):
+                file.unlink(missing_ok=True)
     except (OSError, tf.errors.OpError) as error:
         raise cannot_write(folder, error) from error
     return True
@@ -367,15 +378,26 @@ def restore(checkpoint: tf.train.Checkpoint, path: str) -> None:
     """
     stored = _read_shapes(path)
     wanted = _tracked_variables(checkpoint)
-    wrong = [
-        f"{_short(name)} ({_shape_text(stored.get(name))} in the checkpoint, {_shape_text(tuple(variable.shape))} here)"
-        for name, variable in wanted.items()
-        if stored.get(name) != tuple(variable.shape)
-    ]
+    wrong = {name: variable for name, variable in wanted.items() if stored.get(name) != tuple(variable.shape)}
     if wrong:
+        listed = [
+            f"{'average of ' if name.startswith(_AVERAGE) else ''}{_short(name)} ({_shape_text(stored.get(name))} in "
+            f"the checkpoint, {_shape_text(tuple(variable.shape))} here)"
+            for name, variable in wrong.items()
+        ]
+        # What a checkpoint lacks depends on how it was trained; another shape is another network.
+        missing = [name for name in wrong if name not in stored]
+        keys = [
+            f", {key} for the {kind}"
+            for prefix, key, kind in (
+                (_AVERAGE, "trainer.ema_decay", "averages"),
+                ("optimizer/", "trainer.optimizer and trainer.precision", "optimizer's variables"),
+            )
+            if any(name.startswith(prefix) for name in missing)
+        ]
         raise UserError(
-            f"Checkpoint '{path}' does not fit the config in {len(wrong)} of {len(wanted)} variables: {_list(wrong)}; "
-            "use the config it was trained with."
+            f"Checkpoint '{path}' does not fit the config in {len(wrong)} of {len(wanted)} variables: {_list(listed)}; "
+            f"use the config it was trained with{''.join(keys)}."
         )
     try:
         checkpoint.read(path).expect_partial().assert_existing_objects_matched()

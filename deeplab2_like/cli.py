@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     # TensorFlow's own messages would drown what the commands say; whoever looks for a fault sets the level to 0.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
         options = _make_parser().parse_args(arguments)
@@ -106,6 +107,9 @@ def _make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--follow", action="store_true", help="evaluate each new checkpoint while training runs, and keep the best"
     )
+    evaluate.add_argument(
+        "--timeout", type=float, metavar="MINUTES", help="end --follow if there is no new checkpoint for so long"
+    )
     evaluate.add_argument("--save-predictions", action="store_true", help="write a picture per image")
     evaluate.add_argument("--submission", metavar="BENCHMARK", help="write files to submit: coco or cityscapes")
     evaluate.add_argument("--image-json", type=Path, metavar="FILE", help="COCO JSON with the image ids to submit")
@@ -166,10 +170,11 @@ def _make_parser() -> argparse.ArgumentParser:
 def _add_set(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="KEY.PATH=VALUE",
-        help="change a key of the config; may be given several times",
+        help="change keys of the config; may be given several times",
     )
 
 
@@ -246,15 +251,19 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from deeplab2_like.evaluation.evaluate import ModelFolderEvaluation
+    from deeplab2_like.evaluation.evaluate import ModelFolderEvaluation, wait_for_model_folder
     from deeplab2_like.evaluation.submission import read_image_ids
 
     if options.follow and (options.images or options.checkpoint != "last"):
         raise UserError("--follow evaluates every new checkpoint on labels; leave out --images and --checkpoint.")
+    if options.images and options.split:
+        raise UserError("--images takes the place of a split of the records; leave out one of --images and --split.")
+    if options.follow:
+        wait_for_model_folder(options.model_dir)
     evaluation = ModelFolderEvaluation(
         options.model_dir,
         split=options.split,
-        output_dir=options.output_dir,
+        output_dir=options.output_dir or (options.model_dir / "images" if options.images else None),
         compiled=options.compile,
         flip=options.flip,
         scales=options.scales,
@@ -269,7 +278,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         count = evaluation.predict(options.images, options.checkpoint)
         print(f"{count} images predicted.")
     elif options.follow:
-        evaluation.follow()
+        evaluation.follow(timeout_seconds=None if options.timeout is None else 60 * options.timeout)
     else:
         evaluation.run(options.checkpoint)
     for what, wanted, folder in (

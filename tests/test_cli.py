@@ -106,7 +106,8 @@ def test_what_the_chain_leaves(chain: Path) -> None:
         path.name for path in (chain / "model").iterdir()
     }
     metrics = json.loads((chain / "model" / "val" / "metrics.json").read_text())
-    assert set(metrics) == {"panoptic", "semantic", "instance"}
+    assert set(metrics) == {"panoptic", "semantic", "instance", "evaluation"}
+    assert metrics["evaluation"] == {"model_dir": str(chain / "model"), "step": 2, "split": "val", "images": 2}
     assert 0 <= metrics["panoptic"]["all"]["pq"] <= 100
     assert {"saved_model.pb", "config.yaml", "dataset_info.json"} <= {
         path.name for path in (chain / "exported").iterdir()
@@ -156,7 +157,6 @@ def test_evaluation_with_everything_at_once(model: Path, run: Run, tmp_path: Pat
         "scene_1000000": (32, 64),
         "scene_1000001": (32, 64),
     }
-    assert list(out_dir.glob("events.out.tfevents.*"))
     assert hidden(tmp_path) == []
 
 
@@ -167,16 +167,41 @@ def test_following_keeps_the_best_checkpoint(model: Path, run: Run, refuse: Call
     status, out, err = run("evaluate", "--model-dir", model, "--follow")
     assert (status, err) == (0, "")
     assert "Step 2 is the best so far." in out
+    assert list((model / "val").glob("events.out.tfevents.*"))
+    # An oracle's numbers say nothing of which is best.
+    shutil.rmtree(model / "best")
+    out = run("evaluate", "--model-dir", model, "--follow", "--oracle", "semantic").out
+    assert "The best checkpoint is not kept" in out
+    assert not (model / "best").exists()
+    assert "is the best so far" in run("evaluate", "--model-dir", model, "--follow").out
     for file in (model / "checkpoints").iterdir():
         file.unlink()
     assert "step 2, split val" in " ".join(run("evaluate", "--model-dir", model, "--checkpoint", "best").out.split())
     assert run("export", "--model-dir", model, "--output-dir", model / "e", "--checkpoint", "best").status == 0
 
 
+def test_following_leaves_out_what_is_damaged_and_ends(model: Path, run: Run) -> None:
+    for file in (model / "checkpoints").glob("ckpt-2.data*"):
+        file.write_bytes(b"")
+    output = run("evaluate", "--model-dir", model, "--follow", "--timeout", 0)
+    assert output.status == 0
+    assert "Step 2 is left out: Checkpoint" in output.err
+
+
 def test_an_oracle_is_better_than_nothing(model: Path, run: Run) -> None:
     parts = ("semantic", "centers", "offsets")
     assert run("evaluate", "--model-dir", model, "--oracle", *parts).status == 0
-    metrics = json.loads((model / "val" / "metrics.json").read_text())
+    folder = model / "val_oracle-semantic-centers-offsets"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["evaluation"] == {
+        "model_dir": str(model),
+        "step": 2,
+        "split": "val",
+        "images": 2,
+        "oracle": list(parts),
+    }
+    # Numbers that are not the model's do not stand among those of the training.
+    assert not list(folder.glob("events.*"))
     assert metrics["panoptic"]["stuff"]["sq"] == pytest.approx(100.0)
     # Not all: in so small scenes, two centres may lie within one window of the peak search.
     assert metrics["panoptic"]["all"]["pq"] > 80
@@ -188,7 +213,7 @@ def test_images_without_labels(chain: Path, model: Path, run: Run) -> None:
     )
     assert (status, err) == (0, "")
     assert "3 images predicted." in out
-    folder = model / "val"
+    folder = model / "images"
     reader = CocoPanopticReader(folder / "submission" / "panoptic.json", folder / "submission" / "panoptic")
     predicted = CocoPanopticReader(chain / "predicted" / "panoptic.json", chain / "predicted" / "panoptic")
     for image_id, panoptic in reader:
@@ -225,13 +250,20 @@ def test_images_that_a_benchmark_names(model: Path, run: Run, refuse: Callable[.
     ("options", "message"),
     [
         (["--checkpoint", "7"], r"has no checkpoint '7'; give `last`, `best` or one of the steps 2."),
-        (["--oracle", "boxes"], "Unknown oracle part of system 'panoptic_deeplab' 'boxes'. Known: centers"),
-        (["--oracle", "semantic", "--flip"], "An oracle looks at one view of one model"),
+        (
+            ["--oracle", "boxes"],
+            "has no part 'boxes' that an oracle could replace; give some of semantic, ",
+        ),
+        (
+            ["--oracle", "semantic", "--flip"],
+            "An oracle looks at one view of one model, uncompiled; leave out --flip",
+        ),
         (["--scales", "0"], "Scales must be numbers above 0"),
         (["--submission", "kitti"], "Unknown submission 'kitti'. Known: cityscapes, coco"),
-        (["--submission", "cityscapes"], "Unknown class of Cityscapes"),
+        (["--submission", "cityscapes"], "of data set 'scenes' is none of those that Cityscapes evaluates"),
         (["--images", "."], "Images without labels give no metrics; ask for pictures"),
         (["--images", ".", "--submission", "coco", "--oracle", "semantic"], "have no truth for an oracle"),
+        (["--images", ".", "--split", "val"], "leave out one of --images and --split"),
         (["--follow", "--checkpoint", "2"], "leave out --images and --checkpoint"),
         (["--image-json", "missing.json"], "The JSON of image ids 'missing.json' cannot be read"),
     ],
@@ -312,7 +344,7 @@ def test_wrong_configs(chain: Path, tmp_path: Path, refuse: Callable[..., str]) 
     assert train(tiny, "trainer.stepz=3").startswith(
         "Unknown config key 'trainer.stepz'. Did you mean 'trainer.steps'?"
     )
-    assert train(tiny, "trainer.steps=-1").startswith("Config key 'trainer.steps' in config")
+    assert train(tiny, "trainer.steps=-1").startswith("Config key 'trainer.steps' in --set 'trainer.steps=-1' has")
     assert train(tiny, records, "model.backbone.name=resnet51").startswith("Unknown backbone 'resnet51'. Did you mean")
     assert train(tiny).startswith("Config key 'data.path' is not set; give a folder that `deeplab2-like convert` wrote")
     assert train(tiny, f"data.path={tmp_path / 'none'}").startswith(f"Folder '{tmp_path / 'none'}' does not exist")

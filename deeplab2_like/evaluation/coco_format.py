@@ -184,7 +184,8 @@ class CocoPanopticReader:
         Args:
             json_file: COCO panoptic JSON.
             png_dir: Folder with the PNG files that it names.
-            dataset_info: Use these categories, not the JSON's (a prediction's JSON may lack them).
+            dataset_info: Use these categories, not the JSON's (a prediction's JSON may lack them, but must not
+                contradict).
             label_divisor: For the categories of the JSON; above the number of instances of a class in any image.
 
         Raises:
@@ -206,6 +207,8 @@ class CocoPanopticReader:
         self.dataset_info = dataset_info or DatasetInfo.from_coco_categories(
             content["categories"], name=self.json_file.stem, label_divisor=label_divisor
         )
+        if dataset_info is not None:
+            self._check_categories(content.get("categories"))
         self.annotations: dict[int | str, Mapping[str, Any]] = {}
         for position, annotation in enumerate(content["annotations"]):
             for key, kind in (("image_id", (int, str)), ("file_name", str), ("segments_info", list)):
@@ -216,6 +219,22 @@ class CocoPanopticReader:
             if annotation["image_id"] in self.annotations:
                 raise UserError(f"'{json_file}' annotates image {annotation['image_id']} twice.")
             self.annotations[annotation["image_id"]] = annotation
+
+    def _check_categories(self, categories: Any) -> None:
+        """Raises `UserError` if the JSON gives an id another name, or another kind, than the data set does."""
+        info = self.dataset_info
+        kinds = {True: "thing", False: "stuff"}
+        for category in categories if isinstance(categories, list) else ():
+            if not isinstance(category, dict) or category.get("id") not in info.class_of_category_id:
+                continue
+            known = info.categories[info.class_of_category_id[category["id"]]]
+            name, is_thing = category.get("name", known.name), bool(category.get("isthing", known.is_thing))
+            if (name, is_thing) != (known.name, known.is_thing):
+                raise UserError(
+                    f"'{self.json_file}' says that category {known.id} is '{name}' ({kinds[is_thing]}), but for data "
+                    f"set '{info.name}' it is '{known.name}' ({kinds[known.is_thing]}); give predictions with the ids "
+                    "of the labels."
+                )
 
     def __len__(self) -> int:
         return len(self.annotations)

@@ -6,7 +6,10 @@ folder around it.
 
 import contextlib
 import functools
+import itertools
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -16,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from deeplab2_like.checkpoint import (
+    CONFIG_FILE,
     build_from_model_folder,
     checkpoint_step,
     find_checkpoint,
@@ -24,11 +28,11 @@ from deeplab2_like.checkpoint import (
     load_model_folder,
     restore_system,
 )
-from deeplab2_like.configs import Config
+from deeplab2_like.configs import Config, load_config
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.image_files import list_images, read_image
-from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.data.image_files import IMAGE_SUFFIXES, list_images, read_image
+from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation import report
 from deeplab2_like.evaluation.instance_ap import InstanceAP
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
@@ -114,7 +118,10 @@ def make_oracle_function(system: PanopticSystem, parts: Sequence[str]) -> Callab
     """
     for part in parts:
         if part not in system.oracle_parts:
-            raise unknown_name(f"oracle part of system '{system.name}'", part, system.oracle_parts)
+            raise UserError(
+                f"System '{system.name}' has no part '{part}' that an oracle could replace; give some of "
+                f"{', '.join(system.oracle_parts) or 'none'}."
+            )
     network = tf.function(lambda images: system(images, training=False), input_signature=[_FREE_SIZE], autograph=False)
 
     def infer(example: Example) -> dict[str, tf.Tensor]:
@@ -147,8 +154,7 @@ def evaluate(
     system: PanopticSystem,
     examples: Iterable[Example],
     *,
-    infer: InferenceFunction | None = None,
-    infer_example: Callable[[Example], dict[str, tf.Tensor]] | None = None,
+    infer: Callable[[Example], dict[str, tf.Tensor]] | None = None,
     after_image: Callable[[Example, Found], None] | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
@@ -159,8 +165,8 @@ def evaluate(
     Args:
         system: The trained system.
         examples: What `pipeline.make_eval_dataset` yields.
-        infer: What `make_inference_function` returned, to use it again; by default one is made.
-        infer_example: In its place, a function of the whole example, such as `make_oracle_function` returns.
+        infer: From an example to the dictionary of `PanopticSystem.postprocess` with a batch of one, such as
+            `make_oracle_function` returns; by default what `make_inference_function` makes of the image.
         after_image: Called in order with each example and what was found in it.
         workers: Number of threads that measure; by default that of the cores.
 
@@ -168,8 +174,10 @@ def evaluate(
         The content of `metrics.json`, in percent.
     """
     info = system.dataset_info
-    run = infer or make_inference_function(system, with_instances=True)
-    infer_one = infer_example or (lambda example: run(example["image"][tf.newaxis]))
+    if infer is None:
+        infer_images = make_inference_function(system, with_instances=True)
+        infer = lambda example: infer_images(example["image"][tf.newaxis])  # noqa: E731
+    infer_one = infer
 
     def inferred() -> Iterator[tuple[int, Example, Found]]:
         for number, example in enumerate(examples):
@@ -243,14 +251,34 @@ class ModelFolderEvaluation:
         self.config: Config
         self.config, self.system = build_from_model_folder(model_dir, overrides)
         self.split = split or self.config.data.val_split
-        self.output_dir = Path(output_dir or self.model_dir / self.split)
+        given = {"flip": flip, "scales": tuple(scales) != (1.0,), "ensemble": bool(ensemble), "compile": compiled}
+        conflicting = [f"--{name}" for name, is_given in given.items() if is_given]
+        if oracle and conflicting:
+            raise UserError(
+                f"An oracle looks at one view of one model, uncompiled; leave out {' and '.join(conflicting)}, or the "
+                "oracle."
+            )
+        # What else the numbers depend on; without any, they are those of the model, and may say which one is best.
+        options: dict[str, Any] = {
+            "flip": flip,
+            "scales": list(scales) if given["scales"] else [],
+            "ensemble": [str(folder) for folder in ensemble],
+            "oracle": list(oracle),
+            "set": [change for change in overrides if not change.startswith("data.path=")],
+        }
+        self._options = {name: value for name, value in options.items() if value}
+        self.output_dir = Path(output_dir) if output_dir else self.model_dir / self._folder_name()
         self._save_predictions = save_predictions
         self._submission = submission
         self._image_ids = image_ids
-        several_views = flip or bool(ensemble) or tuple(scales) != (1.0,)
-        if oracle and (several_views or compiled):
-            raise UserError("An oracle looks at one view of one model, uncompiled; leave out the other options.")
-        self._infer = make_inference_function(
+        if image_ids is not None and submission is None:
+            raise UserError("Image ids are for a submission; ask for one with --submission coco, or leave them out.")
+        self._infer: InferenceFunction | None = None
+        self._infer_example: Callable[[Example], dict[str, tf.Tensor]]
+        if oracle:
+            self._infer_example = make_oracle_function(self.system, oracle)
+            return
+        infer = self._infer = make_inference_function(
             self.system,
             compiled=compiled,
             with_instances=True,
@@ -258,7 +286,7 @@ class ModelFolderEvaluation:
             scales=scales,
             flip=flip,
         )
-        self._infer_example = make_oracle_function(self.system, oracle) if oracle else None
+        self._infer_example = lambda example: infer(example["image"][tf.newaxis])
 
     def run(self, checkpoint: str = "last") -> dict[str, Any]:
         """Evaluates a checkpoint, prints the table, and writes `metrics.json` and TensorBoard's numbers.
@@ -272,23 +300,32 @@ class ModelFolderEvaluation:
         Raises:
             UserError: If there is no such checkpoint, or records or output folder cannot be used.
         """
-        step = self._restore(checkpoint)
+        return self._evaluate(self._restore(checkpoint))
+
+    def _evaluate(self, step: int) -> dict[str, Any]:
+        """The rest of `run`, for the variables that the system has; `step` is what they are of."""
         files, total = self._records()
         path = self.output_dir / "metrics.json"
         examples = pipeline.make_eval_dataset(files, dataset_info=self.system.dataset_info)
         with self._writers() as write, _shown(examples, total) as shown:
             make_folder(self.output_dir)  # Now, as the evaluation may take hours.
-            metrics = evaluate(
-                self.system, shown, infer=self._infer, infer_example=self._infer_example, after_image=write
-            )
-        report.print_table(metrics, title=f"{self.model_dir}, step {step}, split {self.split}, {total} images")
+            metrics = evaluate(self.system, shown, infer=self._infer_example, after_image=write)
+        of_what = {"model_dir": str(self.model_dir), "step": step, "split": self.split, "images": total}
+        options = "".join(f", {name} {_in_words(value)}" for name, value in self._options.items())
+        report.print_table(metrics, title=f"{self.model_dir}, step {step}, split {self.split}, {total} images{options}")
+        metrics = {**metrics, "evaluation": {**of_what, **self._options}}
         report.write_metrics(path, metrics)
-        report.write_events(self.output_dir, metrics, step=step)
+        if not self._options:
+            # Numbers of an oracle, say, would look like those of the training.
+            report.write_events(self.output_dir, metrics, step=step)
         print(f"Metrics are in {path}")
         return metrics
 
     def follow(self, *, poll_seconds: float = 10.0, timeout_seconds: float | None = None) -> dict[str, Any] | None:
-        """Evaluates every checkpoint while a training saves them, and keeps the best, until that of the last step.
+        """Evaluates every checkpoint while a training saves them, until that of the last step.
+
+        It keeps the best one, unless options or the split make the numbers other than those of the training's own
+        validation. Checkpoints that are damaged, or that training deletes before their turn comes, are left out.
 
         Args:
             poll_seconds: Time between two looks at the folder.
@@ -297,28 +334,49 @@ class ModelFolderEvaluation:
         Returns:
             The content of the last `metrics.json`, None if there was no checkpoint.
         """
+        keeps_best = not self._options and self.split == self.config.data.val_split
+        if not keeps_best:
+            print("The best checkpoint is not kept, as the numbers are not those of the plain validation split.")
         metrics = None
         done = 0
-        waiting_since = time.monotonic()
-        while done < self.config.trainer.steps:
-            steps = [checkpoint_step(path) for path in list_checkpoints(self.model_dir)]
-            new = [step for step in steps if step > done]
+        waiting_since: float | None = None
+        while done < self._last_step():
+            new = [path for path in list_checkpoints(self.model_dir) if checkpoint_step(path) > done]
             if not new:
+                if waiting_since is None:
+                    waiting_since = time.monotonic()
+                    print(f"Waiting for a checkpoint after step {done} in '{self.model_dir}'.", flush=True)
                 if timeout_seconds is not None and time.monotonic() - waiting_since > timeout_seconds:
+                    print(f"No new checkpoint for {timeout_seconds / 60:g} minutes: is the training still running?")
                     break
                 time.sleep(poll_seconds)
                 continue
-            done = new[0]
+            waiting_since = None
+            done = checkpoint_step(new[0])
             try:
-                metrics = self.run(str(done))
-            except UserError:
-                if done in [checkpoint_step(path) for path in list_checkpoints(self.model_dir)]:
-                    raise
-                continue  # Training has deleted it since.
-            if keep_best(self.model_dir, self.system, step=done, pq=metrics["panoptic"]["all"]["pq"]):
-                print(f"Step {done} is the best so far.")
-            waiting_since = time.monotonic()
+                restore_system(self.system, new[0])
+            except UserError as error:
+                if Path(f"{new[0]}.index").exists():
+                    print(f"Step {done} is left out: {error}", file=sys.stderr)
+                continue
+            metrics = self._evaluate(done)
+            if keeps_best and keep_best(self.model_dir, self.system, step=done, pq=metrics["panoptic"]["all"]["pq"]):
+                print(f"Step {done} is the best so far.", flush=True)
         return metrics
+
+    def _last_step(self) -> int:
+        """The step at which the training ends; it may have been started anew with another one."""
+        return load_config(self.model_dir / CONFIG_FILE).trainer.steps
+
+    def _folder_name(self) -> str:
+        """The folder in the model folder that results go to by default."""
+        # These hold other things.
+        is_taken = self.split in ("train", "checkpoints", "best", "images")
+        parts = [f"{self.split}_split" if is_taken else self.split]
+        for name, value in self._options.items():
+            values = [] if value is True else [Path(str(part)).name for part in value]
+            parts.append("-".join([name, *values]))
+        return re.sub(r"[^\w.=-]+", "_", "_".join(parts))
 
     def predict(self, images: str | os.PathLike[str], checkpoint: str = "last") -> int:
         """Writes pictures and submission for images without labels.
@@ -334,7 +392,7 @@ class ModelFolderEvaluation:
         Raises:
             UserError: If nothing was asked for, an image cannot be read, or one that has an image id is missing.
         """
-        if self._infer_example is not None:
+        if self._infer is None:
             raise UserError("Images without labels have no truth for an oracle; leave out one of the two.")
         if not (self._save_predictions or self._submission):
             raise UserError(
@@ -348,9 +406,9 @@ class ModelFolderEvaluation:
             for name, file in files.items():
                 yield {"image": tf.constant(read_image(file)), "image_id": tf.constant(name)}
 
-        with self._writers() as write, _shown(examples(), len(files)) as shown:
+        with self._writers(files) as write, _shown(examples(), len(files)) as shown:
             for example in shown:
-                found = self._infer(example["image"][tf.newaxis])
+                found = self._infer_example(example)
                 write(example, {name: value.numpy()[0] for name, value in found.items()})
         return len(files)
 
@@ -389,10 +447,15 @@ class ModelFolderEvaluation:
         return files, total
 
     @contextlib.contextmanager
-    def _writers(self) -> Iterator[Callable[[Example, Found], None]]:
-        """What to do with each example and what was found in it: pictures, submission."""
+    def _writers(self, image_names: Iterable[str] = ()) -> Iterator[Callable[[Example, Found], None]]:
+        """What to do with each example and what was found in it: pictures, submission.
+
+        Args:
+            image_names: The names of all images, as far as they are known beforehand.
+        """
         info = self.system.dataset_info
         pictures = self.output_dir / "predictions"
+        picture_names: set[str] = set()
         with contextlib.ExitStack() as stack:
             submission = None
             if self._submission is not None:
@@ -401,6 +464,8 @@ class ModelFolderEvaluation:
                     make_submission(self._submission, folder, info, image_ids=self._image_ids)
                 )
 
+                submission.check_names(image_names)
+
             def write(example: Example, found: Found) -> None:
                 name = example["image_id"].numpy().decode()
                 if submission is not None:
@@ -408,9 +473,18 @@ class ModelFolderEvaluation:
                 if self._save_predictions:
                     truth = example["panoptic"].numpy() if "panoptic" in example else None
                     picture = side_by_side(example["image"].numpy(), truth, found["panoptic"], info)
-                    write_png(pictures / PurePosixPath(name.lstrip("/")).with_suffix(".png"), picture)
+                    write_png(pictures / _picture_name(name, picture_names), picture)
 
             yield write
+
+
+def wait_for_model_folder(model_dir: str | os.PathLike[str], *, poll_seconds: float = 2.0) -> None:
+    """Waits until a training that is just starting has claimed its folder."""
+    file = Path(model_dir) / CONFIG_FILE
+    if not file.is_file():
+        print(f"Waiting for a training to start in '{model_dir}'.", flush=True)
+    while not file.is_file():
+        time.sleep(poll_seconds)
 
 
 def evaluate_model_folder(
@@ -418,6 +492,21 @@ def evaluate_model_folder(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a model folder: `ModelFolderEvaluation(model_dir, **options).run(checkpoint)`."""
     return ModelFolderEvaluation(model_dir, **options).run(checkpoint)
+
+
+def _picture_name(image_name: str, taken: set[str]) -> str:
+    """Names a picture after its image, within the folder of pictures, and unlike all before, which are in `taken`."""
+    path = PurePosixPath(*(part for part in PurePosixPath(image_name).parts if part not in ("/", "..")))
+    is_file_name = path.suffix.lower() in IMAGE_SUFFIXES
+    plain = str(path.with_suffix("")) if is_file_name else str(path)
+    candidates = itertools.chain([plain, str(path)], (f"{path}-{number}" for number in itertools.count(2)))
+    name = next(candidate for candidate in candidates if candidate not in taken and candidate != ".")
+    taken.add(name)
+    return f"{name}.png"
+
+
+def _in_words(value: Any) -> str:
+    return "on" if value is True else " ".join(str(part) for part in value)
 
 
 def _scores(found: Found) -> dict[int, float]:
@@ -436,7 +525,7 @@ def _instances(found: Found) -> Instances | None:
 @contextlib.contextmanager
 def _shown(examples: Iterable[Example], total: int) -> Iterator[Iterable[Example]]:
     """Shows a progress bar that moves while the examples are taken, and turns faults of records into `UserError`."""
-    with progress_bar("evaluate") as progress, tfrecord.user_errors():
+    with progress_bar("evaluate") as progress, tfrecord.user_errors(), _memory_errors():
 
         def counted() -> Iterator[Example]:
             for done, example in enumerate(examples, start=1):
@@ -444,3 +533,14 @@ def _shown(examples: Iterable[Example], total: int) -> Iterator[Iterable[Example
                 progress(done, total)
 
         yield counted()
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        raise UserError(
+            "Out of memory; lower the largest of --scales, leave out --flip, --ensemble or --compile, or evaluate on "
+            "the CPU with CUDA_VISIBLE_DEVICES= set to nothing."
+        ) from error

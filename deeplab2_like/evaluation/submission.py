@@ -121,13 +121,27 @@ class Submission(abc.ABC):
                 fit the data set, or a file cannot be written.
         """
         image_id = self._image_id(image_name)
-        if image_id in self._name_of_image_id:
-            raise UserError(
-                f"Images '{self._name_of_image_id[image_id]}' and '{image_name}' have the same id, '{image_id}'; a "
-                "submission holds each image once."
-            )
+        self._check_new(image_id, image_name, self._name_of_image_id)
         self._panoptic.add(image_id, image_name, panoptic, scores, png_name=self._png_name(image_name))
         self._name_of_image_id[image_id] = image_name
+
+    def check_names(self, image_names: Iterable[str]) -> None:
+        """Checks names of images before any of them is predicted.
+
+        Raises:
+            UserError: If the server has no id for one of them, or the same id for two.
+        """
+        name_of_id: dict[int | str, str] = {}
+        for name in image_names:
+            self._check_new(self._image_id(name), name, name_of_id)
+            name_of_id[self._image_id(name)] = name
+
+    def _check_new(self, image_id: int | str, name: str, name_of_id: Mapping[int | str, str]) -> None:
+        if image_id in name_of_id:
+            raise UserError(
+                f"Images '{name_of_id[image_id]}' and '{name}' have the same id, '{image_id}'; a submission holds each "
+                "image once."
+            )
 
     def close(self) -> list[Path]:
         """Writes the JSON, whole or not at all.
@@ -206,7 +220,10 @@ class CityscapesSubmission(Submission):
             raise UserError("Image ids of Cityscapes are part of the file names; leave out the JSON of image ids.")
         unknown = [c.name for c in dataset_info.categories if c.name not in CITYSCAPES_LABEL_IDS]
         if unknown:
-            raise unknown_name("class of Cityscapes", unknown[0], CITYSCAPES_LABEL_IDS)
+            raise UserError(
+                f"Class '{unknown[0]}' of data set '{dataset_info.name}' is none of those that Cityscapes evaluates, "
+                f"which are found by name: {', '.join(CITYSCAPES_LABEL_IDS)}; name the classes so."
+            )
         categories = tuple(dataclasses.replace(c, id=CITYSCAPES_LABEL_IDS[c.name]) for c in dataset_info.categories)
         super().__init__(output_dir, dataclasses.replace(dataset_info, categories=categories), stem=stem)
         self.semantic_dir = self.output_dir / "semantic"
@@ -311,6 +328,9 @@ def read_image_ids(json_file: str | os.PathLike[str]) -> dict[str, int | str]:
             f"'{json_file}' does not list images ({error!r}); give a COCO JSON whose 'images' have 'file_name' and "
             "'id', such as image_info_test-dev2017.json."
         ) from error
+    for name, image_id in names_and_ids:
+        if not isinstance(image_id, int | str):
+            raise UserError(f"'{json_file}' gives image '{name}' the id {image_id!r}; ids are numbers or texts.")
     image_ids = dict(names_and_ids)
     if len(image_ids) < len(names_and_ids):
         names = [name for name, _ in names_and_ids]

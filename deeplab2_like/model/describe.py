@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deeplab2_like.model.deformable import DeformableConvNorm
 from deeplab2_like.model.layers import ConvNorm
 from deeplab2_like.model.system import PanopticSystem
 
@@ -43,7 +44,8 @@ class Description:
     """What a network costs for one image.
 
     Multiply-adds are those of convolutions and dense layers, as papers count them: normalisation (which can be folded
-    into a convolution), activations, resizing and post-processing are left out.
+    into a convolution), activations, resizing and post-processing are left out. Activations are counted as papers do,
+    too: the elements of what convolutions and dense layers put out.
 
     Attributes:
         height: Height of the image, in pixels.
@@ -51,6 +53,7 @@ class Description:
         parameters: Elements of all weights, moving statistics of normalisation included.
         trainable_parameters: Elements of the weights that training changes.
         multiply_adds: Of one image.
+        activations: Of one image.
         output_shapes: Shape of each output by name, without the batch axis.
         parts: Layers of the network and their layers, in the order in which they run.
         uncounted: Names of layers that hold kernels but that no rule counts; empty if `multiply_adds` is complete.
@@ -61,6 +64,7 @@ class Description:
     parameters: int
     trainable_parameters: int
     multiply_adds: int
+    activations: int
     output_shapes: dict[str, Shape]
     parts: list[Part]
     uncounted: list[str]
@@ -106,7 +110,8 @@ def print_description(description: Description, *, console: Console | None = Non
     outputs = ", ".join(_shape_text(output, shape) for output, shape in description.output_shapes.items())
     console.print(
         f"Total: {description.parameters / 1e6:.2f} M parameters ({description.trainable_parameters / 1e6:.2f} M "
-        f"trainable), {description.multiply_adds / 1e9:.2f} G multiply-adds",
+        f"trainable), {description.multiply_adds / 1e9:.2f} G multiply-adds, {description.activations / 1e9:.3f} G "
+        "activations",
         highlight=False,
         soft_wrap=True,
     )
@@ -135,6 +140,7 @@ def describe_layer(layer: keras.layers.Layer, input_shape: Sequence[int], *, dty
         parameters=_elements(layer.weights),
         trainable_parameters=_elements(layer.trainable_weights),
         multiply_adds=recorder.total,
+        activations=recorder.activations,
         output_shapes=_shapes(outputs),
         parts=list(recorder.parts.values()),
         uncounted=recorder.uncounted,
@@ -159,6 +165,7 @@ class _Recorder:
     def __init__(self, root: keras.layers.Layer) -> None:
         self.root = root
         self.total = 0
+        self.activations = 0
         self.parts: dict[str, Part] = {}
         self.uncounted: list[str] = []
         self._stack: list[keras.layers.Layer] = []
@@ -203,6 +210,8 @@ class _Recorder:
             if name not in self.uncounted:
                 self.uncounted.append(name)
         self.total += count or 0
+        if count:
+            self.activations += math.prod(outputs.shape)
         for level in range(1, min(depth, 2) + 1):
             part = self.parts.get(self._name(level))
             if part is not None:
@@ -236,7 +245,13 @@ def multiply_adds(layer: Any, inputs: Any, outputs: Any) -> int | None:
 _RULES: tuple[tuple[Any, Callable[[Any, Any], Sequence[int]]], ...] = (
     ((keras.layers.Conv2DTranspose,), lambda inputs, outputs: inputs.shape[:-1]),
     (
-        (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense),
+        (
+            keras.layers.Conv1D,
+            keras.layers.Conv2D,
+            keras.layers.DepthwiseConv2D,
+            keras.layers.Dense,
+            DeformableConvNorm,
+        ),
         lambda inputs, outputs: outputs.shape[:-1],
     ),
 )

@@ -206,9 +206,7 @@ class PanopticSystem(keras.Model):
         Returns:
             The dictionary of `postprocess`.
         """
-        return self.finish(
-            self(images, training=False), tuple(ops.shape(images)[1:3]), with_instances=with_instances
-        )
+        return self.finish(self(images, training=False), tuple(ops.shape(images)[1:3]), with_instances=with_instances)
 
     def finish(
         self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any], *, with_instances: bool = False

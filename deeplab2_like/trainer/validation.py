@@ -1,24 +1,39 @@
 """Looking at validation images while a training runs. The graph is traced once for all of a training."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from deeplab2_like.checkpoint import keep_best
 from deeplab2_like.data import pipeline
 from deeplab2_like.evaluation.evaluate import evaluate, make_inference_function
+from deeplab2_like.evaluation.report import write_events, write_metrics
+from deeplab2_like.files import write_atomically
 from deeplab2_like.model import PanopticSystem
 from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.summaries import draw_predictions
 
 # How many images are shown in TensorBoard.
 _PICTURES = 4
+# In the split's folder: the step that was evaluated last, so that an evaluation that was cut short is made up for.
+_EVALUATED_FILE = "evaluated_step"
 
 
 class _StoppedError(Exception):
     """Somebody wants the training to end."""
+
+
+def read_evaluated_step(model_dir: str | os.PathLike[str], split: str) -> int | None:
+    """Returns the step that a training in a model folder has evaluated last, or None if there is none."""
+    try:
+        return int((Path(model_dir) / split / _EVALUATED_FILE).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 class Validation:
@@ -28,6 +43,8 @@ class Validation:
         system: The system that is trained.
         files: TFRecord files of the split.
         average: The average of its weights, or None.
+        model_dir: Where the best checkpoint is kept; what evaluations find is written to the split's folder in it.
+        split: Name of the split.
         is_stopped: Whether the training is to end; asked after every image, as an evaluation may be long.
     """
 
@@ -37,10 +54,14 @@ class Validation:
         files: Sequence[str],
         *,
         average: WeightAverage | None,
+        model_dir: str | os.PathLike[str],
+        split: str,
         is_stopped: Callable[[], bool],
     ) -> None:
         self._system = system
         self._average = average
+        self._model_dir = Path(model_dir)
+        self._split = split
         self._is_stopped = is_stopped
         self._examples = pipeline.make_eval_dataset(files, dataset_info=system.dataset_info)
         self._shown: list[Mapping[str, tf.Tensor]] = []
@@ -63,9 +84,34 @@ class Validation:
 
         with self.evaluated_weights():
             try:
-                return evaluate(self._system, until_stopped(), infer=self.infer)
+                return evaluate(self._system, until_stopped(), infer=self._infer_example)
             except _StoppedError:
                 return None
+
+    def _infer_example(self, example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return self.infer(example["image"][tf.newaxis])
+
+    def evaluate_and_keep(self, step: int) -> str | None:
+        """Evaluates the whole split, writes what it finds, and keeps the weights if they are the best so far.
+
+        Args:
+            step: The training step that they are of.
+
+        Returns:
+            The quality in words, or None if the training is to end; then nothing was written.
+        """
+        metrics = self.evaluate()
+        if metrics is None:
+            return None
+        folder = self._model_dir / self._split
+        write_metrics(folder / "metrics.json", metrics)
+        write_events(folder, metrics, step=step)
+        quality = metrics["panoptic"]["all"]["pq"]
+        with self.evaluated_weights():
+            is_best = keep_best(self._model_dir, self._system, step=step, pq=quality)
+        # Last, as it says that all of it is done.
+        write_atomically(folder / _EVALUATED_FILE, f"{step}\n".encode())
+        return f"PQ {quality:.2f} on split '{self._split}'{', the best so far' if is_best else ''}"
 
     def evaluated_weights(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the system has the weights that are evaluated."""

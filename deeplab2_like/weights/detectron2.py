@@ -4,7 +4,6 @@ Arrays are transposed from PyTorch's layouts: convolutions (out, in, height, wid
 depthwise ones (channels, 1, height, width) to (height, width, channels, 1).
 """
 
-import fnmatch
 import pickle
 import re
 import zipfile
@@ -12,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab, PanopticDeepLabConfig
+from deeplab2_like.weights.assign import assign_by_name, check_epsilon
 
 _EPSILON = 1e-5
 _HOW_TO_CONVERT = (
@@ -151,9 +150,6 @@ def _read_torch(path: Path) -> Any:
     return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in model.items()}
 
 
-# What stands in a checkpoint besides weights: counters, constants, and what older versions stored.
-_IGNORED = ("*.num_batches_tracked", "pixel_mean", "pixel_std")
-
 # From the path of one of our layers to Detectron2's name for it. `{branch}` is one of the two below.
 _BRANCHES = {"semantic": "sem_seg_head", "instance": "ins_embed_head"}
 _LAYERS: tuple[tuple[str, str], ...] = (
@@ -229,60 +225,19 @@ def load_panoptic_deeplab(
     """
     if not system.built:
         system.create_variables()
-    _check_epsilon(system)
-
-    for pattern in keep_initial:
-        if not fnmatch.filter(state, pattern):
-            raise UserError(
-                f"keep_initial pattern '{pattern}' matches no name of the checkpoint; its names look like "
-                f"{', '.join(list(state)[:2])}."
-            )
-
-    def kept(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in keep_initial)
-
-    unused = {name for name in state if not kept(name) and not any(fnmatch.fnmatchcase(name, p) for p in _IGNORED)}
-    assignments: list[tuple[Any, np.ndarray]] = []
-    missing, misshapen = [], []
-    for variable in system.weights:
-        name = panoptic_deeplab_name(variable.path)
-        if name is not None and kept(name):
-            continue
-        if name is None or name not in state:
-            missing.append(name or variable.path)
-            continue
-        unused.discard(name)
-        array = _to_keras_layout(state[name], depthwise="/depthwise/conv/" in variable.path)
-        if array.shape != tuple(variable.shape):
-            misshapen.append(
-                f"{name} is {state[name].shape}, which gives {array.shape} and not {tuple(variable.shape)}"
-            )
-        else:
-            assignments.append((variable, array))
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("left over", sorted(unused)), ("of another shape", misshapen))
-        if names
-    ]
-    if problems:
-        raise UserError(
-            f"The checkpoint does not fit this Panoptic-DeepLab: {'; '.join(problems)}; use the config of "
-            "`panoptic_deeplab_config`, or name in `keep_initial` what shall not be loaded."
-        )
-    for variable, array in assignments:
-        variable.assign(array)
+    check_epsilon(system, _EPSILON, "Detectron2")
+    assign_by_name(
+        system,
+        state,
+        name_of=panoptic_deeplab_name,
+        to_keras=_to_keras,
+        keep_initial=keep_initial,
+        what="Panoptic-DeepLab",
+        config_function="panoptic_deeplab_config",
+    )
 
 
-def _check_epsilon(system: PanopticDeepLab) -> None:
-    for layer in system._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization) and not np.isclose(layer.epsilon, _EPSILON, rtol=1e-3):
-            raise UserError(
-                f"Config key 'model.norm.epsilon' is {layer.epsilon}, but Detectron2's weights were trained with "
-                f"{_EPSILON}; set it to that."
-            )
-
-
-def _to_keras_layout(array: np.ndarray, *, depthwise: bool) -> np.ndarray:
+def _to_keras(path: str, array: np.ndarray) -> np.ndarray:
     if array.ndim != 4:
         return array
-    return array.transpose((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))
+    return array.transpose((2, 3, 0, 1) if "/depthwise/conv/" in path else (2, 3, 1, 0))

@@ -13,7 +13,12 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.evaluate import evaluate, make_inference_function, make_oracle_function
+from deeplab2_like.evaluation.evaluate import (
+    _picture_name,
+    evaluate,
+    make_inference_function,
+    make_oracle_function,
+)
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import build_system
@@ -120,7 +125,7 @@ def test_evaluation_sees_what_the_export_gives(compiled: bool, tmp_path_factory:
         maps.append(found["panoptic"])
 
     infer = make_inference_function(system, compiled=compiled, with_instances=True)
-    evaluate(system, examples(), infer=infer, after_image=after_image)
+    evaluate(system, examples(), infer=lambda example: infer(example["image"][tf.newaxis]), after_image=after_image)
     assert tuple(prediction.shape for prediction in maps) == SIZES
     # Several classes: maps of one class alone would always agree.
     assert max(len(np.unique(prediction)) for prediction in maps) > 1
@@ -142,7 +147,7 @@ def test_systems_without_a_rule_have_neither_views_nor_oracle() -> None:
     infer = make_inference_function(system, flip=True)
     with pytest.raises(UserError, match="System 'one_convolution' does not define how the outputs of several views"):
         infer(tf.zeros((1, 8, 8, 3), tf.uint8))
-    with pytest.raises(UserError, match="Unknown oracle part of system 'one_convolution' 'semantic'"):
+    with pytest.raises(UserError, match="System 'one_convolution' has no part 'semantic' that an oracle"):
         make_oracle_function(system, ["semantic"])
 
 
@@ -165,3 +170,18 @@ def test_inference_takes_any_size() -> None:
     for size in ((1, 1, 1), (2, 9, 5), (1, 8, 100)):
         assert infer(tf.zeros((*size, 3), tf.uint8))["panoptic"].shape == size
     assert infer.experimental_get_tracing_count() == 1
+
+
+def test_pictures_are_named_apart_and_stay_in_their_folder() -> None:
+    taken: set[str] = set()
+    names = ["a/x.jpg", "a/x.png", "b.1", "b.2", "../../x.png", "/x.png", "", "a/x.jpg"]
+    assert [_picture_name(name, taken) for name in names] == [
+        "a/x.png",
+        "a/x.png.png",
+        "b.1.png",
+        "b.2.png",
+        "x.png",
+        "x.png.png",
+        ".-2.png",
+        "a/x.jpg.png",
+    ]

@@ -204,9 +204,9 @@ def test_worked_example_and_files(files, tmp_path):
     truth = [[9, 9, 0, 5], [9, 9, 0, 5]], [{"id": 9, "category_id": 5, "area": 4}, {"id": 5, "category_id": 8}]
     found = [[1, 1, 1, 2], [1, 2, 1, 2]], [{"id": 1, "category_id": 5}, {"id": 2, "category_id": 8}]
     files.add(7, truth, found)
-    # Neither another image of the prediction counts, nor what the prediction says of categories.
+    # Neither other images nor other categories of the prediction count.
     files.prediction["annotations"].append({"image_id": 8, "file_name": "none.png", "segments_info": []})
-    files.prediction["categories"] = [{"id": 5, "name": "wrong", "isthing": 0}]
+    files.prediction["categories"] = [{"id": 77, "name": "other", "isthing": 0}]
     metrics = files.run(output_dir=tmp_path / "out", workers=1)
     # Cat: IoU 3 / (4 + 5 - 3 - 2) = 3/4. Sky: 2 shared, union 3: 2/3. Two pixels are void.
     assert metrics["panoptic"]["things"]["pq"] == pytest.approx(75)
@@ -214,6 +214,10 @@ def test_worked_example_and_files(files, tmp_path):
     assert metrics["semantic"]["miou"] == pytest.approx((75 + 200 / 3) / 2)
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.json"]
+    # Another meaning of the same id would make nonsense of the numbers.
+    files.prediction["categories"] = [{"id": 5, "name": "dog", "isthing": 0}]
+    with pytest.raises(UserError, match=r"says that category 5 is 'dog' \(stuff\), but for data set .* \(thing\)"):
+        files.run(workers=1)
 
 
 def test_errors_name_image_and_fault(files, tmp_path):

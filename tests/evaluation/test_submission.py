@@ -244,9 +244,7 @@ def test_cityscapes_refuses_other_names(tmp_path, name):
 
 def test_cityscapes_refuses_other_classes_and_a_json_of_ids(tmp_path):
     light = dataclasses.replace(INFO, categories=(*INFO.categories, Category(5, "traffic_light", True, (0, 0, 0))))
-    with pytest.raises(
-        UserError, match=r"Unknown class of Cityscapes 'traffic_light'\. Did you mean 'traffic light'\?"
-    ):
+    with pytest.raises(UserError, match=r"Class 'traffic_light' of data set '.*' is none of those that Cityscapes"):
         CityscapesSubmission(tmp_path / "out", light)
     with pytest.raises(UserError, match="Image ids of Cityscapes are part of the file names; leave out"):
         make_submission("cityscapes", tmp_path / "out", INFO, image_ids={})
@@ -279,6 +277,13 @@ def test_cityscapes_refuses_instances_that_do_not_fit(tmp_path, mask, class_id, 
 def test_unknown_submission_lists_the_known(tmp_path):
     with pytest.raises(UserError, match=r"Unknown submission 'cocoa'. Did you mean 'coco'\? Known: cityscapes, coco\."):
         make_submission("cocoa", tmp_path, INFO)
+
+
+def test_names_are_checked_before_anything_is_predicted(tmp_path):
+    submission = make_submission("coco", tmp_path, INFO)
+    submission.check_names(["a/1.jpg", "b/2.jpg"])
+    with pytest.raises(UserError, match=r"Images 'a/1.jpg' and 'b/1.png' have the same id, '1'"):
+        submission.check_names(["a/1.jpg", "b/1.png"])
 
 
 @pytest.mark.parametrize("name", SUBMISSIONS)

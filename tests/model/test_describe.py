@@ -18,6 +18,7 @@ def test_convolution() -> None:
     description = describe_layer(ConvNorm(8, 3, strides=2, norm=NORM), (10, 6, 4))
     # 5 x 3 positions, each 3 * 3 * 4 * 8 products. The kernel, and 4 vectors of batch normalisation, 2 of them trained.
     assert description.multiply_adds == 15 * 288
+    assert description.activations == 15 * 8
     assert description.parameters == 288 + 4 * 8
     assert description.trainable_parameters == 288 + 2 * 8
     assert description.output_shapes == {"": (5, 3, 8)}
@@ -148,7 +149,7 @@ def test_printed_as_a_table() -> None:
     (head,) = (line for line in lines if "head" in line)
     assert [cell.strip() for cell in head.split("│")[1:-1]] == ["head", "8", "0.000", "2 x 2 x 2"]
     # 8 parameters and 120 multiply-adds.
-    assert lines[-2] == "Total: 0.00 M parameters (0.00 M trainable), 0.00 G multiply-adds"
+    assert lines[-2] == "Total: 0.00 M parameters (0.00 M trainable), 0.00 G multiply-adds, 0.000 G activations"
     assert lines[-1] == "Outputs: fine 4 x 4 x 2, coarse 2 x 2 x 2"
 
 

@@ -11,6 +11,7 @@ from keras import ops
 
 from deeplab2_like.model.layers import (
     ConvNorm,
+    GroupedConv2D,
     Norm,
     SeparableConvNorm,
     average_pool_within,
@@ -278,3 +279,15 @@ def test_stages_compiled_with_xla_give_the_same() -> None:
     program = tf.function(twice).get_concrete_function(x, tf.constant(3.0)).graph
     compiled = [op for op in program.get_operations() if "_XlaMustCompile" in op.node_def.attr]
     assert len(compiled) == 2
+
+
+def test_grouped_convolution_is_that_of_tensorflow() -> None:
+    layer = GroupedConv2D(12, 3, strides=2, groups=3, padding="same")
+    x = random_map(2, 9, 7, 6)
+    found = layer(x)
+    assert layer.kernel.shape == (3, 3, 2, 12)
+    expected = tf.nn.conv2d(x, layer.kernel.value, strides=2, padding="SAME")
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    # Nothing that needs XLA to run.
+    graph = tf.function(layer).get_concrete_function(x).graph
+    assert "PartitionedCall" not in {operation.type for operation in graph.get_operations()}

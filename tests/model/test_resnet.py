@@ -4,7 +4,7 @@ import pytest
 
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import BackboneConfig, build_backbone
-from deeplab2_like.model.backbone.resnet import STAGES, Stem, StemLayer, atrous_stages
+from deeplab2_like.model.backbone.resnet import STAGES, BlockKind, ResidualBlock, Stem, StemLayer, atrous_stages
 from deeplab2_like.model.layers import Norm
 
 NORM = Norm(kind="batch")
@@ -37,6 +37,50 @@ def test_size_is_that_of_the_classifier_without_its_last_layer() -> None:
     assert {key: tuple(value.shape) for key, value in features.items()} == {
         key: (1, 64 // stride, 96 // stride, backbone.channels[key]) for key, stride in backbone.strides.items()
     }
+
+
+# The classifiers of 101 layers hold 88,791,336 (32x8d) and 83,455,272 (64x4d) parameters, 2,049,000 of them in the last
+# layer. 152 layers are 4 more blocks in res3 (512 * 512 * 2 + 9 * 16 * 512, and 6 * 512 of normalisation) and 13 more
+# in res4, twice as wide.
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("resnext101_32x8d", 86_742_336),
+        ("resnext101_64x4d", 81_406_272),
+        ("resnext152_32x8d", 86_742_336 + 4 * 601_088 + 13 * 2_398_208),
+    ],
+)
+def test_resnext_has_groups_and_the_size_of_the_classifier(name: str, parameters: int) -> None:
+    backbone = build_backbone(BackboneConfig(name=name, stem="seven_by_seven", output_stride=32), norm=NORM)
+    backbone(keras.KerasTensor((1, 64, 64, 3)))
+    assert sum(int(np.prod(weight.shape)) for weight in backbone.trainable_weights) == parameters
+    assert backbone.channels == {"stem": 64, "res2": 256, "res3": 512, "res4": 1024, "res5": 2048}
+    width = 4 if name.endswith("64x4d") else 8
+    for position, stage in enumerate(backbone.stages):
+        kernel = stage.blocks[-1].convolutions[1].conv.kernel
+        assert tuple(kernel.shape) == (3, 3, width * 2**position, 256 * 2**position)
+
+
+def test_groups_see_only_their_own_channels() -> None:
+    block = ResidualBlock(
+        BlockKind.BOTTLENECK,
+        8,
+        strides=1,
+        dilation=1,
+        stride_in_1x1=False,
+        project=False,
+        norm=Norm(kind="none"),
+        groups=4,
+        channels=16,
+    )
+    convolution = block.convolutions[1]
+    x = np.random.default_rng(0).normal(size=(1, 5, 5, 8)).astype(np.float32)
+    block(np.zeros((1, 5, 5, 16), np.float32))
+    before = keras.ops.convert_to_numpy(convolution(x))
+    x[..., 2:4] += 1  # The second of four groups of two channels.
+    changed = np.abs(keras.ops.convert_to_numpy(convolution(x)) - before).max(axis=(0, 1, 2)) > 0
+    assert set(np.flatnonzero(changed)) <= {2, 3}
+    assert changed.any()
 
 
 def test_tiny_is_small() -> None:

@@ -4,12 +4,12 @@ import collections
 import pickle
 import re
 import sys
-import zlib
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from reference_state import read_reference_state
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
@@ -35,31 +35,9 @@ def build_system(*, separable: bool = True) -> PanopticDeepLab:
     return system
 
 
-def reference_state() -> dict[str, np.ndarray]:
-    with np.load(DATA / "state_stored.npz") as file:
-        values = file["values"]
-    state: dict[str, np.ndarray] = {}
-    position = 0
-    for line in (DATA / "state_keys.tsv").read_text().splitlines():
-        name, sizes, dtype, source = line.split("\t")
-        shape = tuple(int(size) for size in sizes.split(",") if size)
-        if dtype == "int64":
-            state[name] = np.zeros(shape, np.int64)
-        elif source == "rule":
-            random = np.random.RandomState(zlib.crc32(name.encode()))
-            scale = np.sqrt(2 / np.prod(shape[1:]))
-            state[name] = (random.standard_normal(shape) * scale).astype(np.float32)
-        else:
-            size = int(np.prod(shape))
-            state[name] = values[position : position + size].reshape(shape)
-            position += size
-    assert position == len(values)
-    return state
-
-
 @pytest.fixture(scope="module")
 def state() -> dict[str, np.ndarray]:
-    return reference_state()
+    return read_reference_state(DATA)
 
 
 @pytest.fixture(scope="module")

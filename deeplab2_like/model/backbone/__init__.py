@@ -24,10 +24,13 @@ class BackboneConfig(StrictModel):
         (1, 1, 1), description="ResNet only: factors of the dilation in the blocks of the last stage."
     )
     stem: Literal["three_convolutions", "seven_by_seven"] = pydantic.Field(
-        "three_convolutions", description="ResNet-50 and ResNet-101 only: what precedes the first max pooling."
+        "three_convolutions",
+        description="ResNet-50, ResNet-101 and ResNeXt only: what precedes the first max pooling.",
     )
     stride_in_1x1: bool = pydantic.Field(
-        False, description="ResNet-50 and ResNet-101 only: stride in a block's first 1x1 convolution, not in its 3x3."
+        False,
+        description="ResNet-50, ResNet-101 and ResNeXt only: stride in a block's first 1x1 convolution, not in its "
+        "3x3.",
     )
 
 
@@ -36,7 +39,9 @@ Builder = Callable[..., keras.layers.Layer]  # (config: BackboneConfig, *, norm:
 _STEMS: dict[str, Stem] = {"three_convolutions": THREE_CONVOLUTIONS, "seven_by_seven": SEVEN_BY_SEVEN}
 
 
-def _bottleneck_resnet(depths: tuple[int, int, int, int]) -> Builder:
+def _bottleneck_resnet(
+    depths: tuple[int, int, int, int], *, groups: int = 1, group_width: int | None = None
+) -> Builder:
     def build(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
         return ResNet(
             stem=_STEMS[config.stem],
@@ -47,6 +52,8 @@ def _bottleneck_resnet(depths: tuple[int, int, int, int]) -> Builder:
             multi_grid=config.multi_grid,
             stride_in_1x1=config.stride_in_1x1,
             norm=norm,
+            groups=groups,
+            group_width=group_width,
             name="backbone",
         )
 
@@ -92,6 +99,9 @@ def _refuse(config: BackboneConfig, *fields: str) -> None:
 BACKBONES: dict[str, Builder] = {
     "resnet50": _bottleneck_resnet((3, 4, 6, 3)),
     "resnet101": _bottleneck_resnet((3, 4, 23, 3)),
+    "resnext101_32x8d": _bottleneck_resnet((3, 4, 23, 3), groups=32, group_width=8),
+    "resnext101_64x4d": _bottleneck_resnet((3, 4, 23, 3), groups=64, group_width=4),
+    "resnext152_32x8d": _bottleneck_resnet((3, 8, 36, 3), groups=32, group_width=8),
     "resnet_tiny": _resnet_tiny,
     "mobilenet_v3_large": _mobilenet_v3(LARGE),
     "mobilenet_v3_small": _mobilenet_v3(SMALL),

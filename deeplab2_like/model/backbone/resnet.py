@@ -1,5 +1,7 @@
 """ResNet (He et al., "Deep residual learning for image recognition", 2016) with atrous convolution.
 
+With `groups` it is ResNeXt (Xie et al., "Aggregated residual transformations for deep neural networks", 2017).
+
 As in DeepLab, stages beyond the wanted output stride keep their resolution and multiply the dilation of their 3x3
 convolutions instead; `multi_grid` varies the dilation inside the last stage (Chen et al., 2017).
 """
@@ -94,8 +96,10 @@ class ResidualBlock(keras.layers.Layer):
         stride_in_1x1: Whether a bottleneck has its stride in the first 1x1 convolution instead of in the 3x3.
         project: Whether the shortcut is a 1x1 convolution instead of the identity.
         norm: The normalisation after each convolution.
+        groups: Groups of the 3x3 convolution of a bottleneck.
+        channels: Output channels; by default `width * block.value`.
 
-    Input shape: float [B, H, W, C]. Output shape: float [B, ceil(H / strides), ceil(W / strides), width * block.value].
+    Input shape: float [B, H, W, C]. Output shape: float [B, ceil(H / strides), ceil(W / strides), channels].
     """
 
     def __init__(
@@ -108,10 +112,12 @@ class ResidualBlock(keras.layers.Layer):
         stride_in_1x1: bool,
         project: bool,
         norm: Norm,
+        groups: int = 1,
+        channels: int | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        channels = width * block.value
+        channels = channels or width * block.value
         self.shortcut = (
             ConvNorm(channels, 1, strides=strides, norm=norm, activation=None, name="shortcut") if project else None
         )
@@ -124,7 +130,7 @@ class ResidualBlock(keras.layers.Layer):
             first, second = (strides, 1) if stride_in_1x1 else (1, strides)
             self.convolutions = [
                 ConvNorm(width, 1, strides=first, norm=norm, name="conv1"),
-                ConvNorm(width, 3, strides=second, dilation=dilation, norm=norm, name="conv2"),
+                ConvNorm(width, 3, strides=second, dilation=dilation, groups=groups, norm=norm, name="conv2"),
                 ConvNorm(channels, 1, norm=norm, activation=None, name="conv3"),
             ]
 
@@ -167,6 +173,9 @@ class ResNet(keras.layers.Layer):
         multi_grid: Factors of the dilation of the units of res5; a deeper res5 starts over.
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of in the 3x3.
         norm: The normalisation after each convolution.
+        groups: Groups of the 3x3 convolutions of bottlenecks: the "cardinality" of ResNeXt.
+        group_width: Channels of each group in the first stage, in place of `widths`; each stage doubles them. A stage's
+            output keeps the channels that `widths` gives it. ResNeXt-101 32x8d has 32 groups of width 8.
 
     Attributes:
         strides: Stride of each feature map, by its name.
@@ -184,6 +193,8 @@ class ResNet(keras.layers.Layer):
         multi_grid: Sequence[int] = (1, 1, 1),
         stride_in_1x1: bool = False,
         norm: Norm,
+        groups: int = 1,
+        group_width: int | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
@@ -198,12 +209,14 @@ class ResNet(keras.layers.Layer):
             blocks = [
                 ResidualBlock(
                     block,
-                    width,
+                    width if group_width is None else groups * group_width * width // widths[0],
                     strides=stride if index == 0 else 1,
                     dilation=dilation * grid[index],
                     stride_in_1x1=stride_in_1x1,
                     project=index == 0,
                     norm=norm,
+                    groups=groups,
+                    channels=width * block.value,
                     name=f"block{index + 1}",
                 )
                 for index in range(depth)

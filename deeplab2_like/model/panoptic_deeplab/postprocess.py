@@ -17,13 +17,8 @@ from typing import Any
 
 from keras import ops
 
-from deeplab2_like.model.layers import (
-    Tensor,
-    interpolated_columns,
-    interpolated_rows,
-    stage,
-    upsample_bilinear,
-)
+from deeplab2_like.model.layers import Tensor, stage, upsample_bilinear
+from deeplab2_like.model.merge import look_up, mean_probability, number_within_class, semantic_argmax
 
 # Side of a cell in pixels, and how many of its nearest centres a cell lists before all centres are tried.
 _CELL = 16
@@ -102,7 +97,7 @@ def postprocess(
         void=ignore_label * label_divisor,
         stuff_area_limit=stuff_area_limit,
     )
-    probability = mean_probability(logits, rows, table["class"], votes, stride=stride)
+    probability = mean_probability(logits, rows, table["class"], ops.sum(votes, axis=-1), stride=stride)
     used = table["used"]
     objectness = ops.concatenate([heat, ops.ones((ops.shape(heat)[0], num_classes), "float32")], axis=1)
     return {
@@ -111,37 +106,6 @@ def postprocess(
         "segment_class": ops.where(used, table["class"][:, :-1], 0),
         "segment_score": ops.where(used, objectness * probability[:, :-1], 0.0),
     }
-
-
-@stage
-def semantic_argmax(logits: Tensor, *, height: Any, width: Any, stride: int) -> Tensor:
-    """The best class of every pixel of the bilinearly enlarged logits, without enlarging them.
-
-    Args:
-        logits: float32 [B, h, w, C].
-        height: Image height without padding.
-        width: Image width without padding.
-        stride: Image pixels per logit.
-
-    Returns:
-        int32 [B, H, W].
-    """
-    batch, coarse_height, coarse_width = ops.shape(logits)[:3]
-    num_classes = logits.shape[-1]
-
-    def first_best(phase: Tensor) -> Tensor:
-        # What argmax gives, as two plain reductions: XLA runs them four times as fast on a CPU.
-        is_best = phase == ops.max(phase, axis=-1, keepdims=True)
-        return ops.min(ops.where(is_best, ops.arange(num_classes), num_classes - 1), axis=-1)
-
-    lines = []
-    for phase_rows in interpolated_rows(logits, stride):
-        best = [first_best(phase) for phase in interpolated_columns(phase_rows, stride)]  # s x [B, h, w]
-        line = ops.stack(best, axis=3)  # [B, h, w, s]
-        lines.append(ops.reshape(line, (batch, coarse_height, coarse_width * stride)))  # [B, h, w * s]
-    classes = ops.stack(lines, axis=2)  # [B, h, s, w * s]
-    classes = ops.reshape(classes, (batch, coarse_height * stride, coarse_width * stride))  # [B, h * s, w * s]
-    return classes[:, :height, :width]
 
 
 @stage
@@ -344,11 +308,7 @@ def _segment_table(
     area = ops.sum(votes, axis=-1)  # [B, R]
     instance_class = ops.cast(ops.argmax(votes[:, :num_centers], axis=-1), "int32")  # [B, K]
     present = area[:, :num_centers] > 0
-    # Instances are numbered within their class in the order of the rows: [B, K, K] pairs of later and earlier.
-    earlier = ops.tril(ops.ones((num_centers, num_centers), "int32"))
-    same_class = instance_class[:, :, None] == instance_class[:, None, :]
-    number = ops.sum(ops.where(same_class & present[:, None, :], earlier, 0), axis=-1)  # [B, K]
-    instance_value = instance_class * label_divisor + number
+    instance_value = instance_class * label_divisor + number_within_class(instance_class, present)
 
     stuff_class = ops.arange(num_classes)[None, :] + ops.zeros_like(area[:, :1])  # [B, C]
     stuff_area = area[:, num_centers:-1]
@@ -361,42 +321,3 @@ def _segment_table(
         "panoptic": ops.concatenate([ops.where(used, value, void), none + void], axis=1),
         "used": used,
     }
-
-
-@stage
-def mean_probability(logits: Tensor, rows: Tensor, row_class: Tensor, votes: Tensor, *, stride: int) -> Tensor:
-    """Mean probability of each segment's class over its pixels, read at the resolution of the logits.
-
-    Args:
-        logits: float32 [B, h, w, C].
-        rows: int32 [B, H, W] row of the segment table of each pixel.
-        row_class: int32 [B, R] class of each row.
-        votes: int32 [B, R, C].
-        stride: Image pixels per logit.
-
-    Returns:
-        float32 [B, R].
-    """
-    batch, height, width = ops.shape(rows)
-    coarse_height, coarse_width = ops.shape(logits)[1:3]
-    num_classes, num_rows = logits.shape[-1], votes.shape[1]
-    probability = ops.reshape(ops.softmax(logits, axis=-1), (-1,))  # [B * h * w * C]
-    image = ops.arange(batch)[:, None, None]
-    y = (ops.arange(height) // stride)[None, :, None]
-    x = (ops.arange(width) // stride)[None, None, :]
-    segment = image * num_rows + rows  # [B, H, W]
-    pixel_class = ops.take(ops.reshape(row_class, (-1,)), segment)  # [B, H, W]
-    position = ((image * coarse_height + y) * coarse_width + x) * num_classes + pixel_class
-    total = ops.segment_sum(
-        ops.reshape(ops.take(probability, position), (-1,)), ops.reshape(segment, (-1,)), num_segments=batch * num_rows
-    )
-    area = ops.cast(ops.maximum(ops.sum(votes, axis=-1), 1), "float32")  # [B, R]
-    return ops.reshape(total, (batch, num_rows)) / area  # [B, R]
-
-
-@stage
-def look_up(table: Tensor, rows: Tensor) -> Tensor:
-    """Paints every pixel, int32 [B, H, W] rows, with the value of its row in the table, int32 [B, R]."""
-    batch, num_rows = ops.shape(rows)[0], table.shape[1]
-    image = ops.arange(batch)[:, None, None]
-    return ops.take(ops.reshape(table, (-1,)), image * num_rows + rows)

@@ -1,0 +1,126 @@
+"""Feature pyramid network (Lin et al., "Feature pyramid networks for object detection", CVPR 2017)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import keras
+from keras import ops
+
+from deeplab2_like.errors import UserError
+from deeplab2_like.model.layers import ConvNorm, Norm, Tensor
+
+
+class FeaturePyramid(keras.layers.Layer):
+    """Backbone features of all scales, each with the semantics of the coarser ones, all with the same channels.
+
+    From the coarsest feature down, each level adds a 1x1 convolution of the backbone's feature (`lateralN`) to the
+    level above, enlarged twofold by repeating pixels; a 3x3 convolution (`outputN`) gives the level. Level N, named
+    "pN", has stride 2**N. There is no activation.
+
+    Levels coarser than the backbone's features are made from the coarsest level:
+
+    - `subsample`: every second pixel of the level before (Mask R-CNN);
+    - `convolve`: a 3x3 convolution of stride 2 of the level before, with a ReLU between two of them (RetinaNet, FCOS).
+
+    Args:
+        strides: Stride of each backbone feature, by its name; those of `features` must double from one to the next.
+        features: Names of the backbone features, fine to coarse.
+        channels: Channels of all levels.
+        coarser_levels: How many levels are added beyond the coarsest feature.
+        coarser: How they are made.
+        norm: The normalisation after each convolution; None for none, as in the paper.
+
+    Attributes:
+        strides: Stride of each level, by its name, fine to coarse.
+        channels: Channels of all levels.
+
+    Input: dictionary of features, float [B, h, w, C]. Output: dictionary of levels, float
+    [B, ceil(H / stride), ceil(W / stride), channels].
+
+    Raises:
+        UserError: If the strides do not double.
+    """
+
+    def __init__(
+        self,
+        *,
+        strides: Mapping[str, int],
+        features: tuple[str, ...] = ("res2", "res3", "res4", "res5"),
+        channels: int = 256,
+        coarser_levels: int = 1,
+        coarser: Literal["subsample", "convolve"] = "subsample",
+        norm: Norm | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name=name)
+        self.channels = channels
+        self.features = features
+        finest = strides[features[0]]
+        for index, feature in enumerate(features):
+            if strides[feature] != finest * 2**index:
+                raise UserError(
+                    f"A feature pyramid needs features whose strides double, but '{feature}' has stride "
+                    f"{strides[feature]} instead of {finest * 2**index}; set config key 'model.backbone.output_stride' "
+                    "to 32."
+                )
+        first = finest.bit_length() - 1
+        self.levels = tuple(range(first, first + len(features)))
+        self.strides = {f"p{level}": 2**level for level in range(first, self.levels[-1] + coarser_levels + 1)}
+
+        def convolution(kernel_size: int, name: str, strides: int = 1) -> ConvNorm:
+            return ConvNorm(
+                channels,
+                kernel_size,
+                strides=strides,
+                norm=norm,
+                activation=None,
+                initializer="lecun_uniform",
+                name=name,
+            )
+
+        self.laterals = [convolution(1, f"lateral{level}") for level in self.levels]
+        self.outputs = [convolution(3, f"output{level}") for level in self.levels]
+        self.coarser_levels = coarser_levels
+        self.coarser = (
+            [convolution(3, f"coarser{self.levels[-1] + 1 + index}", strides=2) for index in range(coarser_levels)]
+            if coarser == "convolve"
+            else None
+        )
+
+    def call(self, features: Mapping[str, Tensor], training: bool = False) -> dict[str, Tensor]:
+        """Builds the pyramid; see the class."""
+        pyramid: dict[str, Tensor] = {}
+        above = None
+        for level, feature, lateral, output in reversed(
+            list(zip(self.levels, self.features, self.laterals, self.outputs, strict=True))
+        ):
+            x = lateral(features[feature], training=training)
+            above = x if above is None else x + repeat_pixels(above)
+            pyramid[f"p{level}"] = output(above, training=training)
+        pyramid = dict(reversed(pyramid.items()))
+
+        x = pyramid[f"p{self.levels[-1]}"]
+        for index in range(self.coarser_levels):
+            if self.coarser is None:
+                x = x[:, ::2, ::2]
+            else:
+                x = self.coarser[index](x if index == 0 else ops.relu(x), training=training)
+            pyramid[f"p{self.levels[-1] + 1 + index}"] = x
+        return pyramid
+
+
+def repeat_pixels(x: Tensor) -> Tensor:
+    """Enlarges twofold, each pixel becoming four: float [B, h, w, C] to float [B, 2h, 2w, C]."""
+    batch, height, width = ops.shape(x)[:3]
+    channels = x.shape[-1]
+    both = ops.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+    return ops.reshape(both, (batch, 2 * height, 2 * width, channels))  # [B, 2h, 2w, C]
+
+
+def split_channels(pyramid: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gives each of two branches its own half of the channels of every level (Panoptic FPN, Table 3d)."""
+    half = next(iter(pyramid.values())).shape[-1] // 2
+    return (
+        {name: level[..., :half] for name, level in pyramid.items()},
+        {name: level[..., half:] for name, level in pyramid.items()},
+    )

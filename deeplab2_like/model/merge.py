@@ -1,0 +1,337 @@
+"""From parts to one panoptic map: instances painted over semantic classes, in static shapes.
+
+A map is made of *rows*, int32 [B, H, W]: for each pixel the row of a table of segments, instances first, then one row
+per class, then one for pixels without a segment. The table says what is painted, see `PanopticSystem.postprocess`.
+
+Each function marked `stage` may be compiled on its own, see `deeplab2_like.model.layers.compiled_stages`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from deeplab2_like.model.detection import paste_weights
+from deeplab2_like.model.layers import (
+    Tensor,
+    interpolated_columns,
+    interpolated_rows,
+    resize_bilinear,
+    stage,
+    upsample_bilinear,
+)
+
+
+@stage
+def semantic_argmax(logits: Tensor, *, height: Any, width: Any, stride: int) -> Tensor:
+    """The best class of every pixel of the bilinearly enlarged logits, without enlarging them.
+
+    Args:
+        logits: float32 [B, h, w, C].
+        height: Image height without padding.
+        width: Image width without padding.
+        stride: Image pixels per logit.
+
+    Returns:
+        int32 [B, H, W].
+    """
+    batch, coarse_height, coarse_width = ops.shape(logits)[:3]
+    num_classes = logits.shape[-1]
+
+    def first_best(phase: Tensor) -> Tensor:
+        # What argmax gives, as two plain reductions: XLA runs them four times as fast on a CPU.
+        is_best = phase == ops.max(phase, axis=-1, keepdims=True)
+        return ops.min(ops.where(is_best, ops.arange(num_classes), num_classes - 1), axis=-1)
+
+    lines = []
+    for phase_rows in interpolated_rows(logits, stride):
+        best = [first_best(phase) for phase in interpolated_columns(phase_rows, stride)]  # s x [B, h, w]
+        line = ops.stack(best, axis=3)  # [B, h, w, s]
+        lines.append(ops.reshape(line, (batch, coarse_height, coarse_width * stride)))  # [B, h, w * s]
+    classes = ops.stack(lines, axis=2)  # [B, h, s, w * s]
+    classes = ops.reshape(classes, (batch, coarse_height * stride, coarse_width * stride))  # [B, h * s, w * s]
+    return classes[:, :height, :width]
+
+
+# Shares of the image's height that a window of lines may have, see `claim_pixels`.
+_WINDOW_SHARES = (16, 8, 4, 2, 1)
+
+
+class Merged(NamedTuple):
+    """A panoptic map and its table of segments, of N instances and C classes.
+
+    Attributes:
+        panoptic: int32 [B, H, W].
+        segment_id: int32 [B, N + C]: the value of each segment in the map, zero where there is none. Row n is an
+            instance, row N + c the region of class c.
+        segment_class: int32 [B, N + C], zero where there is none.
+        kept: bool [B, N + C], the rows that are segments.
+        rows: int32 [B, H, W], the row of each pixel; N + C for those that no row has.
+        area: int32 [B, N + C + 1], pixels of each row, also of those that are not kept.
+    """
+
+    panoptic: Tensor
+    segment_id: Tensor
+    segment_class: Tensor
+    kept: Tensor
+    rows: Tensor
+    area: Tensor
+
+
+def merge(
+    semantic: Tensor,
+    owner: Tensor,
+    classes: Tensor,
+    *,
+    class_of_semantic: Sequence[int],
+    num_classes: int,
+    stuff_area_limit: int,
+    label_divisor: int,
+    void: int,
+) -> Merged:
+    """Paints instances over semantic classes (Panoptic FPN, section 3.2).
+
+    What no instance has goes to its semantic class; small regions, and pixels of semantic classes that are no segments,
+    become void.
+
+    Args:
+        semantic: int32 [B, H, W], best semantic class of each pixel.
+        owner: int32 [B, H, W], the instance of each pixel, or N where there is none, see `claim_pixels`.
+        classes: int32 [B, N], class ids of the instances.
+        class_of_semantic: Class id of each semantic class, or -1 for those that are not painted.
+        num_classes: C, number of class ids.
+        stuff_area_limit: Regions of semantic classes of fewer pixels become void.
+        label_divisor: Factor between class and instance ids.
+        void: Panoptic value of void.
+    """
+    batch, num_instances = ops.shape(classes)[0], classes.shape[1]
+    row_of_semantic = [num_instances + (c if c >= 0 else num_classes) for c in class_of_semantic]
+    rows = find_rows(semantic, owner, ops.array(row_of_semantic, "int32"), num_instances=num_instances)
+    area = count_pixels(rows, num_rows=num_instances + num_classes + 1)
+
+    present = area[:, :num_instances] > 0
+    instance_value = classes * label_divisor + number_within_class(classes, present)
+    class_ids = ops.arange(num_classes)[None, :] + ops.zeros((batch, 1), "int32")  # [B, C]
+    class_area = area[:, num_instances:-1]
+    kept = ops.concatenate([present, (class_area >= stuff_area_limit) & (class_area > 0)], axis=1)  # [B, N + C]
+    value = ops.concatenate([instance_value, class_ids * label_divisor], axis=1)
+    table = ops.concatenate([ops.where(kept, value, void), ops.full((batch, 1), void, "int32")], axis=1)
+    return Merged(
+        panoptic=look_up(table, rows),
+        segment_id=ops.where(kept, value, 0),
+        segment_class=ops.where(kept, ops.concatenate([classes, class_ids], axis=1), 0),
+        kept=kept,
+        rows=rows,
+        area=area,
+    )
+
+
+@stage
+def find_rows(semantic: Tensor, owner: Tensor, row_of_semantic: Tensor, *, num_instances: int) -> Tensor:
+    """The row of each pixel, int32 [B, H, W]: that of its instance, or else of its semantic class; see `merge`."""
+    return ops.where(owner < num_instances, owner, ops.take(row_of_semantic, semantic))
+
+
+@stage
+def claim_pixels(
+    used: Tensor, boxes: Tensor, probabilities: Tensor, *, height: Any, width: Any, overlap_threshold: float
+) -> Tensor:
+    """Gives pixels to instances in the order of their rows; the only mask of image size is the one at work.
+
+    An instance of which more than a share is claimed already is dropped; else it gets the rest of its mask.
+
+    Args:
+        used: bool [B, N], true for the first rows of each image, those that take part.
+        boxes: float32 [B, N, 4], in pixels of the map.
+        probabilities: float32 [B, N, P, P], of the pixels in the box; a pixel of the map belongs to the mask from 0.5.
+        height: H, height of the map, an int or an int32 scalar.
+        width: W, its width.
+        overlap_threshold: The share.
+
+    Returns:
+        int32 [B, H, W]: the instance, or N for pixels that none has.
+    """
+    bins = probabilities.shape[-1]
+    first_line = ops.clip(ops.cast(ops.floor(boxes[..., 0]), "int32"), 0, height)  # [B, N]
+    last_line = ops.clip(ops.cast(ops.ceil(boxes[..., 2]), "int32"), 0, height)
+
+    def mask_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
+        box = ops.take(boxes, n, axis=1)[:, None]  # [B, 1, 4]
+        shift = ops.cast(top, "float32")[:, None]
+        rows = paste_weights(box[..., 0] - shift, box[..., 2] - shift, bins=bins, size=lines)[:, 0]  # [B, h, P]
+        columns = paste_weights(box[..., 1], box[..., 3], bins=bins, size=width)[:, 0]  # [B, W, P]
+        values = ops.matmul(ops.matmul(rows, ops.take(probabilities, n, axis=1)), ops.transpose(columns, (0, 2, 1)))
+        return values >= 0.5
+
+    return claim_in_order(
+        used, first_line, last_line, mask_in_window, height=height, width=width, overlap_threshold=overlap_threshold
+    )
+
+
+def claim_in_order(
+    used: Tensor,
+    first_line: Tensor,
+    last_line: Tensor,
+    mask_in_window: Callable[[Tensor, Tensor, Any], Tensor],
+    *,
+    height: Any,
+    width: Any,
+    overlap_threshold: float,
+) -> Tensor:
+    """Gives pixels to instances in the order of their rows, see `claim_pixels`, whatever their masks are made of.
+
+    Args:
+        used: bool [B, N], true for the first rows of each image, those that take part.
+        first_line: int32 [B, N], first line of pixels that the mask may touch.
+        last_line: int32 [B, N], the line after the last one.
+        mask_in_window: From n, an int32 scalar, the first line of a window in each image, int32 [B], and its number of
+            lines, L, to the window of the masks of row n, bool [B, L, W].
+        height: H, height of the map, an int or an int32 scalar.
+        width: W, its width.
+        overlap_threshold: The share.
+
+    Returns:
+        int32 [B, H, W]: the instance, or N for pixels that none has.
+    """
+    batch, num_instances = ops.shape(used)[0], used.shape[1]
+    last = ops.sum(ops.cast(ops.any(used, axis=0), "int32"))
+    # Work is done on whole lines of pixels, in windows of one of a few heights: the smallest that holds the masks.
+    lines_needed = ops.max(ops.where(used, last_line - first_line, 0), axis=0)  # [N]
+    window_heights = [-(-height // share) for share in _WINDOW_SHARES]
+    window_index = sum(ops.cast(lines_needed > lines, "int32") for lines in window_heights[:-1])  # [N]
+
+    def claim_in_window(lines: Any, n: Tensor, owner: Tensor) -> Tensor:
+        top = ops.minimum(ops.take(first_line, n, axis=1), height - lines)  # [B]
+        index = (ops.arange(batch) * height + top)[:, None] + ops.arange(lines)[None, :]  # [B, L]
+        before = ops.reshape(ops.take(owner, ops.reshape(index, (-1,)), axis=0), (batch, lines, width))  # [B, L, W]
+        mask = mask_in_window(n, top, lines) & ops.take(used, n, axis=1)[:, None, None]  # [B, L, W]
+
+        free = mask & (before == num_instances)
+        area = ops.cast(ops.sum(ops.cast(mask, "int32"), axis=(1, 2)), "float32")  # [B]
+        claimed = area - ops.cast(ops.sum(ops.cast(free, "int32"), axis=(1, 2)), "float32")  # [B]
+        fits = claimed <= overlap_threshold * area
+        after = ops.where(free & fits[:, None, None], ops.cast(n, "int16"), before)
+        return ops.scatter_update(
+            owner, ops.reshape(index, (-1, 1)), ops.reshape(after, (batch * lines, width))
+        )  # [B * H, W]
+
+    windows = [functools.partial(claim_in_window, lines) for lines in window_heights]
+
+    def claim(n: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+        return n + 1, ops.switch(ops.take(window_index, n), windows, n, owner)
+
+    # Half the memory to move; more than 32767 instances would be too many for the masks anyway.
+    nobody = ops.full((batch * height, width), num_instances, "int16")
+    _, owner = ops.while_loop(lambda n, owner: n < last, claim, (ops.array(0, "int32"), nobody))
+    return ops.reshape(ops.cast(owner, "int32"), (batch, height, width))  # [B, H, W]
+
+
+@stage
+def resized_argmax(
+    logits: Tensor, *, seen_height: Any, seen_width: Any, height: Any, width: Any, stride: int
+) -> Tensor:
+    """The best class of every pixel, where the network saw the image at another size.
+
+    Args:
+        logits: float32 [B, h, w, C].
+        seen_height: Height of the image that the network saw, without padding.
+        seen_width: Its width.
+        height: Height of the map.
+        width: Its width.
+        stride: Pixels of the image that the network saw per logit.
+
+    Returns:
+        int32 [B, H, W].
+    """
+    batch, num_classes = ops.shape(logits)[0], logits.shape[-1]
+    planes = ops.transpose(logits, (3, 0, 1, 2))[..., None]  # [C, B, h, w, 1]
+
+    def better(index: Tensor, best: Tensor, best_class: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # One class after the other: all of them at full size would take gigabytes.
+        plane = upsample_bilinear(ops.take(planes, index, axis=0), stride)[:, :seen_height, :seen_width]
+        plane = resize_bilinear(plane, height, width)[..., 0]  # [B, H, W]
+        return index + 1, ops.maximum(best, plane), ops.where(plane > best, index, best_class)
+
+    start = (
+        ops.array(0, "int32"),
+        ops.full((batch, height, width), -1e30, "float32"),
+        ops.zeros((batch, height, width), "int32"),
+    )
+    return ops.while_loop(lambda index, *_: index < num_classes, better, start)[2]
+
+
+@stage
+def count_pixels(rows: Tensor, *, num_rows: int) -> Tensor:
+    """Number of pixels of each row: int32 [B, H, W] to int32 [B, num_rows]."""
+    batch = ops.shape(rows)[0]
+    row = ops.reshape(ops.arange(batch)[:, None, None] * num_rows + rows, (-1,))  # [B * H * W]
+    counts = ops.segment_sum(ops.ones_like(row), row, num_segments=batch * num_rows)
+    return ops.reshape(counts, (batch, num_rows))  # [B, R]
+
+
+def number_within_class(classes: Tensor, present: Tensor) -> Tensor:
+    """Numbers instances from 1 within their class, in the order of their rows.
+
+    Args:
+        classes: int32 [B, N] class ids.
+        present: bool [B, N], false for rows that do not count.
+
+    Returns:
+        int32 [B, N].
+    """
+    earlier = ops.tril(ops.ones((classes.shape[1], classes.shape[1]), "int32"))  # [N, N] pairs of later and earlier
+    same_class = classes[:, :, None] == classes[:, None, :]
+    return ops.sum(ops.where(same_class & present[:, None, :], earlier, 0), axis=-1)
+
+
+@stage
+def mean_probability(
+    logits: Tensor,
+    rows: Tensor,
+    row_class: Tensor,
+    area: Tensor,
+    *,
+    stride: int,
+    seen_height: Any | None = None,
+    seen_width: Any | None = None,
+) -> Tensor:
+    """Mean probability of each segment's class over its pixels, read at the resolution of the logits.
+
+    Args:
+        logits: float32 [B, h, w, C].
+        rows: int32 [B, H, W] row of the segment table of each pixel.
+        row_class: int32 [B, R] class of each row.
+        area: int32 [B, R] pixels of each row.
+        stride: Image pixels per logit.
+        seen_height: Height of the image that the network saw, without padding, if it is not that of the map.
+        seen_width: Its width.
+
+    Returns:
+        float32 [B, R].
+    """
+    batch, height, width = ops.shape(rows)
+    rows_seen = height if seen_height is None else seen_height
+    columns_seen = width if seen_width is None else seen_width
+    coarse_height, coarse_width = ops.shape(logits)[1:3]
+    num_classes, num_rows = logits.shape[-1], area.shape[1]
+    probability = ops.reshape(ops.softmax(logits, axis=-1), (-1,))  # [B * h * w * C]
+    image = ops.arange(batch)[:, None, None]
+    # Where the centre of each pixel lies in the image that the network saw.
+    y = ((2 * ops.arange(height) + 1) * rows_seen // (2 * height) // stride)[None, :, None]
+    x = ((2 * ops.arange(width) + 1) * columns_seen // (2 * width) // stride)[None, None, :]
+    segment = image * num_rows + rows  # [B, H, W]
+    pixel_class = ops.take(ops.reshape(row_class, (-1,)), segment)  # [B, H, W]
+    position = ((image * coarse_height + y) * coarse_width + x) * num_classes + pixel_class
+    total = ops.segment_sum(
+        ops.reshape(ops.take(probability, position), (-1,)), ops.reshape(segment, (-1,)), num_segments=batch * num_rows
+    )
+    return ops.reshape(total, (batch, num_rows)) / ops.cast(ops.maximum(area, 1), "float32")  # [B, R]
+
+
+@stage
+def look_up(table: Tensor, rows: Tensor) -> Tensor:
+    """Paints every pixel, int32 [B, H, W] rows, with the value of its row in the table, int32 [B, R]."""
+    batch, num_rows = ops.shape(rows)[0], table.shape[1]
+    image = ops.arange(batch)[:, None, None]
+    return ops.take(ops.reshape(table, (-1,)), image * num_rows + rows)

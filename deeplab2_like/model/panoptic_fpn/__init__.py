@@ -1,0 +1,641 @@
+"""Panoptic feature pyramid networks (Kirillov et al., CVPR 2019): Mask R-CNN and Semantic FPN on one pyramid.
+
+A feature pyramid feeds two branches. One is Mask R-CNN: it proposes boxes, tells their classes, and predicts a mask in
+each. The other predicts the class of every pixel, where one class, "other", stands for all things. A fixed rule makes
+one map of both: instances in the order of their scores, then stuff where no instance is. Semantic FPN is the second
+branch alone (`semantic_only`).
+
+Read in this order: the config below, `semantic.py`; then `deeplab2_like/model/fpn.py`, the parts of Mask R-CNN in
+`deeplab2_like/model/detection`, and `deeplab2_like/model/merge.py`, which other systems share.
+
+Where the paper leaves a choice, and where this differs from the implementation in Detectron2:
+
+- Regions without a label, like crowds, teach the detector nothing: a box that is void to more than a share is not a
+  negative example. In Detectron2 it is one, and so is a crowd.
+- The class and box losses of the region proposals have the weight of the instance losses.
+- With `fpn.grouped` (Table 3d) each branch sees its own half of the channels; the pyramid's convolutions see all.
+- The score of a stuff segment is the mean probability of its class, read at the resolution of the logits.
+- Pixels that the semantic branch gives to a thing class (`semantic.things: all`) are void unless an instance has them;
+  the paper discards these predictions, too.
+- Images are padded to a multiple of 32 with the mean colour. They are seen at their own size unless
+  `postprocess.resize` is set; then they are made smaller without antialiasing, where Detectron2 has it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import keras
+import pydantic
+from keras import ops
+
+from deeplab2_like.configs.schema import StrictModel
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+from deeplab2_like.model.backbone import BackboneConfig, build_backbone
+from deeplab2_like.model.detection import (
+    BoxHead,
+    MaskHead,
+    RoiConfig,
+    RpnConfig,
+    RpnHead,
+    box_losses,
+    detect,
+    instance_targets,
+    make_anchors,
+    mask_loss,
+    mask_targets,
+    masks_of_classes,
+    paste_masks,
+    propose,
+    roi_align,
+    rpn_losses,
+    sample_anchors,
+    sample_rois,
+)
+from deeplab2_like.model.fpn import FeaturePyramid, split_channels
+from deeplab2_like.model.layers import Norm, Tensor, resize_bilinear
+from deeplab2_like.model.merge import (
+    claim_pixels,
+    mean_probability,
+    merge,
+    resized_argmax,
+    semantic_argmax,
+)
+from deeplab2_like.model.panoptic_fpn.semantic import SemanticBranch, SemanticClasses, semantic_loss
+from deeplab2_like.model.system import Loss, PanopticSystem
+
+# Backbone features of the pyramid's levels, fine to coarse; the proposals see one more level, p6.
+_FEATURES = {"p1": "stem", "p2": "res2", "p3": "res3", "p4": "res4", "p5": "res5"}
+
+
+class FpnConfig(StrictModel):
+    """The feature pyramid."""
+
+    channels: int = pydantic.Field(256, ge=2)
+    finest_level: Literal["p1", "p2"] = pydantic.Field(
+        "p2", description="`p2` has stride 4, as in the paper; `p1`, stride 2, is for objects of a few pixels."
+    )
+    grouped: bool = pydantic.Field(False, description="Give each branch half of the channels (Table 3d).")
+    norm: Norm | None = pydantic.Field(None, description="Normalisation after each convolution; null, as in the paper.")
+
+
+class SemanticConfig(StrictModel):
+    """The semantic branch (Figure 3)."""
+
+    channels: int = pydantic.Field(128, ge=1)
+    aggregation: Literal["sum", "concatenation"] = "sum"
+    things: Literal["other", "all"] = pydantic.Field(
+        "other", description="`other`, one class for all things (COCO), or `all` thing classes (Cityscapes)."
+    )
+    norm: Norm = Norm(kind="group", epsilon=1e-5)
+
+
+class LossConfig(StrictModel):
+    """Weights of the losses, and the targets they compare with (section 3.2)."""
+
+    semantic_weight: float = pydantic.Field(0.5, ge=0, description="The paper's lambda_s.")
+    instance_weight: float = pydantic.Field(1.0, ge=0, description="The paper's lambda_i.")
+    training: Literal["combine", "alternate"] = pydantic.Field(
+        "combine", description="`alternate` takes the losses of one branch in each step, in turn (Table 3c)."
+    )
+    max_instances: int = pydantic.Field(100, ge=1, description="Most instances of a training example; the largest.")
+
+
+class ResizeConfig(StrictModel):
+    """The size at which images are seen outside of training; they keep their proportions."""
+
+    short_side: int = pydantic.Field(800, ge=1)
+    long_side: int = pydantic.Field(1333, ge=1, description="The longer side is not made longer than this.")
+
+
+class PostprocessConfig(StrictModel):
+    """From the branches to the panoptic map (section 3.2)."""
+
+    score_threshold: float = pydantic.Field(0.5, ge=0, le=1, description="Weaker instances are not in the map.")
+    overlap_threshold: float = pydantic.Field(
+        0.5, ge=0, le=1, description="An instance of which a larger share is covered by better ones is dropped."
+    )
+    stuff_area_limit: int = pydantic.Field(4096, ge=0, description="Smaller stuff segments become void, in pixels.")
+    resize: ResizeConfig | None = pydantic.Field(
+        None, description="Size at which images are seen outside of training; null, their own."
+    )
+
+
+class PanopticFPNConfig(StrictModel):
+    """The `model` section of a config."""
+
+    backbone: BackboneConfig = BackboneConfig(output_stride=32, stem="seven_by_seven")
+    norm: Norm = Norm()
+    image_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    image_std: tuple[pydantic.PositiveFloat, pydantic.PositiveFloat, pydantic.PositiveFloat] = (58.395, 57.12, 57.375)
+    semantic_only: bool = pydantic.Field(False, description="Leave out the instance branch: Semantic FPN.")
+    fpn: FpnConfig = FpnConfig()
+    semantic: SemanticConfig = SemanticConfig()
+    rpn: RpnConfig = RpnConfig()
+    roi: RoiConfig = RoiConfig()
+    loss: LossConfig = LossConfig()
+    postprocess: PostprocessConfig = PostprocessConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "PanopticFPNConfig":
+        if self.fpn.grouped and self.fpn.channels % 2:
+            raise ValueError("fpn.grouped needs an even number of fpn.channels")
+        number = len(_levels(self.fpn)) + 1
+        if not self.semantic_only and len(self.rpn.anchor_sizes) != number:
+            raise ValueError(
+                f"rpn.anchor_sizes must be {number} sizes, one for each level from {self.fpn.finest_level} to p6"
+            )
+        return self
+
+
+def _levels(fpn: FpnConfig) -> tuple[str, ...]:
+    """The levels that both branches see."""
+    return tuple(_FEATURES)[list(_FEATURES).index(fpn.finest_level) :]
+
+
+class PanopticFPN(PanopticSystem):
+    """Panoptic FPN behind the contract of `PanopticSystem`.
+
+    Raw outputs: `semantic_logits` float32 [B, h, w, S] at the stride of the finest level, with S as `semantic.things`
+    says; and, unless `semantic_only`,
+
+    - outside of training, the detections, best first: `boxes` float32 [B, N, 4] in pixels of the image that the network
+      saw, `scores` float32 [B, N], zero in unused rows, `thing_classes` int32 [B, N], positions among the data set's
+      thing classes, `masks` float32 [B, N, P, P], probabilities of the pixels in the box; and `seen_size` int32 [2] if
+      `postprocess.resize` is set;
+    - in training, `rpn_*` and `roi_*`: what was drawn and what was predicted for it, see `_outputs_to_train`.
+
+    Args:
+        dataset_info: What the values of the panoptic map mean.
+        backbone: Which backbone; its output stride must be 32.
+        norm: The normalisation of the backbone.
+        image_mean: Mean of red, green and blue, in 0..255.
+        image_std: Standard deviation of red, green and blue.
+        semantic_only: Whether to leave out the instance branch.
+        fpn: Channels of the pyramid.
+        semantic: Channels and classes of the semantic branch.
+        rpn: Anchors and proposals.
+        roi: Box head and mask head.
+        loss: Weights and targets.
+        postprocess: Thresholds.
+
+    Raises:
+        UserError: If the backbone has another output stride, the data set has no things, or `roi.detections` instances
+            cannot be told apart with its label divisor.
+    """
+
+    config_class = PanopticFPNConfig
+    oracle_parts = ("semantic", "instances")
+
+    def __init__(
+        self,
+        *,
+        dataset_info: DatasetInfo,
+        backbone: BackboneConfig,
+        norm: Norm,
+        image_mean: tuple[float, float, float],
+        image_std: tuple[float, float, float],
+        semantic_only: bool,
+        fpn: FpnConfig,
+        semantic: SemanticConfig,
+        rpn: RpnConfig,
+        roi: RoiConfig,
+        loss: LossConfig,
+        postprocess: PostprocessConfig,
+    ) -> None:
+        super().__init__(
+            dataset_info=dataset_info,
+            image_mean=image_mean,
+            image_std=image_std,
+            size_multiple=32,
+            name="panoptic_fpn",
+        )
+        self.semantic_only = semantic_only
+        self.grouped = fpn.grouped
+        self.rpn_config = rpn
+        self.roi_config = roi
+        self.loss_config = loss
+        self.postprocess_config = postprocess
+        self.classes = SemanticClasses.of(dataset_info, things=semantic.things, paint_things=semantic_only)
+        self.loss_weights = {"semantic": loss.semantic_weight}
+
+        self.backbone = build_backbone(backbone, norm=norm)
+        self.levels = _levels(fpn)
+        self.fpn = FeaturePyramid(
+            strides=self.backbone.strides,
+            features=tuple(_FEATURES[level] for level in self.levels),
+            channels=fpn.channels,
+            coarser_levels=0 if semantic_only else 1,
+            norm=fpn.norm,
+            name="fpn",
+        )
+        self.semantic_branch = SemanticBranch(
+            len(self.classes.class_id),
+            strides={level: self.fpn.strides[level] for level in self.levels},
+            channels=semantic.channels,
+            aggregation=semantic.aggregation,
+            norm=semantic.norm,
+            name="semantic_branch",
+        )
+        self.stride = self.fpn.strides[fpn.finest_level]
+        if semantic_only:
+            return
+        self._check_things(dataset_info, max(roi.detections, loss.max_instances))
+        instance_losses = ("rpn_class", "rpn_box", "box_class", "box", "mask")
+        self.loss_weights |= dict.fromkeys(instance_losses, loss.instance_weight)
+        num_things = len(dataset_info.thing_classes)
+        self.rpn_head = RpnHead(num_anchors=len(rpn.anchor_ratios), channels=rpn.channels, name="rpn_head")
+        self.box_head = BoxHead(num_classes=num_things, channels=roi.box_channels, name="box_head")
+        self.mask_head = MaskHead(
+            num_classes=num_things,
+            channels=roi.mask_channels,
+            convolutions=roi.mask_convolutions,
+            name="mask_head",
+        )
+        self.seed_generator = keras.random.SeedGenerator(name="sampling")
+
+    @staticmethod
+    def _check_things(info: DatasetInfo, instances: int) -> None:
+        if not info.thing_classes:
+            raise UserError(
+                f"Data set '{info.name}' has no things, so there is nothing for Mask R-CNN to find; set config key "
+                "model.semantic_only to true."
+            )
+        if instances >= info.label_divisor:
+            raise UserError(
+                f"model.roi.detections or model.loss.max_instances is {instances}, but label_divisor "
+                f"{info.label_divisor} of data set '{info.name}' has room for {info.label_divisor - 1} instances; "
+                "lower it."
+            )
+
+    @classmethod
+    def from_model_config(cls, config: PanopticFPNConfig, dataset_info: DatasetInfo) -> "PanopticFPN":
+        """Builds the system from the `model` section of a config."""
+        return cls(dataset_info=dataset_info, **{key: getattr(config, key) for key in type(config).model_fields})
+
+    # --- targets -----------------------------------------------------------------------------------------------------
+
+    def make_targets(self, panoptic: Tensor) -> dict[str, Tensor]:
+        """Lists the instances and the classes of a label.
+
+        Args:
+            panoptic: int32 [H, W] panoptic map, static size.
+
+        Returns:
+            `semantic`: int32 [H, W], class id, or the ignore label; and, unless `semantic_only`, what
+            `instance_targets` returns, where void counts as crowd: both are regions whose instances are not known.
+        """
+        import tensorflow as tf  # Here, because the networks must import without TensorFlow.
+
+        class_map = panoptic // self.dataset_info.label_divisor
+        if self.semantic_only:
+            return {"semantic": class_map}
+        instances = instance_targets(panoptic, self.dataset_info, self.loss_config.max_instances)
+        is_void = class_map == self.dataset_info.ignore_label
+        instances["instance_map"] = tf.where(is_void, -1, instances["instance_map"])
+        return {"semantic": class_map, **instances}
+
+    # --- network -----------------------------------------------------------------------------------------------------
+
+    def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
+        """Runs the network.
+
+        Args:
+            images: uint8 or float [B, H, W, 3], 0..255, any size.
+            targets: What `make_targets` returned, batched; needed in training, to draw the examples of the detector.
+            training: Whether statistics of normalisations are those of the batch, and outputs are those to train with.
+
+        Returns:
+            The raw outputs, see the class.
+        """
+        sizes = {}
+        if self.postprocess_config.resize is not None and not training:
+            images = _resize(images, self.postprocess_config.resize)
+            sizes["seen_size"] = ops.stack([ops.convert_to_tensor(side, "int32") for side in ops.shape(images)[1:3]])
+        image_size = tuple(ops.shape(images)[1:3])
+        features = self.backbone(self.prepare_images(images), training=training)
+        pyramid = self.fpn(features, training=training)
+        for_semantic, for_instances = split_channels(pyramid) if self.grouped else (pyramid, pyramid)
+        outputs = {"semantic_logits": self.semantic_branch(for_semantic, training=training), **sizes}
+        if self.semantic_only:
+            return outputs
+
+        objectness, deltas = self.rpn_head(for_instances)
+        anchors = make_anchors(
+            for_instances,
+            self.fpn.strides,
+            sizes=self.rpn_config.anchor_sizes,
+            ratios=self.rpn_config.anchor_ratios,
+        )
+        proposals = propose(
+            objectness,
+            deltas,
+            anchors,
+            image_size,
+            candidates=self.rpn_config.train_candidates if training else self.rpn_config.test_candidates,
+            nms_iou=self.rpn_config.nms_iou,
+            number=self.rpn_config.proposals,
+        )
+        roi_levels = {level: for_instances[level] for level in self.levels}
+        if training:
+            rpn = {
+                "objectness": ops.concatenate(list(objectness.values()), axis=1),
+                "deltas": ops.concatenate(list(deltas.values()), axis=1),
+                "anchors": ops.concatenate(list(anchors.values()), axis=0),
+            }
+            return outputs | self._outputs_to_train(roi_levels, rpn, proposals, targets)
+        return outputs | self._detections(roi_levels, proposals, image_size)
+
+    def _outputs_to_train(
+        self,
+        roi_levels: Mapping[str, Tensor],
+        rpn: Mapping[str, Tensor],
+        proposals: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Draws anchors and RoIs, and predicts for them.
+
+        Returns:
+            `rpn_objectness` and `rpn_deltas`, of all anchors; `rpn_sample_*` of `sample_anchors`; `roi_sample_*` of
+            `sample_rois`; `roi_class_logits` and `roi_deltas` of these; `roi_mask_logits` of the first of them, where
+            the foreground is; `turn`, int32 scalar, which counts the steps.
+        """
+        roi = self.roi_config
+        seed = self.seed_generator.next()
+        anchor_samples = sample_anchors(
+            rpn["anchors"],
+            targets,
+            seed=seed,
+            positive_iou=self.rpn_config.positive_iou,
+            negative_iou=self.rpn_config.negative_iou,
+            max_crowd_share=self.rpn_config.crowd_share,
+            number=self.rpn_config.samples,
+            positive_share=self.rpn_config.positive_share,
+        )
+        roi_samples = sample_rois(
+            proposals,
+            targets,
+            num_classes=len(self.dataset_info.thing_classes),
+            # Any other numbers than those of the anchors.
+            seed=seed + ops.cast(7919, seed.dtype),
+            foreground_iou=roi.foreground_iou,
+            max_crowd_share=roi.crowd_share,
+            number=roi.samples,
+            foreground_number=roi.foreground_samples,
+        )
+        class_logits, deltas = self.box_head(self._pool(roi_levels, roi_samples["boxes"], roi.box_resolution))
+        foreground_boxes = roi_samples["boxes"][:, : roi.foreground_samples]
+        return {
+            "rpn_objectness": rpn["objectness"],
+            "rpn_deltas": rpn["deltas"],
+            **{f"rpn_sample_{name}": value for name, value in anchor_samples.items()},
+            **{f"roi_sample_{name}": value for name, value in roi_samples.items()},
+            "roi_class_logits": class_logits,
+            "roi_deltas": deltas,
+            "roi_mask_logits": self.mask_head(self._pool(roi_levels, foreground_boxes, roi.mask_resolution)),
+            # The second number of a seed grows by one in every step.
+            "turn": ops.cast(seed[1], "int32"),
+        }
+
+    def _detections(
+        self, roi_levels: Mapping[str, Tensor], proposals: Mapping[str, Tensor], image_size: tuple[Any, Any]
+    ) -> dict[str, Tensor]:
+        """Boxes, scores, classes and masks of the best instances."""
+        roi = self.roi_config
+        class_logits, deltas = self.box_head(self._pool(roi_levels, proposals["boxes"], roi.box_resolution))
+        found = detect(
+            class_logits,
+            deltas,
+            proposals,
+            image_size,
+            weights=roi.box_weights,
+            score_threshold=roi.score_threshold,
+            nms_iou=roi.nms_iou,
+            candidates=roi.candidates,
+            number=roi.detections,
+        )
+        mask_logits = self.mask_head(self._pool(roi_levels, found["boxes"], roi.mask_resolution))
+        return {
+            "boxes": found["boxes"],
+            "scores": found["scores"],
+            "thing_classes": found["classes"],
+            "masks": ops.sigmoid(masks_of_classes(mask_logits, found["classes"])),
+        }
+
+    def _pool(self, roi_levels: Mapping[str, Tensor], boxes: Tensor, resolution: int) -> Tensor:
+        return roi_align(
+            roi_levels,
+            self.fpn.strides,
+            boxes,
+            output_size=resolution,
+            sampling_ratio=self.roi_config.sampling_ratio,
+            max_sampling_ratio=self.roi_config.max_sampling_ratio,
+        )
+
+    # --- losses ------------------------------------------------------------------------------------------------------
+
+    def compute_losses(self, targets: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[str, Loss]:
+        """Compares the outputs of training with the targets (section 3.2).
+
+        Args:
+            targets: What `make_targets` returned, batched.
+            outputs: What calling the system with these targets returned, in training.
+
+        Returns:
+            `semantic`, per labelled pixel; and, unless `semantic_only`, `rpn_class` and `rpn_box`, per drawn anchor,
+            `box_class` and `box`, per drawn RoI, and `mask`, per pixel of the foreground RoIs.
+        """
+        losses = {
+            "semantic": semantic_loss(
+                targets["semantic"], outputs["semantic_logits"], classes=self.classes, stride=self.stride
+            )
+        }
+        if self.semantic_only:
+            return losses
+        roi_samples = _with_prefix(outputs, "roi_sample_")
+        number = self.roi_config.foreground_samples
+        boxes, row, classes = (roi_samples[name][:, :number] for name in ("boxes", "row", "classes"))
+        foreground = (roi_samples["foreground"] & roi_samples["valid"])[:, :number]
+        masks = mask_targets(
+            targets["instance_map"],
+            boxes,
+            row,
+            output_size=outputs["roi_mask_logits"].shape[2],
+            sampling_ratio=self.roi_config.sampling_ratio,
+            max_sampling_ratio=self.roi_config.max_sampling_ratio,
+        )
+        instance_losses = {
+            **rpn_losses(
+                outputs["rpn_objectness"],
+                outputs["rpn_deltas"],
+                _with_prefix(outputs, "rpn_sample_"),
+                normalizer=self.rpn_config.normalizer,
+            ),
+            **box_losses(
+                outputs["roi_class_logits"],
+                outputs["roi_deltas"],
+                roi_samples,
+                weights=self.roi_config.box_weights,
+            ),
+            "mask": mask_loss(outputs["roi_mask_logits"], masks, classes, foreground),
+        }
+        if self.loss_config.training == "alternate":
+            is_semantic = ops.cast(outputs["turn"] % 2 == 0, "float32")
+            losses = {name: Loss(is_semantic * total, count) for name, (total, count) in losses.items()}
+            instance_losses = {
+                name: Loss((1 - is_semantic) * total, count) for name, (total, count) in instance_losses.items()
+            }
+        return losses | instance_losses
+
+    # --- post-processing ---------------------------------------------------------------------------------------------
+
+    def postprocess(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> dict[str, Tensor]:
+        """See `PanopticSystem.postprocess`: rows 0 to N - 1 are instances by score, row N + c is class c."""
+        return self._merge(outputs, None, image_size, ())
+
+    def instances(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> dict[str, Tensor] | None:
+        """See `PanopticSystem.instances`: all detections, also those that the panoptic map leaves out."""
+        if self.semantic_only:
+            return None
+        boxes = _scaled_boxes(outputs, image_size)
+        return {
+            "masks": paste_masks(outputs["masks"], boxes, *image_size),
+            "boxes": boxes,
+            "classes": self._class_ids(outputs["thing_classes"]),
+            "scores": outputs["scores"],
+        }
+
+    def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `PanopticSystem.postprocess_targets`."""
+        return self._merge({}, targets, tuple(targets["semantic"].shape[1:3]), self.oracle_parts)
+
+    def postprocess_with_truth(
+        self,
+        outputs: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        image_size: tuple[Any, Any],
+        parts: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """See `PanopticSystem.postprocess_with_truth`."""
+        return self._merge(outputs, targets, image_size, parts)
+
+    def _merge(
+        self,
+        outputs: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor] | None,
+        image_size: tuple[Any, Any],
+        parts_of_truth: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """Finds each pixel's class and instance, in the outputs or in the targets, and merges them."""
+        height, width = image_size
+        semantic = self._true_semantic(targets) if "semantic" in parts_of_truth else self._semantic(outputs, image_size)
+        if self.semantic_only:
+            batch = ops.shape(semantic)[0]
+            owner = ops.zeros((batch, height, width), "int32")
+            classes, scores = ops.zeros((batch, 0), "int32"), ops.zeros((batch, 0), "float32")
+        elif "instances" in parts_of_truth:
+            assert targets is not None
+            # Rows count from 1 there; masks of the truth do not overlap.
+            instance_map, number = targets["instance_map"], targets["valid"].shape[1]
+            owner = ops.where(instance_map > 0, instance_map - 1, number)
+            classes, scores = self._class_ids(targets["classes"]), ops.cast(targets["valid"], "float32")
+        else:
+            scores, classes = outputs["scores"], self._class_ids(outputs["thing_classes"])
+            owner = claim_pixels(
+                (scores >= self.postprocess_config.score_threshold) & (scores > 0),
+                _scaled_boxes(outputs, image_size),
+                outputs["masks"],
+                height=height,
+                width=width,
+                overlap_threshold=self.postprocess_config.overlap_threshold,
+            )
+        num_classes = self.dataset_info.num_classes
+        merged = merge(
+            semantic,
+            owner,
+            classes,
+            class_of_semantic=(*self.classes.painted_class, -1),
+            num_classes=num_classes,
+            stuff_area_limit=self.postprocess_config.stuff_area_limit,
+            label_divisor=self.dataset_info.label_divisor,
+            void=self.dataset_info.void,
+        )
+        if "semantic" in parts_of_truth:
+            region_scores = ops.ones((ops.shape(scores)[0], num_classes), "float32")
+        else:
+            region_scores = self._region_scores(outputs, merged.rows, merged.area)
+        scores = ops.concatenate([scores, region_scores], axis=1)
+        return {
+            "panoptic": merged.panoptic,
+            "segment_id": merged.segment_id,
+            "segment_class": merged.segment_class,
+            "segment_score": ops.where(merged.kept, scores, 0.0),
+        }
+
+    def _semantic(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Tensor:
+        """The best semantic class of each pixel, int32 [B, H, W]."""
+        height, width = image_size
+        logits = outputs["semantic_logits"]
+        if "seen_size" not in outputs:
+            return semantic_argmax(logits, height=height, width=width, stride=self.stride)
+        seen_height, seen_width = outputs["seen_size"][0], outputs["seen_size"][1]
+        return resized_argmax(
+            logits,
+            seen_height=seen_height,
+            seen_width=seen_width,
+            height=height,
+            width=width,
+            stride=self.stride,
+        )
+
+    def _true_semantic(self, targets: Mapping[str, Tensor] | None) -> Tensor:
+        """The same from the label; void has a number of its own, after those of the branch's classes."""
+        assert targets is not None
+        class_map = targets["semantic"]
+        is_labelled = class_map < self.dataset_info.num_classes
+        of_class = ops.array((*self.classes.of_class, len(self.classes.class_id)), "int32")
+        return ops.take(of_class, ops.where(is_labelled, class_map, self.dataset_info.num_classes))
+
+    def _region_scores(self, outputs: Mapping[str, Tensor], rows: Tensor, area: Tensor) -> Tensor:
+        """Mean probability of each class over its region, float32 [B, C]."""
+        num_classes = self.dataset_info.num_classes
+        num_instances = area.shape[1] - num_classes - 1
+        row_class = ops.array([0] * num_instances + [*self.classes.of_class, 0], "int32")
+        sizes = {}
+        if "seen_size" in outputs:
+            sizes = {"seen_height": outputs["seen_size"][0], "seen_width": outputs["seen_size"][1]}
+        probability = mean_probability(
+            outputs["semantic_logits"],
+            rows,
+            ops.broadcast_to(row_class[None], ops.shape(area)),
+            area,
+            stride=self.stride,
+            **sizes,
+        )
+        return probability[:, num_instances:-1]
+
+    def _class_ids(self, thing_classes: Tensor) -> Tensor:
+        """Class ids from positions among the thing classes."""
+        return ops.take(ops.array(self.dataset_info.thing_classes, "int32"), thing_classes)
+
+
+def _resize(images: Tensor, config: ResizeConfig) -> Tensor:
+    """Resizes images, [B, H, W, 3], so that their shorter side is the wanted one; float32."""
+    height, width = ops.shape(images)[1:3]
+    short, long = ops.minimum(height, width), ops.maximum(height, width)
+    scale = ops.minimum(config.short_side / ops.cast(short, "float32"), config.long_side / ops.cast(long, "float32"))
+    sides = [ops.cast(ops.floor(ops.cast(side, "float32") * scale + 0.5), "int32") for side in (height, width)]
+    return resize_bilinear(ops.cast(images, "float32"), *(ops.maximum(side, 1) for side in sides))
+
+
+def _scaled_boxes(outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Tensor:
+    """Boxes of the detections, float32 [B, N, 4], in pixels of the map."""
+    if "seen_size" not in outputs:
+        return outputs["boxes"]
+    size = ops.cast(ops.stack([ops.convert_to_tensor(side, "int32") for side in image_size]), "float32")
+    scale = size / ops.cast(outputs["seen_size"], "float32")
+    return outputs["boxes"] * ops.concatenate([scale, scale])
+
+
+def _with_prefix(outputs: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in outputs.items() if name.startswith(prefix)}

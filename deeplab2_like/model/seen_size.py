@@ -1,0 +1,31 @@
+"""The size at which a network sees an image, where that is not the image's own."""
+
+import pydantic
+from keras import ops
+
+from deeplab2_like.configs.schema import StrictModel
+from deeplab2_like.model.layers import Tensor, resize_bilinear
+
+
+class ResizeConfig(StrictModel):
+    """The size at which images are seen outside of training; they keep their proportions."""
+
+    short_side: int = pydantic.Field(800, ge=1)
+    long_side: int = pydantic.Field(1333, ge=1, description="The longer side is not made longer than this.")
+
+
+def resize_images(images: Tensor, config: ResizeConfig) -> Tensor:
+    """Resizes images so that their shorter side is the wanted one.
+
+    Args:
+        images: uint8 or float [B, H, W, 3].
+        config: The size.
+
+    Returns:
+        float32 [B, H', W', 3].
+    """
+    height, width = ops.shape(images)[1:3]
+    short, long = ops.minimum(height, width), ops.maximum(height, width)
+    scale = ops.minimum(config.short_side / ops.cast(short, "float32"), config.long_side / ops.cast(long, "float32"))
+    sides = [ops.cast(ops.floor(ops.cast(side, "float32") * scale + 0.5), "int32") for side in (height, width)]
+    return resize_bilinear(ops.cast(images, "float32"), *(ops.maximum(side, 1) for side in sides))
