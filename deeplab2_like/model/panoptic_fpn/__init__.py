@@ -53,7 +53,7 @@ from deeplab2_like.model.detection import (
     sample_rois,
 )
 from deeplab2_like.model.fpn import FeaturePyramid, split_channels
-from deeplab2_like.model.layers import Norm, Tensor, resize_bilinear
+from deeplab2_like.model.layers import Norm, Tensor
 from deeplab2_like.model.merge import (
     claim_pixels,
     mean_probability,
@@ -62,6 +62,7 @@ from deeplab2_like.model.merge import (
     semantic_argmax,
 )
 from deeplab2_like.model.panoptic_fpn.semantic import SemanticBranch, SemanticClasses, semantic_loss
+from deeplab2_like.model.seen_size import ResizeConfig, resize_images
 from deeplab2_like.model.system import Loss, PanopticSystem
 
 # Backbone features of the pyramid's levels, fine to coarse; the proposals see one more level, p6.
@@ -99,13 +100,6 @@ class LossConfig(StrictModel):
         "combine", description="`alternate` takes the losses of one branch in each step, in turn (Table 3c)."
     )
     max_instances: int = pydantic.Field(100, ge=1, description="Most instances of a training example; the largest.")
-
-
-class ResizeConfig(StrictModel):
-    """The size at which images are seen outside of training; they keep their proportions."""
-
-    short_side: int = pydantic.Field(800, ge=1)
-    long_side: int = pydantic.Field(1333, ge=1, description="The longer side is not made longer than this.")
 
 
 class PostprocessConfig(StrictModel):
@@ -310,7 +304,7 @@ class PanopticFPN(PanopticSystem):
         """
         sizes = {}
         if self.postprocess_config.resize is not None and not training:
-            images = _resize(images, self.postprocess_config.resize)
+            images = resize_images(images, self.postprocess_config.resize)
             sizes["seen_size"] = ops.stack([ops.convert_to_tensor(side, "int32") for side in ops.shape(images)[1:3]])
         image_size = tuple(ops.shape(images)[1:3])
         features = self.backbone(self.prepare_images(images), training=training)
@@ -617,15 +611,6 @@ class PanopticFPN(PanopticSystem):
     def _class_ids(self, thing_classes: Tensor) -> Tensor:
         """Class ids from positions among the thing classes."""
         return ops.take(ops.array(self.dataset_info.thing_classes, "int32"), thing_classes)
-
-
-def _resize(images: Tensor, config: ResizeConfig) -> Tensor:
-    """Resizes images, [B, H, W, 3], so that their shorter side is the wanted one; float32."""
-    height, width = ops.shape(images)[1:3]
-    short, long = ops.minimum(height, width), ops.maximum(height, width)
-    scale = ops.minimum(config.short_side / ops.cast(short, "float32"), config.long_side / ops.cast(long, "float32"))
-    sides = [ops.cast(ops.floor(ops.cast(side, "float32") * scale + 0.5), "int32") for side in (height, width)]
-    return resize_bilinear(ops.cast(images, "float32"), *(ops.maximum(side, 1) for side in sides))
 
 
 def _scaled_boxes(outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Tensor:

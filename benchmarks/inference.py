@@ -1,0 +1,132 @@
+"""How long inference takes, part by part, for every system that has a config for COCO with ResNet-50.
+
+The image is noise, and so are the weights; what depends on the number of instances is made up: `--instances` of them,
+as boxes with round masks, all above the threshold. Each part is a graph of its own for the size at hand, batch 1:
+
+* `network`: from the image to raw outputs, convolutions, and for Panoptic FPN boxes and masks in boxes;
+* `dense part`, for Panoptic FPN: of the network, all but proposals and heads of the detector;
+* `merge`: masks pasted at image size, overlaps decided, the map painted, its segments scored;
+* `class of pixels`: the enlarged semantic output and its best class.
+
+The post-processing runs with its stages compiled with XLA, and as a plain graph beside it. Median over the runs.
+
+    python benchmarks/inference.py [--size 800x1216] [--instances 100] [--runs 5] [--json FILE]
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+from rich.console import Console
+from rich.table import Table
+
+from deeplab2_like.configs import load_config
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.model import SYSTEMS, PanopticSystem, build_system
+from deeplab2_like.model.layers import compiled_stages
+from deeplab2_like.model.panoptic_fpn import PanopticFPN
+
+compile_with_xla = functools.partial(tf.function, jit_compile=True)
+# COCO's: 80 things, 53 stuff.
+COCO = DatasetInfo.from_coco_categories(
+    [{"id": i, "name": f"class {i}", "isthing": int(i < 80)} for i in range(133)], name="coco"
+)
+
+
+def milliseconds(function: Callable[[], Any], runs: int) -> float:
+    """Median time of a call, after two that compile."""
+    times = []
+    for run in range(runs + 2):
+        start = time.perf_counter()
+        tf.nest.map_structure(lambda value: value.numpy(), function())
+        if run >= 2:
+            times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def made_up_detections(outputs: dict[str, tf.Tensor], height: int, width: int, number: int) -> dict[str, tf.Tensor]:
+    """Replaces what Panoptic FPN detected by instances of all sizes, best first."""
+    random = np.random.default_rng(0)
+    rows, side = outputs["boxes"].shape[1], outputs["masks"].shape[-1]
+    sides = np.exp(random.uniform(np.log(16), np.log(min(height, width) / 1.5), (rows, 2)))
+    middle = random.uniform(0, 1, (rows, 2)) * (height, width)
+    boxes = np.concatenate([middle - sides / 2, middle + sides / 2], axis=1)  # [N, 4]
+    boxes = np.clip(boxes, 0, [height, width, height, width])
+    y, x = (np.mgrid[:side, :side] + 0.5) / side - 0.5
+    masks = np.broadcast_to(np.clip(1.5 - 2.5 * np.hypot(y, x), 0, 1), (rows, side, side))
+    scores = np.where(np.arange(rows) < number, np.linspace(0.99, 0.6, rows), 0.0)
+    made_up = {"boxes": boxes, "scores": scores, "masks": masks}
+    return outputs | {name: tf.constant(value[None], tf.float32) for name, value in made_up.items()}
+
+
+def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs: int) -> dict[str, float]:
+    """Times the parts of a system, in milliseconds."""
+    height, width = size
+    image = tf.constant(np.random.default_rng(0).integers(0, 256, (1, height, width, 3)), tf.uint8)
+    network = tf.function(lambda images: system(images, training=False), autograph=False)
+    outputs = dict(network(image))
+    times = {"network": milliseconds(lambda: network(image), runs)}
+    parts: dict[str, Callable[..., Any]] = {"post-processing": lambda outputs: system.finish(outputs, size)}
+    if isinstance(system, PanopticFPN):
+
+        def dense(images: tf.Tensor) -> Any:
+            pyramid = system.fpn(system.backbone(system.prepare_images(images), training=False), training=False)
+            return pyramid, system.semantic_branch(pyramid, training=False)
+
+        dense_graph = tf.function(dense, autograph=False)
+        times["dense part"] = milliseconds(lambda: dense_graph(image), runs)
+        outputs = made_up_detections(outputs, height, width, instances)
+        parts["class of pixels"] = lambda outputs: system._semantic(outputs, size)
+    for name, part in parts.items():
+
+        def in_stages(outputs: Any, part: Callable[..., Any] = part) -> Any:
+            with compiled_stages(compile_with_xla):
+                return part(outputs)
+
+        for suffix, function in (("", in_stages), (", plain graph", part)):
+            graph = tf.function(function, autograph=False)
+            times[name + suffix] = milliseconds(functools.partial(graph, outputs), runs)
+    if "class of pixels" in times:
+        for suffix in ("", ", plain graph"):
+            times[f"merge{suffix}"] = times[f"post-processing{suffix}"] - times[f"class of pixels{suffix}"]
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="800x1216", help="height x width (default: %(default)s)")
+    parser.add_argument("--instances", type=int, default=100)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--systems", nargs="+", default=sorted(SYSTEMS))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    height, width = (int(side) for side in options.size.split("x"))
+
+    results = {}
+    for name in options.systems:
+        system = build_system(load_config(f"{name}/coco_resnet50"), COCO)
+        results[name] = measure(system, (height, width), options.instances, options.runs)
+        table = Table(title=f"{name}, {height}x{width}, ResNet-50", title_justify="left")
+        table.add_column("part")
+        table.add_column("ms", justify="right")
+        table.add_column("share of network and post-processing", justify="right")
+        total = results[name]["network"] + results[name]["post-processing"]
+        for part, value in results[name].items():
+            table.add_row(part, f"{value:.0f}", f"{100 * value / total:.1f} %")
+        Console().print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
