@@ -78,7 +78,7 @@ class TrainingProgress:
         self._bar.update(self._task, completed=self._step)
 
     def report(self, values: Mapping[str, Any]) -> None:
-        """Shows the means of the last loop: the losses in their order, and the learning rate."""
+        """Shows the means since the last report: the losses in their order, and the learning rate."""
         losses = "  ".join(f"{name} {float(value):.3f}" for name, value in values.items() if name not in _NO_LOSSES)
         if "learning_rate" in values:
             losses += f"  learning rate {float(values['learning_rate']):.2e}"

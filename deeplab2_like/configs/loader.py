@@ -1,9 +1,10 @@
 """Reads a config by name or from a file, applies overrides, and checks every key and value."""
 
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -47,8 +48,13 @@ def load_config(name_or_file: str | os.PathLike[str], overrides: Sequence[str] =
     if "system" not in content:
         raise UserError(f"{source[0].upper()}{source[1:]} has no key 'system'; add the name of the system to train.")
     system = find_system(str(content["system"]))
-    model = _check(system.config_class, content.get("model") or {}, path="model", source=source)
-    return _check(Config, {**content, "model": model}, path="", source=source)
+    model, faults = _check(system.config_class, content.get("model") or {}, prefix=("model",))
+    # With faults there, an empty section in its place lets the other ones be found as well.
+    config, more_faults = _check(Config, {**content, "model": model or StrictModel()}, prefix=())
+    if config is None or faults or more_faults:
+        sentences = [_describe(fault, source=source, overrides=overrides) for fault in (*faults, *more_faults)]
+        raise UserError(" ".join(dict.fromkeys(sentences)))
+    return config
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
@@ -96,11 +102,17 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _apply_override(content: dict[str, Any], override: str) -> None:
+def _split_override(override: str) -> tuple[tuple[str, ...], str]:
+    """Returns the keys of an override, from the section down, and the text of its value."""
     path, separator, text = override.partition("=")
-    keys = path.strip().split(".")
+    keys = tuple(path.strip().split("."))
     if not separator or not all(keys):
         raise UserError(f"Override '{override}' must have the form key.path=value, such as trainer.steps=1000.")
+    return keys, text
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    keys, text = _split_override(override)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -115,32 +127,73 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     section[keys[-1]] = value
 
 
-def _check(model: type[_Section], content: Any, *, path: str, source: str) -> _Section:
-    """Validates a section and turns pydantic's report into one sentence about the first fault."""
+class _Fault(NamedTuple):
+    """What is wrong with one key.
+
+    Attributes:
+        keys: The key, from the section down.
+        kind: Pydantic's name of the fault.
+        message: Its words.
+        value: The value that is not allowed.
+        known: All keys of the section that the key is in.
+    """
+
+    keys: tuple[str, ...]
+    kind: str
+    message: str
+    value: Any
+    known: Sequence[str]
+
+
+def _check(
+    section: type[_Section], content: Any, *, prefix: tuple[str, ...]
+) -> tuple[_Section | None, Sequence[_Fault]]:
+    """Validates a section that has the keys `prefix`; returns it or None, and all its faults."""
     try:
-        return model.model_validate(content)
+        return section.model_validate(content), []
     except pydantic.ValidationError as error:
-        fault = error.errors()[0]
-        keys = [str(key) for key in fault["loc"]]
-        where = ".".join([path, *keys] if path else keys)
-        if fault["type"] == "extra_forbidden":
-            raise unknown_name("config key", where, _known_keys(model, path)) from None
-        if fault["type"] == "missing":
-            raise UserError(f"Config key '{where}' is missing in {source}; set it there or with --set.") from None
-        message = fault["msg"].removeprefix("Value error, ")
-        # A whole section as a value would bury the message.
-        value = "is not allowed" if isinstance(fault["input"], dict) else f"has the value {fault['input']!r}"
-        raise UserError(f"Config key '{where}' in {source} {value}: {message}.") from None
+        return None, [
+            _Fault(
+                keys=(*prefix, *(str(key) for key in fault["loc"])),
+                kind=fault["type"],
+                message=fault["msg"].removeprefix("Value error, "),
+                value=fault["input"],
+                known=_known_keys(section, fault["loc"][:-1]),
+            )
+            for fault in error.errors()
+        ]
 
 
-def _known_keys(model: type[pydantic.BaseModel], prefix: str) -> list[str]:
-    """Lists the full paths of all keys of a section."""
-    keys = []
-    for name, field in model.model_fields.items():
-        path = f"{prefix}.{name}" if prefix else name
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, StrictModel) and annotation is not StrictModel:
-            keys += _known_keys(annotation, path)
-        else:
-            keys.append(path)
-    return keys
+def _describe(fault: _Fault, *, source: str, overrides: Sequence[str]) -> str:
+    """Says in one sentence what is wrong, which may be what an override has set, and what is allowed."""
+    key = ".".join(fault.keys)
+    if fault.kind == "extra_forbidden":
+        *section, last = fault.keys
+        close = difflib.get_close_matches(last, fault.known, n=1)
+        suggestion = f" Did you mean '{'.'.join([*section, *close])}'?" if close else ""
+        where = f" in '{'.'.join(section)}'" if section else ""
+        return f"Unknown config key '{key}'.{suggestion} Known{where}: {', '.join(sorted(fault.known)) or 'none'}."
+    for override in overrides:
+        keys, _ = _split_override(override)
+        shared = min(len(keys), len(fault.keys))
+        if keys[:shared] == fault.keys[:shared]:
+            source = f"--set '{override}'"  # The last one counts.
+    if fault.kind == "missing":
+        return f"Config key '{key}' is missing in {source}; set it there or with --set."
+    # A whole section as a value would bury the message.
+    value = "is not allowed" if isinstance(fault.value, dict) else f"has the value {fault.value!r}"
+    return f"Config key '{key}' in {source} {value}: {fault.message}."
+
+
+def _known_keys(section: Any, keys: Sequence[int | str]) -> list[str]:
+    """Lists the keys of the section that `keys` lead to from a section; none if there is no section."""
+    for key in keys:
+        fields = section.model_fields if _is_section(section) else {}
+        annotation = fields[key].annotation if key in fields else None
+        # A section that may be null is a union.
+        section = next((kind for kind in (annotation, *get_args(annotation)) if _is_section(kind)), None)
+    return list(section.model_fields) if _is_section(section) else []
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, StrictModel)

@@ -161,7 +161,8 @@ class TrainerConfig(StrictModel):
     log_every: int = pydantic.Field(
         50,
         ge=1,
-        description="Steps between two lines of the log and of TensorBoard; checkpoints and the last step log, too.",
+        description="Steps between two lines of the log and of TensorBoard, which are means over all steps since the "
+        "line before; the last step logs, too.",
     )
     pictures_every: int | None = pydantic.Field(
         1000,

@@ -13,21 +13,25 @@ from deeplab2_like.trainer.trainer import NonFiniteError
 _VALUES = {"loss": "The sum of the losses", "gradient_norm": "The gradient"}
 
 
-def non_finite(error: NonFiniteError, batch: Mapping[str, Any], folder: Path | None) -> UserError:
+def non_finite(
+    error: NonFiniteError, batch: Mapping[str, Any] | None, folder: Path | None, *, has_checkpoint: bool
+) -> UserError:
     """Saves the batch of a step whose loss is not finite, and builds the error.
 
     Args:
         error: What the trainer raised.
-        batch: The step's images, `image` uint8 [B, H, W, 3], their `image_id`, and `targets`.
+        batch: The step's images, `image` uint8 [B, H, W, 3], their `image_id`, and `targets`; None if they are lost.
         folder: Where to save: the images as PNG files, labels and targets as `targets.npz`. None saves nothing.
+        has_checkpoint: Whether there is one to resume from.
     """
-    names = [name.decode() for name in batch["image_id"].numpy()]
     what = _VALUES.get(error.value, f"Loss '{error.value}'")
-    image_ids = ", ".join(f"'{name}'" for name in names)
+    names = [] if batch is None else [name.decode() for name in batch["image_id"].numpy()]
+    images = " on images " + ", ".join(f"'{name}'" for name in names) if names else ""
+    go_on = "resume from the last checkpoint" if has_checkpoint else "start again, as there is no checkpoint yet"
+    saved = "" if batch is None or folder is None else f" {_save_batch(batch, names, folder)}"
     return UserError(
-        f"{what} is not finite in step {error.step} on images {image_ids}; lower trainer.learning_rate, raise "
-        "trainer.schedule.warmup_steps or set trainer.optimizer.clip_norm, and resume from the last checkpoint."
-        f"{'' if folder is None else ' ' + _save_batch(batch, names, folder)}"
+        f"{what} is not finite in step {error.step}{images}; lower trainer.learning_rate, raise "
+        f"trainer.schedule.warmup_steps or set trainer.optimizer.clip_norm, and {go_on}.{saved}"
     )
 
 

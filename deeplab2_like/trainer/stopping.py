@@ -8,6 +8,9 @@ import tensorflow as tf
 
 from deeplab2_like.trainer.strategy import worker_of
 
+# What a shell reports of a process that SIGTERM has ended, so that `train && evaluate` does not go on.
+STOPPED_STATUS = 128 + signal.SIGTERM
+
 
 class StopTraining(Exception):
     """Raised between two steps, after somebody has asked for the end."""
@@ -44,16 +47,18 @@ class StopSignal:
         """Whether this process has been asked to stop."""
         return self._noted
 
-    def raise_if_agreed(self) -> None:
+    def raise_if_any(self, is_asked: bool) -> None:
         """To be called by all workers after the same step.
 
+        Args:
+            is_asked: Whether this one wants the end, for instance as `noted` says.
+
         Raises:
-            StopTraining: If one of them has been asked to stop.
+            StopTraining: If one of them does.
         """
-        flag = self._noted
         if self._several_workers:
-            flag = float(self._sum(tf.constant(float(flag)))) > 0
-        if flag:
+            is_asked = float(self._sum(tf.constant(float(is_asked)))) > 0
+        if is_asked:
             raise StopTraining
 
     def _sum_over_replicas(self, flag: tf.Tensor) -> tf.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -28,8 +29,8 @@ def _multi_worker(tpu: str) -> tf.distribute.Strategy:
     except (ValueError, LookupError, TypeError) as error:
         example = '{"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}'
         raise UserError(
-            f"Environment variable TF_CONFIG is {text or 'not set'!r}; strategy 'multi_worker' needs all workers in it "
-            f"and the index of this one, such as {example}."
+            f"Environment variable TF_CONFIG is {repr(text) if text else 'not set'}; strategy 'multi_worker' needs all "
+            f"workers in it and the index of this one, such as {example}."
         ) from error
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
@@ -47,7 +48,7 @@ def _tpu(tpu: str) -> tf.distribute.Strategy:
         tf.tpu.experimental.initialize_tpu_system(resolver)
         return tf.distribute.TPUStrategy(resolver)
     except (ValueError, RuntimeError, tf.errors.OpError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise UserError(f"TPU '{tpu}' cannot be used ({reason}); set trainer.tpu to its name or address.") from error
 
 

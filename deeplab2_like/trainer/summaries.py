@@ -1,6 +1,7 @@
 """What TensorBoard shows of a training: numbers, pictures of a few validation images, profiles."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -81,9 +82,17 @@ class StepProfiler:
         folder: Where the profile goes; TensorBoard shows it with the plugin `tensorboard-plugin-profile`. None records
             nothing.
         steps: How many steps to record; 0 for none.
+        steps_left: How many steps there will be; a warning says if they are too few.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, steps: int) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, steps: int, *, steps_left: int) -> None:
+        if steps and folder is not None and steps_left < _STEPS_BEFORE_PROFILE + steps:
+            recorded = max(steps_left - _STEPS_BEFORE_PROFILE, 0)
+            print(
+                f"Warning: {recorded or 'none'} of the {steps} steps to profile will be recorded, as {steps_left} are "
+                f"left to train and the first {_STEPS_BEFORE_PROFILE} are not recorded; raise trainer.steps.",
+                file=sys.stderr,
+            )
         self._folder = str(folder)
         self._first = _STEPS_BEFORE_PROFILE if steps and folder is not None else -1
         self._last = self._first + steps

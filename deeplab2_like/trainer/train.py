@@ -1,20 +1,22 @@
 """Training from start to end: reads from top to bottom, for any system and any `tf.distribute` strategy."""
 
 import contextlib
+import functools
 import io
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import keras
 import orbit
 import tensorflow as tf
 
 from deeplab2_like.checkpoint import (
+    CONFIG_FILE,
     check_model_folder,
-    keep_best,
     list_checkpoints,
     load_what_fits,
     make_checkpoint,
@@ -23,22 +25,21 @@ from deeplab2_like.checkpoint import (
     prepare_model_folder,
     restore,
 )
-from deeplab2_like.configs import Config
+from deeplab2_like.configs import Config, load_config
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.report import write_events
-from deeplab2_like.files import cannot_write
+from deeplab2_like.files import cannot_write, make_folder
 from deeplab2_like.model import PanopticSystem, build_system
 from deeplab2_like.progress import TrainingProgress
 from deeplab2_like.trainer import failures
 from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.optimizer import freeze, learning_rate_multipliers, make_optimizer, make_schedule
-from deeplab2_like.trainer.stopping import StopSignal, StopTraining
+from deeplab2_like.trainer.stopping import STOPPED_STATUS, StopSignal, StopTraining
 from deeplab2_like.trainer.strategy import is_chief, make_strategy, worker_of
 from deeplab2_like.trainer.summaries import StepProfiler, Summaries
 from deeplab2_like.trainer.trainer import NonFiniteError, Trainer, make_step_counter
-from deeplab2_like.trainer.validation import Validation
+from deeplab2_like.trainer.validation import Validation, read_evaluated_step
 
 
 def train(
@@ -50,12 +51,14 @@ def train(
 ) -> PanopticSystem:
     """Trains the system of a config, or resumes where an earlier run in the same model folder ended.
 
-    On SIGTERM it finishes the step, saves a checkpoint, says how to resume and ends the process with exit status 0.
+    On SIGTERM it finishes the step, saves a checkpoint, says how to resume and ends the process with exit status 143,
+    as a shell reports of a process that SIGTERM has ended. An evaluation that was cut short is made up for at the next
+    start.
 
     Args:
         config: What to train, on which records, how long.
-        model_dir: Folder for checkpoints, config and TensorBoard events; made if absent. Several workers need to see
-            the same folder.
+        model_dir: Folder for checkpoints, config and TensorBoard events, of one training at a time; made if absent.
+            Several workers need to see the same folder.
         init_from: A model folder, or a checkpoint's path without ending, to start from with all weights that fit by
             name and shape; without effect when resuming.
         profile: Number of steps to record with TensorFlow's profiler, some steps after the start.
@@ -69,23 +72,31 @@ def train(
         SystemExit: After SIGTERM.
     """
     settings = config.trainer
-    # First of all, as several workers must find each other before TensorFlow computes anything.
+    _check_folder(model_dir)
+    # Early, as several workers must find each other before TensorFlow computes anything.
     strategy = make_strategy(settings.strategy, tpu=settings.tpu)
     dataset_info = DatasetInfo.load(config.data.record_folder)
     files = tfrecord.list_shards(config.data.record_folder, config.data.train_split)
     validation_files = _list_validation_files(config)
     check_model_folder(model_dir, config, dataset_info)
     _check_batch_size(settings.batch_size, strategy.num_replicas_in_sync)
+    # Before the workers meet: after that, the chief may write it while others still read.
+    evaluated_step = read_evaluated_step(model_dir, config.data.val_split)
 
     state = _make_state(config, dataset_info, strategy)
     system, step = state.system, state.step
-    _restore_or_initialize(state, strategy, model_dir, init_from)
-    if int(step) >= settings.steps:
-        print(f"Model folder '{model_dir}' is already trained to step {int(step)}.")
+    _restore_or_initialize(state, config, strategy, model_dir, init_from)
+    start_step = int(step)
+    is_evaluation_missing = _is_evaluation_due(config, start_step) and evaluated_step != start_step
+    if start_step >= settings.steps:
+        print(f"Model folder '{model_dir}' is already trained to step {start_step}.")
+        if is_evaluation_missing and is_chief(strategy):
+            _evaluate_finished(config, state, strategy, validation_files, model_dir)
         _use_average(state)
         return system
 
-    dataset = _distribute_batches(config, files, system, strategy, start_step=int(step))
+    dataset = _distribute_batches(config, files, system, strategy, start_step=start_step)
+    is_stopped = False
     with contextlib.ExitStack() as stack:
         if is_chief(strategy):
             # Only now, as a start that fails must not claim the folder.
@@ -102,15 +113,18 @@ def train(
             keep=settings.keep_checkpoints,
         )
         summaries = stack.enter_context(Summaries(events_dir))
-        profiler = stack.enter_context(StepProfiler(events_dir, profile))
+        profiler = stack.enter_context(StepProfiler(events_dir, profile, steps_left=settings.steps - start_step))
         stop = stack.enter_context(StopSignal(strategy))
-        progress = TrainingProgress(start_step=int(step), steps=settings.steps, is_shown=is_chief(strategy))
+        progress = TrainingProgress(start_step=start_step, steps=settings.steps, is_shown=is_chief(strategy))
+        validation = None
+        if is_chief(strategy) and validation_files:
+            validation = _make_validation(config, state, validation_files, model_dir, stop)
 
         def after_step() -> None:
             progress.advance()
             profiler.advance()
             if int(step) < settings.steps:
-                stop.raise_if_agreed()
+                stop.raise_if_any(stop.noted)
 
         trainer = Trainer(
             dataset,
@@ -125,14 +139,35 @@ def train(
             step=step,
             images_per_step=settings.batch_size * settings.accumulate_steps,
             after_step=after_step,
+            reports_after=lambda now: now % settings.log_every == 0 or now >= settings.steps,
         )
-        actions: list[Callable[[Mapping[str, Any]], None]] = [
-            progress.report,
-            lambda values: summaries.numbers(values, step=int(step)),
-        ]
-        if is_chief(strategy) and validation_files:
-            validation = Validation(system, validation_files, average=state.average, is_stopped=lambda: stop.noted)
-            actions += _validation_actions(config, validation, saving_dir, state, manager, summaries, progress)
+
+        # What is done at the end of a loop, in this order, with the values that the trainer reports if any are due.
+        def save(values: Mapping[str, Any]) -> None:
+            # Before anything that takes long; an evaluated step is always one that can be resumed from.
+            is_certain = _is_evaluation_due(config, int(step)) or int(step) >= settings.steps
+            manager.save(int(step), check_interval=not is_certain)
+
+        def report(values: Mapping[str, Any]) -> None:
+            if values:
+                progress.report(values)
+                summaries.numbers(values, step=int(step))
+
+        def draw(values: Mapping[str, Any]) -> None:
+            if validation is not None and _are_pictures_due(config, int(step)):
+                summaries.pictures(validation.draw(), step=int(step))
+
+        def evaluate(values: Mapping[str, Any]) -> None:
+            if not _is_evaluation_due(config, int(step)):
+                return
+            is_cut_short = False
+            if validation is not None:
+                found = validation.evaluate_and_keep(int(step))
+                is_cut_short = found is None
+                if found is not None:
+                    progress.note(f"step {int(step)}/{settings.steps}  {found}")
+            stop.raise_if_any(is_cut_short)
+
         intervals = [settings.log_every, settings.checkpoint_every, settings.pictures_every, settings.evaluate_every]
         with progress, _quiet(), tfrecord.user_errors(), _clear_errors(config, model_dir, files, system, strategy):
             controller = orbit.Controller(
@@ -142,20 +177,19 @@ def train(
                 # A loop ends wherever something is due, also if the first one starts in between.
                 steps_per_loop=lambda now: min(every - int(now) % every for every in intervals if every),
                 checkpoint_manager=manager,
-                train_actions=actions,
+                train_actions=[save, report, draw, evaluate],
             )
             try:
+                if is_evaluation_missing:
+                    evaluate({})
                 controller.train(settings.steps)
             except StopTraining:
-                trainer.train_loop_end()  # Checks that all is finite, before it is saved.
-                manager.save(int(step), check_interval=False)
-    if int(step) < settings.steps:
-        print(
-            f"Stopped by SIGTERM after step {int(step)} of {settings.steps}, which is saved; run the same command "
-            f"again to resume from '{model_dir}'.",
-            flush=True,
-        )
-        raise SystemExit(0)
+                is_stopped = True
+                trainer.check_values()
+                if int(step) > start_step:
+                    manager.save(int(step), check_interval=False)
+    if is_stopped:
+        _exit_stopped(int(step), settings.steps, model_dir)
     _use_average(state)
     return system
 
@@ -208,6 +242,7 @@ def _make_state(config: Config, dataset_info: DatasetInfo, strategy: tf.distribu
 
 def _restore_or_initialize(
     state: _State,
+    config: Config,
     strategy: tf.distribute.Strategy,
     model_dir: str | os.PathLike[str],
     init_from: str | os.PathLike[str] | None,
@@ -215,6 +250,7 @@ def _restore_or_initialize(
     """Restores the newest whole checkpoint of the model folder, or else takes from another training what fits."""
     with strategy.scope():
         if paths := list_checkpoints(model_dir):
+            _check_changes(state.system, config, Path(model_dir))
             restore(state.checkpoint, newest_whole_checkpoint(paths))
             if init_from is not None:
                 print(f"Resuming from step {int(state.step)} of '{model_dir}'; '{init_from}' is not used.")
@@ -222,11 +258,61 @@ def _restore_or_initialize(
             load_what_fits(state.system, init_from)
             if state.average is not None:
                 state.average.copy_from_system()
+        elif frozen := [part for part, factor in config.trainer.optimizer.multipliers.items() if factor == 0]:
+            print(
+                f"Warning: trainer.optimizer.multipliers freezes {', '.join(frozen)} with random weights; give "
+                "trained ones with --init-from.",
+                file=sys.stderr,
+            )
+
+
+def _check_changes(system: PanopticSystem, config: Config, folder: Path) -> None:
+    """Refuses changes of the trainer's config that need variables which the checkpoints of a folder do not have.
+
+    Raises:
+        UserError: If there is one.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return
+    before, now = load_config(folder / CONFIG_FILE).trainer, config.trainer
+    factors_before = learning_rate_multipliers(system, before.optimizer.multipliers)
+    factors = learning_rate_multipliers(system, now.optimizer.multipliers)
+    refused = {
+        "optimizer.name": before.optimizer.name != now.optimizer.name,
+        "optimizer.momentum": now.optimizer.name == "sgd" and not before.optimizer.momentum and now.optimizer.momentum,
+        "optimizer.multipliers": any(factors[path] and not factors_before[path] for path in factors),
+        "ema_decay": before.ema_decay is None and now.ema_decay is not None,
+        "precision": before.precision != "mixed_float16" and now.precision == "mixed_float16",
+    }
+    for key, is_refused in refused.items():
+        if is_refused:
+            values = [functools.reduce(getattr, key.split("."), settings) for settings in (before, now)]
+            raise UserError(
+                f"Model folder '{folder}' holds a run with trainer.{key} {values[0]!r}, whose checkpoints lack what "
+                f"{values[1]!r} needs; set that key back, or use another --model-dir with --init-from '{folder}'."
+            )
 
 
 def _use_average(state: _State) -> None:
     if state.average is not None:
         state.average.copy_to_system()
+
+
+def _exit_stopped(step: int, steps: int, model_dir: str | os.PathLike[str]) -> NoReturn:
+    """Ends the process after SIGTERM."""
+    print(
+        f"Stopped by SIGTERM after step {step} of {steps}, which is saved; run the same command again to resume from "
+        f"'{model_dir}'.",
+        flush=True,
+    )
+    raise SystemExit(STOPPED_STATUS)
+
+
+def _check_folder(model_dir: str | os.PathLike[str]) -> None:
+    """Raises `UserError` if there is a file in place of a folder or of one that it is in; makes nothing."""
+    folder = Path(model_dir).absolute()
+    if not next(path for path in (folder, *folder.parents) if os.path.exists(path)).is_dir():
+        make_folder(model_dir)  # Which says why it cannot.
 
 
 def _check_batch_size(batch_size: int, devices: int) -> None:
@@ -301,42 +387,43 @@ def _distribute_batches(
     return strategy.distribute_datasets_from_function(make_dataset)
 
 
-def _validation_actions(
+def _is_evaluation_due(config: Config, step: int) -> bool:
+    every = config.trainer.evaluate_every
+    return every is not None and step > 0 and (step % every == 0 or step >= config.trainer.steps)
+
+
+def _are_pictures_due(config: Config, step: int) -> bool:
+    every = config.trainer.pictures_every
+    return every is not None and (step % every == 0 or step == config.trainer.log_every)
+
+
+def _make_validation(
+    config: Config, state: _State, files: Sequence[str], model_dir: str | os.PathLike[str], stop: StopSignal
+) -> Validation:
+    return Validation(
+        state.system,
+        files,
+        average=state.average,
+        model_dir=model_dir,
+        split=config.data.val_split,
+        is_stopped=lambda: stop.noted,
+    )
+
+
+def _evaluate_finished(
     config: Config,
-    validation: Validation,
-    model_dir: Path,
     state: _State,
-    manager: tf.train.CheckpointManager,
-    summaries: Summaries,
-    progress: TrainingProgress,
-) -> list[Callable[[Mapping[str, Any]], None]]:
-    """What is done with validation images at the end of a loop, where it is due."""
-    settings = config.trainer
-
-    def draw(values: Mapping[str, Any]) -> None:
-        step = int(state.step)
-        if settings.pictures_every and (step % settings.pictures_every == 0 or step == settings.log_every):
-            summaries.pictures(validation.draw(), step=step)
-
-    def evaluate(values: Mapping[str, Any]) -> None:
-        step = int(state.step)
-        if not settings.evaluate_every or (step % settings.evaluate_every and step < settings.steps):
-            return
-        # What took so long to reach is safe first.
-        manager.save(step, check_interval=False)
-        metrics = validation.evaluate()
-        if metrics is None:
-            return
-        write_events(model_dir / config.data.val_split, metrics, step=step)
-        quality = metrics["panoptic"]["all"]["pq"]
-        with validation.evaluated_weights():
-            is_best = keep_best(model_dir, state.system, step=step, pq=quality)
-        progress.note(
-            f"step {step}/{settings.steps}  PQ {quality:.2f} on split '{config.data.val_split}'"
-            f"{', the best so far' if is_best else ''}"
-        )
-
-    return [draw, evaluate]
+    strategy: tf.distribute.Strategy,
+    files: Sequence[str],
+    model_dir: str | os.PathLike[str],
+) -> None:
+    """Makes up for the evaluation after the last step; to be called by the chief alone."""
+    step, steps = int(state.step), config.trainer.steps
+    with StopSignal(strategy) as stop, tfrecord.user_errors():
+        found = _make_validation(config, state, files, model_dir, stop).evaluate_and_keep(step)
+    if found is None:
+        _exit_stopped(step, steps, model_dir)
+    print(f"step {step}/{steps}  {found}")
 
 
 @contextlib.contextmanager
@@ -353,20 +440,21 @@ def _clear_errors(
         yield
     except NonFiniteError as error:
         # As a batch follows from seed and step, none was kept.
-        batch = next(
-            iter(
-                _make_batches(
-                    config,
-                    files,
-                    system,
-                    with_label=True,
-                    batch_size=settings.batch_size * settings.accumulate_steps,
-                    start_step=error.step - 1,
-                )
+        try:
+            batches = _make_batches(
+                config,
+                files,
+                system,
+                with_label=True,
+                batch_size=settings.batch_size * settings.accumulate_steps,
+                start_step=error.step - 1,
             )
-        )
+            batch = next(iter(batches))
+        except (UserError, tf.errors.OpError, StopIteration):  # The records have changed, say; the loss matters more.
+            batch = None
         folder = Path(model_dir) / f"non_finite_step_{error.step}" if is_chief(strategy) else None
-        raise failures.non_finite(error, batch, folder) from None
+        has_checkpoint = bool(list_checkpoints(model_dir))
+        raise failures.non_finite(error, batch, folder, has_checkpoint=has_checkpoint) from None
     except tf.errors.ResourceExhaustedError as error:
         if "No space left" in error.message:  # A full disk is the same error to TensorFlow.
             raise cannot_write(model_dir, error) from error

@@ -45,6 +45,7 @@ class Trainer(orbit.StandardTrainer):
         step: Counts the steps, also those that a scaled loss leaves out; int64 scalar.
         images_per_step: Images of a step over all devices, to report the speed.
         after_step: Called after every step.
+        reports_after: Whether a loop that ends after a step, counted from 1, reports; by default each does.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Trainer(orbit.StandardTrainer):
         average: WeightAverage | None = None,
         step: tf.Variable | None = None,
         images_per_step: int = 0,
+        reports_after: Callable[[int], bool] = lambda step: True,
     ) -> None:
         super().__init__(dataset, orbit.StandardTrainerOptions(use_tf_while_loop=False, use_tf_function=False))
         self._system = system
@@ -75,13 +77,16 @@ class Trainer(orbit.StandardTrainer):
         self._step = make_step_counter() if step is None else step
         self._images_per_step = images_per_step
         self._after_step = after_step
+        self._reports_after = reports_after
         self._compiled_step = tf.function(self._distributed_step)
         self._scales_loss = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         self._sums: list[tf.Variable] = []
         if accumulate_steps > 1:
             with strategy.scope():
                 self._sums = [self._make_sum(variable) for variable in system.trainable_variables]
+        # Of the batches of each step since the last check, and of each step since the last report.
         self._values: list[list[dict[str, tf.Tensor]]] = []
+        self._unreported: list[dict[str, float]] = []
         self._clock = _Clock()
 
     @property
@@ -90,8 +95,7 @@ class Trainer(orbit.StandardTrainer):
         return int(self._compiled_step.experimental_get_tracing_count())
 
     def train_loop_begin(self) -> None:
-        """Forgets the steps of the last loop."""
-        self._values = []
+        """Starts the clock."""
         self._clock.start()
 
     def train_step(self, iterator: Iterator[Any]) -> None:
@@ -109,11 +113,33 @@ class Trainer(orbit.StandardTrainer):
         self._after_step()
 
     def train_loop_end(self) -> dict[str, float]:
-        """Returns the means over the loop's steps, for the log and TensorBoard.
+        """Returns what there is to log of all steps since the last report; nothing if none is due.
+
+        Those are means, but for the learning rate of the last step and the number of steps that a scaled loss left out.
 
         Raises:
-            NonFiniteError: If a loss or the gradient of any step is not finite; nothing was saved since. With a scaled
-                loss a gradient that overflows only leaves out its step.
+            NonFiniteError: See `check_values`.
+        """
+        self.check_values()
+        self._clock.stop()
+        if not self._unreported or not self._reports_after(int(self._step.numpy())):
+            return {}
+        steps, self._unreported = self._unreported, []
+        means = {name: _mean_of_finite([step[name] for step in steps]) for name in steps[0]}
+        skipped = sum(not np.isfinite(step["gradient_norm"]) for step in steps)
+        return {
+            **means,
+            **({"skipped_steps": float(skipped)} if self._scales_loss else {}),
+            "learning_rate": steps[-1]["learning_rate"],
+            **self._clock.report(self._images_per_step),
+        }
+
+    def check_values(self) -> None:
+        """Checks the steps since the last check; to be called before anything is saved.
+
+        Raises:
+            NonFiniteError: If a loss or the gradient of any of them is not finite. With a scaled loss a gradient that
+                overflows only leaves out its step.
         """
         steps = [
             {
@@ -122,23 +148,14 @@ class Trainer(orbit.StandardTrainer):
             }
             for batches in self._values
         ]
-        skipped = 0
+        self._values = []
         # The earliest step is the cause: its update spoils the weights, and with them all terms of the steps after it.
         for position, step in enumerate(steps):
             for name, value in step.items():
-                if np.isfinite(value):
-                    continue
-                if name == "gradient_norm" and step.get("loss_scale", 1.0) > 1.0:
-                    skipped += 1
-                else:
+                overflows = name == "gradient_norm" and step.get("loss_scale", 1.0) > 1.0
+                if not np.isfinite(value) and not overflows:
                     raise NonFiniteError(name, int(self._step.numpy()) - len(steps) + position + 1)
-        means = {name: _mean_of_finite([step[name] for step in steps]) for name in steps[0]}
-        return {
-            **means,
-            **({"skipped_steps": float(skipped)} if self._scales_loss else {}),
-            "learning_rate": float(self._optimizer.learning_rate),
-            **self._clock.report(self._images_per_step),
-        }
+        self._unreported += steps
 
     def _distributed_step(self, batch: Mapping[str, Any], is_last: bool) -> dict[str, tf.Tensor]:
         per_replica = self._strategy.run(self.replica_step, args=(batch,), kwargs={"is_last": is_last})
@@ -153,7 +170,7 @@ class Trainer(orbit.StandardTrainer):
 
         Returns:
             What the strategy sums over replicas to each loss, their sum, and, of the last batch, the norm of the
-            gradient.
+            gradient and the learning rate.
         """
         gradients, shares = self._gradients(batch)
         if self._accumulate_steps > 1:
@@ -196,7 +213,9 @@ class Trainer(orbit.StandardTrainer):
         if self._weight_decay:
             gradients = add_weight_decay(gradients, variables, self._weight_decay)
         norm = tf.linalg.global_norm(gradients)
-        report = {"gradient_norm": norm / replicas}
+        # The learning rate now, as the optimiser counts this step when it applies the gradients.
+        rate = tf.cast(tf.convert_to_tensor(self._optimizer.learning_rate), tf.float32)
+        report = {"gradient_norm": norm / replicas, "learning_rate": rate / replicas}
         if self._clip_norm is not None:
             gradients, _ = tf.clip_by_global_norm(gradients, self._clip_norm, use_norm=norm)
         if self._clip_value is not None:
@@ -235,7 +254,7 @@ def _mean_of_finite(values: Sequence[float]) -> float:
 
 
 class _Clock:
-    """Speed, and the share of the time that went by while there was no batch.
+    """Speed, and the share of the time that went by while there was no batch, of the loops since the last report.
 
     Where devices compute while the program goes on, some of that waiting hurts nobody: the share is an upper bound.
     The very first step is left out, as it compiles.
@@ -243,13 +262,19 @@ class _Clock:
 
     def __init__(self) -> None:
         self._is_first = True
-        self.start()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seconds = self._waited = 0.0
+        self._steps = 0
 
     def start(self) -> None:
         """Begins a loop."""
         self._started = time.perf_counter()
-        self._waited = 0.0
-        self._steps = 0
+
+    def stop(self) -> None:
+        """Ends it; what comes between two loops, such as saving, does not count."""
+        self._seconds += time.perf_counter() - self._started
 
     def waiting(self) -> "_Clock":
         """A context in which the time is waiting time."""
@@ -267,14 +292,13 @@ class _Clock:
         if self._is_first:
             wait_for_devices()
             self._is_first = False
+            self._forget()
             self.start()
 
     def report(self, images_per_step: int) -> dict[str, float]:
-        """Returns the loop's speed; nothing where only the first step was done."""
-        seconds = time.perf_counter() - self._started
-        if not self._steps or not images_per_step:
+        """Returns the speed since the last report; nothing where only the first step was done."""
+        seconds, waited, steps = self._seconds, self._waited, self._steps
+        self._forget()
+        if not steps or not images_per_step:
             return {}
-        return {
-            "images_per_second": self._steps * images_per_step / seconds,
-            "waiting_for_data": self._waited / seconds,
-        }
+        return {"images_per_second": steps * images_per_step / seconds, "waiting_for_data": waited / seconds}

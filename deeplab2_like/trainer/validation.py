@@ -64,6 +64,7 @@ class Validation:
         self._split = split
         self._is_stopped = is_stopped
         self._examples = pipeline.make_eval_dataset(files, dataset_info=system.dataset_info)
+        self._images = 0
         self._shown: list[Mapping[str, tf.Tensor]] = []
         self.infer = make_inference_function(system, with_instances=True)
 
@@ -74,12 +75,14 @@ class Validation:
             return draw_predictions(self._shown, self.infer, self._system.dataset_info)
 
     def evaluate(self) -> dict[str, Any] | None:
-        """Returns the content of `metrics.json` for the whole split, or None if the training is to end."""
+        """Returns the metrics of the whole split, or None if the training is to end."""
 
         def until_stopped() -> Iterator[Mapping[str, tf.Tensor]]:
+            self._images = 0
             for example in self._examples:
                 if self._is_stopped():
                     raise _StoppedError
+                self._images += 1
                 yield example
 
         with self.evaluated_weights():
@@ -104,6 +107,8 @@ class Validation:
         if metrics is None:
             return None
         folder = self._model_dir / self._split
+        of_what = {"model_dir": str(self._model_dir), "step": step, "split": self._split, "images": self._images}
+        metrics = {**metrics, "evaluation": of_what}
         write_metrics(folder / "metrics.json", metrics)
         write_events(folder, metrics, step=step)
         quality = metrics["panoptic"]["all"]["pq"]

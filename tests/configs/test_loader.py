@@ -106,14 +106,27 @@ def test_circle(tmp_path: Path) -> None:
     [
         (
             "trainer.stepz=3",
-            r"Unknown config key 'trainer.stepz'\. Did you mean 'trainer.steps'\? Known: data.color_ji",
+            r"Unknown config key 'trainer.stepz'\. Did you mean 'trainer.steps'\? Known in 'trainer': acc[a-z_, ]*\.$",
         ),
         ("trainer.optimizer.momentun=0", r"Unknown config key 'trainer.optimizer.momentun'\. Did you mean 'trainer.op"),
-        ("model.backbon.name=x", r"Unknown config key 'model.backbon'\. Did you mean 'model.backbone"),
-        ("trainr.steps=3", r"Unknown config key 'trainr'\."),
+        ("model.backbon.name=x", r"Unknown config key 'model.backbon'\. Did you mean 'model.backbone'\?"),
+        ("model.postproces.x=3", r"Unknown config key 'model.postproces'\. Did you mean 'model.postprocess'\?"),
+        # Nothing in the section is close: a whole path would find something by its section alone.
+        ("trainer.lr=3", r"Unknown config key 'trainer.lr'\. Known in 'trainer': accumulate_steps, .*, tpu\.$"),
+        (
+            "trainr.steps=3",
+            r"Unknown config key 'trainr'\. Did you mean 'trainer'\? Known: data, model, system, trainer",
+        ),
         ("system=panoptic_deeplap", r"Unknown system 'panoptic_deeplap'\. Did you mean 'panoptic_deeplab'\?"),
         ("system=[a]", r"Unknown system '\['a'\]'"),
-        ("trainer.steps=many", r"Config key 'trainer.steps' in config '.*whole.yaml' has the value 'many': .*integer"),
+        (
+            "trainer.steps=many",
+            r"Config key 'trainer.steps' in --set 'trainer.steps=many' has the value 'many': .*integ",
+        ),
+        (
+            "trainer.schedule.name=step",
+            r"'trainer.schedule' in --set 'trainer.schedule.name=step' is not allowed: `bou",
+        ),
         ("trainer.steps=0", r"Config key 'trainer.steps' .* has the value 0: .* greater than or equal to 1"),
         ("trainer.optimizer.name=adams", r"'trainer.optimizer.name' .* has the value 'adams': .*'adam' or 'sgd'"),
         ("data.crop_size=[0, 4]", r"'data.crop_size' .* has the value \[0, 4\]: height and width must be at least 1\."),
@@ -131,6 +144,21 @@ def test_circle(tmp_path: Path) -> None:
 def test_wrong_overrides(whole: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(whole, [override])
+
+
+def test_every_fault_is_named_with_where_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(WHOLE.replace("batch_size: 2", "batch_size: 0").replace("resnet_tiny", "[1]"))
+    with pytest.raises(UserError) as error:
+        load_config(path, ["trainer.steps=-1", "trainer.steps=0", "data.flop=true"])
+    assert str(error.value) == (
+        f"Config key 'model.backbone.name' in config '{path}' has the value [1]: Input should be a valid string. "
+        "Unknown config key 'data.flop'. Did you mean 'data.flip'? Known in 'data': color_jitter, crop_size, dihedral, "
+        "flip, path, scale_range, train_split, val_split. "
+        "Config key 'trainer.steps' in --set 'trainer.steps=0' has the value 0: Input should be greater than or equal "
+        f"to 1. Config key 'trainer.batch_size' in config '{path}' has the value 0: Input should be greater than or "
+        "equal to 1."
+    )
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_killed_again_and_again_it_ends_the_same(registered: None, records: Path
     assert not list(killed.rglob("*_temp*"))
 
 
-def test_sigterm_saves_and_ends_well(
+def test_sigterm_saves_and_says_how_to_resume(
     registered: None,
     records: Path,
     tmp_path: Path,
@@ -69,7 +69,7 @@ def test_sigterm_saves_and_ends_well(
         patch.setattr(Trainer, "train_step", terminated_in_step_5)
         with pytest.raises(SystemExit) as stop:
             train(config, tmp_path / "stopped")
-    assert stop.value.code == 0
+    assert stop.value.code == 143  # Which is not success: `train && evaluate` does not go on.
     folder = tmp_path / "stopped"
     message = "Stopped by SIGTERM after step 5 of 12, which is saved; run the same command again to resume from"
     assert capsys.readouterr().out.splitlines()[-1] == f"{message} '{folder}'."

@@ -115,7 +115,7 @@ def test_the_best_is_kept(folder: Path) -> None:
     assert read_best(folder) is None
     _, system, _ = load_model_folder(folder, checkpoint="4")
     assert keep_best(folder, system, step=4, pq=12.5)
-    assert not keep_best(folder, system, step=6, pq=12.5)  # As good is not better.
+    assert not keep_best(folder, system, step=6, pq=12.4)
     assert read_best(folder) == (str(folder / "best" / "ckpt-4"), 12.5)
     # Training deletes its own; this one stays, also under its number.
     for file in (folder / "checkpoints").glob("ckpt-4.*"):
@@ -167,10 +167,20 @@ def test_checkpoint_of_another_config(folder: Path, records: Path) -> None:
     )
     with pytest.raises(UserError, match=message):
         load_model_folder(folder, ["model.channels=5"])
+    (folder / "config.yaml").unlink()
     # Another optimiser has other variables: its step, and a momentum for each of six weights.
-    message = r"does not fit the config in 7 of 17 variables: optimizer/sgd/\S+ \(missing in the checkpoint, .* here\)"
+    message = (
+        r"does not fit the config in 7 of 17 variables: optimizer/sgd/\S+ \(missing in the checkpoint, .* here\), .*; "
+        r"use the config it was trained with, trainer.optimizer and trainer.precision for the optimizer's variables\.$"
+    )
     with pytest.raises(UserError, match=message):
         train(one_convolution_config(data={"path": str(records)}, steps=9, optimizer={"name": "sgd"}), folder)
+    message = (
+        r"in 8 of 31 variables: average of one_convolution/convolution/kernel \(missing in the checkpoint, 3x3x3x4 "
+        r"here\), .*; use the config it was trained with, trainer.ema_decay for the averages\.$"
+    )
+    with pytest.raises(UserError, match=message):
+        train(one_convolution_config(data={"path": str(records)}, steps=9, ema_decay=0.9), folder)
 
 
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
@@ -212,8 +222,16 @@ def test_the_path_of_the_data_holds_from_everywhere(tmp_path: Path, monkeypatch:
     assert config == one_convolution_config(data={"path": str(tmp_path / "records")})
 
 
-def test_a_file_in_the_way(registered: None, records: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_way(registered: None, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model"
     save_config(one_convolution_config(), path)
-    with pytest.raises(UserError, match=r"Cannot write '.*dataset_info.json'"):
-        train(one_convolution_config(data={"path": str(records)}), path)
+    before = path.read_bytes()
+
+    def too_late(*arguments: object) -> None:
+        raise AssertionError("built")
+
+    monkeypatch.setattr("deeplab2_like.trainer.train.build_system", too_late)
+    for folder, reason in ((path, "there is a file in its place"), (path / "below" / "it", "Not a directory")):
+        with pytest.raises(UserError, match=rf"^Output folder '{folder}' cannot be made \({reason}\); choose another"):
+            train(one_convolution_config(data={"path": str(records)}), folder)
+    assert path.read_bytes() == before

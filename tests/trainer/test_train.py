@@ -1,8 +1,11 @@
 """The training loop: exact resuming, several devices, what it writes, and when it refuses or stops."""
 
 import dataclasses
+import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +23,8 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
+from deeplab2_like.trainer import train as train_module
+from deeplab2_like.trainer.summaries import StepProfiler
 from deeplab2_like.trainer.train import Trainer, train
 from deeplab2_like.trainer.validation import Validation
 
@@ -201,10 +206,11 @@ def test_loops_end_where_something_is_due(
 ) -> None:
     config = one_convolution_config(data={"path": str(records)}, steps=10, log_every=3, checkpoint_every=4)
     train(config, tmp_path)
-    # Multiples of 3 and of 4, and the end.
+    # Multiples of 3 are logged, those of 4 saved, and the end is both.
     steps = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
-    assert steps == ["3/10", "4/10", "6/10", "8/10", "9/10", "10/10"]
+    assert steps == ["3/10", "6/10", "9/10", "10/10"]
     assert [Path(path).name for path in list_checkpoints(tmp_path)] == ["ckpt-4", "ckpt-8", "ckpt-10"]
+    assert list(events_of(tmp_path / "train")["loss"]) == [3, 6, 9, 10]
 
 
 def test_padding_has_the_mean_color(
@@ -263,9 +269,32 @@ def test_the_first_value_that_is_not_finite_stops(
 
 def test_a_learning_rate_that_is_too_high_stops(registered: None, records: Path, tmp_path: Path) -> None:
     config = one_convolution_config(data={"path": str(records)}, learning_rate=1e30, optimizer={"name": "sgd"})
-    with pytest.raises(UserError, match=r"(Loss 'semantic'|The gradient) is not finite in step [23] on images 'scene_"):
+    message = (
+        r"(Loss 'semantic'|The gradient) is not finite in step [23] on images 'scene_.*, and start again, as there "
+        r"is no checkpoint yet\. Its images, labels and targets are in"
+    )
+    with pytest.raises(UserError, match=message):
         train(config, tmp_path)
     assert list_checkpoints(tmp_path) == []
+
+
+def test_a_loss_that_is_not_finite_on_images_that_are_gone(
+    registered: None, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = Path(shutil.copytree(records, tmp_path / "records"))
+    original = Trainer.check_values
+
+    def without_records(self: Trainer) -> None:
+        for file in copied.glob("train-*"):
+            file.unlink()
+        original(self)
+
+    monkeypatch.setattr(Trainer, "check_values", without_records)
+    config = one_convolution_config(data={"path": str(copied)}, learning_rate=1e30, optimizer={"name": "sgd"}, steps=3)
+    with pytest.raises(
+        UserError, match=r"^\D* is not finite in step [23]; lower trainer.learning_rate.*checkpoint yet\.$"
+    ):
+        train(config, tmp_path / "model")
 
 
 def test_precision_is_this_trainings_alone(registered: None, records: Path, tmp_path: Path) -> None:
@@ -304,7 +333,7 @@ def test_records_without_examples(registered: None, records: Path, tmp_path: Pat
 def events_of(folder: Path) -> dict[str, dict[int, Any]]:
     """TensorBoard's tags, and for each the values by step."""
     found: dict[str, dict[int, Any]] = {}
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.glob("events*")):
         for record in tf.data.TFRecordDataset(str(file)).as_numpy_iterator():
             event = tf.compat.v1.Event.FromString(record)
             for value in event.summary.value:
@@ -393,9 +422,154 @@ def test_evaluation_keeps_the_best(
         np.testing.assert_array_equal(one, loaded)
 
 
-def test_a_profile_is_recorded(registered: None, records: Path, tmp_path: Path) -> None:
+def terminate_evaluation(patch: pytest.MonkeyPatch, *, number: int) -> None:
+    """Has one of a training's evaluations, counted from 0, cut short by SIGTERM."""
+    original = Validation.evaluate
+    numbers = itertools.count()
+
+    def evaluate(self: Validation) -> dict[str, Any] | None:
+        if next(numbers) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    patch.setattr(Validation, "evaluate", evaluate)
+
+
+@pytest.mark.parametrize(("number", "step"), [(0, 3), (1, 5)])
+def test_an_evaluation_that_is_cut_short_is_made_up_for(
+    registered: None,
+    records: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    step: int,
+) -> None:
+    # Evaluated at 3 and, as the last step, at 5.
+    config = one_convolution_config(data={"path": str(records)}, steps=5, evaluate_every=3, pictures_every=None)
+    for again in range(2):  # Also the one at a start may be cut short.
+        with monkeypatch.context() as patch:
+            terminate_evaluation(patch, number=0 if again else number)
+            with pytest.raises(SystemExit) as stop:
+                train(config, tmp_path)
+        assert stop.value.code == 143
+        message = f"Stopped by SIGTERM after step {step} of 5, which is saved; run the same command again to resume"
+        assert capsys.readouterr().out.splitlines()[-1] == f"{message} from '{tmp_path}'."
+        assert Path(list_checkpoints(tmp_path)[-1]).name == f"ckpt-{step}"
+        assert len(list(tmp_path.glob("val/events*"))) == number
+    train(config, tmp_path)
+    said = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "PQ" in line]
+    assert said == ["step 3/5", "step 5/5"][number:]
+    assert set(events_of(tmp_path / "val")["panoptic/pq"]) == {3, 5}
+    metrics = json.loads((tmp_path / "val" / "metrics.json").read_text())
+    assert metrics["panoptic"]["all"]["pq"] == pytest.approx(events_of(tmp_path / "val")["panoptic/pq"][5], rel=1e-5)
+    assert metrics["evaluation"] == {"model_dir": str(tmp_path), "step": 5, "split": "val", "images": 2}
+    # Now there is nothing left to do.
+    train(config, tmp_path)
+    assert capsys.readouterr().out == f"Model folder '{tmp_path}' is already trained to step 5.\n"
+
+
+def test_what_is_due_is_saved_before_pictures_and_evaluation(
+    registered: None, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*arguments: Any) -> None:
+        raise PowerCut
+
+    for number, (name, step) in enumerate((("draw", 4), ("draw", 3), ("evaluate", 3))):
+        folder = tmp_path / str(number)
+        config = one_convolution_config(
+            data={"path": str(records)},
+            steps=step if number == 1 else 9,
+            log_every=10,
+            pictures_every=step if name == "draw" else None,
+            evaluate_every=3 if name == "evaluate" else None,
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(Validation, name, die)
+            with pytest.raises(PowerCut):
+                train(config, folder)
+        assert [Path(path).name for path in list_checkpoints(folder)] == [f"ckpt-{step}"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "key"),
+    [
+        ({}, {"optimizer": {"name": "sgd"}}, "optimizer.name 'adam', whose checkpoints lack what 'sgd' needs"),
+        ({"optimizer": {"name": "sgd", "momentum": 0}}, {"optimizer": {"name": "sgd"}}, "optimizer.momentum 0.0"),
+        ({"optimizer": {"multipliers": {"norm": 0}}}, {}, r"optimizer.multipliers \{'norm': 0.0\}"),
+        ({}, {"ema_decay": 0.5}, "ema_decay None, whose checkpoints lack what 0.5 needs"),
+        ({}, {"precision": "mixed_float16"}, "precision 'float32'"),
+    ],
+)
+def test_changes_that_cannot_be_resumed_name_their_key(
+    registered: None, records: Path, tmp_path: Path, before: dict[str, Any], now: dict[str, Any], key: str
+) -> None:
+    data = {"path": str(records)}
+    train(one_convolution_config(data=data, steps=1, pictures_every=None, **before), tmp_path)
+    with pytest.raises(UserError, match=rf"holds a run with trainer.{key}.*; set that key back, or use another"):
+        train(one_convolution_config(data=data, steps=2, pictures_every=None, **now), tmp_path)
+    # They are refused because they do not work.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "_check_changes", lambda *arguments: None)
+        with pytest.raises(UserError, match="does not fit the config"):
+            train(one_convolution_config(data=data, steps=2, pictures_every=None, **now), tmp_path)
+
+
+def test_changes_that_can_be_resumed(registered: None, records: Path, tmp_path: Path) -> None:
+    data = {"path": str(records)}
+    sgd = {"name": "sgd", "momentum": 0.9}
+    train(one_convolution_config(data=data, steps=1, ema_decay=0.9, optimizer=sgd, pictures_every=None), tmp_path)
+    half = one_convolution_config(
+        data=data, steps=2, precision="mixed_float16", optimizer=sgd, pictures_every=None, checkpoint_every=9
+    )
+    train(half, tmp_path / "half")
+    train(one_convolution_config(data=data, steps=3, optimizer=sgd, pictures_every=None), tmp_path / "half")
+    stored = variables_of(list_checkpoints(tmp_path / "half")[-1])
+    assert [stored[name] for name in stored if "optimizer" in name and "iteration" in name] == [3]
+    changes = {
+        "steps": 3,
+        "batch_size": 4,
+        "accumulate_steps": 2,
+        "learning_rate": 0.02,
+        "optimizer": {"name": "sgd", "momentum": 0, "clip_norm": 1.0, "multipliers": {"convolution": 0, "norm": 0.5}},
+        "schedule": {"name": "constant"},
+        "precision": "mixed_bfloat16",
+        "strategy": "mirrored",
+    }
+    train(one_convolution_config(data=data, pictures_every=None, **changes), tmp_path)
+    assert load_model_folder(tmp_path)[2] == 3
+
+
+def test_freezing_random_weights_warns(
+    trained_folder: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optimizer = {"multipliers": {"convolution": 0, "norm": 0.5}}
+    config = one_convolution_config(data={"path": str(records)}, steps=1, optimizer=optimizer, pictures_every=None)
+    train(config, tmp_path / "tuned", init_from=trained_folder)
+    assert capsys.readouterr().err == ""
+    train(config, tmp_path / "fresh")
+    assert capsys.readouterr().err == (
+        "Warning: trainer.optimizer.multipliers freezes convolution with random weights; give trained ones with "
+        "--init-from.\n"
+    )
+
+
+def test_a_profile_is_recorded(
+    registered: None, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(one_convolution_config(data={"path": str(records)}), tmp_path, profile=2)
     assert list((tmp_path / "train" / "plugins" / "profile").rglob("*.xplane.pb"))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("steps_left", "recorded"), [(6, "3"), (3, "none"), (1, "none")])
+def test_too_few_steps_to_profile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], steps_left: int, recorded: str
+) -> None:
+    StepProfiler(tmp_path, 5, steps_left=steps_left)
+    assert f"Warning: {recorded} of the 5 steps to profile will be recorded, as {steps_left} are" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16"])

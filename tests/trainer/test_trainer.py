@@ -13,7 +13,7 @@ from one_convolution import OneConvolution
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.model import Loss
 from deeplab2_like.trainer.average import WeightAverage
-from deeplab2_like.trainer.optimizer import make_optimizer
+from deeplab2_like.trainer.optimizer import make_optimizer, make_schedule
 from deeplab2_like.trainer.trainer import NonFiniteError, Trainer
 
 INFO = scenes_info()
@@ -222,6 +222,46 @@ def test_speed_is_reported_after_the_first_step() -> None:
     assert 0 <= report["waiting_for_data"] < 1
 
 
+def test_reports_cover_all_steps_since_the_last_one() -> None:
+    system = fresh()
+    batches = [batch_of(system, 2, seed) for seed in range(5)]
+    every_step = trainer_of(fresh(), batches)
+    single = [every_step.train(tf.constant(1)) for _ in range(5)]
+    # Loops of 2, 1, and 2 steps; only those that end at a multiple of 3 or of 5 report.
+    trainer = trainer_of(system, batches, reports_after=lambda step: step % 3 == 0 or step % 5 == 0)
+    reports = [trainer.train(tf.constant(steps)) for steps in (2, 1, 2)]
+    assert not reports[0]
+    for report, steps in ((reports[1], single[:3]), (reports[2], single[3:])):
+        for name in ("semantic", "loss", "gradient_norm"):
+            assert report[name] == pytest.approx(np.mean([step[name] for step in steps]), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale_loss", [False, True])
+def test_the_learning_rate_is_that_of_the_step_done(scale_loss: bool) -> None:
+    system = fresh()
+    schedule = make_schedule("poly", peak=0.1, steps=4, power=1.0)
+    optimizer = make_optimizer(
+        "sgd",
+        learning_rate=schedule,
+        momentum=0.9,
+        variables=system.trainable_variables,
+        scale_loss=scale_loss,
+    )
+    trainer = Trainer(
+        None,
+        system=system,
+        optimizer=optimizer,
+        strategy=tf.distribute.get_strategy(),
+        weight_decay=0.0,
+        clip_norm=None,
+        after_step=lambda: None,
+    )
+    trainer._train_iter = iter([batch_of(system, 1)] * 4)
+    # It falls from 0.1 by a quarter per step; the last step still has one.
+    rates = [trainer.train(tf.constant(steps))["learning_rate"] for steps in (1, 2, 1)]
+    assert rates == pytest.approx([0.1, 0.05, 0.025])
+
+
 def test_the_whole_step_compiles_with_xla() -> None:
     batch = batch_of(fresh(), 2)
     weights = []
@@ -231,7 +271,7 @@ def test_the_whole_step_compiles_with_xla() -> None:
         trainer._optimizer.multipliers = [0.5] * len(system.trainable_variables)
         step = tf.function(trainer.replica_step, jit_compile=compiled)
         report = [step(batch) for _ in range(2)][-1]
-        assert set(report) == {"semantic", "loss", "gradient_norm"}
+        assert set(report) == {"semantic", "loss", "gradient_norm", "learning_rate"}
         weights.append([variable.numpy() for variable in system.trainable_variables])
     for plain, compiled_weight in zip(*weights, strict=True):
         np.testing.assert_allclose(compiled_weight, plain, atol=1e-4)
