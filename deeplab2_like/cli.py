@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; by default those of the command line.
 
     Returns:
-        Exit status: 0 for success, also of `--help`, 2 for wrong use or input, 1 for an internal failure.
+        Exit status: 0 for success, also of `--help`, 2 for wrong use or input, 1 for an internal failure, 143 for a
+        training that SIGTERM has stopped.
     """
     # TensorFlow's own messages would drown what the commands say; whoever looks for a fault sets the level to 0.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
