@@ -43,12 +43,13 @@ def check_model_folder(model_dir: str | os.PathLike[str], config: Config, datase
         UserError: If the folder holds checkpoints of another model or of other classes.
     """
     folder = Path(model_dir)
-    if not list_checkpoints(folder) and (folder / BEST_FOLDER).exists():
+    has_checkpoint = bool(list_checkpoints(folder))
+    if not has_checkpoint and (folder / BEST_FOLDER).exists():
         raise UserError(
             f"Model folder '{folder}' holds the best checkpoint of an earlier run, but none to resume from; use "
             f"another --model-dir, or delete '{folder / BEST_FOLDER}'."
         )
-    if not list_checkpoints(folder) or not (folder / CONFIG_FILE).is_file():
+    if not has_checkpoint or not (folder / CONFIG_FILE).is_file():
         return
     before = load_config(folder / CONFIG_FILE)
     changed = [key for key in ("system", "model") if getattr(before, key) != getattr(config, key)]

@@ -35,7 +35,13 @@ from deeplab2_like.data.image_files import IMAGE_SUFFIXES, list_images, read_ima
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation import report
 from deeplab2_like.evaluation.instance_ap import InstanceAP
-from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
+from deeplab2_like.evaluation.panoptic_quality import (
+    ClassifiedOverlaps,
+    Matches,
+    PanopticQuality,
+    check_maps,
+    overlap_panoptic,
+)
 from deeplab2_like.evaluation.semantic_iou import SemanticIoU
 from deeplab2_like.evaluation.submission import Instances, make_submission
 from deeplab2_like.evaluation.test_time import check_views, infer_views
@@ -50,6 +56,8 @@ Example = Mapping[str, tf.Tensor]
 # What inference gives for one image, without the batch axis.
 Found = Mapping[str, np.ndarray]
 InferenceFunction = Callable[[tf.Tensor], dict[str, tf.Tensor]]
+# The same for a batch of one, made of an example.
+ExampleFunction = Callable[[Example], dict[str, tf.Tensor]]
 
 _FREE_SIZE = tf.TensorSpec([None, None, None, 3], tf.uint8)
 
@@ -103,7 +111,12 @@ def make_inference_function(
     return infer_in_compiled_stages
 
 
-def make_oracle_function(system: PanopticSystem, parts: Sequence[str]) -> Callable[[Example], dict[str, tf.Tensor]]:
+def of_example(infer: InferenceFunction) -> ExampleFunction:
+    """Turns a function of a batch of images into one of an example of `pipeline.make_eval_dataset`."""
+    return lambda example: infer(example["image"][tf.newaxis])
+
+
+def make_oracle_function(system: PanopticSystem, parts: Sequence[str]) -> ExampleFunction:
     """Makes a function like inference that is told a part of the truth.
 
     Args:
@@ -133,28 +146,11 @@ def make_oracle_function(system: PanopticSystem, parts: Sequence[str]) -> Callab
     return infer
 
 
-class _Counts(NamedTuple):
-    """The three metrics, of one image or of many."""
-
-    quality: PanopticQuality
-    iou: SemanticIoU
-    precision: InstanceAP
-
-    @classmethod
-    def start(cls, info: DatasetInfo) -> "_Counts":
-        return cls(PanopticQuality(info), SemanticIoU(info), InstanceAP(info))
-
-    def merge(self, other: "_Counts") -> None:
-        self.quality.merge(other.quality)
-        self.iou.merge(other.iou)
-        self.precision.merge(other.precision)
-
-
 def evaluate(
     system: PanopticSystem,
     examples: Iterable[Example],
     *,
-    infer: Callable[[Example], dict[str, tf.Tensor]] | None = None,
+    infer: ExampleFunction | None = None,
     after_image: Callable[[Example, Found], None] | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
@@ -165,8 +161,8 @@ def evaluate(
     Args:
         system: The trained system.
         examples: What `pipeline.make_eval_dataset` yields.
-        infer: From an example to the dictionary of `PanopticSystem.postprocess` with a batch of one, such as
-            `make_oracle_function` returns; by default what `make_inference_function` makes of the image.
+        infer: From an example to the dictionary of `PanopticSystem.postprocess` with a batch of one, as `of_example`
+            and `make_oracle_function` return; by default what `make_inference_function` makes of the image.
         after_image: Called in order with each example and what was found in it.
         workers: Number of threads that measure; by default that of the cores.
 
@@ -174,39 +170,46 @@ def evaluate(
         The content of `metrics.json`, in percent.
     """
     info = system.dataset_info
-    if infer is None:
-        infer_images = make_inference_function(system, with_instances=True)
-        infer = lambda example: infer_images(example["image"][tf.newaxis])  # noqa: E731
-    infer_one = infer
+    infer_example = infer or of_example(make_inference_function(system, with_instances=True))
+    quality, iou, precision = PanopticQuality(info), SemanticIoU(info), InstanceAP(info)
 
     def inferred() -> Iterator[tuple[int, Example, Found]]:
         for number, example in enumerate(examples):
-            yield number, example, {name: value.numpy()[0] for name, value in infer_one(example).items()}
+            yield number, example, {name: value.numpy()[0] for name, value in infer_example(example).items()}
 
-    def measure(item: tuple[int, Example, Found]) -> tuple[Example, Found, _Counts]:
+    def measure(item: tuple[int, Example, Found]) -> _Measured:
         number, example, found = item
-        counts = _Counts.start(info)
-        label, prediction = example["panoptic"].numpy(), found["panoptic"]
-        counts.quality.update_state(label, prediction)
-        counts.iou.update_state(label, prediction)
+        (label,), (prediction,) = check_maps(example["panoptic"].numpy(), found["panoptic"])
+        # Counted once, for PQ and mIoU.
+        overlaps = overlap_panoptic(label, prediction, info)
+        instances = InstanceAP(info)
         # Numbered, as records from other sources may repeat a name.
         name = f"{number}/{example['image_id'].numpy().decode()}"
         if "instance_masks" in found:
-            instances = {key: found[f"instance_{key}"] for key in ("masks", "scores", "classes", "boxes")}
-            counts.precision.update_from_instances(name, label, **instances)
+            own = {key: found[f"instance_{key}"] for key in ("masks", "scores", "classes", "boxes")}
+            instances.update_from_instances(name, label, **own)
         else:
             table = {key: found[key] for key in ("segment_id", "segment_class", "segment_score")}
-            counts.precision.update_from_panoptic(name, label, prediction, **table)
-        return example, found, counts
+            instances.update_from_panoptic(name, label, prediction, **table)
+        return _Measured(example, found, overlaps, quality.match_panoptic(overlaps), instances)
 
-    total = _Counts.start(info)
-    for example, found, counts in map_in_order(measure, inferred(), workers=workers or os.cpu_count() or 1):
-        total.merge(counts)
+    for measured in map_in_order(measure, inferred(), workers=workers or os.cpu_count() or 1):
+        quality.add(measured.matches)
+        iou.add(measured.overlaps)
+        precision.merge(measured.instances)
         if after_image is not None:
-            after_image(example, found)
-    return report.metrics_dict(
-        panoptic=total.quality.result(), semantic=total.iou.result(), instance=total.precision.result()
-    )
+            after_image(measured.example, measured.found)
+    return report.metrics_dict(panoptic=quality.result(), semantic=iou.result(), instance=precision.result())
+
+
+class _Measured(NamedTuple):
+    """One image, and what the metrics count in it."""
+
+    example: Example
+    found: Found
+    overlaps: ClassifiedOverlaps
+    matches: Matches
+    instances: InstanceAP
 
 
 class ModelFolderEvaluation:
@@ -273,20 +276,20 @@ class ModelFolderEvaluation:
         self._image_ids = image_ids
         if image_ids is not None and submission is None:
             raise UserError("Image ids are for a submission; ask for one with --submission coco, or leave them out.")
-        self._infer: InferenceFunction | None = None
-        self._infer_example: Callable[[Example], dict[str, tf.Tensor]]
+        self._infer: ExampleFunction
         if oracle:
-            self._infer_example = make_oracle_function(self.system, oracle)
+            self._infer = make_oracle_function(self.system, oracle)
             return
-        infer = self._infer = make_inference_function(
-            self.system,
-            compiled=compiled,
-            with_instances=True,
-            ensemble=[load_model_folder(folder)[1] for folder in ensemble],
-            scales=scales,
-            flip=flip,
+        self._infer = of_example(
+            make_inference_function(
+                self.system,
+                compiled=compiled,
+                with_instances=True,
+                ensemble=[load_model_folder(folder)[1] for folder in ensemble],
+                scales=scales,
+                flip=flip,
+            )
         )
-        self._infer_example = lambda example: infer(example["image"][tf.newaxis])
 
     def run(self, checkpoint: str = "last") -> dict[str, Any]:
         """Evaluates a checkpoint, prints the table, and writes `metrics.json` and TensorBoard's numbers.
@@ -305,20 +308,22 @@ class ModelFolderEvaluation:
     def _evaluate(self, step: int) -> dict[str, Any]:
         """The rest of `run`, for the variables that the system has; `step` is what they are of."""
         files, total = self._records()
-        path = self.output_dir / "metrics.json"
         examples = pipeline.make_eval_dataset(files, dataset_info=self.system.dataset_info)
         with self._writers() as write, _shown(examples, total) as shown:
             make_folder(self.output_dir)  # Now, as the evaluation may take hours.
-            metrics = evaluate(self.system, shown, infer=self._infer_example, after_image=write)
-        of_what = {"model_dir": str(self.model_dir), "step": step, "split": self.split, "images": total}
+            metrics = evaluate(self.system, shown, infer=self._infer, after_image=write)
         options = "".join(f", {name} {_in_words(value)}" for name, value in self._options.items())
         report.print_table(metrics, title=f"{self.model_dir}, step {step}, split {self.split}, {total} images{options}")
-        metrics = {**metrics, "evaluation": {**of_what, **self._options}}
-        report.write_metrics(path, metrics)
-        if not self._options:
-            # Numbers of an oracle, say, would look like those of the training.
-            report.write_events(self.output_dir, metrics, step=step)
-        print(f"Metrics are in {path}")
+        metrics = report.write_results(
+            self.output_dir,
+            metrics,
+            model_dir=self.model_dir,
+            step=step,
+            split=self.split,
+            images=total,
+            options=self._options,
+        )
+        print(f"Metrics are in {self.output_dir / 'metrics.json'}")
         return metrics
 
     def follow(self, *, poll_seconds: float = 10.0, timeout_seconds: float | None = None) -> dict[str, Any] | None:
@@ -392,7 +397,7 @@ class ModelFolderEvaluation:
         Raises:
             UserError: If nothing was asked for, an image cannot be read, or one that has an image id is missing.
         """
-        if self._infer is None:
+        if "oracle" in self._options:
             raise UserError("Images without labels have no truth for an oracle; leave out one of the two.")
         if not (self._save_predictions or self._submission):
             raise UserError(
@@ -408,7 +413,7 @@ class ModelFolderEvaluation:
 
         with self._writers(files) as write, _shown(examples(), len(files)) as shown:
             for example in shown:
-                found = self._infer_example(example)
+                found = self._infer(example)
                 write(example, {name: value.numpy()[0] for name, value in found.items()})
         return len(files)
 
@@ -463,7 +468,6 @@ class ModelFolderEvaluation:
                 submission = stack.enter_context(
                     make_submission(self._submission, folder, info, image_ids=self._image_ids)
                 )
-
                 submission.check_names(image_names)
 
             def write(example: Example, found: Found) -> None:

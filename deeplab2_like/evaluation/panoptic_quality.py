@@ -368,10 +368,7 @@ class PanopticQuality:
             UserError: If the shapes differ or a map holds an unknown class.
         """
         for truth_map, predicted_map in zip(*check_maps(ground_truth, prediction), strict=True):
-            found = overlap_panoptic(truth_map, predicted_map, self.dataset_info)
-            crowd = found.overlaps.first_values % self.dataset_info.label_divisor == 0
-            crowd &= self._is_thing_or_void[found.truth_classes]
-            self.add(_match(found, crowd=crowd, excusing=crowd))
+            self.add(self.match_panoptic(overlap_panoptic(truth_map, predicted_map, self.dataset_info)))
 
     def update_from_segments(
         self,
@@ -393,6 +390,16 @@ class PanopticQuality:
         """
         found = overlap_segments(ground_truth, ground_truth_segments, prediction, predicted_segments, self.dataset_info)
         self.add(self.match_segments(found, ground_truth_segments))
+
+    def match_panoptic(self, found: ClassifiedOverlaps) -> Matches:
+        """Matches the segments of one image without counting it yet; `add` does.
+
+        Args:
+            found: What `overlap_panoptic` returned.
+        """
+        crowd = found.overlaps.first_values % self.dataset_info.label_divisor == 0
+        crowd &= self._is_thing_or_void[found.truth_classes]
+        return _match(found, crowd=crowd, excusing=crowd)
 
     def match_segments(self, found: ClassifiedOverlaps, ground_truth_segments: Sequence[Segment]) -> Matches:
         """Matches the segments of one image without counting it yet; `add` does.

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -97,6 +98,43 @@ def write_events(folder: str | os.PathLike[str], metrics: Mapping[str, Any], *, 
         for name, value in scalar_metrics(metrics).items():
             tf.summary.scalar(name, value)
     writer.close()
+
+
+def write_results(
+    folder: str | os.PathLike[str],
+    metrics: Mapping[str, Any],
+    *,
+    model_dir: str | os.PathLike[str],
+    step: int,
+    split: str,
+    images: int,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes `metrics.json`, with what was evaluated, and, for plain numbers of the model, TensorBoard's events.
+
+    Args:
+        folder: Where to.
+        metrics: What `metrics_dict` returned.
+        model_dir: The model folder.
+        step: The training step of the weights.
+        split: Name of the split.
+        images: Number of its images.
+        options: What else the numbers depend on; with any of them they are no numbers of the model alone.
+
+    Returns:
+        The content of `metrics.json`: `metrics` and `evaluation`.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    options = options or {}
+    of_what = {"model_dir": str(model_dir), "step": step, "split": split, "images": images, **options}
+    content = {**metrics, "evaluation": of_what}
+    write_metrics(Path(folder) / "metrics.json", content)
+    if not options:
+        # Numbers of an oracle, say, would look like those of the training.
+        write_events(folder, metrics, step=step)
+    return content
 
 
 def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console: Console | None = None) -> None:

@@ -133,8 +133,9 @@ class Submission(abc.ABC):
         """
         name_of_id: dict[int | str, str] = {}
         for name in image_names:
-            self._check_new(self._image_id(name), name, name_of_id)
-            name_of_id[self._image_id(name)] = name
+            image_id = self._image_id(name)
+            self._check_new(image_id, name, name_of_id)
+            name_of_id[image_id] = name
 
     def _check_new(self, image_id: int | str, name: str, name_of_id: Mapping[int | str, str]) -> None:
         if image_id in name_of_id:

@@ -11,8 +11,8 @@ import tensorflow as tf
 
 from deeplab2_like.checkpoint import keep_best
 from deeplab2_like.data import pipeline
-from deeplab2_like.evaluation.evaluate import evaluate, make_inference_function
-from deeplab2_like.evaluation.report import write_events, write_metrics
+from deeplab2_like.evaluation.evaluate import evaluate, make_inference_function, of_example
+from deeplab2_like.evaluation.report import write_results
 from deeplab2_like.files import write_atomically
 from deeplab2_like.model import PanopticSystem
 from deeplab2_like.trainer.average import WeightAverage
@@ -87,12 +87,9 @@ class Validation:
 
         with self.evaluated_weights():
             try:
-                return evaluate(self._system, until_stopped(), infer=self._infer_example)
+                return evaluate(self._system, until_stopped(), infer=of_example(self.infer))
             except _StoppedError:
                 return None
-
-    def _infer_example(self, example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return self.infer(example["image"][tf.newaxis])
 
     def evaluate_and_keep(self, step: int) -> str | None:
         """Evaluates the whole split, writes what it finds, and keeps the weights if they are the best so far.
@@ -107,10 +104,7 @@ class Validation:
         if metrics is None:
             return None
         folder = self._model_dir / self._split
-        of_what = {"model_dir": str(self._model_dir), "step": step, "split": self._split, "images": self._images}
-        metrics = {**metrics, "evaluation": of_what}
-        write_metrics(folder / "metrics.json", metrics)
-        write_events(folder, metrics, step=step)
+        write_results(folder, metrics, model_dir=self._model_dir, step=step, split=self._split, images=self._images)
         quality = metrics["panoptic"]["all"]["pq"]
         with self.evaluated_weights():
             is_best = keep_best(self._model_dir, self._system, step=step, pq=quality)
