@@ -34,6 +34,7 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model import SYSTEMS, PanopticSystem, build_system
 from deeplab2_like.model.layers import compiled_stages
+from deeplab2_like.model.merge import best_class
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
 
 compile_with_xla = functools.partial(tf.function, jit_compile=True)
@@ -86,7 +87,9 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
         dense_graph = tf.function(dense, autograph=False)
         times["dense part"] = milliseconds(lambda: dense_graph(image), runs)
         outputs = made_up_detections(outputs, height, width, instances)
-        parts["class of pixels"] = lambda outputs: system._semantic(outputs, size)
+        parts["class of pixels"] = lambda outputs: best_class(
+            outputs["semantic_logits"], size, stride=system.stride, seen_size=outputs.get("seen_size")
+        )
     for name, part in parts.items():
 
         def in_stages(outputs: Any, part: Callable[..., Any] = part) -> Any:

@@ -28,7 +28,7 @@ def semantic_argmax(logits: Tensor, *, height: Any, width: Any, stride: int) -> 
     """The best class of every pixel of the bilinearly enlarged logits, without enlarging them.
 
     Args:
-        logits: float32 [B, h, w, C].
+        logits: float32 [B, h, w, C]; probabilities will do, too.
         height: Image height without padding.
         width: Image width without padding.
         stride: Image pixels per logit.
@@ -125,6 +125,71 @@ def merge(
         rows=rows,
         area=area,
     )
+
+
+def best_class(values: Tensor, image_size: tuple[Any, Any], *, stride: int, seen_size: Tensor | None = None) -> Tensor:
+    """The best class of every pixel of the map, at whichever size the network saw the image.
+
+    Args:
+        values: float32 [B, h, w, C], logits or probabilities.
+        image_size: Height and width of the map, ints or int32 scalars.
+        stride: Pixels of the image that the network saw per value.
+        seen_size: int32 [2], size of that image without padding, if it is not that of the map.
+
+    Returns:
+        int32 [B, H, W].
+    """
+    height, width = image_size
+    if seen_size is None:
+        return semantic_argmax(values, height=height, width=width, stride=stride)
+    return resized_argmax(
+        values, seen_height=seen_size[0], seen_width=seen_size[1], height=height, width=width, stride=stride
+    )
+
+
+def region_scores(
+    probability: Tensor, merged: Merged, of_class: Sequence[int], *, stride: int, seen_size: Tensor | None = None
+) -> Tensor:
+    """Mean probability of each class over its region.
+
+    Args:
+        probability: float32 [B, h, w, S], of the classes that the network tells apart.
+        merged: What `merge` returned.
+        of_class: Position among these classes for each class id.
+        stride: Pixels of the image that the network saw per probability.
+        seen_size: int32 [2], size of that image without padding, if it is not that of the map.
+
+    Returns:
+        float32 [B, C], for each class id.
+    """
+    num_instances = merged.area.shape[1] - len(of_class) - 1
+    row_class = ops.array([0] * num_instances + [*of_class, 0], "int32")
+    sizes = {} if seen_size is None else {"seen_height": seen_size[0], "seen_width": seen_size[1]}
+    mean = mean_probability(
+        probability,
+        merged.rows,
+        ops.broadcast_to(row_class[None], ops.shape(merged.area)),
+        merged.area,
+        stride=stride,
+        **sizes,
+    )
+    return mean[:, num_instances:-1]
+
+
+def described_segments(merged: Merged, scores: Tensor, scores_of_regions: Tensor) -> dict[str, Tensor]:
+    """The dictionary of `PanopticSystem.postprocess`.
+
+    Args:
+        merged: What `merge` returned, of N instances and C classes.
+        scores: float32 [B, N], of the instances.
+        scores_of_regions: float32 [B, C], of the regions of the classes.
+    """
+    return {
+        "panoptic": merged.panoptic,
+        "segment_id": merged.segment_id,
+        "segment_class": merged.segment_class,
+        "segment_score": ops.where(merged.kept, ops.concatenate([scores, scores_of_regions], axis=1), 0.0),
+    }
 
 
 @stage
@@ -234,7 +299,7 @@ def resized_argmax(
     """The best class of every pixel, where the network saw the image at another size.
 
     Args:
-        logits: float32 [B, h, w, C].
+        logits: float32 [B, h, w, C]; probabilities will do, too.
         seen_height: Height of the image that the network saw, without padding.
         seen_width: Its width.
         height: Height of the map.
@@ -287,7 +352,7 @@ def number_within_class(classes: Tensor, present: Tensor) -> Tensor:
 
 @stage
 def mean_probability(
-    logits: Tensor,
+    probability: Tensor,
     rows: Tensor,
     row_class: Tensor,
     area: Tensor,
@@ -296,14 +361,14 @@ def mean_probability(
     seen_height: Any | None = None,
     seen_width: Any | None = None,
 ) -> Tensor:
-    """Mean probability of each segment's class over its pixels, read at the resolution of the logits.
+    """Mean probability of each segment's class over its pixels, read at the resolution of the probabilities.
 
     Args:
-        logits: float32 [B, h, w, C].
+        probability: float32 [B, h, w, C].
         rows: int32 [B, H, W] row of the segment table of each pixel.
         row_class: int32 [B, R] class of each row.
         area: int32 [B, R] pixels of each row.
-        stride: Image pixels per logit.
+        stride: Image pixels per probability.
         seen_height: Height of the image that the network saw, without padding, if it is not that of the map.
         seen_width: Its width.
 
@@ -313,9 +378,9 @@ def mean_probability(
     batch, height, width = ops.shape(rows)
     rows_seen = height if seen_height is None else seen_height
     columns_seen = width if seen_width is None else seen_width
-    coarse_height, coarse_width = ops.shape(logits)[1:3]
-    num_classes, num_rows = logits.shape[-1], area.shape[1]
-    probability = ops.reshape(ops.softmax(logits, axis=-1), (-1,))  # [B * h * w * C]
+    coarse_height, coarse_width = ops.shape(probability)[1:3]
+    num_classes, num_rows = probability.shape[-1], area.shape[1]
+    probability = ops.reshape(probability, (-1,))  # [B * h * w * C]
     image = ops.arange(batch)[:, None, None]
     # Where the centre of each pixel lies in the image that the network saw.
     y = ((2 * ops.arange(height) + 1) * rows_seen // (2 * height) // stride)[None, :, None]

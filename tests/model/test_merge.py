@@ -134,12 +134,11 @@ def test_argmax_of_a_resized_image() -> None:
 
 
 def test_mean_probability_reads_where_the_network_looked() -> None:
-    # Two logits side by side at stride 4 of an image seen at 4x8, shown at 2x4: each covers 2 columns of it.
+    # Two probabilities side by side at stride 4 of an image seen at 4x8, shown at 2x4: each covers 2 columns of it.
     probability = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
-    logits = tf.constant(np.log(probability)[None, None])  # [1, 1, 2, 2]
     rows = tf.constant([[[0, 0, 0, 1], [0, 0, 1, 1]]])
     found = mean_probability(
-        logits,
+        tf.constant(probability[None, None]),  # [1, 1, 2, 2]
         rows,
         tf.constant([[0, 1]]),
         tf.constant([[5, 3]]),
@@ -147,5 +146,5 @@ def test_mean_probability_reads_where_the_network_looked() -> None:
         seen_height=4,
         seen_width=8,
     )
-    # Row 0, class 0: four pixels of the left logit, one of the right. Row 1, class 1: three of the right one.
+    # Row 0, class 0: four pixels of the left one, one of the right. Row 1, class 1: three of the right one.
     np.testing.assert_allclose(found[0], [(4 * 0.9 + 0.2) / 5, 0.8], rtol=1e-5)

@@ -25,7 +25,7 @@ from deeplab2_like.model.detection import (
 )
 from deeplab2_like.model.detection.rpn import label_anchors
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
-from deeplab2_like.model.panoptic_fpn.semantic import semantic_loss
+from deeplab2_like.model.semantic_fpn import semantic_loss
 from deeplab2_like.model.system import Loss
 from deeplab2_like.weights.detectron2_panoptic_fpn import load_panoptic_fpn, panoptic_fpn_config, panoptic_fpn_name
 

@@ -97,7 +97,8 @@ def postprocess(
         void=ignore_label * label_divisor,
         stuff_area_limit=stuff_area_limit,
     )
-    probability = mean_probability(logits, rows, table["class"], ops.sum(votes, axis=-1), stride=stride)
+    area = ops.sum(votes, axis=-1)
+    probability = mean_probability(ops.softmax(logits, axis=-1), rows, table["class"], area, stride=stride)
     used = table["used"]
     objectness = ops.concatenate([heat, ops.ones((ops.shape(heat)[0], num_classes), "float32")], axis=1)
     return {

@@ -5,8 +5,8 @@ each. The other predicts the class of every pixel, where one class, "other", sta
 one map of both: instances in the order of their scores, then stuff where no instance is. Semantic FPN is the second
 branch alone (`semantic_only`).
 
-Read in this order: the config below, `semantic.py`; then `deeplab2_like/model/fpn.py`, the parts of Mask R-CNN in
-`deeplab2_like/model/detection`, and `deeplab2_like/model/merge.py`, which other systems share.
+Read in this order: the config below; then, in `deeplab2_like/model`, what other systems share: `fpn.py`,
+`semantic_fpn.py`, the parts of Mask R-CNN in `detection`, and `merge.py`.
 
 Where the paper leaves a choice, and where this differs from the implementation in Detectron2:
 
@@ -54,15 +54,9 @@ from deeplab2_like.model.detection import (
 )
 from deeplab2_like.model.fpn import FeaturePyramid, split_channels
 from deeplab2_like.model.layers import Norm, Tensor
-from deeplab2_like.model.merge import (
-    claim_pixels,
-    mean_probability,
-    merge,
-    resized_argmax,
-    semantic_argmax,
-)
-from deeplab2_like.model.panoptic_fpn.semantic import SemanticBranch, SemanticClasses, semantic_loss
+from deeplab2_like.model.merge import best_class, claim_pixels, described_segments, merge, region_scores
 from deeplab2_like.model.seen_size import ResizeConfig, resize_images
+from deeplab2_like.model.semantic_fpn import SemanticBranch, SemanticClasses, semantic_loss
 from deeplab2_like.model.system import Loss, PanopticSystem
 
 # Backbone features of the pyramid's levels, fine to coarse; the proposals see one more level, p6.
@@ -522,7 +516,13 @@ class PanopticFPN(PanopticSystem):
     ) -> dict[str, Tensor]:
         """Finds each pixel's class and instance, in the outputs or in the targets, and merges them."""
         height, width = image_size
-        semantic = self._true_semantic(targets) if "semantic" in parts_of_truth else self._semantic(outputs, image_size)
+        if "semantic" in parts_of_truth:
+            assert targets is not None
+            semantic = self.classes.of_class_map(targets["semantic"])
+        else:
+            semantic = best_class(
+                outputs["semantic_logits"], image_size, stride=self.stride, seen_size=outputs.get("seen_size")
+            )
         if self.semantic_only:
             batch = ops.shape(semantic)[0]
             owner = ops.zeros((batch, height, width), "int32")
@@ -555,58 +555,16 @@ class PanopticFPN(PanopticSystem):
             void=self.dataset_info.void,
         )
         if "semantic" in parts_of_truth:
-            region_scores = ops.ones((ops.shape(scores)[0], num_classes), "float32")
+            of_regions = ops.ones((ops.shape(scores)[0], num_classes), "float32")
         else:
-            region_scores = self._region_scores(outputs, merged.rows, merged.area)
-        scores = ops.concatenate([scores, region_scores], axis=1)
-        return {
-            "panoptic": merged.panoptic,
-            "segment_id": merged.segment_id,
-            "segment_class": merged.segment_class,
-            "segment_score": ops.where(merged.kept, scores, 0.0),
-        }
-
-    def _semantic(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Tensor:
-        """The best semantic class of each pixel, int32 [B, H, W]."""
-        height, width = image_size
-        logits = outputs["semantic_logits"]
-        if "seen_size" not in outputs:
-            return semantic_argmax(logits, height=height, width=width, stride=self.stride)
-        seen_height, seen_width = outputs["seen_size"][0], outputs["seen_size"][1]
-        return resized_argmax(
-            logits,
-            seen_height=seen_height,
-            seen_width=seen_width,
-            height=height,
-            width=width,
-            stride=self.stride,
-        )
-
-    def _true_semantic(self, targets: Mapping[str, Tensor] | None) -> Tensor:
-        """The same from the label; void has a number of its own, after those of the branch's classes."""
-        assert targets is not None
-        class_map = targets["semantic"]
-        is_labelled = class_map < self.dataset_info.num_classes
-        of_class = ops.array((*self.classes.of_class, len(self.classes.class_id)), "int32")
-        return ops.take(of_class, ops.where(is_labelled, class_map, self.dataset_info.num_classes))
-
-    def _region_scores(self, outputs: Mapping[str, Tensor], rows: Tensor, area: Tensor) -> Tensor:
-        """Mean probability of each class over its region, float32 [B, C]."""
-        num_classes = self.dataset_info.num_classes
-        num_instances = area.shape[1] - num_classes - 1
-        row_class = ops.array([0] * num_instances + [*self.classes.of_class, 0], "int32")
-        sizes = {}
-        if "seen_size" in outputs:
-            sizes = {"seen_height": outputs["seen_size"][0], "seen_width": outputs["seen_size"][1]}
-        probability = mean_probability(
-            outputs["semantic_logits"],
-            rows,
-            ops.broadcast_to(row_class[None], ops.shape(area)),
-            area,
-            stride=self.stride,
-            **sizes,
-        )
-        return probability[:, num_instances:-1]
+            of_regions = region_scores(
+                ops.softmax(outputs["semantic_logits"], axis=-1),
+                merged,
+                self.classes.of_class,
+                stride=self.stride,
+                seen_size=outputs.get("seen_size"),
+            )
+        return described_segments(merged, scores, of_regions)
 
     def _class_ids(self, thing_classes: Tensor) -> Tensor:
         """Class ids from positions among the thing classes."""

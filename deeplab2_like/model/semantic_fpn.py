@@ -1,4 +1,4 @@
-"""The semantic branch of Panoptic FPN (section 3.1, Figure 3): its classes, its layers, its loss."""
+"""Semantic FPN (Panoptic FPN, section 3.1, Figure 3): its classes, its layers, its loss."""
 
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -45,6 +45,12 @@ class SemanticClasses(NamedTuple):
     def painted_class(self) -> tuple[int, ...]:
         """Class id for each class of the branch, -1 for those that are not painted."""
         return tuple(i if painted else -1 for i, painted in zip(self.class_id, self.is_painted, strict=True))
+
+    def of_class_map(self, class_map: Tensor) -> Tensor:
+        """Class of the branch for each pixel of an int32 map of class ids; void has a number after the last class."""
+        num_classes = len(self.of_class)
+        of_class = ops.array((*self.of_class, len(self.class_id)), "int32")
+        return ops.take(of_class, ops.where(class_map < num_classes, class_map, num_classes))
 
 
 class SemanticBranch(keras.layers.Layer):
