@@ -4,12 +4,14 @@ from deeplab2_like.configs.schema import Config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import unknown_name
 from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab
+from deeplab2_like.model.panoptic_fcn import PanopticFCN
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
 from deeplab2_like.model.system import Loss, PanopticSystem
 
 SYSTEMS: dict[str, type[PanopticSystem]] = {
     "panoptic_deeplab": PanopticDeepLab,
     "panoptic_fpn": PanopticFPN,
+    "panoptic_fcn": PanopticFCN,
 }
 
 

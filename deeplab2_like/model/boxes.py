@@ -114,9 +114,6 @@ def non_maximum_suppression(
 ) -> Tensor:
     """Greedy non-maximum suppression: a box goes if a better one that stays overlaps it too much.
 
-    The greedy result is the only fixed point of "a box stays if no better box that stays overlaps it", and is reached
-    from "all stay" in as many steps as the longest chain of suppressions is long, usually a few.
-
     Args:
         boxes: float32 [B, N, 4], the best first.
         valid: bool [B, N], the rows that take part.
@@ -131,13 +128,29 @@ def non_maximum_suppression(
     overlaps = (pairwise_iou(boxes, boxes) > iou_threshold) & (rank[:, None] < rank[None, :])  # [B, better, worse]
     if classes is not None:
         overlaps = overlaps & (classes[:, :, None] == classes[:, None, :])
+    return keep_best(overlaps, valid)
 
-    def suppress(keep: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
+
+def keep_best(excludes: Tensor, valid: Tensor) -> Tensor:
+    """Keeps, greedily, what no better one that is kept excludes.
+
+    The greedy result is the only fixed point of "a row stays if no better row that stays excludes it", and is reached
+    from "all stay" in as many steps as the longest chain of exclusions is long, usually a few.
+
+    Args:
+        excludes: bool [B, better, worse], true only where the first row is before the second one.
+        valid: bool [B, N], the rows that take part.
+
+    Returns:
+        bool [B, N], the rows that stay.
+    """
+
+    def exclude(keep: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
         del changed
-        after = valid & ~ops.any(overlaps & keep[:, :, None], axis=1)
+        after = valid & ~ops.any(excludes & keep[:, :, None], axis=1)
         return after, ops.any(after != keep)
 
     keep, _ = ops.while_loop(
-        lambda keep, changed: changed, suppress, (valid, ops.any(valid)), maximum_iterations=boxes.shape[1]
+        lambda keep, changed: changed, exclude, (valid, ops.any(valid)), maximum_iterations=valid.shape[1]
     )
     return keep

@@ -1,5 +1,7 @@
 """The size at which a network sees an image, where that is not the image's own."""
 
+from typing import Any
+
 import pydantic
 from keras import ops
 
@@ -12,6 +14,23 @@ class ResizeConfig(StrictModel):
 
     short_side: int = pydantic.Field(800, ge=1)
     long_side: int = pydantic.Field(1333, ge=1, description="The longer side is not made longer than this.")
+
+
+def seen_images(images: Tensor, config: ResizeConfig | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The images that a network sees, and what its raw outputs say of their size.
+
+    Args:
+        images: uint8 or float [B, H, W, 3].
+        config: The size at which they shall be seen; None for their own.
+
+    Returns:
+        The images, [B, H', W', 3]; and `seen_size`, int32 [2], H' and W', or nothing if they are as they were.
+    """
+    if config is None:
+        return images, {}
+    images = resize_images(images, config)
+    sides: list[Any] = list(ops.shape(images)[1:3])
+    return images, {"seen_size": ops.stack([ops.convert_to_tensor(side, "int32") for side in sides])}
 
 
 def resize_images(images: Tensor, config: ResizeConfig) -> Tensor:

@@ -52,26 +52,18 @@ from deeplab2_like.model.detection import (
     sample_anchors,
     sample_rois,
 )
-from deeplab2_like.model.fpn import FeaturePyramid, split_channels
+from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, backbone_features, split_channels
 from deeplab2_like.model.layers import Norm, Tensor
 from deeplab2_like.model.merge import best_class, claim_pixels, described_segments, merge, region_scores
-from deeplab2_like.model.seen_size import ResizeConfig, resize_images
+from deeplab2_like.model.seen_size import ResizeConfig, seen_images
 from deeplab2_like.model.semantic_fpn import SemanticBranch, SemanticClasses, semantic_loss
 from deeplab2_like.model.system import Loss, PanopticSystem
 
-# Backbone features of the pyramid's levels, fine to coarse; the proposals see one more level, p6.
-_FEATURES = {"p1": "stem", "p2": "res2", "p3": "res3", "p4": "res4", "p5": "res5"}
 
-
-class FpnConfig(StrictModel):
+class GroupedFpnConfig(FpnConfig):
     """The feature pyramid."""
 
-    channels: int = pydantic.Field(256, ge=2)
-    finest_level: Literal["p1", "p2"] = pydantic.Field(
-        "p2", description="`p2` has stride 4, as in the paper; `p1`, stride 2, is for objects of a few pixels."
-    )
     grouped: bool = pydantic.Field(False, description="Give each branch half of the channels (Table 3d).")
-    norm: Norm | None = pydantic.Field(None, description="Normalisation after each convolution; null, as in the paper.")
 
 
 class SemanticConfig(StrictModel):
@@ -117,7 +109,7 @@ class PanopticFPNConfig(StrictModel):
     image_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     image_std: tuple[pydantic.PositiveFloat, pydantic.PositiveFloat, pydantic.PositiveFloat] = (58.395, 57.12, 57.375)
     semantic_only: bool = pydantic.Field(False, description="Leave out the instance branch: Semantic FPN.")
-    fpn: FpnConfig = FpnConfig()
+    fpn: GroupedFpnConfig = GroupedFpnConfig()
     semantic: SemanticConfig = SemanticConfig()
     rpn: RpnConfig = RpnConfig()
     roi: RoiConfig = RoiConfig()
@@ -128,17 +120,12 @@ class PanopticFPNConfig(StrictModel):
     def _consistent(self) -> "PanopticFPNConfig":
         if self.fpn.grouped and self.fpn.channels % 2:
             raise ValueError("fpn.grouped needs an even number of fpn.channels")
-        number = len(_levels(self.fpn)) + 1
+        number = len(backbone_features(self.fpn.finest_level)) + 1
         if not self.semantic_only and len(self.rpn.anchor_sizes) != number:
             raise ValueError(
                 f"rpn.anchor_sizes must be {number} sizes, one for each level from {self.fpn.finest_level} to p6"
             )
         return self
-
-
-def _levels(fpn: FpnConfig) -> tuple[str, ...]:
-    """The levels that both branches see."""
-    return tuple(_FEATURES)[list(_FEATURES).index(fpn.finest_level) :]
 
 
 class PanopticFPN(PanopticSystem):
@@ -184,7 +171,7 @@ class PanopticFPN(PanopticSystem):
         image_mean: tuple[float, float, float],
         image_std: tuple[float, float, float],
         semantic_only: bool,
-        fpn: FpnConfig,
+        fpn: GroupedFpnConfig,
         semantic: SemanticConfig,
         rpn: RpnConfig,
         roi: RoiConfig,
@@ -208,10 +195,12 @@ class PanopticFPN(PanopticSystem):
         self.loss_weights = {"semantic": loss.semantic_weight}
 
         self.backbone = build_backbone(backbone, norm=norm)
-        self.levels = _levels(fpn)
+        features = backbone_features(fpn.finest_level)
+        # Both branches see these; the proposals see one more, p6.
+        self.levels = tuple(features)
         self.fpn = FeaturePyramid(
             strides=self.backbone.strides,
-            features=tuple(_FEATURES[level] for level in self.levels),
+            features=tuple(features.values()),
             channels=fpn.channels,
             coarser_levels=0 if semantic_only else 1,
             norm=fpn.norm,
@@ -296,10 +285,7 @@ class PanopticFPN(PanopticSystem):
         Returns:
             The raw outputs, see the class.
         """
-        sizes = {}
-        if self.postprocess_config.resize is not None and not training:
-            images = resize_images(images, self.postprocess_config.resize)
-            sizes["seen_size"] = ops.stack([ops.convert_to_tensor(side, "int32") for side in ops.shape(images)[1:3]])
+        images, sizes = seen_images(images, None if training else self.postprocess_config.resize)
         image_size = tuple(ops.shape(images)[1:3])
         features = self.backbone(self.prepare_images(images), training=training)
         pyramid = self.fpn(features, training=training)
