@@ -236,7 +236,12 @@ def _convert_scenes(options: argparse.Namespace) -> None:
 
 def _print_reports(reports: Sequence[Any], output_dir: Path) -> None:
     for report in reports:
-        print(f"Split '{report.split}': {report.examples} examples, {len(report.skipped)} skipped.")
+        note = ""
+        if report.is_unchanged:
+            note = " It was there already, from the same files and options: nothing was done."
+        elif report.kept_files:
+            note = f" Of {report.files} files, {report.kept_files} were there from an interrupted run."
+        print(f"Split '{report.split}': {report.examples} examples, {len(report.skipped)} skipped.{note}")
         for fault in report.skipped:
             print(f"  skipped: {fault}")
     print(f"Records are in {output_dir}")

@@ -145,7 +145,7 @@ def _cached_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tens
     """Returns a function from a record's position, int64 [], to its bytes, string []; holds all records in memory."""
     contents: list[bytes] = []
     for path in index.files:
-        with tfrecord.user_errors(f"'{path}'"):
+        with tfrecord.user_errors([path]):
             contents.extend(tf.data.TFRecordDataset(path).as_numpy_iterator())
     with tf.device("CPU:0"):
         records = tf.constant(contents)

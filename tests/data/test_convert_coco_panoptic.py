@@ -135,6 +135,7 @@ def test_files_do_not_depend_on_workers(tmp_path):
         source.convert(output_dir=tmp_path / str(workers), workers=workers, shards=2)
     assert records(tmp_path / "1") == records(tmp_path / "3")
     assert sorted(records(tmp_path / "1")) == [
+        ".train.conversion.json",
         "dataset_info.json",
         "train-00000-of-00002.tfrecord",
         "train-00001-of-00002.tfrecord",

@@ -103,6 +103,7 @@ def convert_coco_panoptic(
         workers=workers,
         on_error=on_error,
         progress=progress,
+        inputs_of=lambda example: [images / example.name, panoptic / example.panoptic_name],
     )
 
 
