@@ -338,12 +338,13 @@ def _describe(name: str, image: np.ndarray, panoptic: np.ndarray, info: DatasetI
         )
         faults.append(("id out of range", text))
     for class_id in np.intersect1d(classes, info.thing_classes).tolist():
-        present = set(instances[classes == class_id].tolist()) - {0}
-        absent = sorted(set(range(1, max(present, default=0) + 1)) - present)
-        if absent:
+        present = instances[(classes == class_id) & (instances > 0)]  # Ascending.
+        num_absent = int(present[-1]) - present.size if present.size else 0
+        if num_absent:
+            first = int(np.flatnonzero(present != np.arange(1, present.size + 1))[0]) + 1
             text = (
-                f"'{info.categories[class_id].name}' has instances up to {max(present)}, but no pixels of "
-                f"{', '.join(map(str, absent[:3]))}{' and more' if len(absent) > 3 else ''}."
+                f"'{info.categories[class_id].name}' has instances up to {present[-1]}, but {num_absent} of them have "
+                f"no pixels, the first is {first}."
             )
             faults.append(("instance without pixels", text))
     num_void = int(table.areas[is_void].sum())

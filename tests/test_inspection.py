@@ -118,7 +118,10 @@ def test_ids_out_of_range(tmp_path: Path) -> None:
 def test_instances_without_pixels(tmp_path: Path) -> None:
     write(tmp_path, {"train": [np.array([[1, 2, 5, 0]], np.int32)]})
     ((kind, _, text),) = faults(tmp_path)
-    assert (kind, text) == ("instance without pixels", "'cat' has instances up to 5, but no pixels of 3, 4.")
+    assert (kind, text) == (
+        "instance without pixels",
+        "'cat' has instances up to 5, but 2 of them have no pixels, the first is 3.",
+    )
     assert inspect(tmp_path).num_errors == 0
 
 

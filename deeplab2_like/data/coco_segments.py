@@ -11,8 +11,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+from deeplab2_like import files
 from deeplab2_like.data import panoptic_label
-from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE, DatasetInfo
+from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE, DatasetInfo, whole_number
 from deeplab2_like.data.label_runs import find_run_values, list_segments
 from deeplab2_like.errors import UserError
 
@@ -53,14 +54,14 @@ def parse_segments(segments: Any, dataset_info: DatasetInfo) -> list[Segment]:
     parsed: dict[int, Segment] = {}
     for position, segment in enumerate(segments):
         try:
-            segment_id, category_id = int(segment["id"]), int(segment["category_id"])
-            is_crowd = bool(segment.get("iscrowd", 0))
+            segment_id, category_id = whole_number(segment["id"]), whole_number(segment["category_id"])
+            is_crowd = bool(whole_number(segment.get("iscrowd", 0), 0, 1))
             area = segment.get("area")
             area = None if area is None else float(area)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise UserError(
                 f"entry {position} of 'segments_info' lacks a whole number 'id' or 'category_id', or has an 'area' "
-                "that is no number."
+                "that is no number, or an 'iscrowd' that is not 0 or 1."
             ) from error
         class_id = dataset_info.class_of_category_id.get(category_id)
         if class_id is None:
@@ -85,10 +86,7 @@ def read_segment_ids(path: Path) -> np.ndarray:
     Raises:
         UserError: If the file is missing, damaged, or no image of 8-bit red, green and blue.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"the panoptic PNG '{path}' cannot be read ({error.strerror}).") from error
+    content = files.read_file(path, "the panoptic PNG")
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:  # An empty file.

@@ -44,6 +44,9 @@ _FAULTS = (
     (re.compile(r"([^:\n]+)\n\s*\[\[[^\n]*DecodeImage\b"), "an image cannot be decoded ({})."),
     (re.compile(r"([^:\n]+)\n\s*\[\[[^\n]*DecodePng\b"), "a label cannot be decoded ({})."),
     (re.compile(r"Key: (\S+)\. +Data types don't match"), "its feature '{}' has a wrong type."),
+    (re.compile(r"Key: (\S+)\. "), "its feature '{}' has a wrong number of values."),
+    (re.compile(r"(Could not parse) example input"), "it is no tf.train.Example."),
+    (re.compile(r"([^:\n]+)\n\s*\[\[[^\n]*ParseSingleExample\b"), "its features cannot be read ({})."),
 )
 
 # The first bytes of the image files that TensorFlow reads: JPEG, PNG, GIF, BMP, WebP.
@@ -134,10 +137,14 @@ def serialize_example(*, image: bytes | np.ndarray, panoptic: np.ndarray, filena
             f"The label of '{filename}' has values {panoptic.min()}..{panoptic.max()}; "
             f"a record holds 0..{MAX_PANOPTIC_VALUE}."
         )
+    try:
+        encoded_name = filename.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"The file name {filename!r} is no Unicode text; rename the file.") from error
     is_jpeg = encoded[:2] == b"\xff\xd8"
     features = {
         _ENCODED: encoded,
-        _FILENAME: filename.encode(),
+        _FILENAME: encoded_name,
         _FORMAT: b"jpeg" if is_jpeg else b"png",
         _HEIGHT: height,
         _WIDTH: width,
@@ -287,9 +294,14 @@ def user_errors(files: Sequence[str] = ()) -> Iterator[None]:
             _name_damage(files, int(found[1]), error)
         where = f" ({found[0]})" if found else ""
         raise UserError(f"A TFRecord file is damaged{where}; convert the data set again.") from error
-    except tf.errors.InvalidArgumentError as error:
+    except (tf.errors.InvalidArgumentError, UnicodeDecodeError) as error:
+        # TensorFlow quotes the record in the message, and Python then stumbles over bytes that are no text.
+        if isinstance(error, UnicodeDecodeError):
+            message = error.object.decode(errors="replace")
+        else:
+            message = error.message
         for pattern, sentence in _FAULTS:
-            if found := pattern.search(error.message):
+            if found := pattern.search(message):
                 fault = sentence.format(found[1].strip().replace("\\'", "'"))
                 raise UserError(f"{_BAD_RECORD}{fault} Convert the data set again.") from error
         raise

@@ -175,6 +175,17 @@ def test_faulty_record_is_named(changes, message):
         parse(deeplab2_record(**changes))
 
 
+@pytest.mark.parametrize("content", [b"no example", b"\xff\x85\x0a\x00", deeplab2_record()[:-5]])
+def test_what_is_no_example_is_named(content):
+    with pytest.raises(UserError, match=r"^Bad record: it is no tf\.train\.Example\. Convert the data set again\."):
+        parse(content)
+
+
+def test_file_name_must_be_text():
+    with pytest.raises(UserError, match=r"The file name 'a\\udcff' is no Unicode text; rename the file"):
+        tfrecord.serialize_example(image=IMAGE, panoptic=PANOPTIC, filename="a\udcff")
+
+
 def test_other_errors_pass_unchanged():
     with pytest.raises(tf.errors.InvalidArgumentError, match="something else"), tfrecord.user_errors():
         raise tf.errors.InvalidArgumentError(None, None, "something else")

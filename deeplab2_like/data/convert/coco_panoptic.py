@@ -4,13 +4,13 @@ The JSON says everything about the classes, so any data set in this format conve
 """
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deeplab2_like import files
 from deeplab2_like.data import tfrecord
 from deeplab2_like.data.coco_segments import compare_measures, ids_to_panoptic, parse_segments, read_segment_ids
 from deeplab2_like.data.convert import common
@@ -143,12 +143,7 @@ def check_segments(
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Reads the JSON and checks that its lists are there, and are lists of objects."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"JSON file '{path}' cannot be read ({error.strerror}); check the path.") from error
-    except ValueError as error:
-        raise UserError(f"'{path}' is not a JSON file ({error}).") from error
+    content = files.read_json(path)
     for key in ("images", "annotations", "categories"):
         value = content.get(key) if isinstance(content, dict) else None
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
@@ -225,14 +220,7 @@ def _make_record(example: _Example, *, images: Path, panoptic: Path, info: Datas
     if example.fault is not None:
         raise UserError(example.fault)
     segments = parse_segments(example.segments, info)
-    content = _read_file(images / example.name)
+    content = files.read_file(images / example.name, "the image")
     png = panoptic / example.panoptic_name
     label = ids_to_panoptic(read_segment_ids(png), segments, info, png=f"'{png}'")
     return tfrecord.serialize_example(image=content, panoptic=label, filename=example.name)
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"the image '{path}' cannot be read ({error.strerror}).") from error
