@@ -296,10 +296,7 @@ def user_errors(files: Sequence[str] = ()) -> Iterator[None]:
         raise UserError(f"A TFRecord file is damaged{where}; convert the data set again.") from error
     except (tf.errors.InvalidArgumentError, UnicodeDecodeError) as error:
         # TensorFlow quotes the record in the message, and Python then stumbles over bytes that are no text.
-        if isinstance(error, UnicodeDecodeError):
-            message = error.object.decode(errors="replace")
-        else:
-            message = error.message
+        message = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else error.message
         for pattern, sentence in _FAULTS:
             if found := pattern.search(message):
                 fault = sentence.format(found[1].strip().replace("\\'", "'"))
