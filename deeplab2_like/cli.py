@@ -1,6 +1,7 @@
 """The command line: `deeplab2-like COMMAND`. Each command is a thin layer over a function of the library."""
 
 import argparse
+import functools
 import json
 import logging
 import os
@@ -55,7 +56,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], help_text: str, parent: Any = commands) -> Any:
+    def add(name: str, run: Callable[[argparse.Namespace], Any], help_text: str, parent: Any = commands) -> Any:
         command = parent.add_parser(name, help=help_text, description=help_text)
         command.set_defaults(run=run)
         return command
@@ -83,6 +84,14 @@ def _make_parser() -> argparse.ArgumentParser:
         source.add_argument("--output-dir", type=Path, required=True, help="record folder to write")
         source.add_argument("--shards", type=int, help="number of files (default: one per 500 examples)")
         source.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="examples converted at once")
+        source.add_argument("--check", action="store_true", help="look for faults of the labels, as inspect does")
+        source.set_defaults(run=functools.partial(_convert, source.get_default("run")))
+
+    inspect = add("inspect", _inspect, "Show what a record folder holds: pictures, statistics, faults of the labels.")
+    inspect.add_argument("records", type=Path, metavar="RECORD_DIR", help="folder that convert wrote")
+    inspect.add_argument("--output-dir", type=Path, required=True, help="folder for pictures and statistics.json")
+    inspect.add_argument("--pictures", type=_positive, default=16, help="pictures per split (default: %(default)s)")
+    inspect.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="records looked at at once")
 
     train = add("train", _train, "Train, or resume the training of a model folder.")
     train.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a built-in config or a YAML file")
@@ -198,8 +207,36 @@ def _demo(options: argparse.Namespace) -> None:
     run_demo(system=options.system, output_dir=options.output_dir, overrides=options.set)
 
 
-def _convert_coco_panoptic(options: argparse.Namespace) -> None:
-    from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic
+def _convert(run: Callable[[argparse.Namespace], Sequence[Any] | None], options: argparse.Namespace) -> None:
+    """Runs a converter, which may return faults that it has found in its source, and checks its records if asked to."""
+    faults = run(options) or ()
+    if options.check:
+        from deeplab2_like.inspection import inspect_records, print_inspection, raise_if_faulty
+
+        with progress_bar("check") as progress:
+            inspection = inspect_records(
+                options.output_dir, pictures=0, workers=options.workers, more_faults=faults, progress=progress
+            )
+        print_inspection(inspection)
+        raise_if_faulty(inspection, options.output_dir, "The records are written; mend the labels and convert again.")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from deeplab2_like.inspection import inspect_records, print_inspection, raise_if_faulty
+
+    with progress_bar("inspect") as progress:
+        inspection = inspect_records(
+            options.records, pictures=options.pictures, workers=options.workers, progress=progress
+        )
+    inspection.save(options.output_dir)
+    print_inspection(inspection)
+    print(f"Pictures and statistics.json are in {options.output_dir}")
+    hint = f"'{options.output_dir / 'statistics.json'}' lists them; mend the labels and convert again."
+    raise_if_faulty(inspection, options.records, hint)
+
+
+def _convert_coco_panoptic(options: argparse.Namespace) -> Sequence[Any] | None:
+    from deeplab2_like.data.convert.coco_panoptic import check_segments, convert_coco_panoptic
 
     with progress_bar("convert") as progress:
         report = convert_coco_panoptic(
@@ -215,6 +252,12 @@ def _convert_coco_panoptic(options: argparse.Namespace) -> None:
             progress=progress,
         )
     _print_reports([report], options.output_dir)
+    if not options.check:
+        return None
+    with progress_bar("check PNGs") as progress:
+        return check_segments(
+            panoptic=options.panoptic, json_file=options.json, workers=options.workers, progress=progress
+        )
 
 
 def _convert_scenes(options: argparse.Namespace) -> None:
@@ -236,7 +279,12 @@ def _convert_scenes(options: argparse.Namespace) -> None:
 
 def _print_reports(reports: Sequence[Any], output_dir: Path) -> None:
     for report in reports:
-        print(f"Split '{report.split}': {report.examples} examples, {len(report.skipped)} skipped.")
+        note = ""
+        if report.is_unchanged:
+            note = " It was there already, from the same files and options: nothing was done."
+        elif report.kept_files:
+            note = f" Of {report.files} files, {report.kept_files} were there from an interrupted run."
+        print(f"Split '{report.split}': {report.examples} examples, {len(report.skipped)} skipped.{note}")
         for fault in report.skipped:
             print(f"  skipped: {fault}")
     print(f"Records are in {output_dir}")

@@ -1,8 +1,10 @@
 """Writing files so that they appear whole or not at all, and the names that outputs take from their images."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -57,6 +59,38 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             hidden.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def read_file(path: str | os.PathLike[str], what: str) -> bytes:
+    """Reads a whole file.
+
+    Args:
+        path: The file; a name that no file can have, say with a null character, counts as missing.
+        what: What it is called in the message, such as "the image".
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{what} '{path}' cannot be read ({reason}); check the path.") from error
+
+
+def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
+    """Reads a JSON file; `what` as in `read_file`.
+
+    Raises:
+        UserError: If it cannot be read or is no JSON.
+    """
+    content = read_file(path, what)
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise UserError(f"'{path}' is not a usable JSON file (nested too deeply).") from error
+    except ValueError as error:
+        raise UserError(f"'{path}' is not a JSON file ({error}).") from error
 
 
 def encode_png(image: np.ndarray) -> bytes:

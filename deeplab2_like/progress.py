@@ -8,7 +8,25 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class _RateColumn(ProgressColumn):
+    """Things per second."""
+
+    def render(self, task: Task) -> Text:
+        """Empty as long as the rate is unknown."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f}/s")
 
 
 @contextmanager
@@ -19,9 +37,10 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
         name: What is being done.
 
     Yields:
-        A function to call with the numbers of things done and of all; on a terminal it moves a bar.
+        A function to call with the numbers of things done and of all; on a terminal it moves a bar with the rate and
+        the time left.
     """
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

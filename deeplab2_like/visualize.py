@@ -118,10 +118,10 @@ def side_by_side(
         return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
     panels = [("image", enlarge(image))]
-    for caption, panoptic in (("ground truth", ground_truth), ("prediction", prediction)):
+    for title, panoptic in (("ground truth", ground_truth), ("prediction", prediction)):
         if panoptic is not None:
-            panels.append((caption, draw_overlay(enlarge(image), enlarge(panoptic), dataset_info)))
-    pictures = [_caption(picture, caption) if captions else picture for caption, picture in panels]
+            panels.append((title, draw_overlay(enlarge(image), enlarge(panoptic), dataset_info)))
+    pictures = [caption(picture, title) if captions else picture for title, picture in panels]
     return contact_sheet(pictures, columns=len(pictures))
 
 
@@ -221,7 +221,7 @@ def _write_names(picture: np.ndarray, panoptic: np.ndarray, dataset_info: Datase
         cv2.putText(picture, text, origin, _FONT, scale, _WHITE, 1, cv2.LINE_AA)
 
 
-def _caption(picture: np.ndarray, text: str) -> np.ndarray:
+def caption(picture: np.ndarray, text: str) -> np.ndarray:
     """Puts a strip with a text above a picture, uint8 [H, W, 3]."""
     scale = float(np.clip(picture.shape[0] / 700, 0.45, 1.2))
     (_, text_height), baseline = cv2.getTextSize(text, _FONT, scale, 1)

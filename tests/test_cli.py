@@ -469,7 +469,11 @@ def test_conversion(coco: Path, run: Run) -> None:
     assert (status, err) == (0, "")
     assert out.splitlines() == ["Split 'val': 2 examples, 0 skipped.", f"Records are in {coco / 'records'}"]
     names = {path.name for path in (coco / "records").iterdir()}
-    assert names == {"dataset_info.json", "val-00000-of-00001.tfrecord"}
+    assert names == {"dataset_info.json", "val-00000-of-00001.tfrecord", ".val.conversion.json"}
+    # Again: nothing is done.
+    status, out, _ = run(*coco_arguments(coco))
+    note = "It was there already, from the same files and options: nothing was done."
+    assert (status, out.splitlines()[0]) == (0, f"Split 'val': 2 examples, 0 skipped. {note}")
 
 
 def test_conversion_without_inputs(coco: Path, refuse: Callable[..., str]) -> None:
@@ -492,6 +496,10 @@ def test_a_failing_conversion_leaves_nothing(coco: Path, run: Run, refuse: Calla
     assert status == 0
     assert "Split 'val': 1 examples, 1 skipped." in out
     assert "  skipped: Image '2.png'" in out
+    (line,) = (coco / "records" / "errors.jsonl").read_text().splitlines()
+    fault = json.loads(line)
+    assert (fault["split"], fault["file"]) == ("val", str(coco / "images" / "2.png"))
+    assert fault["reason"].startswith("Image '2.png' of")
 
 
 def test_a_failing_conversion_keeps_what_was_there(coco: Path, run: Run, refuse: Callable[..., str]) -> None:

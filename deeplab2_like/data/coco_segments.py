@@ -11,9 +11,10 @@ from typing import Any
 import cv2
 import numpy as np
 
+from deeplab2_like import files
 from deeplab2_like.data import panoptic_label
-from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE, DatasetInfo
-from deeplab2_like.data.label_runs import find_run_values
+from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE, DatasetInfo, whole_number
+from deeplab2_like.data.label_runs import find_run_values, list_segments
 from deeplab2_like.errors import UserError
 
 
@@ -53,14 +54,14 @@ def parse_segments(segments: Any, dataset_info: DatasetInfo) -> list[Segment]:
     parsed: dict[int, Segment] = {}
     for position, segment in enumerate(segments):
         try:
-            segment_id, category_id = int(segment["id"]), int(segment["category_id"])
-            is_crowd = bool(segment.get("iscrowd", 0))
+            segment_id, category_id = whole_number(segment["id"]), whole_number(segment["category_id"])
+            is_crowd = bool(whole_number(segment.get("iscrowd", 0), 0, 1))
             area = segment.get("area")
             area = None if area is None else float(area)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise UserError(
                 f"entry {position} of 'segments_info' lacks a whole number 'id' or 'category_id', or has an 'area' "
-                "that is no number."
+                "that is no number, or an 'iscrowd' that is not 0 or 1."
             ) from error
         class_id = dataset_info.class_of_category_id.get(category_id)
         if class_id is None:
@@ -85,10 +86,7 @@ def read_segment_ids(path: Path) -> np.ndarray:
     Raises:
         UserError: If the file is missing, damaged, or no image of 8-bit red, green and blue.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"the panoptic PNG '{path}' cannot be read ({error.strerror}).") from error
+    content = files.read_file(path, "the panoptic PNG")
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:  # An empty file.
@@ -147,6 +145,41 @@ def ids_to_panoptic(
     check_ids(present, segments, png=png)
     values = np.array([value_of_id[i] for i in present.tolist()], np.int32)
     return np.repeat(values[index], lengths).reshape(ids.shape)  # [H, W]
+
+
+def compare_measures(ids: np.ndarray, segments: Any) -> list[str]:
+    """Compares the areas and boxes that a `segments_info` list states with those of the map.
+
+    Args:
+        ids: int32 [H, W], segment ids.
+        segments: The list as it is in the JSON; what is no number, or not stated, is not compared.
+
+    Returns:
+        A sentence for each difference. An area must be equal, sides of a box may differ by one pixel, as tools do not
+        agree on whether the last one counts.
+    """
+    table = list_segments(ids)
+    rows = {value: row for row, value in enumerate(table.values.tolist())}
+    differences = []
+    for segment in segments if isinstance(segments, list) else ():
+        row = rows.get(segment.get("id")) if isinstance(segment, dict) and _is_number(segment.get("id")) else None
+        if row is None:
+            continue
+        area, box = segment.get("area"), segment.get("bbox")
+        if _is_number(area) and area != table.areas[row]:
+            differences.append(f"segment {segment['id']} has area {area} in the JSON, {table.areas[row]} in the PNG.")
+        y_min, x_min, y_max, x_max = table.boxes[row].tolist()
+        found = [x_min, y_min, x_max - x_min, y_max - y_min]
+        is_box = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
+        if is_box and max(abs(stated - real) for stated, real in zip(box, found, strict=True)) > 1:
+            differences.append(
+                f"segment {segment['id']} has box {box} in the JSON, {found} in the PNG (x, y, width, height)."
+            )
+    return differences
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_ids(present: np.ndarray, segments: Sequence[Segment], *, png: str) -> None:

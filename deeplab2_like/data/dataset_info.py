@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import write_atomically
+from deeplab2_like.files import read_file, write_atomically
 
 FILE_NAME = "dataset_info.json"
 
@@ -66,6 +66,9 @@ class DatasetInfo:
         if doubled:
             raise UserError(f"Data set '{self.name}' lists category id {doubled[0]} twice; ids must differ.")
         names = [category.name for category in self.categories]
+        for name in names:
+            if any(0xD800 <= ord(letter) <= 0xDFFF for letter in name):  # OpenCV dies of them.
+                raise UserError(f"Category name {name!r} of '{self.name}' is no Unicode text; use another name.")
         doubled_names = sorted({name for name in names if names.count(name) > 1})
         if doubled_names:
             raise UserError(
@@ -141,13 +144,13 @@ class DatasetInfo:
                 red, green, blue = category.get("color") or _made_up_color(position)
                 parsed.append(
                     Category(
-                        id=int(category["id"]),
+                        id=whole_number(category["id"]),
                         name=str(category["name"]),
-                        is_thing=bool(int(category["isthing"])),
-                        color=(int(red), int(green), int(blue)),
+                        is_thing=bool(whole_number(category["isthing"], 0, 1)),
+                        color=(whole_number(red, 0, 255), whole_number(green, 0, 255), whole_number(blue, 0, 255)),
                     )
                 )
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 raise UserError(
                     f"Category {position} of '{name}' has a value of the wrong kind ({error}); 'id' is a number, "
                     "'isthing' 0 or 1, 'color' red, green and blue in 0..255."
@@ -190,15 +193,29 @@ class DatasetInfo:
                 f"'{folder}' has no {FILE_NAME}; give a folder that `deeplab2-like` convert, train or export wrote."
             )
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(read_file(path, "file"))
             info = cls.from_coco_categories(
-                content["categories"], name=str(content["name"]), label_divisor=int(content["label_divisor"])
+                content["categories"], name=str(content["name"]), label_divisor=whole_number(content["label_divisor"])
             )
-            return dataclasses.replace(info, ignore_label=int(content["ignore_label"]))
+            return dataclasses.replace(info, ignore_label=whole_number(content["ignore_label"]))
         except UserError:
             raise
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"'{path}' is damaged ({error!r}); convert the data set again.") from error
+
+
+def whole_number(value: Any, low: int | None = None, high: int | None = None) -> int:
+    """Reads a whole number as files hold it: 7, 7.0 or "7", and for 0 and 1 also false and true.
+
+    Raises:
+        TypeError, ValueError or OverflowError: If it is something else, or not in `low`..`high`.
+    """
+    number = int(value)
+    if isinstance(value, float) and number != value:
+        raise ValueError(f"{value} is no whole number")
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise ValueError(f"{number} is not in {low}..{high}")
+    return number
 
 
 def _made_up_color(position: int) -> tuple[int, int, int]:

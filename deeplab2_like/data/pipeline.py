@@ -75,7 +75,7 @@ def make_train_dataset(
         raise UserError(f"The TFRecord files hold no examples ({_names(files)}); convert the data set again.")
     if cache is None:
         cache = index.num_bytes <= CACHE_LIMIT_BYTES
-    read = _cached_reader(index) if cache else _file_reader(index)
+    read = _cached_reader(index) if cache else file_reader(index)
 
     def prepare(number: tf.Tensor, record: tf.Tensor) -> dict[str, tf.Tensor | Targets]:
         example = _check_classes(tfrecord.parse_example(read(record)), dataset_info)
@@ -145,14 +145,14 @@ def _cached_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tens
     """Returns a function from a record's position, int64 [], to its bytes, string []; holds all records in memory."""
     contents: list[bytes] = []
     for path in index.files:
-        with tfrecord.user_errors(f"'{path}'"):
+        with tfrecord.user_errors([path]):
             contents.extend(tf.data.TFRecordDataset(path).as_numpy_iterator())
     with tf.device("CPU:0"):
         records = tf.constant(contents)
     return lambda position: tf.gather(records, position)
 
 
-def _file_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]:
+def file_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a function from a record's position, int64 [], to its bytes, string []; reads that record alone."""
     with tf.device("CPU:0"):
         files = tf.constant(index.files)

@@ -9,12 +9,14 @@ the training pipeline shuffle a data set of any size completely and resume at an
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -42,6 +44,9 @@ _FAULTS = (
     (re.compile(r"([^:\n]+)\n\s*\[\[[^\n]*DecodeImage\b"), "an image cannot be decoded ({})."),
     (re.compile(r"([^:\n]+)\n\s*\[\[[^\n]*DecodePng\b"), "a label cannot be decoded ({})."),
     (re.compile(r"Key: (\S+)\. +Data types don't match"), "its feature '{}' has a wrong type."),
+    (re.compile(r"Key: (\S+)\. "), "its feature '{}' has a wrong number of values."),
+    (re.compile(r"(Could not parse) example input"), "it is no tf.train.Example."),
+    (re.compile(r"([^:\n]+)\n\s*\[\[[^\n]*ParseSingleExample\b"), "its features cannot be read ({})."),
 )
 
 # The first bytes of the image files that TensorFlow reads: JPEG, PNG, GIF, BMP, WebP.
@@ -54,7 +59,7 @@ _WRITE_ERRORS = (OSError, tf.errors.OpError)
 _SHARD_NAME = re.compile(r"^(?P<split>[^.].*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.tfrecord$")
 # A record is: length (uint64), its checksum (uint32), the bytes, their checksum (uint32).
 _HEADER = struct.Struct("<QI")
-_FOOTER_SIZE = 4
+_FOOTER = struct.Struct("<I")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,10 +137,14 @@ def serialize_example(*, image: bytes | np.ndarray, panoptic: np.ndarray, filena
             f"The label of '{filename}' has values {panoptic.min()}..{panoptic.max()}; "
             f"a record holds 0..{MAX_PANOPTIC_VALUE}."
         )
+    try:
+        encoded_name = filename.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"The file name {filename!r} is no Unicode text; rename the file.") from error
     is_jpeg = encoded[:2] == b"\xff\xd8"
     features = {
         _ENCODED: encoded,
-        _FILENAME: filename.encode(),
+        _FILENAME: encoded_name,
         _FORMAT: b"jpeg" if is_jpeg else b"png",
         _HEIGHT: height,
         _WIDTH: width,
@@ -269,26 +278,41 @@ def require(condition: tf.Tensor, message: Callable[[], Sequence[str | tf.Tensor
 
 
 @contextlib.contextmanager
-def user_errors(source: str = "A TFRecord file") -> Iterator[None]:
+def user_errors(files: Sequence[str] = ()) -> Iterator[None]:
     """Turns what TensorFlow raises on a faulty record, while a data set is iterated, into one clear `UserError`.
 
     Other errors pass unchanged.
 
     Args:
-        source: What is read, if the caller knows better: TensorFlow does not name the file.
+        files: The TFRecord files that are read. TensorFlow names neither file nor record; they are found in these.
     """
     try:
         yield
     except tf.errors.DataLossError as error:
-        found = re.search(r"(corrupted|truncated) record at \d+", error.message)
+        found = re.search(r"(?:corrupted|truncated) record at (\d+)", error.message)
+        if found:
+            _name_damage(files, int(found[1]), error)
         where = f" ({found[0]})" if found else ""
-        raise UserError(f"{source} is damaged{where}; convert the data set again.") from error
-    except tf.errors.InvalidArgumentError as error:
+        raise UserError(f"A TFRecord file is damaged{where}; convert the data set again.") from error
+    except (tf.errors.InvalidArgumentError, UnicodeDecodeError) as error:
+        # TensorFlow quotes the record in the message, and Python then stumbles over bytes that are no text.
+        message = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else error.message
         for pattern, sentence in _FAULTS:
-            if found := pattern.search(error.message):
+            if found := pattern.search(message):
                 fault = sentence.format(found[1].strip().replace("\\'", "'"))
                 raise UserError(f"{_BAD_RECORD}{fault} Convert the data set again.") from error
         raise
+
+
+def _name_damage(files: Sequence[str], position: int, error: Exception) -> None:
+    """Raises a `UserError` that names the damaged record, if one of `files` has it at byte `position`."""
+    for path in files:
+        for number, (offset, length) in enumerate(_scan_records(path)):
+            # TensorFlow tells where the header begins, or the contents, whichever is wrong.
+            if position in (offset, offset + _HEADER.size) and not _has_whole_contents(path, offset, length):
+                raise UserError(
+                    f"Record {number} (counted from 0) of '{path}' is damaged; convert the data set again."
+                ) from error
 
 
 def _size(image: np.ndarray) -> str:
@@ -306,7 +330,7 @@ def available_splits(folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         UserError: If the folder does not exist.
     """
-    return sorted({match["split"] for match in _shard_names(folder)})
+    return sorted({match["split"] for match in _shard_matches(folder)})
 
 
 def list_shards(folder: str | os.PathLike[str], split: str) -> list[str]:
@@ -322,7 +346,7 @@ def list_shards(folder: str | os.PathLike[str], split: str) -> list[str]:
     Raises:
         UserError: If the folder or the split is missing, or one of the split's files is.
     """
-    matches = [match for match in _shard_names(folder) if match["split"] == split]
+    matches = [match for match in _shard_matches(folder) if match["split"] == split]
     if not matches:
         known = ", ".join(available_splits(folder)) or "none"
         raise UserError(
@@ -335,7 +359,7 @@ def list_shards(folder: str | os.PathLike[str], split: str) -> list[str]:
             f"Split '{split}' in '{folder}' mixes files of {counts[0]} and of {counts[1]} parts; delete those of one "
             "conversion."
         )
-    names = [_shard_name(split, number, counts[0]) for number in range(counts[0])]
+    names = shard_names(split, counts[0])
     present = {match[0] for match in matches}
     missing = [name for name in names if name not in present]
     if missing:
@@ -343,7 +367,7 @@ def list_shards(folder: str | os.PathLike[str], split: str) -> list[str]:
     return [str(Path(folder) / name) for name in names]
 
 
-def _shard_names(folder: str | os.PathLike[str]) -> list[re.Match[str]]:
+def _shard_matches(folder: str | os.PathLike[str]) -> list[re.Match[str]]:
     """Matches of `_SHARD_NAME` in the folder, sorted by file name."""
     if not Path(folder).is_dir():
         raise UserError(f"Record folder '{folder}' does not exist; give a folder that `deeplab2-like convert` wrote.")
@@ -351,8 +375,22 @@ def _shard_names(folder: str | os.PathLike[str]) -> list[re.Match[str]]:
     return [match for match in matches if match]
 
 
-def _shard_name(split: str, number: int, count: int) -> str:
-    return f"{split}-{number:05d}-of-{count:05d}.tfrecord"
+def present_shards(folder: str | os.PathLike[str], split: str) -> list[str]:
+    """Names of the files of a split that are there, sorted, whether or not all are."""
+    return [match[0] for match in _shard_matches(folder) if match["split"] == split]
+
+
+def shard_names(split: str, count: int) -> list[str]:
+    """Names of the files of a split of `count` files.
+
+    Raises:
+        UserError: If `split` has other characters than letters, digits, `_`, `-` and `.`, or `count` is not 1..99999.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", split):
+        raise UserError(f"Split name '{split}' is not allowed; use letters, digits, '_', '-' and '.'.")
+    if not 1 <= count <= 99999:
+        raise UserError(f"shards must be 1..99999, got {count}.")
+    return [f"{split}-{number:05d}-of-{count:05d}.tfrecord" for number in range(count)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,7 +420,7 @@ def read_index(files: Sequence[str]) -> RecordIndex:
         files: Paths of uncompressed TFRecord files.
 
     Raises:
-        UserError: If a file is missing, cut short, or not a TFRecord file.
+        UserError: If a file is missing, cut short, not a TFRecord file, or a header is damaged.
     """
     file_numbers: list[int] = []
     offsets: list[int] = []
@@ -401,7 +439,7 @@ def count_examples(files: Sequence[str]) -> int:
 
 
 def _scan_records(path: str) -> Iterator[tuple[int, int]]:
-    """Yields each record's offset and the length of its contents, bytes."""
+    """Yields each record's offset and the length of its contents, bytes; checks the headers."""
     try:
         # Unbuffered: a buffer would read the contents that are skipped.
         file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed below; only opening may fail here)
@@ -409,63 +447,81 @@ def _scan_records(path: str) -> Iterator[tuple[int, int]]:
         raise UserError(f"TFRecord file '{path}' cannot be opened: {error.strerror}.") from error
     with file:
         size = os.fstat(file.fileno()).st_size
-        offset = 0
+        offset = number = 0
         while offset < size:
             file.seek(offset)
             header = file.read(_HEADER.size)
-            length = _HEADER.unpack(header)[0] if len(header) == _HEADER.size else size
-            end = offset + _HEADER.size + length + _FOOTER_SIZE
-            if end > size:
+            place = f"record {number} (counted from 0, at byte {offset} of {size})"
+            if len(header) == _HEADER.size and _HEADER.unpack(header)[1] != _checksum(header[:8]):
                 raise UserError(
-                    f"'{path}' is cut short or not an uncompressed TFRecord file (at byte {offset} of {size}); "
+                    f"'{path}' is damaged or not an uncompressed TFRecord file: the header of {place} is wrong; "
                     "convert the data set again."
                 )
+            length = _HEADER.unpack(header)[0] if len(header) == _HEADER.size else size
+            end = offset + _HEADER.size + length + _FOOTER.size
+            if end > size:
+                raise UserError(f"'{path}' is cut short in {place}; convert the data set again.")
             yield offset, length
             offset = end
+            number += 1
 
 
-class ShardedWriter:
-    """Writes the files of one split; they get their names only once all of them are whole.
+def _has_whole_contents(path: str, offset: int, length: int) -> bool:
+    """Whether the contents of the record at byte `offset` have the checksum that follows them."""
+    with open(path, "rb") as file:
+        file.seek(offset + _HEADER.size)
+        contents, footer = file.read(length), file.read(_FOOTER.size)
+    return footer == _FOOTER.pack(_checksum(contents))
 
-    Use as a context manager: on leaving it without an exception the files are renamed into place and files of an
-    earlier conversion of the same split are deleted; on an exception nothing remains. Record n goes to file
-    `n % num_shards`, so files are of equal length and the outcome depends on the records' order alone.
+
+@functools.cache
+def _checksum_table() -> list[int]:
+    """CRC-32C of each byte: polynomial 0x1EDC6F41, lowest bit first."""
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+def _checksum(content: bytes) -> int:
+    """The checksum of TFRecord files: CRC-32C, turned by 15 bits and added to a constant. For few or short contents."""
+    table, crc = _checksum_table(), 0xFFFFFFFF
+    for byte in content:
+        crc = table[(crc ^ byte) & 255] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return (crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF
+
+
+class FileWriter:
+    """Writes one TFRecord file, which gets its name only once it is whole.
+
+    Use as a context manager: on leaving it without an exception the file is renamed into place; on an exception
+    nothing remains.
 
     Args:
-        folder: An existing folder.
-        split: The split's name, letters, digits, `_`, `-` and `.` only.
-        num_shards: Number of files, 1..99999.
+        path: The file's name, in an existing folder.
 
     Raises:
-        UserError: If an argument is not as above; on entering, writing and leaving, if the files cannot be written.
+        UserError: On entering, writing and leaving, if the file cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], split: str, num_shards: int) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", split):
-            raise UserError(f"Split name '{split}' is not allowed; use letters, digits, '_', '-' and '.'.")
-        if not 1 <= num_shards <= 99999:
-            raise UserError(f"shards must be 1..99999, got {num_shards}.")
-        self._folder = Path(folder)
-        self._split = split
-        self._names = [_shard_name(split, number, num_shards) for number in range(num_shards)]
-        self._writers: list[tf.io.TFRecordWriter] = []
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        self._hidden = files.beside(path)
+        self._writer: Any = None  # A tf.io.TFRecordWriter, once entered.
         self.num_written = 0
 
-    def __enter__(self) -> "ShardedWriter":
-        try:
-            for name in self._names:
-                self._writers.append(tf.io.TFRecordWriter(str(files.beside(self._folder / name))))
-        except _WRITE_ERRORS as error:
-            self._discard()
-            raise files.cannot_write(self._folder, error) from error
+    def __enter__(self) -> "FileWriter":
+        with self._write_errors():
+            self._writer = tf.io.TFRecordWriter(str(self._hidden))
         return self
 
     def write(self, serialized: bytes) -> None:
         """Appends one serialized example; raises `UserError` if it cannot be written."""
-        try:
-            self._writers[self.num_written % len(self._writers)].write(serialized)
-        except _WRITE_ERRORS as error:
-            raise files.cannot_write(self._folder, error) from error
+        with self._write_errors():
+            self._writer.write(serialized)
         self.num_written += 1
 
     def __exit__(
@@ -473,26 +529,18 @@ class ShardedWriter:
     ) -> None:
         try:
             if kind is None:
-                for writer in self._writers:
-                    writer.close()
-                self._publish()
-        except _WRITE_ERRORS as failure:
-            raise files.cannot_write(self._folder, failure) from failure
+                with self._write_errors():
+                    self._writer.close()
+                    self._hidden.replace(self._path)
         finally:
-            self._discard()
-
-    def _publish(self) -> None:
-        for match in _shard_names(self._folder):
-            if match["split"] == self._split and match[0] not in self._names:
-                (self._folder / match[0]).unlink()
-        for name in self._names:
-            files.beside(self._folder / name).replace(self._folder / name)
-
-    def _discard(self) -> None:
-        """Closes and removes what has not been published."""
-        for writer in self._writers:
             with contextlib.suppress(*_WRITE_ERRORS):  # Nobody needs the rest that cannot be written.
-                writer.close()
-        for name in self._names:
+                self._writer.close()
             with contextlib.suppress(OSError):
-                files.beside(self._folder / name).unlink(missing_ok=True)
+                self._hidden.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except _WRITE_ERRORS as error:
+            raise files.cannot_write(self._path.parent, error) from error

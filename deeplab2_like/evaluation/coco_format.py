@@ -20,7 +20,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.data.panoptic_label import classes_of_values, ids_to_rgb
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import write_atomically, write_png
+from deeplab2_like.files import read_json, write_atomically, write_png
 
 
 def segments_info(
@@ -196,10 +196,7 @@ class CocoPanopticReader:
             raise UserError(f"COCO panoptic JSON '{json_file}' does not exist.")
         if not self.png_dir.is_dir():
             raise UserError(f"Folder '{png_dir}' with the PNG files of '{json_file}' does not exist.")
-        try:
-            content = json.loads(self.json_file.read_bytes())
-        except ValueError as error:
-            raise UserError(f"'{json_file}' is not valid JSON ({error}).") from error
+        content = read_json(self.json_file)
         wanted = ("annotations",) if dataset_info else ("annotations", "categories")
         missing = [key for key in wanted if not isinstance(content, dict) or not isinstance(content.get(key), list)]
         if missing:
@@ -225,9 +222,10 @@ class CocoPanopticReader:
         info = self.dataset_info
         kinds = {True: "thing", False: "stuff"}
         for category in categories if isinstance(categories, list) else ():
-            if not isinstance(category, dict) or category.get("id") not in info.class_of_category_id:
+            category_id = category.get("id") if isinstance(category, dict) else None
+            if not isinstance(category_id, (int, float)) or category_id not in info.class_of_category_id:
                 continue
-            known = info.categories[info.class_of_category_id[category["id"]]]
+            known = info.categories[info.class_of_category_id[int(category_id)]]
             name, is_thing = category.get("name", known.name), bool(category.get("isthing", known.is_thing))
             if (name, is_thing) != (known.name, known.is_thing):
                 raise UserError(

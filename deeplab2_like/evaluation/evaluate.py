@@ -309,7 +309,7 @@ class ModelFolderEvaluation:
         """The rest of `run`, for the variables that the system has; `step` is what they are of."""
         files, total = self._records()
         examples = pipeline.make_eval_dataset(files, dataset_info=self.system.dataset_info)
-        with self._writers() as write, _shown(examples, total) as shown:
+        with self._writers() as write, _shown(examples, total, files) as shown:
             make_folder(self.output_dir)  # Now, as the evaluation may take hours.
             metrics = evaluate(self.system, shown, infer=self._infer, after_image=write)
         options = "".join(f", {name} {_in_words(value)}" for name, value in self._options.items())
@@ -527,9 +527,9 @@ def _instances(found: Found) -> Instances | None:
 
 
 @contextlib.contextmanager
-def _shown(examples: Iterable[Example], total: int) -> Iterator[Iterable[Example]]:
+def _shown(examples: Iterable[Example], total: int, record_files: Sequence[str] = ()) -> Iterator[Iterable[Example]]:
     """Shows a progress bar that moves while the examples are taken, and turns faults of records into `UserError`."""
-    with progress_bar("evaluate") as progress, tfrecord.user_errors(), _memory_errors():
+    with progress_bar("evaluate") as progress, tfrecord.user_errors(record_files), _memory_errors():
 
         def counted() -> Iterator[Example]:
             for done, example in enumerate(examples, start=1):

@@ -169,7 +169,8 @@ def train(
             stop.raise_if_any(is_cut_short)
 
         intervals = [settings.log_every, settings.checkpoint_every, settings.pictures_every, settings.evaluate_every]
-        with progress, _quiet(), tfrecord.user_errors(), _clear_errors(config, model_dir, files, system, strategy):
+        user_errors = tfrecord.user_errors([*files, *validation_files])
+        with progress, _quiet(), user_errors, _clear_errors(config, model_dir, files, system, strategy):
             controller = orbit.Controller(
                 trainer=trainer,
                 strategy=strategy,
@@ -419,7 +420,7 @@ def _evaluate_finished(
 ) -> None:
     """Makes up for the evaluation after the last step; to be called by the chief alone."""
     step, steps = int(state.step), config.trainer.steps
-    with StopSignal(strategy) as stop, tfrecord.user_errors():
+    with StopSignal(strategy) as stop, tfrecord.user_errors(files):
         found = _make_validation(config, state, files, model_dir, stop).evaluate_and_keep(step)
     if found is None:
         _exit_stopped(step, steps, model_dir)

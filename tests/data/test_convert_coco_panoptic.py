@@ -135,6 +135,7 @@ def test_files_do_not_depend_on_workers(tmp_path):
         source.convert(output_dir=tmp_path / str(workers), workers=workers, shards=2)
     assert records(tmp_path / "1") == records(tmp_path / "3")
     assert sorted(records(tmp_path / "1")) == [
+        ".train.conversion.json",
         "dataset_info.json",
         "train-00000-of-00002.tfrecord",
         "train-00001-of-00002.tfrecord",
@@ -296,6 +297,18 @@ def segment_without_category(source):
     del source.content["annotations"][1]["segments_info"][0]["category_id"]
 
 
+def segment_with_half_an_id(source):
+    source.content["annotations"][1]["segments_info"][0]["id"] = 300.5
+
+
+def segment_that_is_half_a_crowd(source):
+    source.content["annotations"][1]["segments_info"][0]["iscrowd"] = 0.5
+
+
+def impossible_name(source):
+    source.content["annotations"][1]["file_name"] = "b\0.png"
+
+
 def no_segments(source):
     del source.content["annotations"][1]["segments_info"]
 
@@ -318,6 +331,9 @@ IMAGE_FAULTS = [
     (doubled_segment, r"'segments_info' lists id 300 more than once"),
     (segment_zero, r"a segment has id 0, which stands for unlabelled pixels"),
     (segment_without_category, r"entry 0 of 'segments_info' lacks a whole number 'id' or 'category_id'"),
+    (segment_with_half_an_id, r"entry 0 of 'segments_info' lacks a whole number 'id' or 'category_id'"),
+    (segment_that_is_half_a_crowd, r"or an 'iscrowd' that is not 0 or 1"),
+    (impossible_name, r"the panoptic PNG '.*' cannot be read \(embedded null"),
     (no_segments, r"its annotation has no list 'segments_info'"),
     (doubled_image, r"id 1 is in 'images' more than once"),
 ]
@@ -401,6 +417,7 @@ def test_missing_json_is_named(source):
     ("text", "message"),
     [
         ("{", r"bad\.json' is not a JSON file"),
+        ("[" * 100_000, r"bad\.json' is not a usable JSON file \(nested too deeply\)"),
         ("[]", "has no list 'images'"),
         ('{"images": [], "annotations": []}', "has no list 'categories'"),
         ('{"images": [], "annotations": [1], "categories": []}', "has no list 'annotations'"),

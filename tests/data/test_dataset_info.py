@@ -131,3 +131,19 @@ def test_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"\xff\x00\xff")
     with pytest.raises(UserError, match="is damaged"):
         DatasetInfo.load(tmp_path)
+
+
+def test_a_name_that_is_no_text_is_refused():
+    with pytest.raises(UserError, match=r"Category name 'a\\ud800' of 'x' is no Unicode text; use another name"):
+        DatasetInfo.from_coco_categories([{"id": 1, "name": "a\ud800", "isthing": 1}], name="x")
+
+
+@pytest.mark.parametrize(
+    "change", [{"id": 1.5}, {"id": float("inf")}, {"isthing": 2}, {"color": [256, 0, 0]}, {"color": [-1, 0, 0]}]
+)
+def test_numbers_must_be_whole_and_in_range(change):
+    with pytest.raises(UserError, match=r"Category 0 of 'x' has a value of the wrong kind"):
+        DatasetInfo.from_coco_categories([{"id": 1, "name": "a", "isthing": 1, **change}], name="x")
+    # As some tools write them.
+    info = DatasetInfo.from_coco_categories([{"id": 1.0, "name": "a", "isthing": True}], name="x")
+    assert (info.categories[0].id, info.categories[0].is_thing) == (1, True)

@@ -175,15 +175,27 @@ def test_faulty_record_is_named(changes, message):
         parse(deeplab2_record(**changes))
 
 
+@pytest.mark.parametrize("content", [b"no example", b"\xff\x85\x0a\x00", deeplab2_record()[:-5]])
+def test_what_is_no_example_is_named(content):
+    with pytest.raises(UserError, match=r"^Bad record: it is no tf\.train\.Example\. Convert the data set again\."):
+        parse(content)
+
+
+def test_file_name_must_be_text():
+    with pytest.raises(UserError, match=r"The file name 'a\\udcff' is no Unicode text; rename the file"):
+        tfrecord.serialize_example(image=IMAGE, panoptic=PANOPTIC, filename="a\udcff")
+
+
 def test_other_errors_pass_unchanged():
     with pytest.raises(tf.errors.InvalidArgumentError, match="something else"), tfrecord.user_errors():
         raise tf.errors.InvalidArgumentError(None, None, "something else")
 
 
 def write(folder, split="train", count=5, shards=2):
-    with tfrecord.ShardedWriter(folder, split, shards) as writer:
-        for number in range(count):
-            writer.write(b"record %d" % number)
+    for part, name in enumerate(tfrecord.shard_names(split, shards)):
+        with tfrecord.FileWriter(folder / name) as writer:
+            for number in range(part, count, shards):
+                writer.write(b"record %d" % number)
 
 
 def test_shards_are_named_and_listed(tmp_path):
@@ -209,18 +221,10 @@ def test_index_points_at_the_records(tmp_path):
     assert index.num_bytes == 40
 
 
-def test_new_conversion_replaces_the_old_one(tmp_path):
-    write(tmp_path, shards=3)
-    write(tmp_path, split="val")
-    write(tmp_path, shards=2, count=2)
-    assert tfrecord.count_examples(tfrecord.list_shards(tmp_path, "train")) == 2
-    assert tfrecord.available_splits(tmp_path) == ["train", "val"]
-
-
-def test_failed_conversion_leaves_the_old_one(tmp_path):
-    write(tmp_path)
+def test_failed_write_leaves_the_old_file(tmp_path):
+    write(tmp_path, shards=1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    writer = tfrecord.ShardedWriter(tmp_path, "train", 2)
+    writer = tfrecord.FileWriter(tmp_path / "train-00000-of-00001.tfrecord")
     writer.__enter__()
     writer.write(b"other")
     writer.__exit__(KeyError, KeyError(), None)
@@ -228,12 +232,12 @@ def test_failed_conversion_leaves_the_old_one(tmp_path):
 
 
 def test_folder_that_cannot_be_written_is_named(tmp_path):
-    # The second of three files cannot be made, as if somebody else's lay there; the first must not stay.
-    blocked = files.beside(tmp_path / "train-00001-of-00003.tfrecord")
+    # The file cannot be made, as if somebody else's lay there.
+    blocked = files.beside(tmp_path / "a.tfrecord")
     blocked.mkdir()
     message = rf"^Cannot write '{tmp_path}' \(Is a directory\); choose a folder that can be written\.$"
-    with pytest.raises(UserError, match=message):
-        write(tmp_path, shards=3)
+    with pytest.raises(UserError, match=message), tfrecord.FileWriter(tmp_path / "a.tfrecord"):
+        pass
     assert list(tmp_path.iterdir()) == [blocked]
 
 
@@ -250,21 +254,22 @@ def test_full_disk_is_a_user_error(tmp_path, size):
     files.beside(tmp_path / "train-00000-of-00001.tfrecord").symlink_to("/dev/full")
     with (
         pytest.raises(UserError, match=rf"^Cannot write '{tmp_path}' \(No space left on device\)"),
-        tfrecord.ShardedWriter(tmp_path, "train", 1) as writer,
+        tfrecord.FileWriter(tmp_path / "train-00000-of-00001.tfrecord") as writer,
     ):
         writer.write(bytes(size))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("split", ["", ".train", "a/b"])
-def test_split_name_must_be_a_file_name(tmp_path, split):
+def test_split_name_must_be_a_file_name(split):
     with pytest.raises(UserError, match=r"Split name '.*' is not allowed"):
-        tfrecord.ShardedWriter(tmp_path, split, 1)
+        tfrecord.shard_names(split, 1)
 
 
-def test_number_of_shards_is_checked(tmp_path):
-    with pytest.raises(UserError, match=r"shards must be 1\.\.99999, got 0"):
-        tfrecord.ShardedWriter(tmp_path, "train", 0)
+@pytest.mark.parametrize("count", [0, 100_000])
+def test_number_of_shards_is_checked(count):
+    with pytest.raises(UserError, match=rf"shards must be 1\.\.99999, got {count}"):
+        tfrecord.shard_names("train", count)
 
 
 def test_missing_folder_is_named(tmp_path):
@@ -294,19 +299,23 @@ def test_mixed_conversions_are_refused(tmp_path):
         tfrecord.list_shards(tmp_path, "train")
 
 
-@pytest.mark.parametrize("keep", [-1, 30, 20])
-def test_truncated_file_is_named(tmp_path, keep):
+# Each record has 12 bytes of header, 8 of contents and 4 after them: cut in the contents of record 1, in its header,
+# and in the last byte of record 4.
+@pytest.mark.parametrize(("keep", "record"), [(40, 1), (30, 1), (-1, 4)])
+def test_truncated_file_is_named(tmp_path, keep, record):
     write(tmp_path, shards=1)
     path = tmp_path / "train-00000-of-00001.tfrecord"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"train-00000-of-00001\.tfrecord' is cut short"):
+    where = rf"record {record} \(counted from 0, at byte {24 * record} of {path.stat().st_size}\)"
+    with pytest.raises(UserError, match=rf"train-00000-of-00001\.tfrecord' is cut short in {where}; convert"):
         tfrecord.count_examples([str(path)])
 
 
 def test_file_of_another_kind_is_named(tmp_path):
     path = tmp_path / "train-00000-of-00001.tfrecord"
     path.write_bytes(encode(".png", IMAGE))
-    with pytest.raises(UserError, match="is cut short or not an uncompressed TFRecord file"):
+    message = r"00001\.tfrecord' is damaged or not an uncompressed TFRecord file: the header of record 0 "
+    with pytest.raises(UserError, match=message):
         tfrecord.count_examples([str(path)])
 
 
@@ -315,7 +324,21 @@ def test_absent_file_is_named(tmp_path):
         tfrecord.count_examples([str(tmp_path / "x.tfrecord")])
 
 
-def test_damaged_contents_are_a_user_error(tmp_path):
+# The length of record 2, the checksum of its length, its contents, and the checksum of these.
+@pytest.mark.parametrize("byte", [0, 8, 12, 20])
+def test_damaged_record_is_named(tmp_path, byte):
+    write(tmp_path, shards=1)
+    write(tmp_path, shards=1, split="val")
+    paths = [str(tmp_path / f"{split}-00000-of-00001.tfrecord") for split in ("train", "val")]
+    content = bytearray(Path(paths[1]).read_bytes())
+    content[2 * 24 + byte] ^= 1
+    Path(paths[1]).write_bytes(content)
+    with pytest.raises(UserError, match=r"[Rr]ecord 2 \(counted from 0") as caught, tfrecord.user_errors(paths):
+        list(tf.data.TFRecordDataset(paths))
+    assert "val-00000-of-00001.tfrecord'" in str(caught.value)
+
+
+def test_damage_in_unknown_files_is_a_user_error(tmp_path):
     write(tmp_path, shards=1, count=1)
     path = tmp_path / "train-00000-of-00001.tfrecord"
     content = bytearray(path.read_bytes())
@@ -326,3 +349,10 @@ def test_damaged_contents_are_a_user_error(tmp_path):
         tfrecord.user_errors(),
     ):
         list(tf.data.TFRecordDataset([str(path)]))
+
+
+def test_checksum_is_that_of_tensorflow(tmp_path):
+    contents = np.random.default_rng(0).bytes(1000)
+    with tfrecord.FileWriter(tmp_path / "a") as writer:
+        writer.write(contents)
+    assert tfrecord._has_whole_contents(str(tmp_path / "a"), 0, 1000)

@@ -121,7 +121,7 @@ def test_reader_errors(tmp_path):
         CocoPanopticReader(file, tmp_path)
     annotation = {"image_id": 1, "file_name": "1.png", "segments_info": []}
     for content, message in (
-        ("{", "is not valid JSON"),
+        ("{", "is not a JSON file"),
         ("[]", "has no 'annotations'; give a COCO panoptic JSON"),
         (json.dumps({"annotations": []}), "has no 'categories'"),
         (json.dumps({"annotations": {}}), "has no 'annotations'"),

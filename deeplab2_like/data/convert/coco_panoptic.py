@@ -4,18 +4,20 @@ The JSON says everything about the classes, so any data set in this format conve
 """
 
 import dataclasses
-import json
 import re
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deeplab2_like import files
 from deeplab2_like.data import tfrecord
-from deeplab2_like.data.coco_segments import ids_to_panoptic, parse_segments, read_segment_ids
+from deeplab2_like.data.coco_segments import compare_measures, ids_to_panoptic, parse_segments, read_segment_ids
 from deeplab2_like.data.convert import common
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.faults import Fault
 from deeplab2_like.errors import UserError
+from deeplab2_like.parallel import map_in_order
 
 _SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
 
@@ -103,17 +105,45 @@ def convert_coco_panoptic(
         workers=workers,
         on_error=on_error,
         progress=progress,
+        inputs_of=lambda example: [images / example.name, panoptic / example.panoptic_name],
     )
+
+
+def check_segments(
+    *, panoptic: Path, json_file: Path, workers: int = 1, progress: common.Progress | None = None
+) -> list[Fault]:
+    """Compares the areas and boxes that the JSON states with the PNGs; what cannot be read is left to the conversion.
+
+    Args:
+        panoptic: Folder of the PNGs.
+        json_file: The JSON.
+        workers: PNGs read at once.
+        progress: Called after each PNG with the numbers of PNGs done and of all.
+
+    Returns:
+        A fault for each difference.
+    """
+    examples = [example for example in _list_examples(_read_json(Path(json_file))) if example.fault is None]
+
+    def check(example: _Example) -> list[Fault]:
+        try:
+            ids = read_segment_ids(Path(panoptic) / example.panoptic_name)
+        except UserError:
+            return []
+        kind, where = "segment differs from JSON", f"'{example.panoptic_name}' of '{json_file}'"
+        return [Fault(kind, where, text) for text in compare_measures(ids, example.segments)]
+
+    faults: list[Fault] = []
+    for done, found in enumerate(map_in_order(check, examples, workers=workers), start=1):
+        faults += found
+        if progress is not None:
+            progress(done, len(examples))
+    return faults
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Reads the JSON and checks that its lists are there, and are lists of objects."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"JSON file '{path}' cannot be read ({error.strerror}); check the path.") from error
-    except ValueError as error:
-        raise UserError(f"'{path}' is not a JSON file ({error}).") from error
+    content = files.read_json(path)
     for key in ("images", "annotations", "categories"):
         value = content.get(key) if isinstance(content, dict) else None
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
@@ -190,14 +220,7 @@ def _make_record(example: _Example, *, images: Path, panoptic: Path, info: Datas
     if example.fault is not None:
         raise UserError(example.fault)
     segments = parse_segments(example.segments, info)
-    content = _read_file(images / example.name)
+    content = files.read_file(images / example.name, "the image")
     png = panoptic / example.panoptic_name
     label = ids_to_panoptic(read_segment_ids(png), segments, info, png=f"'{png}'")
     return tfrecord.serialize_example(image=content, panoptic=label, filename=example.name)
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"the image '{path}' cannot be read ({error.strerror}).") from error

@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from deeplab2_like import errors
 from deeplab2_like.data import dataset_info, tfrecord
+from deeplab2_like.data.convert.unfinished import UnfinishedSplit, fingerprint, make_plan
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import make_folder
@@ -29,12 +31,18 @@ class ConversionReport:
     Attributes:
         split: Its name.
         examples: Number of examples written.
-        skipped: For each example left out, what was wrong with it.
+        skipped: For each example left out, what was wrong with it; `errors.jsonl` has the same.
+        kept_files: Number of files that an earlier run had already made.
+        files: Number of files; 0 if unknown.
+        is_unchanged: Whether an earlier run had finished the same conversion, so that nothing was done.
     """
 
     split: str
     examples: int
     skipped: tuple[str, ...] = ()
+    kept_files: int = dataclasses.field(default=0, compare=False)
+    files: int = dataclasses.field(default=0, compare=False)
+    is_unchanged: bool = dataclasses.field(default=False, compare=False)
 
 
 def write_split(
@@ -48,8 +56,14 @@ def write_split(
     workers: int = 1,
     on_error: OnError = "stop",
     progress: Progress | None = None,
+    inputs_of: Callable[[Item], Sequence[Path]] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
-    """Writes one split and then `dataset_info.json`; the files depend neither on `workers` nor on timing.
+    """Writes one split and `dataset_info.json`; the files depend neither on `workers` nor on timing.
+
+    Each file holds a stretch of the items. The split appears in the folder when all files are whole. With `inputs_of`,
+    files that an interrupted run has finished are not made again if their inputs are the same, and a split that is
+    already there, made from the same inputs in the same way, is left as it is.
 
     Args:
         items: One per example, in the order of the records.
@@ -60,15 +74,19 @@ def write_split(
         split: The split's name.
         shards: Number of files, at most one per item; None: about one per `EXAMPLES_PER_SHARD` items.
         workers: Number of threads.
-        on_error: "stop" at the first faulty item, or "skip" it and report it.
+        on_error: "stop" at the first faulty item, or "skip" it and report it, also in `errors.jsonl` of the folder.
         progress: Called after each item with the numbers of items done and of all.
+        inputs_of: The files that an item's record is made from, the image first; what else decides the record must show
+            in the item's `repr` or in `options`. None: every run begins anew.
+        options: What else decides the records, by name; must be fit for JSON.
 
     Returns:
         What was written and skipped.
 
     Raises:
-        UserError: If an argument is wrong, an item is faulty and `on_error` is "stop", or no example is left. Then the
-            folder is as it was.
+        UserError: If an argument is wrong, an item is faulty and `on_error` is "stop", no example is left, or the
+            folder has an interrupted conversion of something else. What the folder had is as it was; files that are
+            finished wait, hidden, for the next run.
     """
     if on_error not in ("stop", "skip"):
         raise errors.unknown_name("value of on_error", on_error, ("stop", "skip"))
@@ -76,8 +94,22 @@ def write_split(
         raise UserError(f"workers must be 1 or more, got {workers}.")
     if shards is None:
         shards = max(1, round(len(items) / EXAMPLES_PER_SHARD))
+    shards = min(shards, max(1, len(items)))
+    bounds = [number * len(items) // max(shards, 1) for number in range(shards + 1)]
+    stretches = list(itertools.pairwise(bounds))
+    fingerprints = None
+    if inputs_of is not None:
+        fingerprints = [
+            fingerprint(items[first:end], [inputs_of(item) for item in items[first:end]]) for first, end in stretches
+        ]
+    plan = make_plan(info, examples=len(items), shards=shards, options=options or {})
+    unfinished = UnfinishedSplit(output_dir, split, plan=plan, fingerprints=fingerprints)
     is_new = not output_dir.exists()
     make_folder(output_dir)
+    may_skip = on_error == "skip"
+    found = unfinished.finished(allow_skipped=may_skip)
+    if found is not None:
+        return _make_report(split, found, kept_files=shards, is_unchanged=True)
 
     def attempt(item: Item) -> bytes | UserError:
         try:
@@ -85,29 +117,59 @@ def write_split(
         except UserError as error:
             return error
 
-    skipped: list[str] = []
+    keep_finished = True
     try:
-        with tfrecord.ShardedWriter(output_dir, split, min(shards, max(1, len(items)))) as writer:
-            for done, outcome in enumerate(map_in_order(attempt, items, workers=workers), start=1):
+        states = unfinished.begin(allow_skipped=may_skip)
+        to_do = [number for number, state in enumerate(states) if state is None]
+        num_to_do = sum(end - first for first, end in (stretches[number] for number in to_do))
+        done = itertools.count(len(items) - num_to_do + 1)
+        to_convert = (item for number in to_do for item in items[slice(*stretches[number])])
+
+        def records_of(number: int, skipped: list[dict[str, str]]) -> Iterator[bytes]:
+            # The items come first, so that this ends without taking the next file's first outcome.
+            for item, outcome in zip(items[slice(*stretches[number])], outcomes, strict=False):
                 if isinstance(outcome, bytes):
-                    writer.write(outcome)
+                    yield outcome
                 elif on_error == "stop":
                     raise outcome
                 else:
-                    skipped.append(str(outcome))
+                    paths = inputs_of(item) if inputs_of is not None else ()
+                    skipped.append({"file": str(paths[0] if paths else item), "reason": str(outcome)})
                 if progress is not None:
-                    progress(done, len(items))
-            if not writer.num_written:
-                first = f"all {len(skipped)} are faulty, the first: {skipped[0]}" if skipped else ""
-                reason = first or "the data set is empty."
-                raise UserError(f"Split '{split}' has no examples to write: {reason}")
+                    progress(next(done), len(items))
+
+        with contextlib.closing(map_in_order(attempt, to_convert, workers=workers)) as outcomes:
+            for number in to_do:
+                skipped: list[dict[str, str]] = []
+                states[number] = unfinished.write(number, records_of(number, skipped), skipped)
+        whole = [state for state in states if state is not None]
+        report = _make_report(split, whole, kept_files=shards - len(to_do))
+        if not report.examples:
+            keep_finished = False
+            first = f"all {len(report.skipped)} are faulty, the first: {report.skipped[0]}" if report.skipped else ""
+            raise UserError(f"Split '{split}' has no examples to write: {first or 'the data set is empty.'}")
+        unfinished.publish(info, whole)
     except BaseException:
+        unfinished.abandon(keep_finished=keep_finished)
         if is_new:
             with contextlib.suppress(OSError):  # Whatever somebody else has put there stays.
                 output_dir.rmdir()
         raise
-    info.save(output_dir)
-    return ConversionReport(split, writer.num_written, tuple(skipped))
+    return report
+
+
+def _make_report(
+    split: str, states: Sequence[Mapping[str, Any]], *, kept_files: int, is_unchanged: bool = False
+) -> ConversionReport:
+    """Sums up what went into the files."""
+    return ConversionReport(
+        split,
+        examples=sum(state["examples"] for state in states),
+        skipped=tuple(fault["reason"] for state in states for fault in state["skipped"]),
+        kept_files=kept_files,
+        files=len(states),
+        is_unchanged=is_unchanged,
+    )
 
 
 def agree_on_dataset_info(

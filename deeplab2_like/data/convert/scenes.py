@@ -67,6 +67,8 @@ def convert_scenes(
                     shards=shards,
                     workers=workers,
                     progress=progress,
+                    inputs_of=lambda _: (),
+                    options={"seed": seed, "size": size},
                 )
             )
     return tuple(reports)

@@ -1,8 +1,16 @@
 """Training targets of Panoptic-DeepLab (sections 3.1 and 4): classes, centre heat map, offsets, and their weights."""
 
+import functools
+from typing import Any
+
+import numpy as np
+
 from deeplab2_like.data import panoptic_label
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model.layers import Tensor
+
+# What a pixel is of.
+_STUFF, _VOID, _CROWD, _INSTANCE, _SMALL_INSTANCE = range(5)
 
 
 def make_targets(
@@ -39,40 +47,79 @@ def make_targets(
     import tensorflow as tf  # Here, because the networks must import without TensorFlow.
 
     height, width = panoptic.shape
-    divisor = dataset_info.label_divisor
-    class_map, instance_map = panoptic_label.decode(panoptic, divisor)
-    is_thing = tf.reduce_any(class_map[..., tf.newaxis] == tf.constant(dataset_info.thing_classes, tf.int32), axis=-1)
-    is_instance = is_thing if crowd_as_instance else is_thing & (instance_map > 0)
-    is_void = class_map == dataset_info.ignore_label
+    # Everything about a pixel follows from its panoptic value; the last bin is for void.
+    num_bins = dataset_info.num_classes * dataset_info.label_divisor + 1
+    bin_class, bin_instance = panoptic_label.decode(np.arange(num_bins), dataset_info.label_divisor)
+    is_thing = np.isin(bin_class, dataset_info.thing_classes)
+    is_instance = is_thing if crowd_as_instance else is_thing & (bin_instance > 0)  # [num_bins]
+    static_kind = np.select([is_instance, is_thing], [_INSTANCE, _CROWD], _STUFF)
+    static_kind[-1] = _VOID
 
-    # Statistics of every instance by its panoptic value; bin 0 is for the pixels outside of instances. Sums of
-    # coordinates are int64: float32 would be off by a fraction of a pixel.
-    bins = tf.where(is_instance, panoptic + 1, 0)  # [H, W]
-    num_bins = dataset_info.num_classes * divisor + 1
-    area = tf.math.unsorted_segment_sum(tf.cast(is_instance, tf.int32), bins, num_bins)  # [num_bins]
-
-    is_small = is_instance & (tf.gather(area, bins) < small_instance_area)
-    semantic_weight = tf.where(is_small, small_instance_weight, 1.0)
-    targets = {
-        "semantic": class_map,
-        "semantic_weight": tf.where(is_void, 0.0, semantic_weight),
-    }
+    area, mean = _measure(panoptic, num_bins)
+    kind = tf.where(is_instance & (area < small_instance_area), _SMALL_INSTANCE, static_kind)
+    pixels = _pixel_function()(
+        panoptic, tf.cast(kind, tf.int8), mean, dataset_info.label_divisor, float(small_instance_weight)
+    )
     if semantic_only:
-        return targets
+        return {name: pixels[name] for name in ("semantic", "semantic_weight")}
+    centers = tf.cast(tf.round(tf.boolean_mask(mean, is_instance & (area > 0))), tf.int32)  # [N, 2]
+    return {**pixels, "center": tf.ensure_shape(_gaussians(centers, height, width, sigma), (height, width))}
 
-    rows = tf.broadcast_to(tf.range(height)[:, tf.newaxis], (height, width))
-    columns = tf.broadcast_to(tf.range(width)[tf.newaxis, :], (height, width))
-    sums = [tf.math.unsorted_segment_sum(tf.cast(c, tf.int64), bins, num_bins) for c in (rows, columns)]
-    mean = tf.cast(tf.stack(sums, axis=-1) / tf.cast(tf.maximum(area, 1), tf.int64)[:, tf.newaxis], tf.float32)
-    coordinates = tf.cast(tf.stack([rows, columns], axis=-1), tf.float32)  # [H, W, 2]
-    offset = tf.where(is_instance[..., tf.newaxis], tf.gather(mean, bins) - coordinates, 0.0)
 
-    centers = tf.cast(tf.round(tf.boolean_mask(mean, area > 0)), tf.int32)  # [N, 2]
-    targets["center"] = tf.ensure_shape(_gaussians(centers, height, width, sigma), (height, width))
-    targets["center_weight"] = tf.cast(~is_void & (is_instance | ~is_thing), tf.float32)
-    targets["offset"] = offset
-    targets["offset_weight"] = tf.cast(is_instance, tf.float32)
-    return targets
+def _measure(panoptic: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
+    """Measures the segments of a map by its runs, of which there are far fewer than pixels.
+
+    Args:
+        panoptic: int32 [H, W], panoptic map.
+        num_bins: Values from `num_bins - 1` on count as one.
+
+    Returns:
+        The area of each value, int64 [num_bins], and its centre of mass (y, x), float32 [num_bins, 2], 0 if absent.
+    """
+    import tensorflow as tf
+
+    height, width = panoptic.shape
+    # A run is a stretch of one row in which the map keeps its value.
+    is_end = tf.concat([panoptic[:, 1:] != panoptic[:, :-1], tf.ones((height, 1), tf.bool)], axis=1)  # [H, W]
+    ends = tf.where(tf.reshape(is_end, (-1,)))[:, 0]  # int64 [R], positions in the flat map.
+    lengths = ends - tf.concat([tf.constant([-1], tf.int64), ends[:-1]], axis=0)
+    bins = tf.minimum(tf.gather(tf.reshape(panoptic, (-1,)), ends), num_bins - 1)
+    rows, last_columns = ends // width, ends % width
+    # Sums of y and of 2 x are whole numbers: float32 would be off by a fraction of a pixel.
+    parts = tf.stack([lengths, lengths * rows, lengths * (2 * last_columns - lengths + 1)], axis=-1)  # [R, 3]
+    sums = tf.math.unsorted_segment_sum(parts, bins, num_bins)  # [num_bins, 3]
+    area = sums[:, 0]
+    mean = tf.stack([sums[:, 1] / tf.maximum(area, 1), sums[:, 2] / tf.maximum(2 * area, 1)], axis=-1)
+    return area, tf.cast(mean, tf.float32)
+
+
+@functools.cache
+def _pixel_function() -> Any:
+    """The targets of all pixels in one pass over the map, which XLA makes of what would be some twenty."""
+    import tensorflow as tf
+
+    @tf.function(jit_compile=True, autograph=False)
+    def make(
+        panoptic: Tensor, kind: Tensor, mean: Tensor, label_divisor: int, small_instance_weight: float
+    ) -> dict[str, Tensor]:
+        height, width = panoptic.shape
+        bins = tf.minimum(panoptic, kind.shape[0] - 1)  # [H, W]
+        kinds = tf.gather(kind, bins)  # int8 [H, W]
+        is_instance = kinds >= _INSTANCE
+        weight = tf.where(kinds == _SMALL_INSTANCE, small_instance_weight, tf.where(kinds == _VOID, 0.0, 1.0))
+        rows, columns = tf.meshgrid(
+            tf.range(height, dtype=tf.float32), tf.range(width, dtype=tf.float32), indexing="ij"
+        )
+        offset = tf.gather(mean, bins) - tf.stack([rows, columns], axis=-1)  # [H, W, 2]
+        return {
+            "semantic": panoptic // label_divisor,
+            "semantic_weight": weight,
+            "center_weight": tf.cast((kinds != _VOID) & (kinds != _CROWD), tf.float32),
+            "offset": tf.where(is_instance[..., tf.newaxis], offset, 0.0),
+            "offset_weight": tf.cast(is_instance, tf.float32),
+        }
+
+    return make
 
 
 def _gaussians(centers: Tensor, height: int, width: int, sigma: float) -> Tensor:
@@ -88,7 +135,6 @@ def _gaussians(centers: Tensor, height: int, width: int, sigma: float) -> Tensor
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)  # [N, P, P]
     values = tf.where(inside, patch, 0.0)
     position = tf.where(inside, y * width + x, 0)  # [N, P, P]
-    heat = tf.tensor_scatter_nd_max(
-        tf.zeros(height * width), tf.reshape(position, (-1, 1)), tf.reshape(values, (-1,))
-    )  # [H * W]
+    # Several times as fast as `tensor_scatter_nd_max`; where there is no Gaussian it gives the lowest number.
+    heat = tf.nn.relu(tf.math.unsorted_segment_max(values, position, height * width))  # [H * W]
     return tf.reshape(heat, (height, width))  # [H, W]

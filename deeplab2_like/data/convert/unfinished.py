@@ -1,0 +1,241 @@
+"""The files of a split on their way into the record folder, so that a conversion can be killed and taken up again.
+
+While a split is converted its files lie in the hidden folder `.SPLIT.conversion` of the record folder: first
+`plan.json`, which says what is converted and how, then file by file, each followed by a JSON that says what went into
+it. Both are renamed into place, so whatever has its JSON is whole. When all files are there, those of an earlier
+conversion are deleted and the new ones moved: at no moment do the two lie mixed in the record folder. At last comes
+`.SPLIT.conversion.json`, by which a later run knows that there is nothing to do.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deeplab2_like import files
+from deeplab2_like.data import tfrecord
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+
+ERRORS_NAME = "errors.jsonl"
+
+# Raised whenever equal inputs and options give other bytes than before, so that old and new files do not mix.
+_FORMAT = 1
+
+
+def make_plan(info: DatasetInfo, *, examples: int, shards: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything but the inputs themselves that decides what the files hold, as it is in `plan.json`."""
+    plan = {
+        "format": _FORMAT,
+        "examples": examples,
+        "shards": shards,
+        "label_divisor": info.label_divisor,
+        "ignore_label": info.ignore_label,
+        "categories": info.to_coco_categories(),
+        **options,
+    }
+    return json.loads(json.dumps(plan))  # As it will be read, with lists for tuples.
+
+
+def fingerprint(items: Sequence[Any], inputs: Sequence[Sequence[Path]]) -> str:
+    """Tells whether the inputs of a file of records are still the same.
+
+    Args:
+        items: What the records are made of; their `repr` counts.
+        inputs: For each item the files that it is read from; path, size and time of the last change count.
+    """
+    digest = hashlib.sha256()
+    for item, paths in zip(items, inputs, strict=True):
+        digest.update(repr(item).encode("utf-8", "surrogatepass"))
+        for path in paths:
+            try:
+                status = os.stat(path)
+                state = f"{status.st_size} {status.st_mtime_ns}"
+            except (OSError, ValueError):  # A name with a null character is a ValueError.
+                state = "absent"
+            digest.update(f"\n{os.path.abspath(path)} {state}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+class UnfinishedSplit:
+    """One split that is being converted.
+
+    Args:
+        folder: The record folder, which exists.
+        split: The split's name.
+        plan: See `make_plan`.
+        fingerprints: See `fingerprint`, one for each file; None: the inputs cannot be told apart, so nothing of an
+            earlier run is used.
+    """
+
+    def __init__(
+        self, folder: Path, split: str, *, plan: Mapping[str, Any], fingerprints: Sequence[str] | None
+    ) -> None:
+        self.names = tfrecord.shard_names(split, plan["shards"])
+        self._folder = folder
+        self._split = split
+        self._plan = plan
+        self._fingerprints = fingerprints
+        self._hidden = folder / f".{split}.conversion"
+        self._record = folder / f".{split}.conversion.json"
+
+    def finished(self, *, allow_skipped: bool) -> list[dict[str, Any]] | None:
+        """What went into each file if an earlier run has finished the very same conversion, else None."""
+        found = _read(self._record)
+        if found is None or self._fingerprints is None or found["plan"] != self._plan:
+            return None
+        states = found["files"]
+        is_same = len(states) == len(self.names) and all(
+            self._is_current(state, number, allow_skipped) and _size(self._folder / name) == state["bytes"]
+            for number, (name, state) in enumerate(zip(self.names, states, strict=True))
+        )
+        if not is_same:
+            return None
+        with self._write_errors():
+            self._remove()  # A run that was killed at the very end has left it.
+        return states
+
+    def begin(self, *, allow_skipped: bool) -> list[dict[str, Any] | None]:
+        """Starts, or takes up what an earlier run has left.
+
+        Args:
+            allow_skipped: Whether files count from which faulty examples were left out.
+
+        Returns:
+            For each file what went into it if it is finished, else None.
+
+        Raises:
+            UserError: If an earlier run was of something else, or the folder cannot be written.
+        """
+        plan = _read(self._hidden / "plan.json")
+        if self._fingerprints is None or plan is None or not self._has_finished():
+            with self._write_errors():
+                self._remove()
+        elif plan != self._plan:
+            raise UserError(
+                f"'{self._hidden}' holds an interrupted conversion with {self._difference(plan)}; repeat that one to "
+                "finish it, or delete this folder to start anew."
+            )
+        files.write_atomically(self._hidden / "plan.json", json.dumps(self._plan).encode())
+        with self._write_errors():
+            for path in self._hidden.glob(".*"):  # Of a run that was killed.
+                path.unlink()
+        states: list[dict[str, Any] | None] = []
+        for number, name in enumerate(self.names):
+            state = _read(self._hidden / f"{name}.json")
+            # Without its file it has been moved already, as nothing else takes files away.
+            sizes = (_size(self._hidden / name), _size(self._folder / name))
+            size = sizes[1] if sizes[0] is None else sizes[0]
+            is_whole = state is not None and size == state["bytes"] and self._is_current(state, number, allow_skipped)
+            states.append(state if is_whole else None)
+        return states
+
+    def write(self, number: int, records: Iterable[bytes], skipped: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        """Writes a file.
+
+        Args:
+            number: Which one.
+            records: The serialized examples; may be made one by one.
+            skipped: What is left out of the file; may be filled while the records are made.
+
+        Returns:
+            What went into it.
+        """
+        path = self._hidden / self.names[number]
+        with self._write_errors():
+            path.with_name(f"{path.name}.json").unlink(missing_ok=True)
+        with tfrecord.FileWriter(path) as writer:
+            for record in records:
+                writer.write(record)
+        state = {
+            "fingerprint": None if self._fingerprints is None else self._fingerprints[number],
+            "bytes": _size(path),
+            "examples": writer.num_written,
+            "skipped": list(skipped),
+        }
+        files.write_atomically(path.with_name(f"{path.name}.json"), json.dumps(state).encode())
+        return state
+
+    def publish(self, info: DatasetInfo, states: Sequence[Mapping[str, Any]]) -> None:
+        """Moves all files into the record folder; killed at any moment, it can be repeated."""
+        with self._write_errors():
+            self._record.unlink(missing_ok=True)
+            for name in tfrecord.present_shards(self._folder, self._split):
+                if name not in self.names or (self._hidden / name).exists():
+                    (self._folder / name).unlink()
+            info.save(self._folder)
+            for name in self.names:
+                if (self._hidden / name).exists():
+                    (self._hidden / name).replace(self._folder / name)
+            self._report_errors([fault for state in states for fault in state["skipped"]])
+            if self._fingerprints is not None:
+                record = {"plan": self._plan, "files": list(states)}
+                files.write_atomically(self._record, json.dumps(record).encode())
+            self._remove()
+
+    def abandon(self, *, keep_finished: bool) -> None:
+        """Leaves the files that are finished for the next run; without any, all traces are removed."""
+        if not keep_finished or self._fingerprints is None or not self._has_finished():
+            shutil.rmtree(self._hidden, ignore_errors=True)
+
+    def _report_errors(self, faults: Sequence[Mapping[str, str]]) -> None:
+        """Lists the faulty examples in `errors.jsonl`, beside those of other splits."""
+        path = self._folder / ERRORS_NAME
+        beginning = json.dumps({"split": self._split})[:-1] + ","
+        lines = path.read_text().splitlines() if path.exists() else []
+        lines = [line for line in lines if not line.startswith(beginning)]
+        lines += [json.dumps({"split": self._split, **fault}) for fault in faults]
+        if lines:
+            files.write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
+        else:
+            path.unlink(missing_ok=True)
+
+    def _is_current(self, state: Mapping[str, Any], number: int, allow_skipped: bool) -> bool:
+        if self._fingerprints is None or state["fingerprint"] != self._fingerprints[number]:
+            return False
+        return allow_skipped or not state["skipped"]
+
+    def _difference(self, plan: Mapping[str, Any]) -> str:
+        """Says in words where the plan of an earlier run parts from this one."""
+        for key in (*self._plan, *plan):
+            old, new = plan.get(key), self._plan.get(key)
+            if old != new:
+                return "other categories" if key == "categories" else f"{key} {old} (now {new})"
+        return "other options"
+
+    def _has_finished(self) -> bool:
+        """Whether an earlier run has finished at least one file."""
+        return any(self._hidden.glob("*.tfrecord.json"))
+
+    def _remove(self) -> None:
+        if self._hidden.exists():
+            # The plan first: what a killed run leaves without it is not taken up.
+            (self._hidden / "plan.json").unlink(missing_ok=True)
+            shutil.rmtree(self._hidden)
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise files.cannot_write(self._folder, error) from error
+
+
+def _read(path: Path) -> Any:
+    """Reads one of our own JSON files; None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _size(path: Path) -> int | None:
+    """Size of a file in bytes; None if there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

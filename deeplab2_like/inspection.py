@@ -1,0 +1,411 @@
+"""What a folder of records holds: pictures, statistics of classes and instances, and faults of the labels."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import tensorflow as tf
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.faults import KINDS, Fault
+from deeplab2_like.data.label_runs import list_segments
+from deeplab2_like.errors import UserError
+from deeplab2_like.files import make_folder, write_atomically, write_png
+from deeplab2_like.parallel import map_in_order
+from deeplab2_like.visualize import caption, contact_sheet, draw_overlay
+
+# Of each kind of fault and split so many are listed; all are counted.
+LISTED_FAULTS = 100
+# Areas of small and of large instances, as in COCO, in pixels.
+_SMALL_AREA, _LARGE_AREA = 32**2, 96**2
+# Pictures of the contact sheet fit into a square of this side, in pixels; small ones are enlarged towards it.
+_PICTURE_SIZE = 448
+_MOST_COMMON_SIZES = 5
+
+
+@dataclasses.dataclass
+class Inspection:
+    """What was found.
+
+    Attributes:
+        statistics: What `statistics.json` holds, see docs/inspect.md.
+        sheets: For each split a contact sheet, uint8 [H, W, 3].
+        faults: The faults that are listed.
+    """
+
+    statistics: dict[str, Any]
+    sheets: dict[str, np.ndarray]
+    faults: list[Fault]
+
+    @property
+    def num_errors(self) -> int:
+        """Number of faults that must be mended, listed or not."""
+        return sum(count for kind, count in self.statistics["fault_counts"].items() if KINDS[kind])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `contact_sheet_SPLIT.png` and then `statistics.json`; raises `UserError` if that is impossible."""
+        make_folder(folder)
+        for split, sheet in self.sheets.items():
+            write_png(Path(folder) / f"contact_sheet_{split}.png", sheet)
+        write_atomically(Path(folder) / "statistics.json", (json.dumps(self.statistics, indent=1) + "\n").encode())
+
+
+@dataclasses.dataclass
+class _Image:
+    """What one record shows.
+
+    Attributes:
+        name: The image's file name.
+        size: Height and width.
+        digest: Of the pixels.
+        classes: int64 [N], the class of each segment; those out of range are left out.
+        instances: int64 [N], instance numbers.
+        areas: int64 [N], pixels.
+        num_void: Pixels without a label.
+        faults: Kind and text of each.
+        picture: For the contact sheet.
+    """
+
+    name: str
+    size: tuple[int, int]
+    digest: bytes
+    classes: np.ndarray
+    instances: np.ndarray
+    areas: np.ndarray
+    num_void: int
+    faults: list[tuple[str, str]]
+    picture: np.ndarray | None
+
+
+class _FaultList:
+    """Counts all faults and keeps the first of each kind and split."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.listed: list[Fault] = []
+        self._kept: Counter[tuple[str, str]] = Counter()
+
+    def add(self, fault: Fault, split: str = "") -> None:
+        self.counts[fault.kind] += 1
+        self._kept[fault.kind, split] += 1
+        if self._kept[fault.kind, split] <= LISTED_FAULTS:
+            self.listed.append(fault)
+
+
+class _SplitStatistics:
+    """Sums over the images of a split, in memory that does not grow with their number."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        self._info = info
+        self._sizes: Counter[tuple[int, int]] = Counter()
+        self._void = 0
+        counts = ("images", "segments", "crowds", "pixels", "area_sum", "small", "medium", "large")
+        self._counts = {name: np.zeros(info.num_classes, np.int64) for name in counts}
+        self._smallest = np.full(info.num_classes, np.iinfo(np.int64).max)
+        self._largest = np.zeros(info.num_classes, np.int64)
+
+    def add(self, image: _Image) -> None:
+        self._sizes[image.size] += 1
+        self._void += image.num_void
+        is_thing = np.isin(image.classes, self._info.thing_classes)
+        is_instance = is_thing & (image.instances > 0)
+
+        def count(name: str, where: np.ndarray, amounts: np.ndarray | int = 1) -> None:
+            np.add.at(self._counts[name], image.classes[where], amounts)
+
+        everywhere = np.ones(image.classes.shape, bool)
+        self._counts["images"][np.unique(image.classes)] += 1
+        count("pixels", everywhere, image.areas)
+        count("segments", is_instance | ~is_thing)
+        count("crowds", is_thing & (image.instances == 0))
+        count("area_sum", is_instance, image.areas[is_instance])
+        count("small", is_instance & (image.areas < _SMALL_AREA))
+        count("medium", is_instance & (image.areas >= _SMALL_AREA) & (image.areas < _LARGE_AREA))
+        count("large", is_instance & (image.areas >= _LARGE_AREA))
+        np.minimum.at(self._smallest, image.classes[is_instance], image.areas[is_instance])
+        np.maximum.at(self._largest, image.classes[is_instance], image.areas[is_instance])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The split's part of `statistics.json`; shares are of all pixels of the split."""
+        pixels = sum(height * width * count for (height, width), count in self._sizes.items())
+        per_class = {}
+        for class_id, category in enumerate(self._info.categories):
+            counts = {name: int(values[class_id]) for name, values in self._counts.items()}
+            entry: dict[str, Any] = {
+                "is_thing": category.is_thing,
+                "images": counts["images"],
+                "segments": counts["segments"],
+                "pixel_share": counts["pixels"] / max(pixels, 1),
+            }
+            if category.is_thing:
+                entry["crowds"] = counts["crowds"]
+            if category.is_thing and counts["segments"]:
+                entry["area"] = {
+                    "min": int(self._smallest[class_id]),
+                    "mean": counts["area_sum"] / counts["segments"],
+                    "max": int(self._largest[class_id]),
+                    **{name: counts[name] for name in ("small", "medium", "large")},
+                }
+            per_class[category.name] = entry
+        ordered = sorted(self._sizes, key=lambda size: (size[0] * size[1], size))
+        return {
+            "images": self._sizes.total(),
+            "void_share": self._void / max(pixels, 1),
+            "image_sizes": {
+                "different": len(self._sizes),
+                "smallest": list(ordered[0]) if ordered else None,
+                "largest": list(ordered[-1]) if ordered else None,
+                "most_common": [[*size, count] for size, count in self._sizes.most_common(_MOST_COMMON_SIZES)],
+            },
+            "per_class": per_class,
+        }
+
+
+def inspect_records(
+    folder: str | os.PathLike[str],
+    *,
+    pictures: int = 16,
+    workers: int = 1,
+    more_faults: Sequence[Fault] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
+    """Looks at all records of all splits of a folder, a few at a time.
+
+    Args:
+        folder: A record folder.
+        pictures: Largest number of pictures of a contact sheet; they are spread evenly over the split.
+        workers: Number of threads.
+        more_faults: Faults found elsewhere, to be listed as well.
+        progress: Called after each record with the numbers of records done and of all.
+
+    Returns:
+        Statistics, pictures and faults.
+
+    Raises:
+        UserError: If the folder, its `dataset_info.json` or all splits are missing, or a file is cut short.
+    """
+    if workers < 1:
+        raise UserError(f"workers must be 1 or more, got {workers}.")
+    info = DatasetInfo.load(folder)
+    splits = tfrecord.available_splits(folder)
+    if not splits:
+        raise UserError(f"'{folder}' holds no records; give a folder that `deeplab2-like convert` wrote.")
+    indices = {split: tfrecord.read_index(tfrecord.list_shards(folder, split)) for split in splits}
+    total, done = sum(len(index) for index in indices.values()), 0
+    found = _FaultList()
+    for fault in (*more_faults, *_color_faults(info)):
+        found.add(fault)
+    # Digest of the pixels -> split, record and file name of the first image that has them: the only part that grows
+    # with the data set, by some 250 bytes per image.
+    seen: dict[bytes, tuple[str, int, str]] = {}
+    statistics, sheets = {}, {}
+    for split, index in indices.items():
+        summary = _SplitStatistics(info)
+        shown = set(np.linspace(0, len(index) - 1, min(pictures, len(index))).astype(int).tolist())
+        panels: list[np.ndarray] = []
+        look_at = _record_viewer(index, info, shown)
+        for number, image in enumerate(map_in_order(look_at, range(len(index)), workers=workers)):
+            place = f"{split}, {_place(index, number)}"
+            if isinstance(image, UserError):
+                found.add(Fault("damaged record", place, str(image)), split)
+            else:
+                place = f"image '{image.name}' ({place})"
+                summary.add(image)
+                for kind, text in image.faults:
+                    found.add(Fault(kind, place, text), split)
+                first = seen.setdefault(image.digest, (split, number, image.name))
+                if first[0] != split:
+                    text = f"the same pixels are image '{first[2]}' of split '{first[0]}'."
+                    found.add(Fault("image in several splits", place, text), split)
+                elif first[1] != number:
+                    text = f"the same pixels are image '{first[2]}' of the same split."
+                    found.add(Fault("image twice in a split", place, text), split)
+                if image.picture is not None:
+                    panels.append(image.picture)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        statistics[split] = summary.to_dict()
+        if panels:
+            sheets[split] = contact_sheet(panels)
+    listed = sorted(found.listed, key=lambda fault: list(KINDS).index(fault.kind))
+    content = {
+        "label_divisor": info.label_divisor,
+        "splits": statistics,
+        "fault_counts": {kind: found.counts[kind] for kind in KINDS if found.counts[kind]},
+        "faults": [{**dataclasses.asdict(fault), "is_error": fault.is_error} for fault in listed],
+    }
+    return Inspection(content, sheets, listed)
+
+
+def print_inspection(inspection: Inspection, *, console: Console | None = None, listed_faults: int = 20) -> None:
+    """Prints a table per split (areas of instances in pixels; S, M and L as in COCO), and the first faults."""
+    console = console or Console()
+    for split, values in inspection.statistics["splits"].items():
+        sizes = values["image_sizes"]
+        title = f"{split}: {values['images']} images, {sizes['different']} sizes"
+        if sizes["most_common"]:
+            height, width, count = sizes["most_common"][0]
+            title += f" (most often {height}x{width}: {count})"
+        title += f", void {values['void_share']:.1%}"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("class", no_wrap=True)
+        for column in ("images", "segments", "crowds", "pixels", "min", "mean", "max", "S", "M", "L"):
+            table.add_column(column, justify="right", overflow="fold")
+        for name, entry in values["per_class"].items():
+            if not entry["images"]:
+                continue
+            area = entry.get("area")
+            table.add_row(
+                Text(name),
+                str(entry["images"]),
+                str(entry["segments"]),
+                str(entry.get("crowds", "")),
+                f"{entry['pixel_share']:.1%}",
+                *((str(area["min"]), f"{area['mean']:.0f}", str(area["max"])) if area else ()),
+                *((str(area[name]) for name in ("small", "medium", "large")) if area else ()),
+            )
+        console.print(table)
+        absent = [name for name, entry in values["per_class"].items() if not entry["images"]]
+        if absent:
+            console.print(f"Without a pixel: {', '.join(absent)}", markup=False, highlight=False)
+    counts = inspection.statistics["fault_counts"]
+    if not counts:
+        console.print("No faults found.")
+        return
+    for kind, count in counts.items():
+        console.print(f"{'fault' if KINDS[kind] else 'note'}: {kind}, {count} times", soft_wrap=True, markup=False)
+        of_kind = [fault for fault in inspection.faults if fault.kind == kind]
+        for fault in of_kind[: max(1, listed_faults // len(counts))]:
+            console.print(f"  {fault.where}: {fault.text}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _record_viewer(
+    index: tfrecord.RecordIndex, info: DatasetInfo, shown: set[int]
+) -> Callable[[int], _Image | UserError]:
+    """Returns a function that looks at the record of a number, or returns what is wrong with it."""
+    read = pipeline.file_reader(index)
+    load = tf.function(
+        lambda position: tfrecord.parse_example(read(position)), input_signature=[tf.TensorSpec([], tf.int64)]
+    )
+
+    def look_at(number: int) -> _Image | UserError:
+        try:
+            with tfrecord.user_errors([index.files[index.file_numbers[number]]]):
+                example = load(tf.constant(number, tf.int64))
+        except UserError as error:
+            return error
+        name = example["image_id"].numpy().decode(errors="replace")
+        return _describe(
+            name, example["image"].numpy(), example["panoptic"].numpy(), info, with_picture=number in shown
+        )
+
+    return look_at
+
+
+def _describe(name: str, image: np.ndarray, panoptic: np.ndarray, info: DatasetInfo, *, with_picture: bool) -> _Image:
+    """Measures one image, uint8 [H, W, 3], and its panoptic map, int32 [H, W]."""
+    table = list_segments(panoptic)
+    classes, instances = table.values // info.label_divisor, table.values % info.label_divisor
+    is_void = classes == info.ignore_label
+    is_stuff = np.isin(classes, info.stuff_classes)
+    is_known = (classes >= 0) & (classes < info.num_classes)
+    faults = []
+    for value, class_id in zip(table.values[~is_known & ~is_void], classes[~is_known & ~is_void], strict=True):
+        text = (
+            f"value {value} is class {class_id} with label_divisor {info.label_divisor}; classes are "
+            f"0..{info.num_classes - 1} and {info.ignore_label} for void."
+        )
+        faults.append(("id out of range", text))
+    for value, class_id in zip(
+        table.values[is_stuff & (instances > 0)], classes[is_stuff & (instances > 0)], strict=True
+    ):
+        text = (
+            f"value {value} is instance {value % info.label_divisor} of '{info.categories[class_id].name}', which is "
+            "stuff; stuff has instance 0."
+        )
+        faults.append(("id out of range", text))
+    for class_id in np.intersect1d(classes, info.thing_classes).tolist():
+        present = instances[(classes == class_id) & (instances > 0)]  # Ascending.
+        num_absent = int(present[-1]) - present.size if present.size else 0
+        if num_absent:
+            first = int(np.flatnonzero(present != np.arange(1, present.size + 1))[0]) + 1
+            text = (
+                f"'{info.categories[class_id].name}' has instances up to {present[-1]}, but {num_absent} of them have "
+                f"no pixels, the first is {first}."
+            )
+            faults.append(("instance without pixels", text))
+    num_void = int(table.areas[is_void].sum())
+    if num_void == panoptic.size:
+        faults.append(("image without labels", "all of it is void."))
+    picture = None
+    if with_picture:
+        unknown = np.isin(panoptic, table.values[~is_known & ~is_void])
+        picture = _make_picture(name, image, np.where(unknown, info.void, panoptic).astype(np.int32), info)
+    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16)
+    digest.update(repr(image.shape).encode())
+    return _Image(
+        name,
+        (image.shape[0], image.shape[1]),
+        digest.digest(),
+        classes[is_known],
+        instances[is_known],
+        table.areas[is_known],
+        num_void,
+        faults,
+        picture,
+    )
+
+
+def _make_picture(name: str, image: np.ndarray, panoptic: np.ndarray, info: DatasetInfo) -> np.ndarray:
+    """Draws an image, uint8 [H, W, 3], with its map, int32 [H, W], in the size of the contact sheet."""
+    height, width = panoptic.shape
+    scale = _PICTURE_SIZE / max(height, width)
+    if scale > 1:
+        scale = max(1, int(scale))  # A whole factor, so that all pixels are alike.
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+    panoptic = cv2.resize(panoptic, size, interpolation=cv2.INTER_NEAREST)
+    # OpenCV's letters are those of ASCII.
+    return caption(draw_overlay(image, panoptic, info), name.encode("ascii", "replace").decode())
+
+
+def _place(index: tfrecord.RecordIndex, number: int) -> str:
+    """Names the file of a record and its number there."""
+    file_number = index.file_numbers[number]
+    first = int(np.searchsorted(index.file_numbers, file_number))
+    return f"record {number - first} of {Path(index.files[file_number]).name}"
+
+
+def _color_faults(info: DatasetInfo) -> list[Fault]:
+    """Finds classes that cannot be told apart in pictures."""
+    names_of: dict[tuple[int, int, int], list[str]] = {}
+    for category in info.categories:
+        names_of.setdefault(category.color, []).append(category.name)
+    return [
+        Fault("two classes of one colour", "dataset_info.json", f"{', '.join(names)} all have colour {list(color)}.")
+        for color, names in names_of.items()
+        if len(names) > 1
+    ]
+
+
+def raise_if_faulty(inspection: Inspection, folder: str | os.PathLike[str], hint: str) -> None:
+    """Raises `UserError` if there are faults that must be mended; `hint` says where to look."""
+    if inspection.num_errors:
+        first = next(fault for fault in inspection.faults if fault.is_error)
+        raise UserError(
+            f"'{folder}' has {inspection.num_errors} faults, the first: {first.kind}, {first.where}: {first.text} "
+            f"{hint}"
+        )

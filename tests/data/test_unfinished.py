@@ -1,0 +1,305 @@
+"""Conversions that are killed, run twice, run out of space, or meet what another one has left."""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deeplab2_like.data import tfrecord
+from deeplab2_like.data.convert import common
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+
+INFO = DatasetInfo.from_coco_categories([{"id": 1, "name": "thing", "isthing": 1}], name="made up")
+COUNT, SHARDS = 7, 3
+
+
+class Conversion:
+    """A conversion of text files to records; counts what it makes."""
+
+    def __init__(self, folder: Path, count: int = COUNT) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.inputs = [folder / f"{number}.txt" for number in range(count)]
+        for number, path in enumerate(self.inputs):
+            path.write_text(f"contents {number}")
+        self.made: list[str] = []
+
+    def make_record(self, path: Path) -> bytes:
+        self.made.append(path.stem)
+        content = path.read_bytes()
+        if b"bad" in content:
+            raise UserError(f"'{path.name}' is bad.")
+        return content
+
+    def run(self, output_dir: Path, **changes: Any) -> common.ConversionReport:
+        self.made.clear()
+        arguments: dict[str, Any] = {"info": INFO, "split": "train", "shards": SHARDS, "inputs_of": lambda path: [path]}
+        return common.write_split(self.inputs, self.make_record, output_dir=output_dir, **(arguments | changes))
+
+
+@pytest.fixture
+def conversion(tmp_path: Path) -> Conversion:
+    return Conversion(tmp_path / "inputs")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
+def before_each_change(action: Callable[[str], None]) -> Iterator[None]:
+    """Calls `action` with the operation's name before anything changes in the file system."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watch(owner: Any, name: str) -> None:
+            original = getattr(owner, name)
+
+            def watched(*arguments: Any, **options: Any) -> Any:
+                action(name)
+                return original(*arguments, **options)
+
+            patch.setattr(owner, name, watched)
+
+        for name in ("replace", "unlink", "rmdir"):
+            watch(os, name)
+        watch(Path, "write_bytes")
+        watch(tfrecord.tf.io.TFRecordWriter, "write")
+        yield
+
+
+def test_killed_at_any_moment_it_ends_the_same(conversion: Conversion, tmp_path: Path) -> None:
+    conversion.run(tmp_path / "straight")
+    straight = contents(tmp_path / "straight")
+    # An earlier conversion of more files is there, which must not mix with the new one.
+    old = Conversion(tmp_path / "old", count=9)
+    old.run(tmp_path / "killed", shards=4)
+
+    moments: list[Path] = []
+
+    def copy(_: str) -> None:
+        moments.append(tmp_path / f"moment_{len(moments)}")
+        shutil.copytree(tmp_path / "killed", moments[-1])
+
+    with before_each_change(copy):
+        conversion.run(tmp_path / "killed")
+    # Seven records, three files and their JSONs, a plan, three moves, the facts, ...
+    assert len(moments) > 25
+    for moment in moments:
+        with contextlib.suppress(UserError):
+            # What is there meanwhile is of one conversion, or is refused.
+            assert tfrecord.count_examples(tfrecord.list_shards(moment, "train")) in (9, COUNT)
+        hidden = moment / ".train.conversion"
+        record = moment / ".train.conversion.json"
+        is_finished = record.exists() and json.loads(record.read_bytes())["plan"]["examples"] == COUNT
+        # Files hold the inputs 0 and 1, 2 and 3, 4 to 6.
+        expected = []
+        for name, inputs in zip(tfrecord.shard_names("train", SHARDS), ("01", "23", "456"), strict=True):
+            if not is_finished and not ((hidden / f"{name}.json").exists() and (hidden / "plan.json").exists()):
+                expected += list(inputs)
+        report = conversion.run(moment)
+        assert (conversion.made, report.is_unchanged) == (expected, is_finished)
+        assert contents(moment) == straight
+        assert not hidden.exists()
+
+
+def test_what_is_finished_is_not_made_again(conversion: Conversion, tmp_path: Path) -> None:
+    conversion.run(tmp_path / "straight")
+    conversion.inputs[4].write_text("bad")
+    with pytest.raises(UserError, match=r"'4\.txt' is bad"):
+        conversion.run(tmp_path / "records")
+    # The folder shows nothing of it.
+    assert [path for path in (tmp_path / "records").iterdir() if not path.name.startswith(".")] == []
+    calls = []
+    conversion.inputs[4].write_text("contents 4")
+    report = conversion.run(tmp_path / "records", progress=lambda done, total: calls.append((done, total)))
+    assert conversion.made == ["4", "5", "6"]
+    assert (report.kept_files, report.files, report.is_unchanged) == (2, 3, False)
+    assert calls == [(5, 7), (6, 7), (7, 7)]
+    for name in tfrecord.shard_names("train", SHARDS):
+        assert (tmp_path / "records" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_changed_inputs_are_made_again(conversion: Conversion, tmp_path: Path) -> None:
+    conversion.inputs[4].write_text("bad")
+    with pytest.raises(UserError):
+        conversion.run(tmp_path)
+    conversion.inputs[4].write_text("good")
+    conversion.inputs[0].write_text("other")
+    assert conversion.run(tmp_path).kept_files == 1
+    assert conversion.made == ["0", "1", "4", "5", "6"]
+
+
+def test_a_second_run_does_nothing(conversion: Conversion, tmp_path: Path) -> None:
+    first = conversion.run(tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    second = conversion.run(tmp_path, workers=2)
+    assert (first.is_unchanged, second.is_unchanged, second.examples, conversion.made) == (False, True, COUNT, [])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda conversion, folder: conversion.inputs[6].write_text("other"),
+        lambda conversion, folder: (folder / "train-00001-of-00003.tfrecord").unlink(),
+        lambda conversion, folder: (folder / "train-00001-of-00003.tfrecord").write_bytes(b""),
+    ],
+)
+def test_a_second_run_mends_what_has_changed(
+    conversion: Conversion, tmp_path: Path, change: Callable[[Conversion, Path], None]
+) -> None:
+    conversion.run(tmp_path / "records")
+    change(conversion, tmp_path / "records")
+    assert not conversion.run(tmp_path / "records").is_unchanged
+    conversion.run(tmp_path / "straight")
+    assert contents(tmp_path / "records") == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shards": 2}, r"shards 3 \(now 2\)"),
+        ({"options": {"size": [4, 5]}}, r"size None \(now \[4, 5\]\)"),
+        ({"info": INFO.from_coco_categories(INFO.to_coco_categories(), name="x", label_divisor=5000)}, "label_divisor"),
+        (
+            {"info": INFO.from_coco_categories([{"id": 2, "name": "stuff", "isthing": 0}], name="x")},
+            "other categories",
+        ),
+    ],
+)
+def test_another_interrupted_conversion_is_refused(
+    conversion: Conversion, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    conversion.inputs[6].write_text("bad")
+    with pytest.raises(UserError, match="is bad"):
+        conversion.run(tmp_path)
+    before = contents(tmp_path)
+    expected = rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*delete this folder"
+    with pytest.raises(UserError, match=expected):
+        conversion.run(tmp_path, **changes)
+    assert contents(tmp_path) == before
+
+
+def test_skipped_examples_are_reported_by_split(conversion: Conversion, tmp_path: Path) -> None:
+    for number in (0, 5):
+        conversion.inputs[number].write_text("bad")
+    for split in ("train", "val"):
+        report = conversion.run(tmp_path, split=split, on_error="skip")
+        assert report == common.ConversionReport(split, 5, ("'0.txt' is bad.", "'5.txt' is bad."))
+    lines = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"split": split, "file": str(conversion.inputs[number]), "reason": f"'{number}.txt' is bad."}
+        for split in ("train", "val")
+        for number in (0, 5)
+    ]
+    # A run that stops at faults does not take what was made by leaving them out.
+    with pytest.raises(UserError, match=r"'0\.txt' is bad"):
+        conversion.run(tmp_path)
+    for number in (0, 5):
+        conversion.inputs[number].write_text("good")
+    conversion.run(tmp_path)
+    assert [json.loads(line)["split"] for line in (tmp_path / "errors.jsonl").read_text().splitlines()] == ["val"] * 2
+    conversion.run(tmp_path, split="val")
+    assert not (tmp_path / "errors.jsonl").exists()
+
+
+def test_faults_of_finished_files_are_reported_after_a_kill(conversion: Conversion, tmp_path: Path) -> None:
+    conversion.inputs[0].write_text("bad")
+    original = conversion.make_record
+
+    def stopped(path: Path) -> bytes:
+        if path.stem == "5":
+            raise KeyboardInterrupt
+        return original(path)
+
+    conversion.make_record = stopped  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        conversion.run(tmp_path, on_error="skip")
+    conversion.make_record = original  # type: ignore[method-assign]
+    report = conversion.run(tmp_path, on_error="skip")
+    assert (report.kept_files, report.skipped, conversion.made) == (2, ("'0.txt' is bad.",), ["4", "5", "6"])
+    assert json.loads((tmp_path / "errors.jsonl").read_text())["file"] == str(conversion.inputs[0])
+
+
+def test_without_inputs_every_run_begins_anew(conversion: Conversion, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert not conversion.run(tmp_path, inputs_of=None).is_unchanged
+        assert len(conversion.made) == COUNT
+    assert tfrecord.count_examples(tfrecord.list_shards(tmp_path, "train")) == COUNT
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_full_disk_leaves_no_broken_file(conversion: Conversion, tmp_path: Path) -> None:
+    conversion.run(tmp_path / "straight")
+    straight = contents(tmp_path / "straight")
+    changes: list[str] = []
+    with before_each_change(changes.append):
+        conversion.run(tmp_path / "counted")
+    fails = [number for number, name in enumerate(changes) if name in ("replace", "write", "write_bytes")]
+    assert len(fails) > 20
+    for failing in fails:
+        folder = tmp_path / f"full_{failing}"
+        count = iter(range(len(changes) + 100))
+
+        def full(_: str, count: Iterator[int] = count, failing: int = failing) -> None:
+            if next(count) == failing:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with before_each_change(full), pytest.raises(UserError, match=r"^Cannot write .*No space left on device"):
+            conversion.run(folder)
+        for name, content in contents(folder).items() if folder.exists() else ():
+            # Whatever has its name is what it should be.
+            if name in straight:
+                assert content == straight[name]
+        conversion.run(folder)
+        assert contents(folder) == straight
+
+
+def test_a_killed_process(tmp_path: Path) -> None:
+    def command(folder: Path) -> list[str]:
+        size = ["--train", "24", "--val", "0", "--size", "64x128", "--shards", "12", "--workers", "1"]
+        return [sys.executable, "-m", "deeplab2_like", "convert", "scenes", *size, "--output-dir", str(folder)]
+
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.PIPE, env=environment)
+    hidden = tmp_path / "killed" / ".train.conversion"
+    deadline = time.monotonic() + 120
+    while len(list(hidden.glob("*.tfrecord.json"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    delay = random.Random(time.time_ns()).uniform(0, 0.1)
+    print(f"killed {delay:.3f} s after the third file")
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    was_finished = {path: path.stat().st_mtime_ns for path in hidden.glob("*.tfrecord")}
+
+    from deeplab2_like.cli import main
+
+    for name in ("killed", "straight"):
+        assert main(command(tmp_path / name)[3:]) == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+    if process.returncode == -signal.SIGKILL and was_finished:
+        kept = [
+            path for path in was_finished if (tmp_path / "killed" / path.name).stat().st_mtime_ns == was_finished[path]
+        ]
+        assert len(kept) >= 3
+
+
+def test_fingerprint_sees_names_that_are_no_names(tmp_path: Path) -> None:
+    conversion = Conversion(tmp_path / "inputs")
+    names = [np.str_("a\0b"), "\udcff"]
+    report = conversion.run(tmp_path / "records", inputs_of=lambda path: [Path(name) for name in names])
+    assert report.examples == COUNT
