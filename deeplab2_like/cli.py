@@ -1,6 +1,8 @@
 """The command line: `deeplab2-like COMMAND`. Each command is a thin layer over a function of the library."""
 
 import argparse
+import functools
+import importlib
 import json
 import logging
 import os
@@ -83,6 +85,7 @@ def _make_parser() -> argparse.ArgumentParser:
         source.add_argument("--output-dir", type=Path, required=True, help="record folder to write")
         source.add_argument("--shards", type=int, help="number of files (default: one per 500 examples)")
         source.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="examples converted at once")
+    _add_sources(sources)
 
     train = add("train", _train, "Train, or resume the training of a model folder.")
     train.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="a built-in config or a YAML file")
@@ -166,6 +169,46 @@ def _make_parser() -> argparse.ArgumentParser:
     describe.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON, too")
     _add_set(describe)
     return parser
+
+
+def _add_sources(sources: Any) -> None:
+    """Adds the commands `convert SOURCE` that run `convert_SOURCE` of `data/convert/SOURCE.py`.
+
+    Their options are the arguments of that function.
+    """
+
+    def add(name: str, help_text: str) -> argparse.ArgumentParser:
+        source: argparse.ArgumentParser = sources.add_parser(name, help=help_text, description=help_text)
+        source.set_defaults(run=functools.partial(_convert_source, name.replace("-", "_")))
+        source.add_argument("--output-dir", type=Path, required=True, help="record folder to write")
+        source.add_argument("--shards", type=int, help="number of files (default: one per 500 examples)")
+        source.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="examples converted at once")
+        source.add_argument(
+            "--on-error", choices=("stop", "skip"), default="stop", help="what to do with a bad example"
+        )
+        source.add_argument(
+            "--label-divisor", type=int, help="above the largest number of instances of a class in an image"
+        )
+        source.add_argument(
+            "--max-side", type=_positive, metavar="PIXELS", help="shrink images whose longer side is longer"
+        )
+        return source
+
+    def add_root(source: argparse.ArgumentParser, splits: str) -> None:
+        source.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the download")
+        source.add_argument("--splits", nargs="+", metavar="SPLIT", help=f"splits to convert (default: {splits})")
+
+    cityscapes = add("cityscapes", "Cityscapes as it is downloaded; no prepared panoptic PNGs are needed.")
+    add_root(cityscapes, "train val; with --coarse train_extra")
+    cityscapes.add_argument("--coarse", action="store_true", help="take the coarse labels, gtCoarse")
+
+
+def _convert_source(name: str, options: argparse.Namespace) -> None:
+    module = importlib.import_module(f"deeplab2_like.data.convert.{name}")
+    arguments = {key: value for key, value in vars(options).items() if key != "run"}
+    with progress_bar("convert") as progress:
+        reports = getattr(module, f"convert_{name}")(**arguments, progress=progress)
+    _print_reports(reports, options.output_dir)
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypedDict, TypeVar
 
 from deeplab2_like import errors
 from deeplab2_like.data import dataset_info, tfrecord
@@ -20,6 +20,15 @@ OnError = Literal["stop", "skip"]
 EXAMPLES_PER_SHARD = 500
 # Tried in this order if the user does not say: the smallest that holds all instances of a class.
 LABEL_DIVISORS = (1000, 10_000)
+
+
+class WriteOptions(TypedDict, total=False):
+    """Arguments of `write_split` that converters hand on as they are."""
+
+    shards: int | None
+    workers: int
+    on_error: OnError
+    progress: Progress | None
 
 
 @dataclasses.dataclass(frozen=True)
