@@ -202,6 +202,36 @@ def _add_sources(sources: Any) -> None:
     add_root(cityscapes, "train val; with --coarse train_extra")
     cityscapes.add_argument("--coarse", action="store_true", help="take the coarse labels, gtCoarse")
 
+    def add_shapes(source: argparse.ArgumentParser) -> None:
+        source.add_argument("--stuff", nargs="+", default=[], metavar="NAME", help="classes that are stuff, not things")
+        source.add_argument("--background", metavar="NAME", help="class of what has no label (default: it is void)")
+        source.add_argument(
+            "--overlap",
+            choices=("smaller-on-top", "later-on-top"),
+            default="smaller-on-top",
+            help="which of several shapes owns a pixel (default: %(default)s)",
+        )
+
+    instances = add("coco-instances", "A COCO instance JSON: polygons and run lengths, as CVAT and others export it.")
+    instances.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
+    instances.add_argument("--json", type=Path, required=True, dest="json_file", metavar="FILE", help="the JSON")
+    instances.add_argument("--split", help="name of the split (default: train, val or test, by the JSON's name)")
+    add_shapes(instances)
+    instances.add_argument(
+        "--stuff-pngs", type=Path, metavar="DIR", help="a PNG per image with the class of each pixel, below the objects"
+    )
+    instances.add_argument(
+        "--stuff-classes", type=Path, metavar="FILE", help="which value of the stuff PNGs is which class"
+    )
+
+    labelme = add("labelme", "A folder of labelme, with a JSON per image.")
+    labelme.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the JSONs")
+    labelme.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
+    labelme.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="all classes, in their order (default: those that occur)"
+    )
+    add_shapes(labelme)
+
 
 def _convert_source(name: str, options: argparse.Namespace) -> None:
     module = importlib.import_module(f"deeplab2_like.data.convert.{name}")

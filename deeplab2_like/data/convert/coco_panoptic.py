@@ -78,7 +78,7 @@ def convert_coco_panoptic(
     common.require_folder(images, "image folder")
     common.require_folder(panoptic, "folder of panoptic PNGs")
     content = _read_json(json_file)
-    split = split if split is not None else _guess_split(json_file)
+    split = split if split is not None else guess_split(json_file)
     info = common.agree_on_dataset_info(
         DatasetInfo.from_coco_categories(content["categories"], name=json_file.stem),
         output_dir=output_dir,
@@ -125,7 +125,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _guess_split(json_file: Path) -> str:
+def guess_split(json_file: Path) -> str:
     """Finds the split's name in a file name such as `panoptic_val2017.json`."""
     words = re.findall("[a-z]+", json_file.stem.lower())
     return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train")
