@@ -76,6 +76,7 @@ def _make_parser() -> argparse.ArgumentParser:
     coco.add_argument("--split", help="name of the split (default: train, val or test, by the JSON's name)")
     coco.add_argument("--label-divisor", type=int, help="above the largest number of instances of a class in an image")
     coco.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do with a bad example")
+    coco.add_argument("--max-side", type=_positive, metavar="PIXELS", help="shrink images whose longer side is longer")
     scenes = add("scenes", _convert_scenes, "The built-in procedural street scenes.", sources)
     scenes.add_argument("--train", type=int, required=True, help="number of training scenes")
     scenes.add_argument("--val", type=int, required=True, help="number of validation scenes")
@@ -202,9 +203,12 @@ def _add_sources(sources: Any) -> None:
     add_root(cityscapes, "train val; with --coarse train_extra")
     cityscapes.add_argument("--coarse", action="store_true", help="take the coarse labels, gtCoarse")
 
-    def add_shapes(source: argparse.ArgumentParser) -> None:
+    def add_classes(source: argparse.ArgumentParser) -> None:
         source.add_argument("--stuff", nargs="+", default=[], metavar="NAME", help="classes that are stuff, not things")
         source.add_argument("--background", metavar="NAME", help="class of what has no label (default: it is void)")
+
+    def add_shapes(source: argparse.ArgumentParser) -> None:
+        add_classes(source)
         source.add_argument(
             "--overlap",
             choices=("smaller-on-top", "later-on-top"),
@@ -223,6 +227,34 @@ def _add_sources(sources: Any) -> None:
     instances.add_argument(
         "--stuff-classes", type=Path, metavar="FILE", help="which value of the stuff PNGs is which class"
     )
+
+    mapillary = add("mapillary", "Mapillary Vistas 1.2 or 2.0 as it is downloaded.")
+    add_root(mapillary, "train val")
+    mapillary.add_argument("--version", choices=("1.2", "2.0"), help="which labels (default: the newest there)")
+
+    ade20k = add("ade20k", "ADE20K's challenge data, with or without the panoptic JSONs.")
+    add_root(ade20k, "train val")
+
+    semantic = add("semantic-pngs", "Labels without instances: a PNG per image with the class of each pixel.")
+    semantic.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
+    semantic.add_argument("--labels", type=Path, required=True, metavar="DIR", help="folder of the label PNGs")
+    semantic.add_argument("--classes", type=Path, required=True, metavar="FILE", help="which value is which class")
+    semantic.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
+    semantic.add_argument(
+        "--ignore", type=int, nargs="*", default=[255], metavar="VALUE", help="values that are void (default: 255)"
+    )
+    semantic.add_argument(
+        "--label-ending",
+        default=".png",
+        metavar="TEXT",
+        help="what a PNG's name has in place of the image's ending (default: %(default)s)",
+    )
+
+    cvat = add("cvat-masks", 'CVAT\'s export "Segmentation mask".')
+    cvat.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the unpacked export")
+    cvat.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
+    cvat.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: JPEGImages)")
+    add_classes(cvat)
 
     labelme = add("labelme", "A folder of labelme, with a JSON per image.")
     labelme.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the JSONs")
@@ -284,6 +316,7 @@ def _convert_coco_panoptic(options: argparse.Namespace) -> None:
             shards=options.shards,
             workers=options.workers,
             label_divisor=options.label_divisor,
+            max_side=options.max_side,
             on_error=options.on_error,
             progress=progress,
         )

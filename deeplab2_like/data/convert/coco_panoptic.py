@@ -13,7 +13,7 @@ from typing import Any
 
 from deeplab2_like.data import tfrecord
 from deeplab2_like.data.coco_segments import ids_to_panoptic, parse_segments, read_segment_ids
-from deeplab2_like.data.convert import common
+from deeplab2_like.data.convert import common, labelled_images
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 
@@ -47,6 +47,7 @@ def convert_coco_panoptic(
     shards: int | None = None,
     workers: int = 1,
     label_divisor: int | None = None,
+    max_side: int | None = None,
     on_error: common.OnError = "stop",
     progress: common.Progress | None = None,
 ) -> common.ConversionReport:
@@ -65,6 +66,7 @@ def convert_coco_panoptic(
         workers: Images converted at once.
         label_divisor: Factor between class and instance ids; None: the folder's, if it holds records, or else the
             smallest of 1000 and 10000 that fits.
+        max_side: Larger images are shrunk until their longer side has this many pixels; None: they stay as they are.
         on_error: "stop" at the first faulty image, or "skip" it and report it.
         progress: Called after each image with the numbers of images done and of all.
 
@@ -89,7 +91,7 @@ def convert_coco_panoptic(
 
     def make_record(example: _Example) -> bytes:
         try:
-            return _make_record(example, images=images, panoptic=panoptic, info=info)
+            return _make_record(example, images=images, panoptic=panoptic, info=info, max_side=max_side)
         except UserError as error:
             raise UserError(f"Image '{example.name}' of '{json_file}': {error}") from error
 
@@ -185,7 +187,7 @@ def _list_examples(content: Mapping[str, Any]) -> list[_Example]:
     return examples
 
 
-def _make_record(example: _Example, *, images: Path, panoptic: Path, info: DatasetInfo) -> bytes:
+def _make_record(example: _Example, *, images: Path, panoptic: Path, info: DatasetInfo, max_side: int | None) -> bytes:
     """Reads the files of one example and makes its record; every fault is a `UserError`."""
     if example.fault is not None:
         raise UserError(example.fault)
@@ -193,6 +195,8 @@ def _make_record(example: _Example, *, images: Path, panoptic: Path, info: Datas
     content = _read_file(images / example.name)
     png = panoptic / example.panoptic_name
     label = ids_to_panoptic(read_segment_ids(png), segments, info, png=f"'{png}'")
+    if max_side is not None:
+        content, label = labelled_images.shrink(content, label, max_side, name=example.name)
     return tfrecord.serialize_example(image=content, panoptic=label, filename=example.name)
 
 

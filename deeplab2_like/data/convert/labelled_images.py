@@ -1,5 +1,6 @@
 """What converters of images and label maps share: reading files, giving pixel values a meaning, making records."""
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from PIL import Image
 from deeplab2_like.data import panoptic_label, tfrecord
 from deeplab2_like.data.convert import common
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.image_files import list_images
 from deeplab2_like.data.label_runs import find_run_values
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import encode_png
@@ -170,15 +172,8 @@ def read_bytes(path: Path, what: str) -> bytes:
         raise UserError(f"the {what} '{path}' cannot be read ({error.strerror}).") from error
 
 
-def read_png(path: Path, what: str) -> np.ndarray:
-    """Reads a PNG whose numbers have a meaning, without turning a palette into colours.
-
-    Args:
-        path: The file.
-        what: What it is, for messages.
-
-    Returns:
-        Unsigned integers [H, W], grey values of 8 or 16 bits or positions in a palette; or uint8 [H, W, C], colours.
+def _read_png(path: Path, what: str, mode: str | None = None) -> np.ndarray:
+    """Reads a PNG, [H, W] or [H, W, C], with Pillow, which does not turn a palette into colours unless `mode` says so.
 
     Raises:
         UserError: If the file is missing or damaged.
@@ -186,15 +181,30 @@ def read_png(path: Path, what: str) -> np.ndarray:
     content = read_bytes(path, what)
     try:
         with Image.open(io.BytesIO(content)) as image:
-            pixels = np.asarray(image)
+            return np.asarray(image if mode is None else image.convert(mode))
     except (OSError, SyntaxError, ValueError) as error:  # What Pillow raises on damaged files.
         raise UserError(f"the {what} '{path}' is not a readable PNG, or cut short.") from error
-    return pixels.astype(np.uint8) if pixels.dtype == bool else pixels
+
+
+def read_color_png(path: Path, what: str) -> np.ndarray:
+    """Reads a PNG of colours, maybe from a palette, as `R + 256 G + 65536 B`, int32 [H, W].
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    return panoptic_label.rgb_to_ids(_read_png(path, what, "RGB").astype(np.int32))
 
 
 def read_value_png(path: Path, what: str) -> np.ndarray:
-    """Reads a PNG of one number per pixel; returns int32 [H, W]; raises `UserError` as `read_png` does."""
-    pixels = read_png(path, what)
+    """Reads a PNG of one number per pixel: a grey value of 8 or 16 bits, or the position in a palette.
+
+    Returns:
+        int32 [H, W].
+
+    Raises:
+        UserError: If the file is missing, damaged, or has colours without a palette.
+    """
+    pixels = _read_png(path, what)
     if pixels.ndim != 2:
         raise UserError(
             f"the {what} '{path}' has {pixels.shape[2]} channels; it must be grey (8 or 16 bits) or have a palette, "
@@ -210,3 +220,48 @@ def read_json(path: Path, what: str) -> Any:
         return json.loads(content)
     except ValueError as error:
         raise UserError(f"the {what} '{path}' is not a JSON file ({error}).") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """An image and its label.
+
+    Attributes:
+        name: The image's file name, with its folders below the folder of the images.
+        image: The image.
+        label: The PNG.
+    """
+
+    name: str
+    image: Path
+    label: Path
+
+
+def pair_images(images: Path, labels: Path, *, ending: str = ".png") -> list[Pair]:
+    """Pairs images with the PNGs of the same name, in folders of the two folders, too.
+
+    Args:
+        images: Folder of the images.
+        labels: Folder of the PNGs; may be the same.
+        ending: What a PNG's name has in place of the image's ending.
+
+    Returns:
+        A pair for each image and for each PNG without an image, by name; reading what is missing fails later.
+
+    Raises:
+        UserError: If a folder is missing, or there is no image.
+    """
+    common.require_folder(images, "image folder")
+    common.require_folder(labels, "folder of label PNGs")
+    pairs, stems = [], set()
+    for image in list_images(images, recursive=True):
+        if images == labels and image.name.endswith(ending):
+            continue
+        stem = image.relative_to(images).with_suffix("").as_posix()
+        stems.add(stem)
+        pairs.append(Pair(image.relative_to(images).as_posix(), image, labels / f"{stem}{ending}"))
+    for label in labels.rglob(f"*{ending}"):
+        stem = label.relative_to(labels).as_posix().removesuffix(ending)
+        if stem not in stems:
+            pairs.append(Pair(stem, images / stem, label))
+    return sorted(pairs, key=lambda pair: pair.name)
