@@ -264,6 +264,21 @@ def _add_sources(sources: Any) -> None:
     )
     add_shapes(labelme)
 
+    help_text = "Records that DeepLab2 has made: writes dataset_info.json beside them, and nothing else."
+    deeplab2 = sources.add_parser("deeplab2-records", help=help_text, description=help_text)
+    deeplab2.set_defaults(run=_describe_deeplab2_records)
+    deeplab2.add_argument("--records", type=Path, required=True, metavar="DIR", help="folder of the records")
+    deeplab2.add_argument("--data-set", required=True, metavar="NAME", help="what they hold: cityscapes or coco")
+
+
+def _describe_deeplab2_records(options: argparse.Namespace) -> None:
+    from deeplab2_like.data.convert.deeplab2_records import describe_deeplab2_records
+
+    counts = describe_deeplab2_records(options.records, options.data_set)
+    for split, count in counts.items():
+        print(f"Split '{split}': {count} examples.")
+    print(f"Records in {options.records} can be trained on.")
+
 
 def _convert_source(name: str, options: argparse.Namespace) -> None:
     module = importlib.import_module(f"deeplab2_like.data.convert.{name}")

@@ -142,6 +142,8 @@ def agree_on_dataset_info(
     if (output_dir / dataset_info.FILE_NAME).is_file():
         existing = DatasetInfo.load(output_dir)
         other_splits = [name for name in tfrecord.available_splits(output_dir) if name != split]
+        if existing.record_offset:
+            raise UserError(f"'{output_dir}' holds records that DeepLab2 has made; choose another output folder.")
         if existing.categories != info.categories:
             raise UserError(
                 f"'{output_dir}' holds records of '{existing.name}' with other categories "
