@@ -222,6 +222,11 @@ def _add_sources(sources: Any) -> None:
     instances.add_argument("--split", help="name of the split (default: train, val or test, by the JSON's name)")
     add_shapes(instances)
     instances.add_argument(
+        "--crowds-are-objects",
+        action="store_true",
+        help="iscrowd does not count, as some tools set it on whatever they write as run lengths",
+    )
+    instances.add_argument(
         "--stuff-pngs", type=Path, metavar="DIR", help="a PNG per image with the class of each pixel, below the objects"
     )
     instances.add_argument(

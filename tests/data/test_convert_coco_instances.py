@@ -118,6 +118,12 @@ def test_the_overlap_rule_decides(source: Source) -> None:
         source.convert(overlap="larger")
 
 
+def test_crowds_can_be_taken_as_objects(source: Source) -> None:
+    source.convert(crowds_are_objects=True)
+    # The persons have 12 pixels, the large car 8, the road 3, so who is on top is as before; the crowd is person 1.
+    np.testing.assert_array_equal(source.labels()[0], np.where(np.array(PANOPTIC) == 2000, 2001, PANOPTIC))
+
+
 def test_background_takes_what_is_left(source: Source) -> None:
     source.convert(background="rest")
     info = DatasetInfo.load(source.folder / "records")

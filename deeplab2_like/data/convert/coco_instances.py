@@ -45,6 +45,7 @@ def convert_coco_instances(
     overlap: shapes.Overlap = "smaller-on-top",
     stuff: Sequence[str] = (),
     background: str | None = None,
+    crowds_are_objects: bool = False,
     stuff_pngs: Path | None = None,
     stuff_classes: Path | None = None,
     **options: Unpack[labelled_images.Options],
@@ -62,6 +63,7 @@ def convert_coco_instances(
         overlap: Who owns a pixel of several annotations.
         stuff: Names of categories that are stuff. All others are things, unless the JSON has `"isthing": 0`.
         background: Name of the class of pixels that nothing covers; None: they are void.
+        crowds_are_objects: Whether `iscrowd` does not count. Some tools set it on whatever they write as run lengths.
         stuff_pngs: Folder of one PNG per image, named as the image, whose values are the classes of the pixels that no
             annotation covers; values without a class are void.
         stuff_classes: Which value is which class, see `read_class_list`. Classes with names of the JSON are the same
@@ -101,6 +103,8 @@ def convert_coco_instances(
             png = (Path(stuff_pngs) / example.name).with_suffix(".png")
             below = _draw_stuff(png, class_names_of_values, below, info)
         found = [_read_shape(annotation, example.size, info) for annotation in example.annotations]
+        if crowds_are_objects:
+            found = [dataclasses.replace(shape, is_crowd=False) for shape in found]
         return image, shapes.draw(found, below, overlap=overlap, info=info)
 
     examples = _list_examples(content)
