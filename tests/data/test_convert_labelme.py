@@ -181,6 +181,17 @@ def test_images_come_from_elsewhere(source: Source) -> None:
     assert [example["image"][0, 0, 0] for example in examples] == [ord("a"), ord("b")]
 
 
+def test_images_may_have_a_folder_of_their_own(source: Source) -> None:
+    # Neither the image nor the hidden file, as some systems leave them, counts as unlabelled.
+    (source.root / "images").mkdir()
+    (source.root / "a.png").rename(source.root / "images" / "photo.png")
+    (source.root / ".hidden.png").write_bytes(b"")
+    content = json.loads((source.root / "a.json").read_text())
+    (source.root / "a.json").write_text(json.dumps({**content, "imagePath": "images/photo.png"}))
+    assert source.convert().examples == 2
+    assert source.examples()[0]["image_id"] == b"photo.png"
+
+
 def test_a_turned_photograph_is_set_upright(source: Source) -> None:
     # Stored lying, with the flag to turn it by 90 degrees clockwise: the left column becomes the upper row.
     stored = np.zeros((WIDTH, HEIGHT, 3), np.uint8)

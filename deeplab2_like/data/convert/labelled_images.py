@@ -182,6 +182,8 @@ def _read_png(path: Path, what: str, mode: str | None = None) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return np.asarray(image if mode is None else image.convert(mode))
+    except Image.DecompressionBombError as error:
+        raise UserError(f"the {what} '{path}' is too large ({error}); cut image and label into parts.") from error
     except (OSError, SyntaxError, ValueError) as error:  # What Pillow raises on damaged files.
         raise UserError(f"the {what} '{path}' is not a readable PNG, or cut short.") from error
 

@@ -7,6 +7,7 @@ import base64
 import binascii
 import dataclasses
 import io
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -113,27 +114,31 @@ def convert_labelme(
 def _scan(root: Path) -> tuple[list[_Example], set[str], int]:
     """Lists JSONs and images without one; returns them, all names, and the largest number of shapes of a name."""
     examples, names, max_instances = [], set(), 0
-    of_json = set()
-    for json_file in sorted(root.rglob("*.json")):
-        name = json_file.with_suffix("").name
+    labelled = set()  # Paths of images, and of JSONs without their ending.
+    for json_file in _list_files(root, (".json",)):
+        name = json_file.stem
+        labelled.add(json_file.with_suffix(""))
         try:
             content = _read_json(json_file)
             counts = Counter(str(shape.get("label")) for shape in content["shapes"])
             counts.pop(_IGNORED, None)
             names |= set(counts)
             max_instances = max(max_instances, *counts.values(), 0)
-            name = _image_path(content).name
+            image = Path(os.path.normpath(json_file.parent / _image_path(content)))
+            labelled.add(image)
+            name = image.name
         except UserError:  # It comes again when the image is converted.
             pass
-        folder = PurePosixPath(json_file.relative_to(root).parent.as_posix())
-        examples.append(_Example(str(folder / name), json_file))
-        of_json |= {json_file.with_suffix(""), json_file.with_name(Path(name).stem)}
-    examples += [
-        _Example(path.relative_to(root).as_posix(), None)
-        for path in sorted(root.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix("") not in of_json
-    ]
+        examples.append(_Example((json_file.relative_to(root).parent / name).as_posix(), json_file))
+    for image in _list_files(root, IMAGE_SUFFIXES):
+        if not labelled & {Path(os.path.normpath(image)), image.with_suffix("")}:
+            examples.append(_Example(image.relative_to(root).as_posix(), None))
     return examples, names, max_instances
+
+
+def _list_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Lists files of a folder and its folders by name, without hidden ones."""
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith("."))
 
 
 def _known_names(output_dir: Path, names: set[str]) -> list[str]:
