@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import importlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from deeplab2_like.progress import progress_bar
 
 WRONG_USE = 2
 INTERNAL_FAILURE = 1
+_CHECK_HELP = "look for faults of the labels, as inspect does"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,23 +75,20 @@ def _make_parser() -> argparse.ArgumentParser:
     coco.add_argument("--panoptic", type=Path, required=True, help="folder of the panoptic PNGs")
     coco.add_argument("--json", type=Path, required=True, help="the panoptic JSON")
     coco.add_argument("--split", help="name of the split (default: train, val or test, by the JSON's name)")
-    coco.add_argument("--label-divisor", type=int, help="above the largest number of instances of a class in an image")
-    coco.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do with a bad example")
+    _add_label_options(coco)
     scenes = add("scenes", _convert_scenes, "The built-in procedural street scenes.", sources)
     scenes.add_argument("--train", type=int, required=True, help="number of training scenes")
     scenes.add_argument("--val", type=int, required=True, help="number of validation scenes")
     scenes.add_argument("--size", type=_size, required=True, metavar="HxW", help="height and width in pixels")
     scenes.add_argument("--seed", type=int, default=0, help="other seeds show other scenes")
     for source in (coco, scenes):
-        source.add_argument("--output-dir", type=Path, required=True, help="record folder to write")
-        source.add_argument("--shards", type=int, help="number of files (default: one per 500 examples)")
-        source.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="examples converted at once")
-        source.add_argument("--check", action="store_true", help="look for faults of the labels, as inspect does")
-        source.set_defaults(run=functools.partial(_convert, source.get_default("run")))
+        _add_writing(source, source.get_default("run"))
+    _add_sources(sources)
 
     inspect = add("inspect", _inspect, "Show what a record folder holds: pictures, statistics, faults of the labels.")
     inspect.add_argument("records", type=Path, metavar="RECORD_DIR", help="folder that convert wrote")
     inspect.add_argument("--output-dir", type=Path, required=True, help="folder for pictures and statistics.json")
+    inspect.add_argument("--splits", nargs="+", metavar="SPLIT", help="splits to look at (default: all)")
     inspect.add_argument("--pictures", type=_positive, default=16, help="pictures per split (default: %(default)s)")
     inspect.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="records looked at at once")
 
@@ -177,6 +176,139 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_writing(source: argparse.ArgumentParser, run: Callable[[argparse.Namespace], Sequence[Any] | None]) -> None:
+    """Adds what every `convert SOURCE` that writes records has; `run` as in `_convert`."""
+    source.set_defaults(run=functools.partial(_convert, run))
+    source.add_argument("--output-dir", type=Path, required=True, help="record folder to write")
+    source.add_argument("--shards", type=int, help="number of files (default: one per 500 examples)")
+    source.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="examples converted at once")
+    source.add_argument("--check", action="store_true", help=_CHECK_HELP)
+
+
+def _add_label_options(source: argparse.ArgumentParser) -> None:
+    source.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do with a bad example")
+    source.add_argument(
+        "--label-divisor", type=int, help="above the largest number of instances of a class in an image"
+    )
+    source.add_argument(
+        "--max-side", type=_positive, metavar="PIXELS", help="shrink images whose longer side is longer"
+    )
+
+
+def _add_sources(sources: Any) -> None:
+    """Adds the commands `convert SOURCE` that run `convert_SOURCE` of `data/convert/SOURCE.py`.
+
+    Their options are the arguments of that function.
+    """
+
+    def add(name: str, help_text: str) -> argparse.ArgumentParser:
+        source: argparse.ArgumentParser = sources.add_parser(name, help=help_text, description=help_text)
+        _add_writing(source, functools.partial(_convert_source, name.replace("-", "_")))
+        _add_label_options(source)
+        return source
+
+    def add_root(source: argparse.ArgumentParser, splits: str) -> None:
+        source.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the download")
+        source.add_argument("--splits", nargs="+", metavar="SPLIT", help=f"splits to convert (default: {splits})")
+
+    cityscapes = add("cityscapes", "Cityscapes as it is downloaded; no prepared panoptic PNGs are needed.")
+    add_root(cityscapes, "train val; with --coarse train_extra")
+    cityscapes.add_argument("--coarse", action="store_true", help="take the coarse labels, gtCoarse")
+
+    def add_classes(source: argparse.ArgumentParser) -> None:
+        source.add_argument("--stuff", nargs="+", default=[], metavar="NAME", help="classes that are stuff, not things")
+        source.add_argument("--background", metavar="NAME", help="class of what has no label (default: it is void)")
+
+    def add_shapes(source: argparse.ArgumentParser) -> None:
+        add_classes(source)
+        source.add_argument(
+            "--overlap",
+            choices=("smaller-on-top", "later-on-top"),
+            default="smaller-on-top",
+            help="which of several shapes owns a pixel (default: %(default)s)",
+        )
+
+    instances = add("coco-instances", "A COCO instance JSON: polygons and run lengths, as CVAT and others export it.")
+    instances.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
+    instances.add_argument("--json", type=Path, required=True, dest="json_file", metavar="FILE", help="the JSON")
+    instances.add_argument("--split", help="name of the split (default: train, val or test, by the JSON's name)")
+    add_shapes(instances)
+    instances.add_argument(
+        "--crowds-are-objects",
+        action="store_true",
+        help="iscrowd does not count, as some tools set it on whatever they write as run lengths",
+    )
+    instances.add_argument(
+        "--stuff-pngs", type=Path, metavar="DIR", help="a PNG per image with the class of each pixel, below the objects"
+    )
+    instances.add_argument(
+        "--stuff-classes", type=Path, metavar="FILE", help="which value of the stuff PNGs is which class"
+    )
+
+    mapillary = add("mapillary", "Mapillary Vistas 1.2 or 2.0 as it is downloaded.")
+    add_root(mapillary, "train val")
+    mapillary.add_argument("--version", choices=("1.2", "2.0"), help="which labels (default: the newest there)")
+
+    ade20k = add("ade20k", "ADE20K's challenge data, with or without the panoptic JSONs.")
+    add_root(ade20k, "train val")
+
+    semantic = add("semantic-pngs", "Labels without instances: a PNG per image with the class of each pixel.")
+    semantic.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
+    semantic.add_argument("--labels", type=Path, required=True, metavar="DIR", help="folder of the label PNGs")
+    semantic.add_argument("--classes", type=Path, required=True, metavar="FILE", help="which value is which class")
+    semantic.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
+    semantic.add_argument(
+        "--ignore", type=int, nargs="*", default=[255], metavar="VALUE", help="values that are void (default: 255)"
+    )
+    semantic.add_argument(
+        "--label-ending",
+        default=".png",
+        metavar="TEXT",
+        help="what a PNG's name has in place of the image's ending (default: %(default)s)",
+    )
+
+    cvat = add("cvat-masks", 'CVAT\'s export "Segmentation mask".')
+    cvat.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the unpacked export")
+    cvat.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
+    cvat.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: JPEGImages)")
+    add_classes(cvat)
+
+    labelme = add("labelme", "A folder of labelme, with a JSON per image.")
+    labelme.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the JSONs")
+    labelme.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
+    labelme.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="all classes, in their order (default: those that occur)"
+    )
+    add_shapes(labelme)
+
+    help_text = "Records that DeepLab2 has made: writes dataset_info.json beside them, and nothing else."
+    deeplab2 = sources.add_parser("deeplab2-records", help=help_text, description=help_text)
+    deeplab2.set_defaults(run=_describe_deeplab2_records)
+    deeplab2.add_argument("--records", type=Path, required=True, metavar="DIR", help="folder of the records")
+    deeplab2.add_argument("--data-set", required=True, metavar="NAME", help="what they hold: cityscapes or coco")
+    deeplab2.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="examples checked at once")
+    deeplab2.add_argument("--check", action="store_true", help=_CHECK_HELP)
+
+
+def _describe_deeplab2_records(options: argparse.Namespace) -> None:
+    from deeplab2_like.data.convert.deeplab2_records import describe_deeplab2_records
+
+    counts = describe_deeplab2_records(options.records, options.data_set)
+    for split, count in counts.items():
+        print(f"Split '{split}': {count} examples.")
+    print(f"Records in {options.records} can be trained on.")
+    if options.check:
+        _check(options.records, splits=list(counts), workers=options.workers)
+
+
+def _convert_source(name: str, options: argparse.Namespace) -> None:
+    module = importlib.import_module(f"deeplab2_like.data.convert.{name}")
+    arguments = {key: value for key, value in vars(options).items() if key not in ("run", "check")}
+    with progress_bar("convert") as progress:
+        reports = getattr(module, f"convert_{name}")(**arguments, progress=progress)
+    _print_reports(reports, options.output_dir)
+
+
 def _add_set(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
@@ -211,14 +343,20 @@ def _convert(run: Callable[[argparse.Namespace], Sequence[Any] | None], options:
     """Runs a converter, which may return faults that it has found in its source, and checks its records if asked to."""
     faults = run(options) or ()
     if options.check:
-        from deeplab2_like.inspection import inspect_records, print_inspection, raise_if_faulty
+        _check(options.output_dir, more_faults=faults, workers=options.workers)
 
-        with progress_bar("check") as progress:
-            inspection = inspect_records(
-                options.output_dir, pictures=0, workers=options.workers, more_faults=faults, progress=progress
-            )
-        print_inspection(inspection)
-        raise_if_faulty(inspection, options.output_dir, "The records are written; mend the labels and convert again.")
+
+def _check(
+    records: Path, *, workers: int, splits: Sequence[str] | None = None, more_faults: Sequence[Any] = ()
+) -> None:
+    from deeplab2_like.inspection import inspect_records, print_inspection, raise_if_faulty
+
+    with progress_bar("check") as progress:
+        inspection = inspect_records(
+            records, splits=splits, pictures=0, workers=workers, more_faults=more_faults, progress=progress
+        )
+    print_inspection(inspection)
+    raise_if_faulty(inspection, records, "The records are written; mend the labels and convert again.")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -226,7 +364,11 @@ def _inspect(options: argparse.Namespace) -> None:
 
     with progress_bar("inspect") as progress:
         inspection = inspect_records(
-            options.records, pictures=options.pictures, workers=options.workers, progress=progress
+            options.records,
+            splits=options.splits,
+            pictures=options.pictures,
+            workers=options.workers,
+            progress=progress,
         )
     inspection.save(options.output_dir)
     print_inspection(inspection)
@@ -248,6 +390,7 @@ def _convert_coco_panoptic(options: argparse.Namespace) -> Sequence[Any] | None:
             shards=options.shards,
             workers=options.workers,
             label_divisor=options.label_divisor,
+            max_side=options.max_side,
             on_error=options.on_error,
             progress=progress,
         )

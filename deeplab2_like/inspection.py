@@ -176,15 +176,17 @@ class _SplitStatistics:
 def inspect_records(
     folder: str | os.PathLike[str],
     *,
+    splits: Sequence[str] | None = None,
     pictures: int = 16,
     workers: int = 1,
     more_faults: Sequence[Fault] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Looks at all records of all splits of a folder, a few at a time.
+    """Looks at all records of a folder, a few at a time.
 
     Args:
         folder: A record folder.
+        splits: Which splits; None: all.
         pictures: Largest number of pictures of a contact sheet; they are spread evenly over the split.
         workers: Number of threads.
         more_faults: Faults found elsewhere, to be listed as well.
@@ -194,12 +196,12 @@ def inspect_records(
         Statistics, pictures and faults.
 
     Raises:
-        UserError: If the folder, its `dataset_info.json` or all splits are missing, or a file is cut short.
+        UserError: If the folder, its `dataset_info.json` or a split is missing, or a file is cut short.
     """
     if workers < 1:
         raise UserError(f"workers must be 1 or more, got {workers}.")
     info = DatasetInfo.load(folder)
-    splits = tfrecord.available_splits(folder)
+    splits = tfrecord.available_splits(folder) if splits is None else splits
     if not splits:
         raise UserError(f"'{folder}' holds no records; give a folder that `deeplab2-like convert` wrote.")
     indices = {split: tfrecord.read_index(tfrecord.list_shards(folder, split)) for split in splits}
@@ -298,7 +300,8 @@ def _record_viewer(
     """Returns a function that looks at the record of a number, or returns what is wrong with it."""
     read = pipeline.file_reader(index)
     load = tf.function(
-        lambda position: tfrecord.parse_example(read(position)), input_signature=[tf.TensorSpec([], tf.int64)]
+        lambda position: pipeline.read_example(read(position), info, check_classes=False),
+        input_signature=[tf.TensorSpec([], tf.int64)],
     )
 
     def look_at(number: int) -> _Image | UserError:

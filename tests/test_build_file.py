@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "deeplab2_like"
 # Where a package is imported by another name than it is installed by.
 DISTRIBUTIONS = {
+    "PIL": "pillow",
     "absl": "absl-py",
     "cv2": "opencv-python-headless",
     "official": "tf-models-official",

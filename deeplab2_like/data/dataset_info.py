@@ -51,12 +51,16 @@ class DatasetInfo:
         categories: The classes; their order gives the class ids.
         label_divisor: Factor between class and instance ids.
         ignore_label: Class id of void pixels; not smaller than the number of classes.
+        record_offset: What the records of the data set add to the class ids; smaller ones are void there. It is 1 for
+            records that DeepLab2 has made of COCO, where 0 is void and the classes count from 1. Only
+            `pipeline` knows of it: maps that it has read are as described above.
     """
 
     name: str = dataclasses.field(compare=False)
     categories: tuple[Category, ...]
     label_divisor: int = 1000
     ignore_label: int = 255
+    record_offset: int = 0
 
     def __post_init__(self) -> None:
         if not self.categories:
@@ -82,6 +86,8 @@ class DatasetInfo:
             )
         if self.label_divisor < 2:
             raise UserError(f"label_divisor must be at least 2, got {self.label_divisor}.")
+        if self.record_offset < 0:
+            raise UserError(f"record_offset must be 0 or more, got {self.record_offset}.")
         if (self.ignore_label + 1) * self.label_divisor - 1 > MAX_PANOPTIC_VALUE:
             raise UserError(
                 f"ignore_label {self.ignore_label} with label_divisor {self.label_divisor} gives panoptic values above "
@@ -174,6 +180,7 @@ class DatasetInfo:
             "name": self.name,
             "label_divisor": self.label_divisor,
             "ignore_label": self.ignore_label,
+            **({"record_offset": self.record_offset} if self.record_offset else {}),
             "categories": self.to_coco_categories(),
         }
         write_atomically(Path(folder) / FILE_NAME, (json.dumps(content, indent=1) + "\n").encode())
@@ -197,7 +204,11 @@ class DatasetInfo:
             info = cls.from_coco_categories(
                 content["categories"], name=str(content["name"]), label_divisor=whole_number(content["label_divisor"])
             )
-            return dataclasses.replace(info, ignore_label=whole_number(content["ignore_label"]))
+            return dataclasses.replace(
+                info,
+                ignore_label=whole_number(content["ignore_label"]),
+                record_offset=whole_number(content.get("record_offset", 0)),
+            )
         except UserError:
             raise
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:

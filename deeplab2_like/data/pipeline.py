@@ -78,7 +78,7 @@ def make_train_dataset(
     read = _cached_reader(index) if cache else file_reader(index)
 
     def prepare(number: tf.Tensor, record: tf.Tensor) -> dict[str, tf.Tensor | Targets]:
-        example = _check_classes(tfrecord.parse_example(read(record)), dataset_info)
+        example = read_example(read(record), dataset_info)
         example = augment.augment(
             example,
             seed=tf.stack([tf.constant(seed, tf.int64), number]),
@@ -120,7 +120,7 @@ def make_eval_dataset(
     """
 
     def prepare(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
-        return _check_classes(tfrecord.parse_example(serialized), dataset_info)
+        return read_example(serialized, dataset_info)
 
     dataset = tf.data.TFRecordDataset(list(files))
     dataset = dataset.map(prepare, num_parallel_calls=num_parallel_calls, deterministic=True)
@@ -173,14 +173,24 @@ def file_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]
     return read
 
 
-def _check_classes(example: dict[str, tf.Tensor], dataset_info: DatasetInfo) -> dict[str, tf.Tensor]:
-    """Returns the example, or stops on a panoptic value whose class the data set does not have."""
-    panoptic, divisor = example["panoptic"], dataset_info.label_divisor
-    class_map = panoptic // divisor
-    allowed = ((class_map >= 0) & (class_map < dataset_info.num_classes)) | (class_map == dataset_info.ignore_label)
+def read_example(
+    serialized: tf.Tensor, dataset_info: DatasetInfo, *, check_classes: bool = True
+) -> dict[str, tf.Tensor]:
+    """Reads a record as `tfrecord.parse_example` does, and takes `DatasetInfo.record_offset` off its classes.
+
+    With `check_classes` it stops on a panoptic value whose class the data set does not have.
+    """
+    example = tfrecord.parse_example(serialized)
+    panoptic, divisor, offset = example["panoptic"], dataset_info.label_divisor, dataset_info.record_offset
+    class_map = panoptic // divisor - offset
+    is_void = class_map == dataset_info.ignore_label
+    if offset:
+        is_void = (class_map < 0) & (panoptic >= 0)
+    allowed = ((class_map >= 0) & (class_map < dataset_info.num_classes)) | is_void
 
     def message() -> list[str | tf.Tensor]:
         value = tf.boolean_mask(panoptic, ~allowed)[0]
+        void = f"less than {offset}" if offset else f"{dataset_info.ignore_label}"
         return [
             "the label of image '",
             example["image_id"],
@@ -188,12 +198,16 @@ def _check_classes(example: dict[str, tf.Tensor], dataset_info: DatasetInfo) -> 
             value,
             ", which is class ",
             value // divisor,
-            f" with label_divisor {divisor}; classes are 0..{dataset_info.num_classes - 1}"
-            f" and {dataset_info.ignore_label} for void.",
+            f" with label_divisor {divisor}; classes are {offset}..{offset + dataset_info.num_classes - 1}"
+            f" and {void} for void.",
         ]
 
-    with tf.control_dependencies([tfrecord.require(tf.reduce_all(allowed), message)]):
-        return {**example, "panoptic": tf.identity(panoptic)}
+    if check_classes:
+        with tf.control_dependencies([tfrecord.require(tf.reduce_all(allowed), message)]):
+            panoptic = tf.identity(panoptic)
+    if offset:
+        panoptic = tf.where(is_void, dataset_info.void, panoptic - offset * divisor)
+    return {**example, "panoptic": panoptic}
 
 
 def _names(files: Sequence[str]) -> str:

@@ -16,34 +16,14 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from deeplab2_like.data import known_datasets
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter
 from deeplab2_like.files import image_id_of_name, make_folder, write_atomically, write_png
 
-# Name -> label id of the classes that Cityscapes evaluates; from `helpers/labels.py` of its scripts,
-# https://github.com/mcordts/cityscapesScripts.
-CITYSCAPES_LABEL_IDS = {
-    "road": 7,
-    "sidewalk": 8,
-    "building": 11,
-    "wall": 12,
-    "fence": 13,
-    "pole": 17,
-    "traffic light": 19,
-    "traffic sign": 20,
-    "vegetation": 21,
-    "terrain": 22,
-    "sky": 23,
-    "person": 24,
-    "rider": 25,
-    "car": 26,
-    "truck": 27,
-    "bus": 28,
-    "train": 31,
-    "motorcycle": 32,
-    "bicycle": 33,
-}
+# Name -> label id of the classes that Cityscapes evaluates.
+CITYSCAPES_LABEL_IDS = {category.name: category.id for category in known_datasets.CITYSCAPES}
 CITYSCAPES_UNLABELED = 0
 
 # City, number of the sequence and number of the frame, by which the servers find the prediction of an image.

@@ -52,7 +52,7 @@ def test_categories_come_back() -> None:
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
-    info = make_info(label_divisor=500, ignore_label=9)
+    info = make_info(label_divisor=500, ignore_label=9, record_offset=1)
     info.save(tmp_path / "made")
     assert DatasetInfo.load(tmp_path / "made") == info
     assert [path.name for path in (tmp_path / "made").iterdir()] == [FILE_NAME]
@@ -69,6 +69,7 @@ def test_saving_where_a_file_is(tmp_path: Path) -> None:
     [
         ({"categories": ()}, "Data set 'streets' has no categories; at least one is needed"),
         ({"ignore_label": 2}, "ignore_label 2 is also a class id, as there are 3 classes; use 3 or more"),
+        ({"record_offset": -1}, "record_offset must be 0 or more, got -1"),
         ({"label_divisor": 1}, "label_divisor must be at least 2, got 1"),
         # 256 * 65536 - 1 is the largest that fits: one more does not.
         ({"label_divisor": 65537}, "gives panoptic values above 16777215, which an RGB PNG cannot hold"),

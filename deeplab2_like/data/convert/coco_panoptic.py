@@ -13,7 +13,7 @@ from typing import Any
 from deeplab2_like import files
 from deeplab2_like.data import tfrecord
 from deeplab2_like.data.coco_segments import compare_measures, ids_to_panoptic, parse_segments, read_segment_ids
-from deeplab2_like.data.convert import common
+from deeplab2_like.data.convert import common, labelled_images
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.faults import Fault
 from deeplab2_like.errors import UserError
@@ -49,6 +49,7 @@ def convert_coco_panoptic(
     shards: int | None = None,
     workers: int = 1,
     label_divisor: int | None = None,
+    max_side: int | None = None,
     on_error: common.OnError = "stop",
     progress: common.Progress | None = None,
 ) -> common.ConversionReport:
@@ -67,6 +68,7 @@ def convert_coco_panoptic(
         workers: Images converted at once.
         label_divisor: Factor between class and instance ids; None: the folder's, if it holds records, or else the
             smallest of 1000 and 10000 that fits.
+        max_side: Larger images are shrunk until their longer side has this many pixels; None: they stay as they are.
         on_error: "stop" at the first faulty image, or "skip" it and report it.
         progress: Called after each image with the numbers of images done and of all.
 
@@ -80,7 +82,7 @@ def convert_coco_panoptic(
     common.require_folder(images, "image folder")
     common.require_folder(panoptic, "folder of panoptic PNGs")
     content = _read_json(json_file)
-    split = split if split is not None else _guess_split(json_file)
+    split = split if split is not None else guess_split(json_file)
     info = common.agree_on_dataset_info(
         DatasetInfo.from_coco_categories(content["categories"], name=json_file.stem),
         output_dir=output_dir,
@@ -91,7 +93,7 @@ def convert_coco_panoptic(
 
     def make_record(example: _Example) -> bytes:
         try:
-            return _make_record(example, images=images, panoptic=panoptic, info=info)
+            return _make_record(example, images=images, panoptic=panoptic, info=info, max_side=max_side)
         except UserError as error:
             raise UserError(f"Image '{example.name}' of '{json_file}': {error}") from error
 
@@ -106,6 +108,7 @@ def convert_coco_panoptic(
         on_error=on_error,
         progress=progress,
         inputs_of=lambda example: [images / example.name, panoptic / example.panoptic_name],
+        options={"max_side": max_side},
     )
 
 
@@ -155,7 +158,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _guess_split(json_file: Path) -> str:
+def guess_split(json_file: Path) -> str:
     """Finds the split's name in a file name such as `panoptic_val2017.json`."""
     words = re.findall("[a-z]+", json_file.stem.lower())
     return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train")
@@ -215,7 +218,7 @@ def _list_examples(content: Mapping[str, Any]) -> list[_Example]:
     return examples
 
 
-def _make_record(example: _Example, *, images: Path, panoptic: Path, info: DatasetInfo) -> bytes:
+def _make_record(example: _Example, *, images: Path, panoptic: Path, info: DatasetInfo, max_side: int | None) -> bytes:
     """Reads the files of one example and makes its record; every fault is a `UserError`."""
     if example.fault is not None:
         raise UserError(example.fault)
@@ -223,4 +226,6 @@ def _make_record(example: _Example, *, images: Path, panoptic: Path, info: Datas
     content = files.read_file(images / example.name, "the image")
     png = panoptic / example.panoptic_name
     label = ids_to_panoptic(read_segment_ids(png), segments, info, png=f"'{png}'")
+    if max_side is not None:
+        content, label = labelled_images.shrink(content, label, max_side, name=example.name)
     return tfrecord.serialize_example(image=content, panoptic=label, filename=example.name)

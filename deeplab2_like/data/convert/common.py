@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 from deeplab2_like import errors
 from deeplab2_like.data import dataset_info, tfrecord
@@ -22,6 +22,15 @@ OnError = Literal["stop", "skip"]
 EXAMPLES_PER_SHARD = 500
 # Tried in this order if the user does not say: the smallest that holds all instances of a class.
 LABEL_DIVISORS = (1000, 10_000)
+
+
+class WriteOptions(TypedDict, total=False):
+    """Arguments of `write_split` that converters hand on as they are."""
+
+    shards: int | None
+    workers: int
+    on_error: OnError
+    progress: Progress | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +204,8 @@ def agree_on_dataset_info(
     if (output_dir / dataset_info.FILE_NAME).is_file():
         existing = DatasetInfo.load(output_dir)
         other_splits = [name for name in tfrecord.available_splits(output_dir) if name != split]
+        if existing.record_offset:
+            raise UserError(f"'{output_dir}' holds records that DeepLab2 has made; choose another output folder.")
         if existing.categories != info.categories:
             raise UserError(
                 f"'{output_dir}' holds records of '{existing.name}' with other categories "

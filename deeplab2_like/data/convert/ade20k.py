@@ -1,0 +1,114 @@
+"""Converts ADE20K's challenge data, ADEChallengeData2016: 150 classes of which 100 are things.
+
+If `ade20k_panoptic_SPLIT.json` is there, as the usual preparation makes it, it is used; else `annotations`, the class
+of each pixel, and `annotations_instance`: red is the class in the instance challenge, green the number of the object.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Unpack
+
+import numpy as np
+
+from deeplab2_like.data import known_datasets
+from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError, unknown_name
+
+# Added to an object's class + 256 * number, to tell it from a class of `annotations`.
+_OBJECT = 2**16
+_FOLDERS = {"train": "training", "val": "validation"}
+
+
+def convert_ade20k(
+    *,
+    root: Path,
+    output_dir: Path,
+    splits: Sequence[str] | None = None,
+    **options: Unpack[labelled_images.Options],
+) -> tuple[common.ConversionReport, ...]:
+    """Converts splits of ADE20K.
+
+    Without the panoptic JSON, objects of `annotations_instance` are above the classes of `annotations`, as the two do
+    not agree everywhere, and pixels of a thing class without an object are void, both as in the usual preparation.
+
+    Args:
+        root: The folder with `images` and the labels.
+        output_dir: The record folder.
+        splits: `train` and `val`, or one of them; None: both.
+        **options: See `labelled_images.Options`.
+
+    Returns:
+        A report per split.
+
+    Raises:
+        UserError: If an input is missing or faulty; splits that were converted before stay.
+    """
+    root, output_dir = Path(root), Path(output_dir)
+    reports = []
+    for split in splits or _FOLDERS:
+        if split not in _FOLDERS:
+            raise unknown_name("split of ADE20K", split, _FOLDERS)
+        images = root / "images" / _FOLDERS[split]
+        panoptic = root / f"ade20k_panoptic_{split}"
+        if panoptic.with_suffix(".json").is_file():
+            report = convert_coco_panoptic(
+                images=images,
+                panoptic=panoptic,
+                json_file=panoptic.with_suffix(".json"),
+                output_dir=output_dir,
+                split=split,
+                **options,
+            )
+        else:
+            report = _convert_annotations(root, images, output_dir=output_dir, split=split, options=options)
+        reports.append(report)
+    return tuple(reports)
+
+
+def _convert_annotations(
+    root: Path, images: Path, *, output_dir: Path, split: str, options: labelled_images.Options
+) -> common.ConversionReport:
+    """Converts a split from `annotations` and `annotations_instance`."""
+    # Ids as in the panoptic JSON, from 0.
+    things = {number - 1 for number in known_datasets.ADE20K_THINGS}
+    categories = [
+        {"id": class_id, "name": name, "isthing": int(class_id in things)}
+        for class_id, name in enumerate(known_datasets.ADE20K_NAMES)
+    ]
+    instances = root / "annotations_instance" / images.name
+    common.require_folder(instances, "folder of instance PNGs")
+
+    def load(pair: labelled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+        instance_png = instances / pair.label.name
+
+        def meaning(value: int) -> tuple[int, bool] | None:
+            if value >= _OBJECT:
+                instance_class = value & 255
+                if instance_class > len(things):
+                    raise UserError(
+                        f"'{instance_png}' has class {instance_class} (red); it must be 0 to {len(things)}."
+                    )
+                return known_datasets.ADE20K_THINGS[instance_class - 1] - 1, True
+            if value > len(categories):
+                raise UserError(f"'{pair.label}' has class {value}; it must be 0 to {len(categories)}.")
+            return None if value == 0 or value - 1 in things else (value - 1, False)
+
+        image = labelled_images.read_bytes(pair.image, "image")
+        classes = labelled_images.read_value_png(pair.label, "class PNG")
+        objects = labelled_images.read_color_png(instance_png, "instance PNG") & 0xFFFF  # Without blue.
+        if classes.shape != objects.shape:
+            raise UserError(f"'{pair.label}' is {classes.shape} but '{instance_png}' {objects.shape} (height, width).")
+        is_object = ((objects & 255) > 0) & (objects >> 8 > 0)
+        return image, labelled_images.values_to_panoptic(np.where(is_object, _OBJECT + objects, classes), meaning, info)
+
+    return labelled_images.write_labelled_images(
+        labelled_images.pair_images(images, root / "annotations" / images.name),
+        load,
+        source=images,
+        info=DatasetInfo.from_coco_categories(categories, name="ade20k"),
+        output_dir=output_dir,
+        split=split,
+        **options,
+    )

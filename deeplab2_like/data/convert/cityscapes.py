@@ -1,0 +1,160 @@
+"""Converts Cityscapes as it is downloaded: `leftImg8bit/SPLIT/CITY/` and `gtFine/SPLIT/CITY/`, or `gtCoarse/`.
+
+All that a panoptic label needs is in `..._instanceIds.png`: a label id, or for a single object label id * 1000 + its
+number. Where the official tools have made `cityscapes_panoptic_SPLIT`, it is used instead: same labels.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+
+from deeplab2_like.data import known_datasets
+from deeplab2_like.data.coco_segments import ids_to_panoptic, parse_segments, read_segment_ids
+from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+
+_IMAGE_ENDING = "_leftImg8bit.png"
+# Ids 0 to 33, of which those that are no class of the benchmark are void. The licence plate's, -1, is in no PNG.
+_LAST_LABEL_ID = 33
+_INSTANCE_FACTOR = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class _Example:
+    """One image.
+
+    Attributes:
+        name: The image's file name.
+        image: The image.
+        label: The PNG of instance ids, or the panoptic PNG.
+        json_info: For a panoptic PNG, the data set's facts with the category ids of its JSON.
+        segments: For a panoptic PNG, its `segments_info`, not yet checked.
+    """
+
+    name: str
+    image: Path
+    label: Path
+    json_info: DatasetInfo | None = None
+    segments: Any = None
+
+
+def convert_cityscapes(
+    *,
+    root: Path,
+    output_dir: Path,
+    splits: Sequence[str] | None = None,
+    coarse: bool = False,
+    **options: Unpack[labelled_images.Options],
+) -> tuple[common.ConversionReport, ...]:
+    """Converts splits of Cityscapes, with its 19 classes of which 8 are things.
+
+    Pixels of a thing class without a number are a group of objects, and become a crowd region. Label ids without a
+    class become void.
+
+    Args:
+        root: The folder with `leftImg8bit` and `gtFine` or `gtCoarse`.
+        output_dir: The record folder.
+        splits: Names of the splits; None: train and val, or train_extra if `coarse`.
+        coarse: Whether to take the labels of `gtCoarse`. The splits of the records are then called `SPLIT_coarse`.
+        **options: See `labelled_images.Options`.
+
+    Returns:
+        A report per split.
+
+    Raises:
+        UserError: If an input is missing or faulty; splits that were converted before stay.
+    """
+    labels = Path(root) / ("gtCoarse" if coarse else "gtFine")
+    info = DatasetInfo("cityscapes", known_datasets.CITYSCAPES)
+    reports = []
+    for split in splits or (("train_extra",) if coarse else ("train", "val")):
+        images = Path(root) / "leftImg8bit" / split
+        common.require_folder(images, "image folder")
+        panoptic = labels / f"cityscapes_panoptic_{split}"
+        if panoptic.is_dir() and panoptic.with_suffix(".json").is_file():
+            examples = _list_panoptic(images, panoptic, info)
+        else:
+            common.require_folder(labels / split, "label folder")
+            examples = _list_instance_ids(images, labels / split)
+        reports.append(
+            labelled_images.write_labelled_images(
+                examples,
+                _load,
+                source=images,
+                info=info,
+                output_dir=Path(output_dir),
+                split=f"{split}_coarse" if coarse else split,
+                **options,
+            )
+        )
+    return tuple(reports)
+
+
+def _list_instance_ids(images: Path, labels: Path) -> list[_Example]:
+    """Lists what has an image or a PNG of instance ids, by city and name; what lacks one of them fails later."""
+    label_ending = f"_{labels.parent.name}_instanceIds.png"
+    stems = {
+        path.relative_to(folder).as_posix().removesuffix(ending)
+        for folder, ending in ((images, _IMAGE_ENDING), (labels, label_ending))
+        for path in folder.glob(f"*/*{ending}")
+    }
+    return [
+        _Example(
+            f"{Path(stem).name}{_IMAGE_ENDING}", images / f"{stem}{_IMAGE_ENDING}", labels / f"{stem}{label_ending}"
+        )
+        for stem in sorted(stems)
+    ]
+
+
+def _list_panoptic(images: Path, panoptic: Path, info: DatasetInfo) -> list[_Example]:
+    """Lists what has an image or an annotation in the official tools' JSON; what lacks one of them fails later.
+
+    The JSON holds label ids or train ids, so its classes are found by their names.
+    """
+    json_file = panoptic.with_suffix(".json")
+    content = labelled_images.read_json(json_file, "panoptic JSON")
+    try:
+        id_of_name = {category["name"]: int(category["id"]) for category in content["categories"]}
+        categories = tuple(dataclasses.replace(c, id=id_of_name[c.name]) for c in info.categories)
+        annotations = {str(annotation["image_id"]): annotation for annotation in content["annotations"]}
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"'{json_file}' is not what Cityscapes' own tools write ({error!r}); make it again with "
+            "csCreatePanopticImgs, or remove it, so that the PNGs of instance ids are used."
+        ) from error
+    json_info = dataclasses.replace(info, categories=categories)
+    image_ids = {path.name.removesuffix(_IMAGE_ENDING) for path in images.glob(f"*/*{_IMAGE_ENDING}")}
+    examples = []
+    for image_id in sorted(image_ids | set(annotations)):
+        name = f"{image_id}{_IMAGE_ENDING}"
+        annotation = annotations.get(image_id, {})
+        png = panoptic / str(annotation.get("file_name", f"{image_id}_{panoptic.parent.name}_panoptic.png"))
+        image = images / name.partition("_")[0] / name
+        examples.append(_Example(name, image, png, json_info, annotation.get("segments_info")))
+    return examples
+
+
+def _load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+    """Reads the image file's bytes, and the panoptic map, int32 [H, W]."""
+    image = labelled_images.read_bytes(example.image, "image")
+    if example.json_info is not None:
+        segments = parse_segments(example.segments, example.json_info)
+        ids = read_segment_ids(example.label)
+        return image, ids_to_panoptic(ids, segments, info, png=f"'{example.label}'")
+
+    def meaning(value: int) -> tuple[int, bool] | None:
+        label_id, is_instance = (value // _INSTANCE_FACTOR, True) if value >= _INSTANCE_FACTOR else (value, False)
+        if label_id > _LAST_LABEL_ID:
+            raise UserError(
+                f"'{example.label}' has the value {value}; it must be a label id, 0 to {_LAST_LABEL_ID}, or such an id "
+                f"* {_INSTANCE_FACTOR} + the number of an object."
+            )
+        class_id = info.class_of_category_id.get(label_id)
+        return None if class_id is None else (class_id, is_instance and info.categories[class_id].is_thing)
+
+    values = labelled_images.read_value_png(example.label, "PNG of instance ids")
+    return image, labelled_images.values_to_panoptic(values, meaning, info)

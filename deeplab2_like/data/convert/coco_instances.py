@@ -1,0 +1,229 @@
+"""Converts a COCO instance JSON: objects as polygons or run lengths, which may overlap. CVAT and others export it.
+
+Stuff may come from the same JSON, from one PNG of class numbers per image, or be one background class.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from deeplab2_like.data.convert import common, labelled_images, shapes
+from deeplab2_like.data.convert.class_lists import read_class_list
+from deeplab2_like.data.convert.coco_panoptic import guess_split
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+
+
+@dataclasses.dataclass
+class _Example:
+    """One image of the JSON.
+
+    Attributes:
+        name: The image's file name.
+        size: Height and width.
+        annotations: Those of the image, in the order of the JSON, not yet checked.
+        fault: What is already known to be wrong with it, or None.
+    """
+
+    name: str
+    size: tuple[int, int] = (0, 0)
+    annotations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    fault: str | None = None
+
+
+def convert_coco_instances(
+    *,
+    images: Path,
+    json_file: Path,
+    output_dir: Path,
+    split: str | None = None,
+    overlap: shapes.Overlap = "smaller-on-top",
+    stuff: Sequence[str] = (),
+    background: str | None = None,
+    crowds_are_objects: bool = False,
+    stuff_pngs: Path | None = None,
+    stuff_classes: Path | None = None,
+    **options: Unpack[labelled_images.Options],
+) -> tuple[common.ConversionReport, ...]:
+    """Converts one split.
+
+    A pixel belongs to the annotation on top, see `shapes.draw`; below are the stuff PNGs, then the background class;
+    the rest is void. Annotations with `iscrowd` become crowd regions.
+
+    Args:
+        images: Folder of the images.
+        json_file: The JSON, with `images`, `annotations` and `categories`.
+        output_dir: The record folder.
+        split: The split's name; None: as the JSON's file name says, see `guess_split`.
+        overlap: Who owns a pixel of several annotations.
+        stuff: Names of categories that are stuff. All others are things, unless the JSON has `"isthing": 0`.
+        background: Name of the class of pixels that nothing covers; None: they are void.
+        crowds_are_objects: Whether `iscrowd` does not count. Some tools set it on whatever they write as run lengths.
+        stuff_pngs: Folder of one PNG per image, named as the image, whose values are the classes of the pixels that no
+            annotation covers; values without a class are void.
+        stuff_classes: Which value is which class, see `read_class_list`. Classes with names of the JSON are the same
+            classes, which must be stuff.
+        **options: See `labelled_images.Options`.
+
+    Returns:
+        A report, in a tuple as of all converters of several splits.
+
+    Raises:
+        UserError: If an input is missing or faulty; the output folder is then as it was.
+    """
+    images, json_file = Path(images), Path(json_file)
+    common.require_folder(images, "image folder")
+    if (stuff_pngs is None) != (stuff_classes is None):
+        raise UserError("stuff_pngs and stuff_classes belong together: give both, or neither.")
+    content = _read_json(json_file)
+    categories = content["categories"]
+    class_names_of_values: dict[int, str] = {}
+    if stuff_pngs is not None and stuff_classes is not None:
+        common.require_folder(Path(stuff_pngs), "folder of stuff PNGs")
+        categories, class_names_of_values = _with_stuff_classes(categories, Path(stuff_classes))
+    info = shapes.make_info(categories, name=json_file.stem, stuff=stuff, background=background)
+    for name in class_names_of_values.values():
+        if info.categories[shapes.class_of_name(info)[name]].is_thing:
+            raise UserError(
+                f"Class '{name}' of '{stuff_classes}' is a thing in '{json_file}'; a stuff PNG cannot tell its objects "
+                "apart, so name the class in the list of stuff, too, or remove it from the file."
+            )
+
+    def load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+        if example.fault is not None:
+            raise UserError(example.fault)
+        image = labelled_images.read_bytes(images / example.name, "image")
+        below = shapes.empty_map(example.size, info, background)
+        if stuff_pngs is not None:
+            png = (Path(stuff_pngs) / example.name).with_suffix(".png")
+            below = _draw_stuff(png, class_names_of_values, below, info)
+        found = [_read_shape(annotation, example.size, info) for annotation in example.annotations]
+        if crowds_are_objects:
+            found = [dataclasses.replace(shape, is_crowd=False) for shape in found]
+        return image, shapes.draw(found, below, overlap=overlap, info=info)
+
+    examples = _list_examples(content)
+    counts = [Counter(str(a.get("category_id")) for a in example.annotations) for example in examples]
+    report = labelled_images.write_labelled_images(
+        examples,
+        load,
+        source=json_file,
+        info=info,
+        output_dir=Path(output_dir),
+        split=split if split is not None else guess_split(json_file),
+        max_instances=max((count for counter in counts for count in counter.values()), default=0),
+        **options,
+    )
+    return (report,)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Reads the JSON and checks that its lists are there, and are lists of objects."""
+    content = labelled_images.read_json(path, "COCO JSON")
+    for key in ("images", "annotations", "categories"):
+        value = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            raise UserError(
+                f"'{path}' has no list '{key}'; a COCO instance JSON has 'images', 'annotations' and 'categories'."
+            )
+    return content
+
+
+def _with_stuff_classes(
+    categories: list[dict[str, Any]], class_list: Path
+) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """Adds the classes of the stuff PNGs to the JSON's; returns all, and the class name of each value in the PNGs."""
+    categories = list(categories)
+    ids = {category.get("id") for category in categories}
+    names = {category.get("name") for category in categories}
+    name_of_value = {}
+    for entry in read_class_list(class_list):
+        name_of_value[entry["id"]] = entry["name"]
+        if entry["name"] not in names:
+            # The value is the category's id if it is free, as in COCO.
+            number = entry["id"] if entry["id"] not in ids else max(i for i in ids if isinstance(i, int)) + 1
+            ids.add(number)
+            categories.append({**entry, "id": number, "isthing": 0})
+    return categories, name_of_value
+
+
+def _list_examples(content: dict[str, Any]) -> list[_Example]:
+    """Gives each image its annotations, in the order of the images; whatever does not fit becomes a fault."""
+    examples: list[_Example] = []
+    of_image_id: dict[Any, _Example] = {}
+    for position, image in enumerate(content["images"]):
+        image_id, name, height, width = (image.get(key) for key in ("id", "file_name", "height", "width"))
+        is_whole = isinstance(image_id, int | str) and isinstance(name, str)
+        if not is_whole or not isinstance(height, int) or not isinstance(width, int):
+            fault = f"entry {position} of 'images' lacks 'id', 'file_name', 'height' or 'width'; add it."
+            examples.append(_Example(str(name or image_id), fault=fault))
+        elif image_id in of_image_id:
+            fault = f"id {image_id!r} is in 'images' more than once; ids must differ."
+            of_image_id[image_id].fault = fault
+        else:
+            of_image_id[image_id] = _Example(name, (height, width))
+            examples.append(of_image_id[image_id])
+    for position, annotation in enumerate(content["annotations"]):
+        image_id = annotation.get("image_id")
+        if isinstance(image_id, int | str) and image_id in of_image_id:
+            of_image_id[image_id].annotations.append(annotation)
+        else:
+            fault = f"entry {position} of 'annotations' has image_id {image_id!r}, which 'images' does not list."
+            examples.append(_Example(str(image_id), fault=fault))
+    return examples
+
+
+def _read_shape(annotation: dict[str, Any], size: tuple[int, int], info: DatasetInfo) -> shapes.Shape:
+    """Reads one annotation."""
+    name = f"its annotation of id {annotation.get('id')!r}"
+    category_id, segmentation = annotation.get("category_id"), annotation.get("segmentation")
+    class_id = info.class_of_category_id.get(category_id) if isinstance(category_id, int) else None
+    if class_id is None:
+        raise UserError(f"{name} has category_id {category_id!r}, which 'categories' does not list.")
+    if isinstance(segmentation, dict):
+        runs = _read_runs(segmentation, size, name)
+    elif isinstance(segmentation, list) and segmentation:
+        try:
+            runs = shapes.polygon_runs(segmentation, size)
+        except UserError as error:
+            raise UserError(f"{name} {error}.") from error
+    else:
+        raise UserError(f"{name} has no 'segmentation'; a box does not say which pixels are meant: draw its outline.")
+    return shapes.Shape(class_id, runs, is_crowd=bool(annotation.get("iscrowd", 0)))
+
+
+def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], name: str) -> shapes.Runs:
+    """Reads run lengths, as a list of numbers or as the text in which pycocotools packs it."""
+    height, width = size
+    counts: Any = segmentation.get("counts")
+    if segmentation.get("size") != [height, width]:
+        raise UserError(f"{name} has run lengths of size {segmentation.get('size')}; its image is {[height, width]}.")
+    try:
+        if isinstance(counts, list):
+            runs = coco_mask.frPyObjects(segmentation, height, width)
+        else:
+            runs = {"size": [height, width], "counts": str.encode(counts)}
+        shapes.decode_runs(runs)  # Raises on damaged ones.
+        return runs
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{name} has run lengths that cannot be read ({error}).") from error
+
+
+def _draw_stuff(png: Path, name_of_value: dict[int, str], below: np.ndarray, info: DatasetInfo) -> np.ndarray:
+    """Draws a stuff PNG over a panoptic map, int32 [H, W]."""
+    values = labelled_images.read_value_png(png, "stuff PNG")
+    if values.shape != below.shape:
+        raise UserError(f"the stuff PNG '{png}' is {values.shape} but its image {below.shape} (height, width).")
+    class_id_of_name = shapes.class_of_name(info)
+    class_id_of_value = {value: class_id_of_name[name] for value, name in name_of_value.items()}
+
+    def meaning(value: int) -> tuple[int, bool] | None:
+        return (class_id_of_value[value], False) if value in class_id_of_value else None
+
+    stuff = labelled_images.values_to_panoptic(values, meaning, info)
+    return np.where(stuff == info.void, below, stuff)

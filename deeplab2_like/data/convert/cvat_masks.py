@@ -1,0 +1,123 @@
+"""Converts CVAT's export "Segmentation mask": coloured PNGs of classes and of objects, in the layout of Pascal VOC."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+
+from deeplab2_like.data.convert import common, labelled_images, shapes
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+
+# CVAT adds a class of this name for what has no shape.
+_BACKGROUND = "background"
+
+
+def convert_cvat_masks(
+    *,
+    root: Path,
+    output_dir: Path,
+    split: str = "train",
+    images: Path | None = None,
+    stuff: Sequence[str] = (),
+    background: str | None = None,
+    **options: Unpack[labelled_images.Options],
+) -> tuple[common.ConversionReport, ...]:
+    """Converts one export as one split.
+
+    Pixels of a thing class and of one colour in `SegmentationObject` are one object; those that are black there are a
+    crowd region. CVAT has decided who owns a pixel of several shapes, by their order in its editor.
+
+    Args:
+        root: The unpacked export, with `labelmap.txt`, `SegmentationClass` and `SegmentationObject`.
+        output_dir: The record folder.
+        split: The split's name.
+        images: Folder of the images; None: `JPEGImages` of the export, which has them if they were exported, too.
+        stuff: Names of the classes that are stuff; all others are things.
+        background: Name of the class of pixels without a shape, `background` for instance; None: they are void.
+        **options: See `labelled_images.Options`.
+
+    Returns:
+        A report, in a tuple as of all converters of several splits.
+
+    Raises:
+        UserError: If an input is missing or faulty; the output folder is then as it was.
+    """
+    root = Path(root)
+    images = root / "JPEGImages" if images is None else Path(images)
+    classes, objects = root / "SegmentationClass", root / "SegmentationObject"
+    common.require_folder(objects, "folder of object PNGs")
+    color_and_name = _read_labelmap(root / "labelmap.txt")
+    categories: list[dict[str, Any]] = [
+        {"id": number, "name": name, "color": color}
+        for number, (color, name) in enumerate(color_and_name, start=1)
+        if name.lower() != _BACKGROUND
+    ]
+    info = shapes.make_info(categories, name=root.name, stuff=stuff, background=background)
+    class_of_name = shapes.class_of_name(info)
+    no_shape = None if background is None else class_of_name[background]
+    # What has no shape is black, or has the colour that the label map gives it.
+    class_of_color = {0: no_shape}
+    for color, name in color_and_name:
+        class_of_color[_color_id(color)] = no_shape if name.lower() == _BACKGROUND else class_of_name[name]
+
+    def load(pair: labelled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+        image = labelled_images.read_bytes(pair.image, "image")
+        class_colors = labelled_images.read_color_png(pair.label, "class PNG")
+        object_png = objects / pair.label.relative_to(classes)
+        object_colors = labelled_images.read_color_png(object_png, "object PNG")
+        if class_colors.shape != object_colors.shape:
+            raise UserError(
+                f"'{pair.label}' is {class_colors.shape} but '{object_png}' {object_colors.shape} (height, width); "
+                "export both again."
+            )
+
+        def meaning(value: int) -> tuple[int, bool] | None:
+            color, object_color = value >> 24, value & 0xFFFFFF
+            if color not in class_of_color:
+                red, green, blue = color & 255, color >> 8 & 255, color >> 16
+                raise UserError(
+                    f"'{pair.label}' has the colour {red},{green},{blue}, which labelmap.txt does not list; export "
+                    "both again."
+                )
+            class_id = class_of_color[color]
+            return None if class_id is None else (class_id, info.categories[class_id].is_thing and object_color > 0)
+
+        both = class_colors.astype(np.int64) << 24 | object_colors
+        return image, labelled_images.values_to_panoptic(both, meaning, info)
+
+    report = labelled_images.write_labelled_images(
+        labelled_images.pair_images(images, classes),
+        load,
+        source=root,
+        info=info,
+        output_dir=Path(output_dir),
+        split=split,
+        **options,
+    )
+    return (report,)
+
+
+def _read_labelmap(path: Path) -> list[tuple[tuple[int, int, int], str]]:
+    """Reads colour and name of each class from lines `name:red,green,blue:parts:actions`."""
+    text = labelled_images.read_bytes(path, "label map").decode(errors="replace")
+    found = []
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"(.+?):\s*(\d+),\s*(\d+),\s*(\d+)\s*(:.*)?", line.strip())
+        if match is None:
+            raise UserError(f"'{path}' has the line '{line}'; a line is `name:red,green,blue::`, as CVAT writes it.")
+        found.append(((int(match[2]), int(match[3]), int(match[4])), match[1]))
+    doubled = [color for position, (color, _) in enumerate(found) if color in [c for c, _ in found[:position]]]
+    if doubled:
+        raise UserError(f"'{path}' has two classes of the colour {doubled[0]}; change one in CVAT and export again.")
+    return found
+
+
+def _color_id(color: tuple[int, int, int]) -> int:
+    """The number of a colour in `labelled_images.read_color_png`."""
+    red, green, blue = color
+    return red + 256 * green + 65536 * blue

@@ -1,0 +1,58 @@
+"""Records that DeepLab2's scripts have made are read as they are; only what their values mean has to be written down.
+
+The facts are those of DeepLab2's `data/dataset.py`.
+"""
+
+from pathlib import Path
+
+from deeplab2_like.data import dataset_info, known_datasets, pipeline, tfrecord
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError, unknown_name
+
+# Cityscapes has train ids and 255 for void; COCO has its 133 classes from 1 on, in their order, and 0 for void. Crowd
+# regions are void in either, unless DeepLab2 was told otherwise.
+DATA_SETS = {
+    "cityscapes": DatasetInfo("cityscapes", known_datasets.CITYSCAPES),
+    "coco": DatasetInfo("coco", known_datasets.COCO_PANOPTIC, label_divisor=256, record_offset=1),
+}
+# DeepLab2 writes it without labels.
+_UNLABELLED_SPLIT = "test"
+
+
+def describe_deeplab2_records(records: Path, data_set: str) -> dict[str, int]:
+    """Writes `dataset_info.json` beside the records, after a look at the first one of each split.
+
+    Args:
+        records: The folder of `SPLIT-00000-of-N.tfrecord` and on.
+        data_set: One of `DATA_SETS`.
+
+    Returns:
+        The number of examples of each split that has labels.
+
+    Raises:
+        UserError: If the data set is unknown, there are no such records, they hold other labels, or the folder has
+            another `dataset_info.json`.
+    """
+    records = Path(records)
+    if data_set not in DATA_SETS:
+        raise unknown_name("data set of DeepLab2", data_set, DATA_SETS)
+    info = DATA_SETS[data_set]
+    splits = [split for split in tfrecord.available_splits(records) if split != _UNLABELLED_SPLIT]
+    if not splits:
+        raise UserError(
+            f"'{records}' has no files like train-00000-of-00010.tfrecord; give the folder that DeepLab2 wrote."
+        )
+    if (records / dataset_info.FILE_NAME).is_file() and DatasetInfo.load(records) != info:
+        raise UserError(
+            f"'{records / dataset_info.FILE_NAME}' says something else than what is known of DeepLab2's {data_set}; "
+            "remove it if it is wrong."
+        )
+    counts = {}
+    for split in splits:
+        files = tfrecord.list_shards(records, split)
+        counts[split] = tfrecord.count_examples(files)
+        with tfrecord.user_errors(files):
+            for _ in pipeline.make_eval_dataset(files, dataset_info=info).take(1):
+                pass
+    info.save(records)
+    return counts

@@ -1,0 +1,269 @@
+"""What converters of images and label maps share: reading files, giving pixel values a meaning, making records."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, Unpack
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from deeplab2_like.data import panoptic_label, tfrecord
+from deeplab2_like.data.convert import common
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.image_files import list_images
+from deeplab2_like.data.label_runs import find_run_values
+from deeplab2_like.errors import UserError
+from deeplab2_like.files import encode_png
+
+
+class Named(Protocol):
+    """An image to be converted; `name` is its file name, maybe with folders, which its record keeps as `image_id`."""
+
+    @property
+    def name(self) -> str:
+        """The name."""
+
+
+NamedItem = TypeVar("NamedItem", bound=Named)
+
+
+class Options(common.WriteOptions, total=False):
+    """What users may choose about any source.
+
+    Attributes:
+        label_divisor: Factor between class and instance ids; None: the folder's, or else the smallest that fits.
+        max_side: Larger images are shrunk until their longer side has this many pixels; None: they stay as they are.
+    """
+
+    label_divisor: int | None
+    max_side: int | None
+
+
+def write_labelled_images(
+    items: Sequence[NamedItem],
+    load: Callable[[NamedItem, DatasetInfo], tuple[bytes, np.ndarray]],
+    *,
+    source: Path,
+    info: DatasetInfo,
+    output_dir: Path,
+    split: str,
+    max_instances: int = 0,
+    label_divisor: int | None = None,
+    max_side: int | None = None,
+    **options: Unpack[common.WriteOptions],
+) -> common.ConversionReport:
+    """Writes one split.
+
+    Args:
+        items: The images, in the order of the records.
+        load: Returns an image file's bytes and its panoptic map, int32 [H, W], in the encoding of the given facts;
+            raises `UserError` if the image or its label is faulty.
+        source: Where the images come from, for messages.
+        info: The data set's facts; its label divisor does not count.
+        output_dir: The record folder; several splits of a data set go to one folder.
+        split: The split's name.
+        max_instances: Largest number of instances of a class in any image, as far as it is known beforehand.
+        label_divisor: See `Options`.
+        max_side: See `Options`.
+        **options: See `common.write_split`.
+
+    Returns:
+        What was written and skipped.
+
+    Raises:
+        UserError: If an input is missing or faulty; the output folder is then as it was.
+    """
+    if max_side is not None and max_side < 1:
+        raise UserError(f"max_side must be 1 or more, got {max_side}.")
+    agreed = common.agree_on_dataset_info(
+        info, output_dir=output_dir, split=split, max_instances=max_instances, label_divisor=label_divisor
+    )
+
+    def make_record(item: NamedItem) -> bytes:
+        try:
+            image, panoptic = load(item, agreed)
+            if max_side is not None:
+                image, panoptic = shrink(image, panoptic, max_side, name=item.name)
+            return tfrecord.serialize_example(image=image, panoptic=panoptic, filename=item.name)
+        except UserError as error:
+            raise UserError(f"Image '{item.name}' of '{source}': {error}") from error
+
+    return common.write_split(items, make_record, info=agreed, output_dir=output_dir, split=split, **options)
+
+
+def shrink(image: bytes, panoptic: np.ndarray, max_side: int, *, name: str) -> tuple[bytes, np.ndarray]:
+    """Shrinks an image and its label so that the longer side has `max_side` pixels, unless it has no more.
+
+    Args:
+        image: A whole image file's bytes.
+        panoptic: int32 [H, W], panoptic map.
+        max_side: Pixels.
+        name: The image's name, for messages.
+
+    Returns:
+        The bytes of an image file (a JPEG if it was one, else a PNG), and a panoptic map, int32 [h, w], of its size.
+
+    Raises:
+        UserError: If the image cannot be read or has another size than its label.
+    """
+    pixels, _ = tfrecord.decode_image_bytes(image, name)
+    height, width = pixels.shape[:2]
+    # A label of another size stays as it is, so that making the record names both sizes.
+    if max(height, width) <= max_side or panoptic.shape != (height, width):
+        return image, panoptic
+    factor = max_side / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))  # OpenCV's order.
+    pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    panoptic = cv2.resize(panoptic, size, interpolation=cv2.INTER_NEAREST_EXACT)
+    if image[:3] != b"\xff\xd8\xff":
+        return encode_png(pixels), panoptic
+    _, encoded = cv2.imencode(".jpg", np.ascontiguousarray(pixels[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 95])
+    return encoded.tobytes(), panoptic
+
+
+def values_to_panoptic(
+    values: np.ndarray, meaning: Callable[[int], tuple[int, bool] | None], info: DatasetInfo
+) -> np.ndarray:
+    """Turns a map of a data set's own values into a panoptic map.
+
+    Instances of a class are numbered from 1 in the order of their values.
+
+    Args:
+        values: Integers [H, W]; equal values belong to the same segment.
+        meaning: Of a value: class id (contiguous) and whether it is an instance of a thing class; what is none gets
+            instance 0, as stuff and crowd regions do. None stands for void. Raises `UserError` on unknown values.
+        info: The data set's facts.
+
+    Returns:
+        int32 [H, W], panoptic map.
+
+    Raises:
+        UserError: If a value is unknown, or the instances of a class are too many for the label divisor.
+    """
+    lengths, (run_values,) = find_run_values(values.reshape(-1))
+    present, index = np.unique(run_values, return_inverse=True)
+    panoptic_values = np.full(present.size, info.void, np.int32)
+    instances = [0] * info.num_classes
+    for position, value in enumerate(present.tolist()):
+        found = meaning(value)
+        if found is None:
+            continue
+        class_id, is_instance = found
+        instances[class_id] += is_instance
+        if instances[class_id] >= info.label_divisor:
+            raise UserError(
+                f"it has more than {info.label_divisor - 1} instances of '{info.categories[class_id].name}'; use a "
+                f"label_divisor above {instances[class_id]}."
+            )
+        instance = instances[class_id] if is_instance else 0
+        panoptic_values[position] = panoptic_label.encode(class_id, instance, info.label_divisor)
+    return np.repeat(panoptic_values[index], lengths).reshape(values.shape)  # [H, W]
+
+
+def read_bytes(path: Path, what: str) -> bytes:
+    """Reads a file described by `what`; raises `UserError` if that is impossible."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"the {what} '{path}' cannot be read ({error.strerror}).") from error
+
+
+def _read_png(path: Path, what: str, mode: str | None = None) -> np.ndarray:
+    """Reads a PNG, [H, W] or [H, W, C], with Pillow, which does not turn a palette into colours unless `mode` says so.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    content = read_bytes(path, what)
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return np.asarray(image if mode is None else image.convert(mode))
+    except Image.DecompressionBombError as error:
+        raise UserError(f"the {what} '{path}' is too large ({error}); cut image and label into parts.") from error
+    except (OSError, SyntaxError, ValueError) as error:  # What Pillow raises on damaged files.
+        raise UserError(f"the {what} '{path}' is not a readable PNG, or cut short.") from error
+
+
+def read_color_png(path: Path, what: str) -> np.ndarray:
+    """Reads a PNG of colours, maybe from a palette, as `R + 256 G + 65536 B`, int32 [H, W].
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    return panoptic_label.rgb_to_ids(_read_png(path, what, "RGB").astype(np.int32))
+
+
+def read_value_png(path: Path, what: str) -> np.ndarray:
+    """Reads a PNG of one number per pixel: a grey value of 8 or 16 bits, or the position in a palette.
+
+    Returns:
+        int32 [H, W].
+
+    Raises:
+        UserError: If the file is missing, damaged, or has colours without a palette.
+    """
+    pixels = _read_png(path, what)
+    if pixels.ndim != 2:
+        raise UserError(
+            f"the {what} '{path}' has {pixels.shape[2]} channels; it must be grey (8 or 16 bits) or have a palette, "
+            "with a number per pixel."
+        )
+    return pixels.astype(np.int32)
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Reads a JSON file described by `what`; raises `UserError` if that is impossible."""
+    content = read_bytes(path, what)
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(f"the {what} '{path}' is not a JSON file ({error}).") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """An image and its label.
+
+    Attributes:
+        name: The image's file name, with its folders below the folder of the images.
+        image: The image.
+        label: The PNG.
+    """
+
+    name: str
+    image: Path
+    label: Path
+
+
+def pair_images(images: Path, labels: Path, *, ending: str = ".png") -> list[Pair]:
+    """Pairs images with the PNGs of the same name, in folders of the two folders, too.
+
+    Args:
+        images: Folder of the images.
+        labels: Folder of the PNGs; may be the same.
+        ending: What a PNG's name has in place of the image's ending.
+
+    Returns:
+        A pair for each image and for each PNG without an image, by name; reading what is missing fails later.
+
+    Raises:
+        UserError: If a folder is missing, or there is no image.
+    """
+    common.require_folder(images, "image folder")
+    common.require_folder(labels, "folder of label PNGs")
+    pairs, stems = [], set()
+    for image in list_images(images, recursive=True):
+        if images == labels and image.name.endswith(ending):
+            continue
+        stem = image.relative_to(images).with_suffix("").as_posix()
+        stems.add(stem)
+        pairs.append(Pair(image.relative_to(images).as_posix(), image, labels / f"{stem}{ending}"))
+    for label in labels.rglob(f"*{ending}"):
+        stem = label.relative_to(labels).as_posix().removesuffix(ending)
+        if stem not in stems:
+            pairs.append(Pair(stem, images / stem, label))
+    return sorted(pairs, key=lambda pair: pair.name)

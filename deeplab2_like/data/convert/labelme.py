@@ -1,0 +1,248 @@
+"""Converts a folder of labelme: one JSON per image, with the shapes that somebody has drawn.
+
+labelme's files know names, but not which of them are stuff; so the user says it.
+"""
+
+import base64
+import binascii
+import dataclasses
+import io
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Unpack
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from deeplab2_like.data import dataset_info
+from deeplab2_like.data.convert import common, labelled_images, shapes
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.image_files import IMAGE_SUFFIXES
+from deeplab2_like.errors import UserError
+from deeplab2_like.files import encode_png
+
+# labelme's own name for what shall not be learnt.
+_IGNORED = "__ignore__"
+_ORIENTATION = 0x0112  # The EXIF tag.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Example:
+    """One image.
+
+    Attributes:
+        name: The image's file name, with the folder of the JSON below the root.
+        json_file: Its JSON; None if the image has none.
+    """
+
+    name: str
+    json_file: Path | None
+
+
+def convert_labelme(
+    *,
+    root: Path,
+    output_dir: Path,
+    split: str = "train",
+    classes: Sequence[str] | None = None,
+    stuff: Sequence[str] = (),
+    background: str | None = None,
+    overlap: shapes.Overlap = "smaller-on-top",
+    **options: Unpack[labelled_images.Options],
+) -> tuple[common.ConversionReport, ...]:
+    """Converts a folder of labelme and the folders in it as one split.
+
+    Polygons, rectangles, circles and masks count. Shapes of a thing class with the same `group_id` are one object.
+    Shapes named `__ignore__` become void.
+
+    Args:
+        root: Folder of the JSONs; images are where these say, or inside of them.
+        output_dir: The record folder.
+        split: The split's name.
+        classes: All names, in the order of the class ids. None: those of the record folder, if it holds another split
+            that has all names, or else the names that occur, by the alphabet.
+        stuff: Names that are stuff; all others are things.
+        background: Name of the class of pixels without a shape; None: they are void.
+        overlap: Who owns a pixel of several shapes, see `shapes.draw`.
+        **options: See `labelled_images.Options`.
+
+    Returns:
+        A report, in a tuple as of all converters of several splits.
+
+    Raises:
+        UserError: If an input is missing or faulty; the output folder is then as it was.
+    """
+    root, output_dir = Path(root), Path(output_dir)
+    common.require_folder(root, "labelme folder")
+    examples, names, max_instances = _scan(root)
+    if classes is None:
+        classes = _known_names(output_dir, names) or sorted(names)
+    info = shapes.make_info(
+        [{"id": number, "name": name} for number, name in enumerate(classes, start=1)],
+        name=root.name,
+        stuff=stuff,
+        background=background,
+    )
+
+    def load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+        if example.json_file is None:
+            raise UserError("it has no JSON of its name beside it; label it in labelme, or remove it.")
+        content = _read_json(example.json_file)
+        image = _upright(_read_image(content, example.json_file))
+        height, width = content.get("imageHeight"), content.get("imageWidth")
+        if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
+            raise UserError(f"'{example.json_file}' lacks 'imageHeight' or 'imageWidth'; save it again in labelme.")
+        size = (height, width)
+        below = shapes.empty_map(size, info, background)
+        return image, shapes.draw(_read_shapes(content, size, info), below, overlap=overlap, info=info)
+
+    report = labelled_images.write_labelled_images(
+        examples,
+        load,
+        source=root,
+        info=info,
+        output_dir=output_dir,
+        split=split,
+        max_instances=max_instances,
+        **options,
+    )
+    return (report,)
+
+
+def _scan(root: Path) -> tuple[list[_Example], set[str], int]:
+    """Lists JSONs and images without one; returns them, all names, and the largest number of shapes of a name."""
+    examples, names, max_instances = [], set(), 0
+    labelled = set()  # Paths of images, and of JSONs without their ending.
+    for json_file in _list_files(root, (".json",)):
+        name = json_file.stem
+        labelled.add(json_file.with_suffix(""))
+        try:
+            content = _read_json(json_file)
+            counts = Counter(str(shape.get("label")) for shape in content["shapes"])
+            counts.pop(_IGNORED, None)
+            names |= set(counts)
+            max_instances = max(max_instances, *counts.values(), 0)
+            image = Path(os.path.normpath(json_file.parent / _image_path(content)))
+            labelled.add(image)
+            name = image.name
+        except UserError:  # It comes again when the image is converted.
+            pass
+        examples.append(_Example((json_file.relative_to(root).parent / name).as_posix(), json_file))
+    for image in _list_files(root, IMAGE_SUFFIXES):
+        if not labelled & {Path(os.path.normpath(image)), image.with_suffix("")}:
+            examples.append(_Example(image.relative_to(root).as_posix(), None))
+    return examples, names, max_instances
+
+
+def _list_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Lists files of a folder and its folders by name, without hidden ones."""
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith("."))
+
+
+def _known_names(output_dir: Path, names: set[str]) -> list[str]:
+    """Class names of a record folder that has all of some names, in its order; none if there is no such folder."""
+    if not (output_dir / dataset_info.FILE_NAME).is_file():
+        return []
+    known = [category.name for category in DatasetInfo.load(output_dir).categories]
+    return known if names <= set(known) else []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = labelled_images.read_json(path, "labelme JSON")
+    found = content.get("shapes") if isinstance(content, dict) else None
+    if not isinstance(found, list) or not all(isinstance(shape, dict) for shape in found):
+        raise UserError(f"'{path}' has no list 'shapes', so it is no JSON of labelme; remove it from the folder.")
+    return content
+
+
+def _image_path(content: dict[str, Any]) -> PurePosixPath:
+    """Where the image is, as seen from the JSON; labelme on Windows writes backslashes."""
+    path = content.get("imagePath")
+    if not isinstance(path, str) or not path:
+        raise UserError("its JSON has no 'imagePath'; save it again in labelme.")
+    return PurePosixPath(path.replace("\\", "/"))
+
+
+def _read_image(content: dict[str, Any], json_file: Path) -> bytes:
+    """Reads the image's file, or if there is none, what the JSON holds of it."""
+    path = json_file.parent / _image_path(content)
+    if not path.is_file() and content.get("imageData"):
+        return _decode_base64(content["imageData"], "'imageData'")
+    return labelled_images.read_bytes(path, "image")
+
+
+def _upright(image: bytes) -> bytes:
+    """Turns an image as its EXIF orientation says, as labelme does before anything is drawn on it."""
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            if opened.getexif().get(_ORIENTATION, 1) == 1:
+                return image
+            return encode_png(np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
+    except OSError:  # Unreadable; making the record says so.
+        return image
+
+
+def _read_shapes(content: dict[str, Any], size: tuple[int, int], info: DatasetInfo) -> list[shapes.Shape]:
+    """Reads the shapes; those of one name and group become one, at the place of the first."""
+    class_id_of_name = shapes.class_of_name(info)
+    parts: dict[tuple[Any, ...], list[shapes.Runs]] = {}
+    for position, shape in enumerate(content["shapes"]):
+        label, group = shape.get("label"), shape.get("group_id")
+        if label != _IGNORED and label not in class_id_of_name:
+            raise UserError(
+                f"shape {position} is named {label!r}, which is no class; classes are "
+                f"{', '.join(class_id_of_name)}: correct the name, or give all classes with --classes."
+            )
+        key = (label, "single", position) if group is None else (label, "group", group)
+        try:
+            parts.setdefault(key, []).append(_runs_of_shape(shape, size))
+        except UserError as error:
+            raise UserError(f"shape {position}, '{label}', {error}.") from error
+    return [shapes.Shape(class_id_of_name.get(key[0]), shapes.merge_runs(runs)) for key, runs in parts.items()]
+
+
+def _runs_of_shape(shape: dict[str, Any], size: tuple[int, int]) -> shapes.Runs:
+    """The pixels of one shape; faults are the ends of sentences."""
+    kind = shape.get("shape_type") or "polygon"  # Old files have none.
+    points = np.array(_points(shape))  # [N, 2], x and y.
+    if kind == "polygon" or (kind == "rectangle" and len(points) == 4):
+        return shapes.polygon_runs([points.reshape(-1).tolist()], size)
+    if kind not in ("rectangle", "circle", "mask"):
+        raise UserError(f"is a {kind}, which has no inside; polygon, rectangle, circle and mask count: remove it")
+    if len(points) != 2:
+        raise UserError(f"is a {kind} of {len(points)} points, not of 2")
+    if kind == "rectangle":
+        (left, top), (right, bottom) = points.tolist()
+        return shapes.polygon_runs([[left, top, right, top, right, bottom, left, bottom]], size)
+    if kind == "circle":  # Its centre, and a point of its rim.
+        (center_x, center_y), radius = points[0], np.hypot(*(points[1] - points[0]))
+        rows, columns = np.ogrid[: size[0], : size[1]]
+        return shapes.mask_runs(np.hypot(rows + 0.5 - center_y, columns + 0.5 - center_x) <= radius)
+    # A mask is a picture of the pixels from the first point to the second, both inside.
+    left, top, right, bottom = points.astype(int).reshape(-1)
+    try:
+        with Image.open(io.BytesIO(_decode_base64(shape.get("mask"), "'mask'"))) as picture:
+            inside = np.asarray(picture).astype(bool)
+    except OSError as error:
+        raise UserError("has a 'mask' that is no readable PNG") from error
+    mask = np.zeros(size, bool)
+    if left < 0 or top < 0 or mask[top : bottom + 1, left : right + 1].shape != inside.shape:
+        raise UserError("has a 'mask' of another size than its points say, or one that leaves the image")
+    mask[top : bottom + 1, left : right + 1] = inside
+    return shapes.mask_runs(mask)
+
+
+def _points(shape: dict[str, Any]) -> list[list[float]]:
+    try:
+        return [[float(x), float(y)] for x, y in shape["points"]]
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError("has no list 'points' of pairs x, y") from error
+
+
+def _decode_base64(text: Any, what: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=False)
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise UserError(f"has {what} that cannot be decoded") from error

@@ -1,0 +1,119 @@
+"""Converts Mapillary Vistas 1.2 and 2.0 as downloaded: 16-bit PNGs of `label id * 256 + instance`.
+
+The classes, which of them are things, their names and colours come from the `config*.json` of the download.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+
+from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError, unknown_name
+
+_FOLDERS = {"train": "training", "val": "validation"}
+_INSTANCE_FACTOR = 256
+
+
+def convert_mapillary(
+    *,
+    root: Path,
+    output_dir: Path,
+    splits: Sequence[str] | None = None,
+    version: str | None = None,
+    **options: Unpack[labelled_images.Options],
+) -> tuple[common.ConversionReport, ...]:
+    """Converts splits of Mapillary Vistas.
+
+    Labels with `"evaluate": false` become void.
+
+    Args:
+        root: The folder with `training`, `validation` and `config.json`, `config_v1.2.json` or `config_v2.0.json`.
+        output_dir: The record folder.
+        splits: `train` and `val`, or one of them; None: both.
+        version: "1.2" or "2.0", of a download that holds both; None: the newest one there.
+        **options: See `labelled_images.Options`.
+
+    Returns:
+        A report per split.
+
+    Raises:
+        UserError: If an input is missing or faulty; splits that were converted before stay.
+    """
+    root = Path(root)
+    config, labels_folder = _find_version(root, version)
+    labels = _read_labels(config)
+    info = _make_info(labels, name=f"mapillary {config.stem}")
+    class_of_label_id = info.class_of_category_id
+
+    def load(pair: labelled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+        def meaning(value: int) -> tuple[int, bool] | None:
+            label_id = value // _INSTANCE_FACTOR
+            if label_id >= len(labels):
+                raise UserError(
+                    f"'{pair.label}' has the value {value}, which is label {label_id}; '{config}' lists labels 0 to "
+                    f"{len(labels) - 1}: check that both are of the same version."
+                )
+            class_id = class_of_label_id.get(label_id)
+            # Instances count from 0, so every value of a thing class is one.
+            return None if class_id is None else (class_id, info.categories[class_id].is_thing)
+
+        image = labelled_images.read_bytes(pair.image, "image")
+        values = labelled_images.read_value_png(pair.label, "instance PNG")
+        return image, labelled_images.values_to_panoptic(values, meaning, info)
+
+    reports = []
+    for split in splits or _FOLDERS:
+        if split not in _FOLDERS:
+            raise unknown_name("split of Mapillary Vistas", split, _FOLDERS)
+        images = root / _FOLDERS[split] / "images"
+        reports.append(
+            labelled_images.write_labelled_images(
+                labelled_images.pair_images(images, root / _FOLDERS[split] / labels_folder),
+                load,
+                source=images,
+                info=info,
+                output_dir=Path(output_dir),
+                split=split,
+                **options,
+            )
+        )
+    return tuple(reports)
+
+
+def _find_version(root: Path, version: str | None) -> tuple[Path, str]:
+    """Returns the config file, and where the instance PNGs are in the folder of a split."""
+    for known in ("2.0", "1.2"):
+        config = root / f"config_v{known}.json"
+        if version in (None, known) and config.is_file():
+            return config, f"v{known}/instances"
+    config = root / "config.json"
+    if version in (None, "1.2") and config.is_file():
+        return config, "instances"
+    wanted = "config_v2.0.json, config_v1.2.json or config.json" if version is None else f"config of version {version}"
+    raise UserError(f"'{root}' has no {wanted}; give the folder of the download of Mapillary Vistas 1.2 or 2.0.")
+
+
+def _read_labels(config: Path) -> list[dict[str, Any]]:
+    """Reads the labels, whose places in the list are their ids."""
+    content = labelled_images.read_json(config, "config of Mapillary Vistas")
+    labels = content.get("labels") if isinstance(content, dict) else None
+    needed = {"name", "readable", "instances", "evaluate", "color"}
+    if not isinstance(labels, list) or not all(isinstance(x, dict) and needed <= set(x) for x in labels):
+        raise UserError(
+            f"'{config}' has no list 'labels' with {', '.join(sorted(needed))} of each; take the file of the download."
+        )
+    return labels
+
+
+def _make_info(labels: list[dict[str, Any]], *, name: str) -> DatasetInfo:
+    """The labels that are evaluated, by their readable names, or by the long ones if those do not differ."""
+    evaluated = [(label_id, label) for label_id, label in enumerate(labels) if label["evaluate"]]
+    key = "readable" if len({label["readable"] for _, label in evaluated}) == len(evaluated) else "name"
+    categories = [
+        {"id": label_id, "name": label[key], "isthing": int(label["instances"]), "color": label["color"]}
+        for label_id, label in evaluated
+    ]
+    return DatasetInfo.from_coco_categories(categories, name=name)

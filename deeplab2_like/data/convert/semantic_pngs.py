@@ -1,0 +1,72 @@
+"""Converts labels without instances: one PNG per image whose values are classes. All classes become stuff."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Unpack
+
+import numpy as np
+
+from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.convert.class_lists import read_class_list
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+
+
+def convert_semantic_pngs(
+    *,
+    images: Path,
+    labels: Path,
+    classes: Path,
+    output_dir: Path,
+    split: str = "train",
+    ignore: Sequence[int] = (255,),
+    label_ending: str = ".png",
+    **options: Unpack[labelled_images.Options],
+) -> tuple[common.ConversionReport, ...]:
+    """Converts one split.
+
+    Args:
+        images: Folder of the images, maybe in folders.
+        labels: Folder of the PNGs, in the same folders: grey of 8 or 16 bits, or with a palette.
+        classes: Which value is which class, see `class_lists.read_class_list`.
+        output_dir: The record folder.
+        split: The split's name.
+        ignore: Values that become void.
+        label_ending: What a PNG's name has in place of the image's ending, such as `_mask.png`.
+        **options: See `labelled_images.Options`.
+
+    Returns:
+        A report, in a tuple as of all converters of several splits.
+
+    Raises:
+        UserError: If an input is missing or faulty; the output folder is then as it was.
+    """
+    images, labels, classes = Path(images), Path(labels), Path(classes)
+    categories = [{**entry, "isthing": 0} for entry in read_class_list(classes) if entry["id"] not in ignore]
+    info = DatasetInfo.from_coco_categories(categories, name=classes.stem)
+
+    def load(pair: labelled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+        def meaning(value: int) -> tuple[int, bool] | None:
+            if value in ignore:
+                return None
+            if value not in info.class_of_category_id:
+                raise UserError(
+                    f"'{pair.label}' has the value {value}, which '{classes}' does not list; add it there, or to the "
+                    "values to ignore."
+                )
+            return info.class_of_category_id[value], False
+
+        image = labelled_images.read_bytes(pair.image, "image")
+        values = labelled_images.read_value_png(pair.label, "label PNG")
+        return image, labelled_images.values_to_panoptic(values, meaning, info)
+
+    report = labelled_images.write_labelled_images(
+        labelled_images.pair_images(images, labels, ending=label_ending),
+        load,
+        source=images,
+        info=info,
+        output_dir=Path(output_dir),
+        split=split,
+        **options,
+    )
+    return (report,)

@@ -1,0 +1,133 @@
+"""Records as DeepLab2's scripts write them: raw int32 labels, its keys, its label divisors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from deeplab2_like.cli import main
+from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data.convert import common
+from deeplab2_like.data.convert.deeplab2_records import describe_deeplab2_records
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+
+# With a divisor of 256: void; a person, which is class 1; a stuff class, the last one; another person.
+COCO = np.array([[0, 256 + 1, 256 + 1], [133 * 256, 256 + 2, 0]], np.int32)
+# With a divisor of 1000: void; road; car 13 with instances.
+CITYSCAPES = np.array([[255_000, 0, 0], [13_001, 13_002, 0]], np.int32)
+
+
+def write(folder: Path, label: np.ndarray | None, *, split: str = "train") -> None:
+    """Writes two files of one record each, without a label if it is None."""
+    folder.mkdir(exist_ok=True)
+    for number in range(2):
+        image = tf.io.encode_jpeg(np.zeros((2, 3, 3), np.uint8)).numpy()
+        features: dict[str, Any] = {
+            "image/encoded": image,
+            "image/filename": f"{number:012d}".encode(),
+            "image/format": b"jpeg",
+            "image/height": 2,
+            "image/width": 3,
+            "image/channels": 3,
+        }
+        if label is not None:
+            features["image/segmentation/class/encoded"] = label.tobytes()
+            features["image/segmentation/class/format"] = b"raw"
+        example = tf.train.Example()
+        for key, value in features.items():
+            feature = example.features.feature[key]
+            (feature.bytes_list if isinstance(value, bytes) else feature.int64_list).value.append(value)
+        with tf.io.TFRecordWriter(str(folder / f"{split}-{number:05d}-of-00002.tfrecord")) as writer:
+            writer.write(example.SerializeToString())
+
+
+def read(folder: Path, split: str = "train") -> list[np.ndarray]:
+    dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
+    return [example["panoptic"] for example in dataset.as_numpy_iterator()]
+
+
+def test_coco_has_void_0_and_classes_from_1(tmp_path: Path) -> None:
+    write(tmp_path / "records", COCO)
+    write(tmp_path / "records", COCO, split="val")
+    write(tmp_path / "records", None, split="test")
+    assert describe_deeplab2_records(tmp_path / "records", "coco") == {"train": 2, "val": 2}
+    info = DatasetInfo.load(tmp_path / "records")
+    assert (info.num_classes, len(info.thing_classes), info.label_divisor, info.ignore_label) == (133, 80, 256, 255)
+    assert (info.categories[0].id, info.categories[0].name, info.categories[132].id) == (1, "person", 200)
+    # Here classes count from 0, and void is class 255: 255 * 256 = 65280; the last class is 132.
+    expected = [[65280, 1, 1], [132 * 256, 2, 65280]]
+    np.testing.assert_array_equal(read(tmp_path / "records", "val"), [expected, expected])
+
+
+def test_training_sees_the_same_labels(tmp_path: Path) -> None:
+    write(tmp_path / "records", COCO)
+    describe_deeplab2_records(tmp_path / "records", "coco")
+    dataset = pipeline.make_train_dataset(
+        tfrecord.list_shards(tmp_path / "records", "train"),
+        make_targets=lambda panoptic: {"panoptic": panoptic},
+        dataset_info=DatasetInfo.load(tmp_path / "records"),
+        batch_size=1,
+        crop_size=(2, 4),
+        pad_value=(0, 0, 0),
+        flip=False,
+    )
+    label = next(dataset.as_numpy_iterator())["targets"]["panoptic"][0]
+    # A column is added to reach the crop size, on either side, and is void.
+    columns = sorted(label.T.tolist())
+    assert columns == sorted([[65280, 132 * 256], [1, 2], [1, 65280], [65280, 65280]])
+
+
+def test_cityscapes(tmp_path: Path) -> None:
+    write(tmp_path / "records", CITYSCAPES)
+    describe_deeplab2_records(tmp_path / "records", "cityscapes")
+    np.testing.assert_array_equal(read(tmp_path / "records"), [CITYSCAPES, CITYSCAPES])
+    assert DatasetInfo.load(tmp_path / "records").label_divisor == 1000
+    assert "record_offset" not in json.loads((tmp_path / "records" / "dataset_info.json").read_text())
+
+
+def test_wrong_data_set_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "records", CITYSCAPES)
+    message = r"Bad record: the label of image '0+' has the value 255000, which is class 996 with label_divisor 256; "
+    with pytest.raises(UserError, match=message + r"classes are 1\.\.133 and less than 1 for void"):
+        describe_deeplab2_records(tmp_path / "records", "coco")
+    assert not (tmp_path / "records" / "dataset_info.json").exists()
+
+
+def test_negative_values_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "records", COCO - 1)
+    with pytest.raises(UserError, match="has the value -1, which is class -1"):
+        describe_deeplab2_records(tmp_path / "records", "coco")
+
+
+def test_other_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Unknown data set of DeepLab2 'cocoo'\. Did you mean 'coco'\?"):
+        describe_deeplab2_records(tmp_path, "cocoo")
+    with pytest.raises(UserError, match=r"has no files like train-00000-of-00010\.tfrecord"):
+        describe_deeplab2_records(tmp_path, "coco")
+    write(tmp_path, COCO)
+    info = DatasetInfo.from_coco_categories([{"id": 1, "name": "x", "isthing": 1}], name="other")
+    info.save(tmp_path)
+    with pytest.raises(
+        UserError, match=r"dataset_info\.json' says something else than what is known of DeepLab2's coco"
+    ):
+        describe_deeplab2_records(tmp_path, "coco")
+
+
+def test_nothing_is_converted_into_such_a_folder(tmp_path: Path) -> None:
+    write(tmp_path, COCO)
+    describe_deeplab2_records(tmp_path, "coco")
+    with pytest.raises(UserError, match="holds records that DeepLab2 has made; choose another output folder"):
+        common.agree_on_dataset_info(DatasetInfo.load(tmp_path), output_dir=tmp_path, split="val", max_instances=0)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, COCO)
+    assert main(["convert", "deeplab2-records", "--records", str(tmp_path), "--data-set", "coco"]) == 0
+    said = ["Split 'train': 2 examples.", f"Records in {tmp_path} can be trained on."]
+    assert capsys.readouterr().out.splitlines() == said
+    # Once more, over its own file.
+    assert main(["convert", "deeplab2-records", "--records", str(tmp_path), "--data-set", "coco"]) == 0
