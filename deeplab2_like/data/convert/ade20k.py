@@ -10,6 +10,7 @@ from typing import Unpack
 
 import numpy as np
 
+from deeplab2_like import files
 from deeplab2_like.data import known_datasets
 from deeplab2_like.data.convert import common, labelled_images
 from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic
@@ -95,7 +96,7 @@ def _convert_annotations(
                 raise UserError(f"'{pair.label}' has class {value}; it must be 0 to {len(categories)}.")
             return None if value == 0 or value - 1 in things else (value - 1, False)
 
-        image = labelled_images.read_bytes(pair.image, "image")
+        image = files.read_file(pair.image, "the image")
         classes = labelled_images.read_value_png(pair.label, "class PNG")
         objects = labelled_images.read_color_png(instance_png, "instance PNG") & 0xFFFF  # Without blue.
         if classes.shape != objects.shape:
@@ -106,6 +107,7 @@ def _convert_annotations(
     return labelled_images.write_labelled_images(
         labelled_images.pair_images(images, root / "annotations" / images.name),
         load,
+        inputs_of=lambda pair: [pair.image, pair.label, instances / pair.label.name],
         source=images,
         info=DatasetInfo.from_coco_categories(categories, name="ade20k"),
         output_dir=output_dir,

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from deeplab2_like import files
 from deeplab2_like.data import known_datasets
 from deeplab2_like.data.coco_segments import ids_to_panoptic, parse_segments, read_segment_ids
 from deeplab2_like.data.convert import common, labelled_images
@@ -84,6 +85,7 @@ def convert_cityscapes(
             labelled_images.write_labelled_images(
                 examples,
                 _load,
+                inputs_of=lambda example: [example.image, example.label],
                 source=images,
                 info=info,
                 output_dir=Path(output_dir),
@@ -116,7 +118,7 @@ def _list_panoptic(images: Path, panoptic: Path, info: DatasetInfo) -> list[_Exa
     The JSON holds label ids or train ids, so its classes are found by their names.
     """
     json_file = panoptic.with_suffix(".json")
-    content = labelled_images.read_json(json_file, "panoptic JSON")
+    content = files.read_json(json_file, "the panoptic JSON")
     try:
         id_of_name = {category["name"]: int(category["id"]) for category in content["categories"]}
         categories = tuple(dataclasses.replace(c, id=id_of_name[c.name]) for c in info.categories)
@@ -140,7 +142,7 @@ def _list_panoptic(images: Path, panoptic: Path, info: DatasetInfo) -> list[_Exa
 
 def _load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
     """Reads the image file's bytes, and the panoptic map, int32 [H, W]."""
-    image = labelled_images.read_bytes(example.image, "image")
+    image = files.read_file(example.image, "the image")
     if example.json_info is not None:
         segments = parse_segments(example.segments, example.json_info)
         ids = read_segment_ids(example.label)

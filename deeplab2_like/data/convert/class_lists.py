@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from deeplab2_like.data.convert.labelled_images import read_bytes
 from deeplab2_like.errors import UserError
+from deeplab2_like.files import read_file
 
 _FORMATS = (
     "it may be a text with a line `NAME` per class, numbered from 0, or with lines `ID NAME`; or a JSON: a list of "
@@ -29,7 +29,7 @@ def read_class_list(path: Path) -> list[dict[str, Any]]:
         UserError: If the file cannot be read or is none of these.
     """
     try:
-        text = read_bytes(path, "list of classes").decode()
+        text = read_file(path, "the list of classes").decode()
         if text.lstrip()[:1] in ("{", "["):
             content = json.loads(text)
             if isinstance(content, dict):

@@ -4,6 +4,7 @@ Stuff may come from the same JSON, from one PNG of class numbers per image, or b
 """
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Unpack
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from deeplab2_like import files
 from deeplab2_like.data.convert import common, labelled_images, shapes
 from deeplab2_like.data.convert.class_lists import read_class_list
 from deeplab2_like.data.convert.coco_panoptic import guess_split
@@ -94,14 +96,17 @@ def convert_coco_instances(
                 "apart, so name the class in the list of stuff, too, or remove it from the file."
             )
 
+    def inputs_of(example: _Example) -> list[Path]:
+        image = images / example.name
+        return [image] if stuff_pngs is None else [image, _stuff_png(Path(stuff_pngs), example)]
+
     def load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         if example.fault is not None:
             raise UserError(example.fault)
-        image = labelled_images.read_bytes(images / example.name, "image")
+        image = files.read_file(images / example.name, "the image")
         below = shapes.empty_map(example.size, info, background)
         if stuff_pngs is not None:
-            png = (Path(stuff_pngs) / example.name).with_suffix(".png")
-            below = _draw_stuff(png, class_names_of_values, below, info)
+            below = _draw_stuff(_stuff_png(Path(stuff_pngs), example), class_names_of_values, below, info)
         found = [_read_shape(annotation, example.size, info) for annotation in example.annotations]
         if crowds_are_objects:
             found = [dataclasses.replace(shape, is_crowd=False) for shape in found]
@@ -112,6 +117,13 @@ def convert_coco_instances(
     report = labelled_images.write_labelled_images(
         examples,
         load,
+        inputs_of=inputs_of,
+        choices={
+            "overlap": overlap,
+            "background": background,
+            "crowds_are_objects": crowds_are_objects,
+            "stuff_values": class_names_of_values,
+        },
         source=json_file,
         info=info,
         output_dir=Path(output_dir),
@@ -124,7 +136,7 @@ def convert_coco_instances(
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Reads the JSON and checks that its lists are there, and are lists of objects."""
-    content = labelled_images.read_json(path, "COCO JSON")
+    content = files.read_json(path, "the COCO JSON")
     for key in ("images", "annotations", "categories"):
         value = content.get(key) if isinstance(content, dict) else None
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
@@ -212,6 +224,11 @@ def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], name: str) -
         return runs
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{name} has run lengths that cannot be read ({error}).") from error
+
+
+def _stuff_png(folder: Path, example: _Example) -> Path:
+    """Where the stuff PNG of an image is."""
+    return folder / f"{os.path.splitext(example.name)[0]}.png"
 
 
 def _draw_stuff(png: Path, name_of_value: dict[int, str], below: np.ndarray, info: DatasetInfo) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from deeplab2_like import files
 from deeplab2_like.data.convert import common, labelled_images, shapes
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
@@ -63,10 +64,13 @@ def convert_cvat_masks(
     for color, name in color_and_name:
         class_of_color[_color_id(color)] = no_shape if name.lower() == _BACKGROUND else class_of_name[name]
 
+    def object_png_of(pair: labelled_images.Pair) -> Path:
+        return objects / pair.label.relative_to(classes)
+
     def load(pair: labelled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
-        image = labelled_images.read_bytes(pair.image, "image")
+        image = files.read_file(pair.image, "the image")
         class_colors = labelled_images.read_color_png(pair.label, "class PNG")
-        object_png = objects / pair.label.relative_to(classes)
+        object_png = object_png_of(pair)
         object_colors = labelled_images.read_color_png(object_png, "object PNG")
         if class_colors.shape != object_colors.shape:
             raise UserError(
@@ -91,6 +95,8 @@ def convert_cvat_masks(
     report = labelled_images.write_labelled_images(
         labelled_images.pair_images(images, classes),
         load,
+        inputs_of=lambda pair: [pair.image, pair.label, object_png_of(pair)],
+        choices={"background": background, "labelmap": color_and_name},
         source=root,
         info=info,
         output_dir=Path(output_dir),
@@ -102,7 +108,7 @@ def convert_cvat_masks(
 
 def _read_labelmap(path: Path) -> list[tuple[tuple[int, int, int], str]]:
     """Reads colour and name of each class from lines `name:red,green,blue:parts:actions`."""
-    text = labelled_images.read_bytes(path, "label map").decode(errors="replace")
+    text = files.read_file(path, "the label map").decode(errors="replace")
     found = []
     for line in text.splitlines():
         if not line.strip() or line.startswith("#"):

@@ -2,8 +2,7 @@
 
 import dataclasses
 import io
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, Unpack
 
@@ -17,7 +16,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.image_files import list_images
 from deeplab2_like.data.label_runs import find_run_values
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import encode_png
+from deeplab2_like.files import encode_png, read_file
 
 
 class Named(Protocol):
@@ -47,6 +46,8 @@ def write_labelled_images(
     items: Sequence[NamedItem],
     load: Callable[[NamedItem, DatasetInfo], tuple[bytes, np.ndarray]],
     *,
+    inputs_of: Callable[[NamedItem], Sequence[Path]],
+    choices: Mapping[str, Any] | None = None,
     source: Path,
     info: DatasetInfo,
     output_dir: Path,
@@ -62,6 +63,8 @@ def write_labelled_images(
         items: The images, in the order of the records.
         load: Returns an image file's bytes and its panoptic map, int32 [H, W], in the encoding of the given facts;
             raises `UserError` if the image or its label is faulty.
+        inputs_of: The files that `load` reads for an item, the image first; see `common.write_split`.
+        choices: What else decides what `load` returns, by name; must be fit for JSON. The classes need not be in it.
         source: Where the images come from, for messages.
         info: The data set's facts; its label divisor does not count.
         output_dir: The record folder; several splits of a data set go to one folder.
@@ -92,7 +95,16 @@ def write_labelled_images(
         except UserError as error:
             raise UserError(f"Image '{item.name}' of '{source}': {error}") from error
 
-    return common.write_split(items, make_record, info=agreed, output_dir=output_dir, split=split, **options)
+    return common.write_split(
+        items,
+        make_record,
+        info=agreed,
+        output_dir=output_dir,
+        split=split,
+        inputs_of=inputs_of,
+        options={"max_side": max_side, **(choices or {})},
+        **options,
+    )
 
 
 def shrink(image: bytes, panoptic: np.ndarray, max_side: int, *, name: str) -> tuple[bytes, np.ndarray]:
@@ -164,21 +176,13 @@ def values_to_panoptic(
     return np.repeat(panoptic_values[index], lengths).reshape(values.shape)  # [H, W]
 
 
-def read_bytes(path: Path, what: str) -> bytes:
-    """Reads a file described by `what`; raises `UserError` if that is impossible."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"the {what} '{path}' cannot be read ({error.strerror}).") from error
-
-
 def _read_png(path: Path, what: str, mode: str | None = None) -> np.ndarray:
     """Reads a PNG, [H, W] or [H, W, C], with Pillow, which does not turn a palette into colours unless `mode` says so.
 
     Raises:
         UserError: If the file is missing or damaged.
     """
-    content = read_bytes(path, what)
+    content = read_file(path, f"the {what}")
     try:
         with Image.open(io.BytesIO(content)) as image:
             return np.asarray(image if mode is None else image.convert(mode))
@@ -213,15 +217,6 @@ def read_value_png(path: Path, what: str) -> np.ndarray:
             "with a number per pixel."
         )
     return pixels.astype(np.int32)
-
-
-def read_json(path: Path, what: str) -> Any:
-    """Reads a JSON file described by `what`; raises `UserError` if that is impossible."""
-    content = read_bytes(path, what)
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise UserError(f"the {what} '{path}' is not a JSON file ({error}).") from error
 
 
 @dataclasses.dataclass(frozen=True)

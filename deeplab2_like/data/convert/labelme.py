@@ -16,6 +16,7 @@ from typing import Any, Unpack
 import numpy as np
 from PIL import Image, ImageOps
 
+from deeplab2_like import files
 from deeplab2_like.data import dataset_info
 from deeplab2_like.data.convert import common, labelled_images, shapes
 from deeplab2_like.data.dataset_info import DatasetInfo
@@ -35,10 +36,12 @@ class _Example:
     Attributes:
         name: The image's file name, with the folder of the JSON below the root.
         json_file: Its JSON; None if the image has none.
+        image: The image; None if the JSON does not say where it is.
     """
 
     name: str
     json_file: Path | None
+    image: Path | None
 
 
 def convert_labelme(
@@ -101,6 +104,8 @@ def convert_labelme(
     report = labelled_images.write_labelled_images(
         examples,
         load,
+        inputs_of=lambda example: [path for path in (example.image, example.json_file) if path is not None],
+        choices={"background": background, "overlap": overlap},
         source=root,
         info=info,
         output_dir=output_dir,
@@ -116,7 +121,7 @@ def _scan(root: Path) -> tuple[list[_Example], set[str], int]:
     examples, names, max_instances = [], set(), 0
     labelled = set()  # Paths of images, and of JSONs without their ending.
     for json_file in _list_files(root, (".json",)):
-        name = json_file.stem
+        name, image = json_file.stem, None
         labelled.add(json_file.with_suffix(""))
         try:
             content = _read_json(json_file)
@@ -129,10 +134,10 @@ def _scan(root: Path) -> tuple[list[_Example], set[str], int]:
             name = image.name
         except UserError:  # It comes again when the image is converted.
             pass
-        examples.append(_Example((json_file.relative_to(root).parent / name).as_posix(), json_file))
+        examples.append(_Example((json_file.relative_to(root).parent / name).as_posix(), json_file, image))
     for image in _list_files(root, IMAGE_SUFFIXES):
         if not labelled & {Path(os.path.normpath(image)), image.with_suffix("")}:
-            examples.append(_Example(image.relative_to(root).as_posix(), None))
+            examples.append(_Example(image.relative_to(root).as_posix(), None, image))
     return examples, names, max_instances
 
 
@@ -150,7 +155,7 @@ def _known_names(output_dir: Path, names: set[str]) -> list[str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content = labelled_images.read_json(path, "labelme JSON")
+    content = files.read_json(path, "the labelme JSON")
     found = content.get("shapes") if isinstance(content, dict) else None
     if not isinstance(found, list) or not all(isinstance(shape, dict) for shape in found):
         raise UserError(f"'{path}' has no list 'shapes', so it is no JSON of labelme; remove it from the folder.")
@@ -170,7 +175,7 @@ def _read_image(content: dict[str, Any], json_file: Path) -> bytes:
     path = json_file.parent / _image_path(content)
     if not path.is_file() and content.get("imageData"):
         return _decode_base64(content["imageData"], "'imageData'")
-    return labelled_images.read_bytes(path, "image")
+    return files.read_file(path, "the image")
 
 
 def _upright(image: bytes) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from deeplab2_like import files
 from deeplab2_like.data.convert import common, labelled_images
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError, unknown_name
@@ -60,7 +61,7 @@ def convert_mapillary(
             # Instances count from 0, so every value of a thing class is one.
             return None if class_id is None else (class_id, info.categories[class_id].is_thing)
 
-        image = labelled_images.read_bytes(pair.image, "image")
+        image = files.read_file(pair.image, "the image")
         values = labelled_images.read_value_png(pair.label, "instance PNG")
         return image, labelled_images.values_to_panoptic(values, meaning, info)
 
@@ -73,6 +74,7 @@ def convert_mapillary(
             labelled_images.write_labelled_images(
                 labelled_images.pair_images(images, root / _FOLDERS[split] / labels_folder),
                 load,
+                inputs_of=lambda pair: [pair.image, pair.label],
                 source=images,
                 info=info,
                 output_dir=Path(output_dir),
@@ -98,7 +100,7 @@ def _find_version(root: Path, version: str | None) -> tuple[Path, str]:
 
 def _read_labels(config: Path) -> list[dict[str, Any]]:
     """Reads the labels, whose places in the list are their ids."""
-    content = labelled_images.read_json(config, "config of Mapillary Vistas")
+    content = files.read_json(config, "the config of Mapillary Vistas")
     labels = content.get("labels") if isinstance(content, dict) else None
     needed = {"name", "readable", "instances", "evaluate", "color"}
     if not isinstance(labels, list) or not all(isinstance(x, dict) and needed <= set(x) for x in labels):

@@ -6,6 +6,7 @@ from typing import Unpack
 
 import numpy as np
 
+from deeplab2_like import files
 from deeplab2_like.data.convert import common, labelled_images
 from deeplab2_like.data.convert.class_lists import read_class_list
 from deeplab2_like.data.dataset_info import DatasetInfo
@@ -56,13 +57,15 @@ def convert_semantic_pngs(
                 )
             return info.class_of_category_id[value], False
 
-        image = labelled_images.read_bytes(pair.image, "image")
+        image = files.read_file(pair.image, "the image")
         values = labelled_images.read_value_png(pair.label, "label PNG")
         return image, labelled_images.values_to_panoptic(values, meaning, info)
 
     report = labelled_images.write_labelled_images(
         labelled_images.pair_images(images, labels, ending=label_ending),
         load,
+        inputs_of=lambda pair: [pair.image, pair.label],
+        choices={"ignore": list(ignore)},
         source=images,
         info=info,
         output_dir=Path(output_dir),
