@@ -1,5 +1,6 @@
 """Image files that a user points at."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +27,24 @@ def list_images(path: Path, *, recursive: bool = False) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"Input '{path}' does not exist; give an image file or a folder of images.")
-    files = [
-        file
-        for file in (path.rglob("*") if recursive else path.iterdir())
-        if file.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        and file.is_file()
-    ]
+    files = list_files(path, IMAGE_SUFFIXES, recursive=recursive)
     if not files:
         raise UserError(
             f"Folder '{path}' has no image {'in it' if recursive else 'directly in it'} "
             f"({', '.join(IMAGE_SUFFIXES)}); give a folder of images."
         )
+    return files
+
+
+def list_files(folder: Path, suffixes: Sequence[str], *, recursive: bool = False) -> list[Path]:
+    """Lists the files of a folder that end in one of `suffixes` (lower case) and are not hidden, by name."""
+    files = [
+        file
+        for file in (folder.rglob("*") if recursive else folder.iterdir())
+        if file.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    ]
     return sorted(files, key=lambda file: (str(file).lower(), str(file)))
 
 

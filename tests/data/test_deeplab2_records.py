@@ -131,3 +131,20 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == said
     # Once more, over its own file.
     assert main(["convert", "deeplab2-records", "--records", str(tmp_path), "--data-set", "coco"]) == 0
+
+
+def test_check_takes_void_and_classes_as_training_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, COCO)
+    write(tmp_path, None, split="test")  # Left alone.
+    command = ["convert", "deeplab2-records", "--records", str(tmp_path), "--data-set", "coco", "--check"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "id out of range" not in said
+    assert "test:" not in said
+    command = ["inspect", str(tmp_path), "--splits", "train", "--output-dir", str(tmp_path / "inspected")]
+    assert main(command) == 0
+    statistics = json.loads((tmp_path / "inspected" / "statistics.json").read_text())["splits"]
+    # Of six pixels two are void; two persons have one and two, and the last stuff class the rest.
+    assert (list(statistics), statistics["train"]["void_share"]) == (["train"], 2 / 6)
+    counts = {name: values["segments"] for name, values in statistics["train"]["per_class"].items()}
+    assert {name: count for name, count in counts.items() if count} == {"person": 4, "rug-merged": 2}

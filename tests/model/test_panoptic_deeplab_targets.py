@@ -40,9 +40,16 @@ LABEL = np.array(
 
 def targets_of(label: np.ndarray, info: DatasetInfo = INFO, **changes: Any) -> dict[str, np.ndarray]:
     options: dict[str, Any] = {"sigma": 1.0, "small_instance_area": 5, "small_instance_weight": 3.0, **changes}
-    return {
-        name: value.numpy() for name, value in make_targets(tf.constant(label), dataset_info=info, **options).items()
-    }
+
+    def make(panoptic: tf.Tensor) -> dict[str, tf.Tensor]:
+        return make_targets(panoptic, dataset_info=info, **options)
+
+    targets = {name: value.numpy() for name, value in make(tf.constant(label)).items()}
+    in_graph = tf.function(make)(tf.constant(label))  # As the input pipeline does, where a part is compiled.
+    assert sorted(in_graph) == sorted(targets)
+    for name, value in targets.items():
+        np.testing.assert_allclose(in_graph[name], value, atol=1e-5, rtol=1e-5, err_msg=name)
+    return targets
 
 
 def test_types_and_shapes() -> None:

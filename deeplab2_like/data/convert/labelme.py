@@ -20,7 +20,7 @@ from deeplab2_like import files
 from deeplab2_like.data import dataset_info
 from deeplab2_like.data.convert import common, labelled_images, shapes
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.image_files import IMAGE_SUFFIXES
+from deeplab2_like.data.image_files import IMAGE_SUFFIXES, list_files
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import encode_png
 
@@ -120,7 +120,7 @@ def _scan(root: Path) -> tuple[list[_Example], set[str], int]:
     """Lists JSONs and images without one; returns them, all names, and the largest number of shapes of a name."""
     examples, names, max_instances = [], set(), 0
     labelled = set()  # Paths of images, and of JSONs without their ending.
-    for json_file in _list_files(root, (".json",)):
+    for json_file in list_files(root, (".json",), recursive=True):
         name, image = json_file.stem, None
         labelled.add(json_file.with_suffix(""))
         try:
@@ -135,15 +135,10 @@ def _scan(root: Path) -> tuple[list[_Example], set[str], int]:
         except UserError:  # It comes again when the image is converted.
             pass
         examples.append(_Example((json_file.relative_to(root).parent / name).as_posix(), json_file, image))
-    for image in _list_files(root, IMAGE_SUFFIXES):
+    for image in list_files(root, IMAGE_SUFFIXES, recursive=True):
         if not labelled & {Path(os.path.normpath(image)), image.with_suffix("")}:
             examples.append(_Example(image.relative_to(root).as_posix(), None, image))
     return examples, names, max_instances
-
-
-def _list_files(root: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Lists files of a folder and its folders by name, without hidden ones."""
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith("."))
 
 
 def _known_names(output_dir: Path, names: set[str]) -> list[str]:

@@ -57,7 +57,10 @@ def make_targets(
 
     area, mean = _measure(panoptic, num_bins)
     kind = tf.where(is_instance & (area < small_instance_area), _SMALL_INSTANCE, static_kind)
-    pixels = _pixel_function()(
+    make_pixels = _pixel_function()
+    if tf.executing_eagerly():  # Whoever calls it so has images of many sizes, each of which would be compiled.
+        make_pixels = make_pixels.python_function
+    pixels = make_pixels(
         panoptic, tf.cast(kind, tf.int8), mean, dataset_info.label_divisor, float(small_instance_weight)
     )
     if semantic_only:
@@ -95,7 +98,7 @@ def _measure(panoptic: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _pixel_function() -> Any:
-    """The targets of all pixels in one pass over the map, which XLA makes of what would be some twenty."""
+    """Returns a function of the targets of all pixels, in one pass over the map, which XLA makes of some twenty."""
     import tensorflow as tf
 
     @tf.function(jit_compile=True, autograph=False)
