@@ -225,6 +225,9 @@ class PanopticSystem(keras.Model):
         instances = self.instances(outputs, image_size) if with_instances else None
         return found | {f"instance_{name}": value for name, value in (instances or {}).items()}
 
+    def build(self, input_shape: Any = None) -> None:
+        """Leaves it to the layers, when they are called: Keras would trace the whole network first."""
+
     def create_variables(self) -> "PanopticSystem":
         """Creates all variables by running the network once on an empty image; returns the system itself."""
         side = self.size_multiple

@@ -84,6 +84,9 @@ class PositionHead(keras.layers.Layer):
         self.centers = _predictor(num_things, "centers", bias=_PRIOR_LOGIT, dtype="float32")
         self.regions = _predictor(num_regions, "regions", bias=_PRIOR_LOGIT, dtype="float32")
 
+    def build(self, input_shape: Any) -> None:
+        """Leaves it to the layers, when they are called: Keras would trace all deformable convolutions first."""
+
     def call(
         self, pyramid: Mapping[str, Tensor], training: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
