@@ -5,11 +5,11 @@ import pytest
 import tensorflow as tf
 from system_contract import INFO
 
+from deeplab2_like.model.merge import enlarging_matrix
 from deeplab2_like.model.panoptic_fcn import losses
 from deeplab2_like.model.panoptic_fcn.losses import dice_loss, first_of, focal_loss, pick_kernels, pool_regions
 from deeplab2_like.model.panoptic_fcn.postprocess import (
     boxes_of,
-    enlarging_matrix,
     find_centers,
     find_regions,
     fuse_things,
