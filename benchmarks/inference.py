@@ -1,12 +1,13 @@
 """How long inference takes, part by part, for every system that has a config for COCO with ResNet-50.
 
 The image is noise, and so are the weights; what depends on the number of instances is made up: `--instances` of them,
-as boxes with round masks, all above the threshold. Each part is a graph of its own for the size at hand, batch 1:
+with round masks, all above the threshold. Each part is a graph of its own for the size at hand, batch 1:
 
 * `network`: from the image to raw outputs, convolutions, and for Panoptic FPN boxes and masks in boxes;
 * `dense part`, for Panoptic FPN: of the network, all but proposals and heads of the detector;
-* `merge`: masks pasted at image size, overlaps decided, the map painted, its segments scored;
-* `class of pixels`: the enlarged semantic output and its best class.
+* `post-processing`: everything after the network, for Panoptic FCN with the choice and fusion of kernels;
+* `class of pixels`: the enlarged semantic output and its best class;
+* `merge`, the rest of it: masks at image size, overlaps decided, the map painted, its segments scored.
 
 The post-processing runs with its stages compiled with XLA, and as a plain graph beside it. Median over the runs.
 
@@ -35,6 +36,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model import SYSTEMS, PanopticSystem, build_system
 from deeplab2_like.model.layers import compiled_stages
 from deeplab2_like.model.merge import best_class
+from deeplab2_like.model.panoptic_fcn import PanopticFCN
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
 
 compile_with_xla = functools.partial(tf.function, jit_compile=True)
@@ -70,6 +72,41 @@ def made_up_detections(outputs: dict[str, tf.Tensor], height: int, width: int, n
     return outputs | {name: tf.constant(value[None], tf.float32) for name, value in made_up.items()}
 
 
+def made_up_kernels(
+    system: PanopticFCN, outputs: dict[str, tf.Tensor], height: int, width: int, number: int
+) -> dict[str, tf.Tensor]:
+    """Replaces what Panoptic FCN found by round things of all sizes, spread over all classes.
+
+    A disc is where r^2 - (y - v)^2 - (x - u)^2 is above zero, which is linear in 1, y, x and y^2 + x^2: these are the
+    first channels of the feature, and the kernel at the centre of a thing holds their factors.
+    """
+    random = np.random.default_rng(0)
+    coarse_height, coarse_width, channels = outputs["feature"].shape[1:]
+    y, x = np.mgrid[:coarse_height, :coarse_width] * (system.stride / min(height, width))
+    feature = np.zeros((1, coarse_height, coarse_width, channels), np.float32)
+    feature[0, ..., :4] = np.stack([np.ones_like(y), y, x, y**2 + x**2], axis=-1)
+    made_up = {"feature": feature}
+    levels = list(system.level_strides)
+    for level in levels:
+        made_up[f"center_{level}"] = np.full(outputs[f"center_{level}"].shape, -8.0, np.float32)
+        made_up[f"kernel_{level}"] = outputs[f"kernel_{level}"].numpy()
+    for index in range(number):
+        radius = np.exp(random.uniform(np.log(8), np.log(min(height, width) / 3)))
+        level = levels[min(int(np.log2(1 + radius / 16)), len(levels) - 3)]
+        rows, columns = made_up[f"center_{level}"].shape[1:3]
+        row, column = random.integers(rows), random.integers(columns)
+        v, u = np.array([row, column]) * (system.level_strides[level] / min(height, width))
+        factors = np.array([(radius / min(height, width)) ** 2 - v**2 - u**2, 2 * v, 2 * u, -1.0])
+        made_up[f"center_{level}"][0, row, column, index % made_up[f"center_{level}"].shape[-1]] = (
+            4 - 3 * index / number
+        )
+        made_up[f"kernel_{level}"][0, row, column] = 0
+        made_up[f"kernel_{level}"][0, row, column, :4] = 1000 * factors
+    embed = system.kernel_head.embed_things
+    embed.kernel.assign(np.eye(*embed.kernel.shape))
+    return outputs | {name: tf.constant(value, tf.float32) for name, value in made_up.items()}
+
+
 def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs: int) -> dict[str, float]:
     """Times the parts of a system, in milliseconds."""
     height, width = size
@@ -90,6 +127,11 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
         parts["class of pixels"] = lambda outputs: best_class(
             outputs["semantic_logits"], size, stride=system.stride, seen_size=outputs.get("seen_size")
         )
+    if isinstance(system, PanopticFCN):
+        outputs = made_up_kernels(system, outputs, height, width, instances)
+        things, _ = system._ranked(outputs, system._things(outputs))
+        used = np.sum(things.scores >= system.postprocess_config.map_score_threshold)
+        print(f"{system.name}: {used} of {instances} things are neither fused nor too weak")
     for name, part in parts.items():
 
         def in_stages(outputs: Any, part: Callable[..., Any] = part) -> Any:

@@ -9,6 +9,7 @@ the share of time waiting for data is that of the loop itself; it must stay unde
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -159,12 +160,13 @@ def main() -> int:
     if min(*arguments.sizes, *arguments.batches, arguments.steps) < 1:
         parser.error("--sizes, --batches and --steps must be 1 or more")
 
-    rows = [
-        measure_in_new_process(name, side, batch_size, steps=arguments.steps, precision=arguments.precision)
-        for name in arguments.systems
-        for side in arguments.sizes
-        for batch_size in arguments.batches
-    ]
+    rows = []
+    for name, side, batch_size in itertools.product(arguments.systems, arguments.sizes, arguments.batches):
+        rows.append(
+            measure_in_new_process(name, side, batch_size, steps=arguments.steps, precision=arguments.precision)
+        )
+        # A row can take minutes.
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     show(rows)
     passed = all("error" not in row and row["waiting_for_data"] < MOST_WAITING and row["traces"] == 1 for row in rows)
     print("passed" if passed else "FAILED")

@@ -17,9 +17,7 @@ from deeplab2_like.model.layers import (
     Tensor,
     interpolated_columns,
     interpolated_rows,
-    resize_bilinear,
     stage,
-    upsample_bilinear,
 )
 
 
@@ -292,6 +290,31 @@ def claim_in_order(
     return ops.reshape(ops.cast(owner, "int32"), (batch, height, width))  # [B, H, W]
 
 
+def enlarging_matrix(coarse: Any, seen: Any, size: Any, *, stride: int) -> Tensor:
+    """The matrix that enlarges along one axis: bilinearly by the stride, cut to what was seen, then to the map's size.
+
+    Args:
+        coarse: Cells along the axis, c, an int or an int32 scalar.
+        seen: Pixels that the network saw along it, without padding; None if the map has the same size.
+        size: Pixels of the map along it, S.
+        stride: Pixels that the network saw per cell.
+
+    Returns:
+        float32 [S, c].
+    """
+
+    def linear(old: Any, new: Any, scale: Tensor) -> Tensor:
+        position = (ops.cast(ops.arange(new), "float32") + 0.5) * scale - 0.5
+        position = ops.clip(position, 0.0, ops.cast(old - 1, "float32"))
+        distance = ops.abs(position[:, None] - ops.cast(ops.arange(old), "float32")[None, :])
+        return ops.maximum(1.0 - distance, 0.0)  # [new, old]
+
+    if seen is None:
+        return linear(coarse, size, ops.array(1 / stride, "float32"))
+    resize = linear(seen, size, ops.cast(seen, "float32") / ops.cast(size, "float32"))
+    return ops.matmul(resize, linear(coarse, seen, ops.array(1 / stride, "float32")))
+
+
 @stage
 def resized_argmax(
     logits: Tensor, *, seen_height: Any, seen_width: Any, height: Any, width: Any, stride: int
@@ -309,13 +332,15 @@ def resized_argmax(
     Returns:
         int32 [B, H, W].
     """
-    batch, num_classes = ops.shape(logits)[0], logits.shape[-1]
-    planes = ops.transpose(logits, (3, 0, 1, 2))[..., None]  # [C, B, h, w, 1]
+    batch, coarse_height, coarse_width = ops.shape(logits)[:3]
+    num_classes = logits.shape[-1]
+    planes = ops.transpose(logits, (3, 0, 1, 2))  # [C, B, h, w]
+    rows = enlarging_matrix(coarse_height, seen_height, height, stride=stride)  # [H, h]
+    columns = ops.transpose(enlarging_matrix(coarse_width, seen_width, width, stride=stride))  # [w, W]
 
     def better(index: Tensor, best: Tensor, best_class: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # One class after the other: all of them at full size would take gigabytes.
-        plane = upsample_bilinear(ops.take(planes, index, axis=0), stride)[:, :seen_height, :seen_width]
-        plane = resize_bilinear(plane, height, width)[..., 0]  # [B, H, W]
+        plane = ops.matmul(ops.matmul(rows, ops.take(planes, index, axis=0)), columns)  # [B, H, W]
         return index + 1, ops.maximum(best, plane), ops.where(plane > best, index, best_class)
 
     start = (

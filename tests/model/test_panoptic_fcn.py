@@ -1,10 +1,14 @@
 """Panoptic FCN: the contract, and what is particular to it."""
 
 import numpy as np
-from system_contract import INFO, SystemContract
+import pytest
+import tensorflow as tf
+from system_contract import INFO, SystemContract, hand_made_label, paint, panoptic_quality
 
 from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 from deeplab2_like.model import PanopticSystem, build_system
 
 SMALL = [
@@ -37,3 +41,138 @@ class TestContract(SystemContract):
             (system.kernel_head.embed_stuff, 0.3),
         ):
             layer.kernel.assign(scale * random.standard_normal(layer.kernel.shape))
+
+
+# The options of the paper's tables, and of this library, by what they change.
+VARIANTS = {
+    "deformable position head": ["model.head.deformable=true"],
+    "four convolutions": ["model.head.convolutions=4"],
+    "no coordinates": ["model.head.kernel_coordinates=false", "model.encoder.coordinates=false"],
+    "feature of the finest level": ["model.encoder.feature=finest"],
+    "sum of levels": ["model.encoder.feature=sum"],
+    "enhanced encoder": ["model.encoder.deformable=true", "model.encoder.channels=64"],
+    "plain dice loss": ["model.loss.weighted=false"],
+    "one kernel": ["model.loss.kernels=1"],
+    "centres of boxes": ["model.loss.center=box"],
+    "fusion of any class": ["model.postprocess.class_aware=false"],
+    "levels to p7": ["model.size_ranges={p3: [1, 64], p4: [32, 128], p5: [64, 256], p6: [128, 512], p7: [256, 2048]}"],
+    "pyramid from stride 2": ["model.fpn.finest_level=p1", "model.size_ranges={p1: [1, 32], p2: [16, 256]}"],
+    "as the released code": ["model.reference_behaviour=true"],
+    "other size": ["model.postprocess.resize={short_side: 96, long_side: 128}"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_train_and_predict(variant: str) -> None:
+    contract = TestContract()
+    system = build_small(INFO, *VARIANTS[variant])
+    label = hand_made_label()
+    losses = contract.losses_of(system, paint(label)[None], label)
+    assert list(losses) == list(system.loss_weights)
+    assert all(0 < value < np.inf for value in losses.values())
+    found = system.postprocess_targets(contract.targets_of(system, label))["panoptic"].numpy()[0]
+    assert panoptic_quality(label, found, INFO) == 1.0
+    # A size that is no multiple of any stride.
+    contract.excite(system)
+    found = system.infer(paint(label)[None, :37, :53], with_instances=True)
+    assert found["panoptic"].shape == (1, 37, 53)
+    assert found["instance_masks"].shape == (1, 40, 37, 53)
+
+
+def perfect_outputs(system: PanopticSystem, label: np.ndarray) -> dict[str, tf.Tensor]:
+    """What a perfect network says of a label: heat maps, regions, and kernels that pick one channel of the feature.
+
+    Channel n of the feature is 10 on the nth segment and 0 elsewhere; the last one is 1 everywhere. A kernel has
+    1 for its own segment and -5 in the last channel, so logits are 5 and -5.
+    """
+    targets = TestContract().targets_of(system, label)
+    segments = np.unique(label)
+    at_cells = label[2::4, 2::4]
+    feature = np.stack([*(10.0 * (at_cells == segment) for segment in segments), np.ones(at_cells.shape)], axis=-1)
+    width = system.encoder.convolutions[-1].conv.filters
+    feature = np.pad(feature, [[0, 0], [0, 0], [0, width - feature.shape[-1]]])
+    outputs = {"feature": tf.constant(feature[None], tf.float32)}
+    for level, stride in system.level_strides.items():
+        at_level = label[stride // 2 :: stride, stride // 2 :: stride]
+        heat = targets[f"heat_{level}"]
+        outputs[f"center_{level}"] = 20.0 * heat - 10.0
+        region = system.classes.of_class_map(tf.constant(at_level // 1000))
+        outputs[f"region_{level}"] = 20.0 * tf.one_hot(region, 3)[None] - 10.0
+        # Around the centre of each object, and on stuff, the kernel of the segment that is there.
+        kernel = np.zeros((*at_level.shape, system.kernel_head.channels), np.float32)
+        kernel[
+            np.arange(at_level.shape[0])[:, None], np.arange(at_level.shape[1]), np.searchsorted(segments, at_level)
+        ] = 1
+        kernel[..., len(segments)] = -5
+        outputs[f"kernel_{level}"] = tf.constant(kernel[None])
+    for embed in (system.kernel_head.embed_things, system.kernel_head.embed_stuff):
+        embed.kernel.assign(np.eye(*embed.kernel.shape))
+    return outputs
+
+
+def test_perfect_outputs_give_the_label() -> None:
+    """Signs, axes and strides of targets, positions, kernels, feature and masks, tied together without training."""
+    system = build_small(INFO, "model.postprocess.similarity=0.999")
+    # Objects of one size, so that the centre of mass of each lies in it on both of its levels, in whole cells.
+    label = np.where(np.arange(64)[:, None] < 32, 0, 1000) * np.ones((1, 64), np.int32)
+    label = label.astype(np.int32)
+    label[4:28, 4:28] = 2001
+    label[4:28, 32:60] = 2002
+    label[36:60, 12:32] = 3001
+    found = system.postprocess(perfect_outputs(system, label), label.shape)["panoptic"].numpy()[0]
+    assert set(np.unique(found)) - {INFO.void} == set(np.unique(label))
+    # Corners are rounded by interpolation, and where things meet stuff neither reaches one half.
+    metric = PanopticQuality(INFO)
+    metric.update_state(label, found)
+    assert metric.result().all.rq == 1.0
+    assert metric.result().all.sq > 0.93
+
+
+def test_oracle_parts_build_on_positions() -> None:
+    system = build_small()
+    label = hand_made_label()
+    contract = TestContract()
+    outputs, targets = system(paint(label)[None]), contract.targets_of(system, label)
+    with pytest.raises(
+        UserError, match=r"'classes' of panoptic_fcn belongs to true positions; ask for positions,class"
+    ):
+        system.postprocess_with_truth(outputs, targets, label.shape, ["classes"])
+    # True masks, but classes that an untrained network sees: all objects are there, each as one segment.
+    found = system.postprocess_with_truth(outputs, targets, label.shape, ["positions", "masks"])
+    things = label % INFO.label_divisor > 0
+    for value in np.unique(label[things]):
+        assert len(np.unique(found["panoptic"].numpy()[0][label == value])) == 1
+
+
+def test_oracle_of_perfect_outputs() -> None:
+    """With true positions and perfect maps, predicted classes are the true ones."""
+    system = build_small(INFO, "model.postprocess.similarity=0.999")
+    label = hand_made_label()
+    outputs = perfect_outputs(system, label)
+    targets = TestContract().targets_of(system, label)
+    for parts in (["positions"], ["positions", "classes"]):
+        found = system.postprocess_with_truth(outputs, targets, label.shape, parts)
+        assert panoptic_quality(label, found["panoptic"].numpy()[0], INFO) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.size_ranges={p4: [1, 64], p3: [32, 128]}", "its keys must be levels one after the other"),
+        ("model.size_ranges={p3: [64, 1]}", "the range of p3 must be a smaller and a larger number"),
+        ("model.size_ranges={p1: [1, 64]}", "size_ranges begins with p1, finer than fpn.finest_level"),
+        ("model.loss.center=middle", "'mass' or 'box'"),
+    ],
+)
+def test_wrong_configs(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config("panoptic_fcn/scenes_tiny", [override])
+
+
+def test_data_sets_that_do_not_fit() -> None:
+    stuff = DatasetInfo.from_coco_categories([{"id": 1, "name": "sky", "isthing": 0}], name="sky")
+    with pytest.raises(UserError, match="'sky' has no things, so there are no centres for Panoptic FCN to find"):
+        build_small(stuff)
+    few = DatasetInfo.from_coco_categories([{"id": 1, "name": "car", "isthing": 1}], name="few", label_divisor=16)
+    with pytest.raises(UserError, match=r"is 40, but label_divisor 16 of data set 'few' has room for 15 instances"):
+        build_small(few)

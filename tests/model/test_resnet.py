@@ -5,6 +5,7 @@ import pytest
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import BackboneConfig, build_backbone
 from deeplab2_like.model.backbone.resnet import STAGES, BlockKind, ResidualBlock, Stem, StemLayer, atrous_stages
+from deeplab2_like.model.deformable import DeformableConvNorm
 from deeplab2_like.model.layers import Norm
 
 NORM = Norm(kind="batch")
@@ -120,6 +121,19 @@ def test_where_the_stride_is(stride_in_1x1: bool, strides: list[int]) -> None:
     assert [convolution.conv.strides[0] for convolution in block.convolutions] == strides
 
 
+def test_stages_can_be_deformable() -> None:
+    config = BackboneConfig(name="resnet50", output_stride=32, deformable_stages=("res4", "res5"))
+    backbone = build_backbone(config, norm=NORM)
+    deformable = {
+        stage.name: {isinstance(block.convolutions[1], DeformableConvNorm) for block in stage.blocks}
+        for stage in backbone.stages
+    }
+    assert deformable == {"res2": {False}, "res3": {False}, "res4": {True}, "res5": {True}}
+    # The stride stays where it was.
+    assert [block.convolutions[1].strides for block in backbone.stages[3].blocks] == [2, 1, 1]
+    assert backbone(np.zeros((1, 32, 32, 3), np.float32))["res5"].shape == (1, 1, 1, 2048)
+
+
 def test_paths_of_variables() -> None:
     backbone = build_backbone(BackboneConfig(name="resnet_tiny"), norm=NORM)
     backbone(keras.KerasTensor((1, 64, 64, 3)))
@@ -199,6 +213,7 @@ def test_unknown_backbone() -> None:
         ("resnet_tiny", "stride_in_1x1", True),
         ("mobilenet_v3_large", "multi_grid", (1, 2, 4)),
         ("mobilenet_v3_small", "stride_in_1x1", True),
+        ("resnext101_32x8d", "deformable_stages", ("res5",)),
     ],
 )
 def test_options_that_a_backbone_does_not_have(name: str, field: str, value: object) -> None:

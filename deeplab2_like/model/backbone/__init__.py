@@ -32,6 +32,9 @@ class BackboneConfig(StrictModel):
         description="ResNet-50, ResNet-101 and ResNeXt only: stride in a block's first 1x1 convolution, not in its "
         "3x3.",
     )
+    deformable_stages: tuple[Literal["res3", "res4", "res5"], ...] = pydantic.Field(
+        (), description="ResNet-50 and ResNet-101 only: stages whose 3x3 convolutions are deformable."
+    )
 
 
 Builder = Callable[..., keras.layers.Layer]  # (config: BackboneConfig, *, norm: Norm) -> backbone
@@ -43,6 +46,8 @@ def _bottleneck_resnet(
     depths: tuple[int, int, int, int], *, groups: int = 1, group_width: int | None = None
 ) -> Builder:
     def build(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
+        if groups > 1:
+            _refuse(config, "deformable_stages")
         return ResNet(
             stem=_STEMS[config.stem],
             block=BlockKind.BOTTLENECK,
@@ -51,6 +56,7 @@ def _bottleneck_resnet(
             output_stride=config.output_stride,
             multi_grid=config.multi_grid,
             stride_in_1x1=config.stride_in_1x1,
+            deformable_stages=config.deformable_stages,
             norm=norm,
             groups=groups,
             group_width=group_width,
@@ -62,7 +68,7 @@ def _bottleneck_resnet(
 
 def _resnet_tiny(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
     """About a million parameters, for machines without an accelerator and for tests."""
-    _refuse(config, "stem", "stride_in_1x1")
+    _refuse(config, "stem", "stride_in_1x1", "deformable_stages")
     return ResNet(
         stem=TINY_STEM,
         block=BlockKind.BASIC,
@@ -77,7 +83,7 @@ def _resnet_tiny(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
 
 def _mobilenet_v3(stages: Stages) -> Builder:
     def build(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
-        _refuse(config, "multi_grid", "stem", "stride_in_1x1")
+        _refuse(config, "multi_grid", "stem", "stride_in_1x1", "deformable_stages")
         return MobileNetV3(
             stages=halve_last_stage(stages), output_stride=config.output_stride, norm=norm, name="backbone"
         )

@@ -8,10 +8,11 @@ convolutions instead; `multi_grid` varies the dilation inside the last stage (Ch
 
 import enum
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 
+from deeplab2_like.model.deformable import DeformableConvNorm
 from deeplab2_like.model.layers import ConvNorm, Norm, Tensor
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -97,6 +98,7 @@ class ResidualBlock(keras.layers.Layer):
         project: Whether the shortcut is a 1x1 convolution instead of the identity.
         norm: The normalisation after each convolution.
         groups: Groups of the 3x3 convolution of a bottleneck.
+        deformable: Whether this convolution is deformable; not with groups.
         channels: Output channels; by default `width * block.value`.
 
     Input shape: float [B, H, W, C]. Output shape: float [B, ceil(H / strides), ceil(W / strides), channels].
@@ -113,6 +115,7 @@ class ResidualBlock(keras.layers.Layer):
         project: bool,
         norm: Norm,
         groups: int = 1,
+        deformable: bool = False,
         channels: int | None = None,
         name: str | None = None,
     ) -> None:
@@ -128,9 +131,10 @@ class ResidualBlock(keras.layers.Layer):
             ]
         else:
             first, second = (strides, 1) if stride_in_1x1 else (1, strides)
+            middle: dict[str, Any] = {"strides": second, "dilation": dilation, "norm": norm, "name": "conv2"}
             self.convolutions = [
                 ConvNorm(width, 1, strides=first, norm=norm, name="conv1"),
-                ConvNorm(width, 3, strides=second, dilation=dilation, groups=groups, norm=norm, name="conv2"),
+                DeformableConvNorm(width, 3, **middle) if deformable else ConvNorm(width, 3, groups=groups, **middle),
                 ConvNorm(channels, 1, norm=norm, activation=None, name="conv3"),
             ]
 
@@ -173,6 +177,7 @@ class ResNet(keras.layers.Layer):
         multi_grid: Factors of the dilation of the units of res5; a deeper res5 starts over.
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of in the 3x3.
         norm: The normalisation after each convolution.
+        deformable_stages: Stages whose 3x3 convolutions are deformable; not with groups.
         groups: Groups of the 3x3 convolutions of bottlenecks: the "cardinality" of ResNeXt.
         group_width: Channels of each group in the first stage, in place of `widths`; each stage doubles them. A stage's
             output keeps the channels that `widths` gives it. ResNeXt-101 32x8d has 32 groups of width 8.
@@ -192,6 +197,7 @@ class ResNet(keras.layers.Layer):
         output_stride: int = 32,
         multi_grid: Sequence[int] = (1, 1, 1),
         stride_in_1x1: bool = False,
+        deformable_stages: Sequence[str] = (),
         norm: Norm,
         groups: int = 1,
         group_width: int | None = None,
@@ -216,6 +222,7 @@ class ResNet(keras.layers.Layer):
                     project=index == 0,
                     norm=norm,
                     groups=groups,
+                    deformable=stage in deformable_stages,
                     channels=width * block.value,
                     name=f"block{index + 1}",
                 )

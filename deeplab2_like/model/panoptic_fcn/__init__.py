@@ -38,7 +38,14 @@ from deeplab2_like.model.backbone import BackboneConfig, build_backbone
 from deeplab2_like.model.boxes import take_rows
 from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, backbone_features
 from deeplab2_like.model.layers import Norm, Tensor
-from deeplab2_like.model.merge import best_class, described_segments, look_up, merge, region_scores
+from deeplab2_like.model.merge import (
+    best_class,
+    described_segments,
+    enlarging_matrix,
+    look_up,
+    merge,
+    region_scores,
+)
 from deeplab2_like.model.panoptic_fcn.losses import dice_loss, first_of, focal_loss, pick_kernels, pool_regions
 from deeplab2_like.model.panoptic_fcn.network import FeatureEncoder, KernelHead, PositionHead
 from deeplab2_like.model.panoptic_fcn.postprocess import (
@@ -46,7 +53,6 @@ from deeplab2_like.model.panoptic_fcn.postprocess import (
     all_masks,
     boxes_of,
     claim_masks,
-    enlarging_matrix,
     find_centers,
     find_regions,
     fuse_things,

@@ -175,31 +175,6 @@ def measure_masks(feature: Tensor, weights: Tensor, *, threshold: float) -> tupl
     return total / ops.maximum(inside, 1.0), ops.transpose(lines[:height], (1, 2, 0)) > 0
 
 
-def enlarging_matrix(coarse: Any, seen: Any, size: Any, *, stride: int) -> Tensor:
-    """The matrix that enlarges along one axis: bilinearly by the stride, cut to what was seen, then to the map's size.
-
-    Args:
-        coarse: Cells along the axis, c, an int or an int32 scalar.
-        seen: Pixels that the network saw along it, without padding; None if the map has the same size.
-        size: Pixels of the map along it, S.
-        stride: Pixels that the network saw per cell.
-
-    Returns:
-        float32 [S, c].
-    """
-
-    def linear(old: Any, new: Any, scale: Tensor) -> Tensor:
-        position = (ops.cast(ops.arange(new), "float32") + 0.5) * scale - 0.5
-        position = ops.clip(position, 0.0, ops.cast(old - 1, "float32"))
-        distance = ops.abs(position[:, None] - ops.cast(ops.arange(old), "float32")[None, :])
-        return ops.maximum(1.0 - distance, 0.0)  # [new, old]
-
-    if seen is None:
-        return linear(coarse, size, ops.array(1 / stride, "float32"))
-    resize = linear(seen, size, ops.cast(seen, "float32") / ops.cast(size, "float32"))
-    return ops.matmul(resize, linear(coarse, seen, ops.array(1 / stride, "float32")))
-
-
 @stage
 def claim_masks(
     used: Tensor,
@@ -219,7 +194,7 @@ def claim_masks(
         weights: float32 [B, N, E].
         has_part: bool [B, N, h], the lines of cells that each mask has a part of.
         feature: float32 [B, h, w, E].
-        enlarge_rows: float32 [H, h], see `enlarging_matrix`.
+        enlarge_rows: float32 [H, h], see `deeplab2_like.model.merge.enlarging_matrix`.
         enlarge_columns: float32 [W, w].
         threshold: Probability above which a pixel belongs to a mask.
         overlap_threshold: A thing of which a larger share is claimed already is dropped.

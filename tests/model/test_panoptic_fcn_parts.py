@@ -1,0 +1,274 @@
+"""Targets, losses and post-processing of Panoptic FCN on cases worked out by hand, and against plain versions."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from system_contract import INFO
+
+from deeplab2_like.model.merge import enlarging_matrix
+from deeplab2_like.model.panoptic_fcn import losses
+from deeplab2_like.model.panoptic_fcn.losses import dice_loss, first_of, focal_loss, pick_kernels, pool_regions
+from deeplab2_like.model.panoptic_fcn.postprocess import (
+    boxes_of,
+    find_centers,
+    find_regions,
+    fuse_things,
+    measure_masks,
+)
+from deeplab2_like.model.panoptic_fcn.targets import four_samples, is_of_size, level_shares, make_targets
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+def targets_of(label: np.ndarray, **changes: object) -> dict[str, np.ndarray]:
+    options = {
+        "dataset_info": INFO,
+        "level_strides": {"p3": 8, "p4": 16},
+        "size_ranges": {"p3": (1, 32), "p4": (16, 64)},
+        "stride": 4,
+        "size_multiple": 32,
+        "max_instances": 5,
+        "center": "mass",
+        "min_overlap": 0.7,
+    }
+    return {name: value.numpy() for name, value in make_targets(tf.constant(label), **{**options, **changes}).items()}
+
+
+def test_heat_maps_of_two_cars_and_a_crowd() -> None:
+    label = np.full((64, 96), 1000, np.int32)
+    label[0:32, 0:32] = 2001  # Side 32, on both levels.
+    label[40:48, 72:80] = 2002  # Side 8, on p3 alone.
+    label[48:64, 32:64] = 3000  # A crowd has no centre.
+    targets = targets_of(label)
+    assert targets["heat_p3"].shape == (8, 12, 2)
+    assert targets["heat_p4"].shape == (4, 6, 2)
+    # Car 1 fills the cells 0..7 of stride 4, mean 3.5, so 14 pixels: row 1 of p3. Its side there is 4: the radius is
+    # sqrt((0.7 * 8)^2 + 0.84 * 16) - 0.7 * 8 = 1.09, so 1 whole pixel, and sigma (2 + 1) / 3 = 1.
+    # Car 2 fills the cells 10, 11 and 18, 19: mean 10.5 and 18.5, 42 and 74 pixels, row 5 and column 9. Radius 0.
+    expected = np.zeros((8, 12))
+    expected[0:3, 0:3] = np.exp([[-1, -0.5, -1], [-0.5, 0, -0.5], [-1, -0.5, -1]])
+    expected[5, 9] = 1
+    np.testing.assert_allclose(targets["heat_p3"][..., 0], expected, rtol=1e-6)
+    assert not targets["heat_p3"][..., 1].any()
+    expected = np.zeros((4, 6))
+    expected[0, 0] = 1  # 14 / 16; side 2, radius 0.
+    np.testing.assert_allclose(targets["heat_p4"][..., 0], expected)
+    np.testing.assert_allclose(targets["centers"][:2], [[14, 14], [42, 74]])
+
+
+def test_center_of_a_box_and_of_mass() -> None:
+    label = np.full((32, 32), 1000, np.int32)
+    label[0:4, 0:32] = 2001  # The long side of an L,
+    label[4:16, 0:4] = 2001  # and the short one: 8 cells in row 0, and one in each of the rows 1 to 3.
+    # Rows (8 * 0 + 1 + 2 + 3) / 11 = 6 / 11, columns (0 + ... + 7 + 0) / 11 = 28 / 11, times 4.
+    np.testing.assert_allclose(targets_of(label)["centers"][0], [24 / 11, 112 / 11], rtol=1e-6)
+    np.testing.assert_allclose(targets_of(label, center="box")["centers"][0], [8, 16])
+    # One pixel that no sample hits has the centre of its box.
+    dot = np.full((32, 32), 1000, np.int32)
+    dot[8, 8] = 2001
+    np.testing.assert_allclose(targets_of(dot)["centers"][0], [8.5, 8.5])
+
+
+def test_sizes_are_inclusive() -> None:
+    boxes = np.array([[0, 0, 4, 16], [0, 0, 16, 64], [0, 0, 1, 1]], np.float32)  # Sides 8, 32 and 1.
+    np.testing.assert_array_equal(is_of_size(boxes, 8, 32), [True, True, False])
+
+
+@pytest.mark.parametrize("size", [(4, 6), (2, 3), (3, 5), (1, 1)])
+def test_level_shares_are_bilinear(size: tuple[int, int]) -> None:
+    labels = np.random.default_rng(0).integers(0, 3, (1, 32, 48)).astype(np.int32)
+    samples = four_samples(tf.constant(labels), 4)
+    assert samples.shape == (1, 8, 12, 4)
+    for value in range(3):
+        share = sum(
+            np.where(label == value, part, 0.0) for label, part in zip(*level_shares(samples, size), strict=True)
+        )
+        # The mask at stride 4 is bilinear, too: the mean of the four pixels in the middle of 4x4.
+        mask = tf.image.resize((labels == value)[..., None].astype(np.float32), (8, 12))
+        np.testing.assert_allclose(share, tf.image.resize(mask, size)[..., 0], atol=1e-6)
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_focal_loss_by_hand() -> None:
+    # A positive at probability 0.5: 0.25 * 0.5^2 * ln 2. A negative at 0.75: 0.75 * 0.75^2 * ln 4. A third is left out.
+    logits = tf.constant([0.0, np.log(3), 5.0], tf.float32)[None, None, :, None]
+    targets = tf.constant([1.0, 0.0, 0.0])[None, None, :, None]
+    weight = tf.constant([1.0, 1.0, 0.0])[None, None]
+    loss = focal_loss(logits, targets, weight, alpha=0.25, gamma=2.0)
+    assert float(loss) == pytest.approx(0.25 * 0.25 * np.log(2) + 0.75 * 0.5625 * np.log(4), rel=1e-5)
+
+
+def plain_dice(
+    feature: tf.Tensor, weights: tf.Tensor, labels: np.ndarray, samples: np.ndarray, counted: np.ndarray
+) -> tf.Tensor:
+    """All masks at once, and their gradients from the tape."""
+    masks = tf.sigmoid(tf.einsum("bhwe,brke->brkhw", feature, weights)) * counted[:, None, None]
+    true = (samples[:, None] == labels[:, :, None, None, None]).mean(axis=-1) * counted[:, None]
+    true = tf.constant(true[:, :, None], tf.float32)  # [B, R, 1, h, w]
+    product = tf.reduce_sum(masks * true, axis=(3, 4))
+    return 1 - 2 * product / (tf.reduce_sum(masks**2, axis=(3, 4)) + tf.reduce_sum(true**2, axis=(3, 4)) + 1e-5)
+
+
+@pytest.mark.parametrize("band_size", [1, 10**9])
+def test_dice_loss_in_bands_is_the_plain_one(band_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_BAND_SIZE", band_size)
+    random = np.random.default_rng(0)
+    feature = tf.constant(random.standard_normal((2, 5, 6, 3)), tf.float32)
+    weights = tf.constant(random.standard_normal((2, 4, 2, 3)), tf.float32)
+    samples = random.integers(0, 3, (2, 5, 6, 4)).astype(np.int32)
+    labels = random.integers(0, 4, (2, 4)).astype(np.int32)
+    counted = (random.random((2, 5, 6)) < 0.8).astype(np.float32)
+    results = []
+    for function in (dice_loss, plain_dice):
+        with tf.GradientTape() as tape:
+            tape.watch([feature, weights])
+            loss = function(feature, weights, labels, samples, counted)
+            total = tf.reduce_sum(loss * random.standard_normal((2, 4, 2)) ** 0)
+        results.append([loss, *tape.gradient(total, [feature, weights])])
+    for ours, plain in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, plain, atol=1e-5)
+
+
+def test_dice_loss_by_hand() -> None:
+    # One line of two cells: the object is in the first. Logits 0 in both: p = 1/2, so 1 - 2 * 0.5 / (0.25 * 2 + 1).
+    samples = np.array([[[[1] * 4, [0] * 4], [[0] * 4, [0] * 4]]], np.int32)
+    counted = np.array([[[1, 1], [0, 0]]], np.float32)
+    loss = dice_loss(tf.zeros((1, 2, 2, 3)), tf.zeros((1, 1, 1, 3)), tf.constant([[1]]), samples, tf.constant(counted))
+    assert float(loss[0, 0, 0]) == pytest.approx(1 - 1 / 1.5, abs=1e-4)
+
+
+def test_kernels_are_those_that_score_best_inside() -> None:
+    # A level of 2x2 positions at stride 8; the object (row 0 of the table) covers the two of the left column.
+    label = np.zeros((1, 16, 16), np.int32)
+    label[:, :, :8] = 1
+    samples = four_samples(tf.constant(label), 4)
+    kernels = tf.reshape(tf.range(4.0), (1, 2, 2, 1))
+    # Class 1 scores 0.2, 0.9; 0.6, 0.8 there; class 0 is of no interest.
+    score = np.array([[0.2, 0.9], [0.6, 0.8]])
+    logits = np.stack([np.full((2, 2), 3.0), np.log(score / (1 - score))], axis=-1)[None]
+    options = {
+        "samples": samples,
+        "classes": tf.constant([[1]]),
+        "positions": tf.constant([[[1, 1]]]),
+    }
+    picked, share = pick_kernels(kernels, tf.constant(logits, tf.float32), number=3, weighted=True, **options)
+    # The better one of the two first, with shares 0.6 / 0.8 and 0.2 / 0.8; the third has none.
+    np.testing.assert_allclose(picked[0, 0, :2, 0], [2, 0])
+    np.testing.assert_allclose(share[0, 0], [0.75, 0.25, 0], atol=1e-6)
+    picked, share = pick_kernels(kernels, tf.constant(logits, tf.float32), number=3, weighted=False, **options)
+    np.testing.assert_allclose(picked[0, 0, :, 0], [3])  # The one at the centre.
+    np.testing.assert_allclose(share[0, 0], [1])
+    # An object that fills no position, such as row 1 of the table here, has the one at its centre.
+    options |= {"classes": tf.constant([[1, 1]]), "positions": tf.constant([[[0, 0], [0, 1]]])}
+    picked, share = pick_kernels(kernels, tf.constant(logits, tf.float32), number=3, weighted=True, **options)
+    assert float(picked[0, 1, 0, 0]) == 1
+    np.testing.assert_allclose(share[0, 1], [1, 0, 0], atol=1e-6)
+
+
+def test_regions_are_averaged_over_themselves_or_over_the_map() -> None:
+    kernels = tf.constant([[[[1.0], [3.0]], [[5.0], [7.0]]]])
+    masks = tf.constant([[[[1.0, 0], [1, 0]], [[0, 0], [0, 0]]]])  # The first line; nothing.
+    np.testing.assert_allclose(pool_regions(kernels, masks, over_map=False)[0, :, 0], [2, 0])
+    np.testing.assert_allclose(pool_regions(kernels, masks, over_map=True)[0, :, 0], [1, 0])
+
+
+def test_used_rows_come_first() -> None:
+    rows = {"value": tf.constant([[10, 11, 12, 13]])}
+    kept, used = first_of(rows, tf.constant([[False, True, False, True]]), 3)
+    np.testing.assert_array_equal(kept["value"][0, :2], [11, 13])
+    np.testing.assert_array_equal(used[0], [True, True, False])
+
+
+# --- post-processing -------------------------------------------------------------------------------------------------
+
+
+def test_centers_are_peaks_of_the_smoothed_map() -> None:
+    # 4x4 positions, one class. A peak of 0.9 in a corner with a neighbour of 0.6, and one of 0.8 far from it.
+    probability = np.full((4, 4), 0.001)
+    probability[0, 0], probability[0, 1], probability[3, 3] = 0.9, 0.6, 0.8
+    logits = np.log(probability / (1 - probability))[None, ..., None].astype(np.float32)
+    kernels = tf.reshape(tf.range(16.0), (1, 4, 4, 1))
+    found, scores, classes = find_centers(tf.constant(logits), kernels, window=3, threshold=0.05, number=5)
+    # (0.9 + (0.9 + 0.6 + 2 * 0.001) / 9) / 2 = 0.53344 and (0.8 + (0.8 + 3 * 0.001) / 9) / 2 = 0.44461.
+    np.testing.assert_allclose(scores[0], [0.53344, 0.44461, 0, 0, 0], atol=1e-5)
+    np.testing.assert_allclose(found[0, :2, 0], [0, 15])
+    np.testing.assert_array_equal(classes[0, :2], [0, 0])
+
+
+def test_regions_divide_a_level() -> None:
+    # Two positions for class 0 with 0.9 and 0.7, one for class 1 with 0.04 against 0.03.
+    probability = np.array([[[[0.9, 0.1], [0.7, 0.2], [0.03, 0.04]]]])
+    regions, counts = find_regions(tf.constant(np.log(probability / (1 - probability)), tf.float32), threshold=0.05)
+    np.testing.assert_array_equal(regions[0, 0], [[1, 0], [1, 0], [0, 1]])
+    np.testing.assert_array_equal(counts[0], [True, False])
+
+
+def test_fusion_of_a_chain() -> None:
+    # Directions at 0, 20, 40 and 90 degrees: neighbours in the chain are alike from a cosine of 0.9 (25 degrees) on.
+    angle = np.radians([0, 20, 40, 90])
+    weights = tf.constant(np.stack([np.cos(angle), np.sin(angle)], axis=-1)[None], tf.float32)
+    scores, classes = tf.constant([[0.9, 0.8, 0.7, 0.6]]), tf.constant([[1, 1, 1, 1]])
+    options = {"similarity": 0.9, "class_aware": True}
+    fused, kept = fuse_things(weights, scores, classes, reference_behaviour=False, **options)
+    # The second joins the first; the third is like the second alone, which has gone, so it stays.
+    np.testing.assert_allclose(kept[0], [0.9, 0, 0.7, 0.6])
+    np.testing.assert_allclose(fused[0, 0], (weights[0, 0] + weights[0, 1]) / 2)
+    np.testing.assert_allclose(fused[0, 2], weights[0, 2])
+    fused, kept = fuse_things(weights, scores, classes, reference_behaviour=True, **options)
+    # There, the third goes, as the second is like it, and is lost.
+    np.testing.assert_allclose(kept[0], [0.9, 0, 0, 0.6])
+    np.testing.assert_allclose(fused[0, 0], (weights[0, 0] + weights[0, 1]) / 2)
+    # Of another class, the second is another object, unless classes do not matter.
+    other = tf.constant([[1, 0, 1, 1]])
+    _, kept = fuse_things(weights, scores, other, reference_behaviour=False, **options)
+    np.testing.assert_allclose(kept[0], [0.9, 0.8, 0.7, 0.6])
+    options["class_aware"] = False
+    _, kept = fuse_things(weights, scores, other, reference_behaviour=False, **options)
+    np.testing.assert_allclose(kept[0], [0.9, 0, 0.7, 0.6])
+
+
+def test_unused_rows_fuse_with_nothing() -> None:
+    weights = tf.ones((1, 3, 2))
+    fused, kept = fuse_things(
+        weights,
+        tf.constant([[0.9, 0.0, 0.0]]),
+        tf.zeros((1, 3), tf.int32),
+        similarity=0.9,
+        class_aware=True,
+        reference_behaviour=False,
+    )
+    np.testing.assert_allclose(kept[0], [0.9, 0, 0])
+    np.testing.assert_allclose(fused[0, 0], [1, 1])
+
+
+@pytest.mark.parametrize("height", [3, 8, 19])
+def test_masks_are_measured_in_bands(height: int) -> None:
+    random = np.random.default_rng(height)
+    feature, weights = random.standard_normal((2, height, 5, 3)), random.standard_normal((2, 4, 3))
+    weights[1, 2] = 0  # Probability 1/2 everywhere, which is not above the threshold.
+    masks = 1 / (1 + np.exp(-np.einsum("bhwe,bne->bnhw", feature, weights)))
+    inside = masks > 0.5
+    certainty, lines = measure_masks(tf.constant(feature, tf.float32), tf.constant(weights, tf.float32), threshold=0.5)
+    mean = (masks * inside).sum(axis=(2, 3)) / np.maximum(inside.sum(axis=(2, 3)), 1)
+    np.testing.assert_allclose(certainty, mean, rtol=1e-5)
+    np.testing.assert_array_equal(lines, inside.any(axis=3))
+    assert certainty[1, 2] == 0
+
+
+@pytest.mark.parametrize("size", [None, 20, 7])
+def test_enlarging_is_bilinear_in_two_steps(size: int | None) -> None:
+    values = np.random.default_rng(0).standard_normal((1, 4, 1, 1)).astype(np.float32)
+    seen = 13  # Of 16 pixels, 3 are padding.
+    expected = tf.image.resize(values, (16, 1))[:, :seen]
+    if size is not None:
+        expected = tf.image.resize(expected, (size, 1))
+    matrix = enlarging_matrix(4, None if size is None else seen, size or seen, stride=4)
+    np.testing.assert_allclose(matrix @ values[0, :, :, 0], expected[0, :, :, 0], atol=1e-6)
+
+
+def test_boxes_of_masks() -> None:
+    masks = np.zeros((1, 2, 5, 6), bool)
+    masks[0, 0, 1:3, 2:6] = True
+    np.testing.assert_array_equal(boxes_of(tf.constant(masks))[0], [[1, 2, 3, 6], [0, 0, 0, 0]])
