@@ -6,7 +6,7 @@ with round masks, all above the threshold. Each part is a graph of its own for t
 * `network`: from the image to raw outputs, convolutions, and for Panoptic FPN boxes and masks in boxes;
 * `dense part`, for Panoptic FPN: of the network, all but proposals and heads of the detector;
 * `post-processing`: everything after the network, for Panoptic FCN with the choice and fusion of kernels;
-* `class of pixels`: the enlarged semantic output and its best class;
+* `class of pixels`, for Panoptic FPN: the enlarged semantic output and its best class;
 * `merge`, the rest of it: masks at image size, overlaps decided, the map painted, its segments scored.
 
 The post-processing runs with its stages compiled with XLA, and as a plain graph beside it. Median over the runs.
@@ -92,6 +92,7 @@ def made_up_kernels(
         made_up[f"kernel_{level}"] = outputs[f"kernel_{level}"].numpy()
     for index in range(number):
         radius = np.exp(random.uniform(np.log(8), np.log(min(height, width) / 3)))
+        # The last two levels have too few positions.
         level = levels[min(int(np.log2(1 + radius / 16)), len(levels) - 3)]
         rows, columns = made_up[f"center_{level}"].shape[1:3]
         row, column = random.integers(rows), random.integers(columns)

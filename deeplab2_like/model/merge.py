@@ -340,7 +340,7 @@ def resized_argmax(
 
     def better(index: Tensor, best: Tensor, best_class: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # One class after the other: all of them at full size would take gigabytes.
-        plane = ops.matmul(ops.matmul(rows, ops.take(planes, index, axis=0)), columns)  # [B, H, W]
+        plane = ops.matmul(rows, ops.matmul(ops.take(planes, index, axis=0), columns))  # [B, H, W]
         return index + 1, ops.maximum(best, plane), ops.where(plane > best, index, best_class)
 
     start = (

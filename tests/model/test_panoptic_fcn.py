@@ -134,7 +134,7 @@ def test_oracle_parts_build_on_positions() -> None:
     contract = TestContract()
     outputs, targets = system(paint(label)[None]), contract.targets_of(system, label)
     with pytest.raises(
-        UserError, match=r"'classes' of panoptic_fcn belongs to true positions; ask for positions,class"
+        UserError, match=r"'classes' of panoptic_fcn belongs to true positions; ask for --oracle positions class"
     ):
         system.postprocess_with_truth(outputs, targets, label.shape, ["classes"])
     # True masks, but classes that an untrained network sees: all objects are there, each as one segment.
@@ -160,6 +160,7 @@ def test_oracle_of_perfect_outputs() -> None:
     [
         ("model.size_ranges={p4: [1, 64], p3: [32, 128]}", "its keys must be levels one after the other"),
         ("model.size_ranges={p3: [64, 1]}", "the range of p3 must be a smaller and a larger number"),
+        ("model.size_ranges={p3: [1, 16], p4: [64, 300]}", "the range of p4 must begin at 16 or below"),
         ("model.size_ranges={p1: [1, 64]}", "size_ranges begins with p1, finer than fpn.finest_level"),
         ("model.loss.center=middle", "'mass' or 'box'"),
     ],
@@ -173,6 +174,19 @@ def test_data_sets_that_do_not_fit() -> None:
     stuff = DatasetInfo.from_coco_categories([{"id": 1, "name": "sky", "isthing": 0}], name="sky")
     with pytest.raises(UserError, match="'sky' has no things, so there are no centres for Panoptic FCN to find"):
         build_small(stuff)
+    things = DatasetInfo.from_coco_categories([{"id": 1, "name": "car", "isthing": 1}], name="cars")
+    with pytest.raises(UserError, match="'cars' has no stuff, so nothing tells Panoptic FCN where no object is"):
+        build_small(things)
     few = DatasetInfo.from_coco_categories([{"id": 1, "name": "car", "isthing": 1}], name="few", label_divisor=16)
     with pytest.raises(UserError, match=r"is 40, but label_divisor 16 of data set 'few' has room for 15 instances"):
         build_small(few)
+
+
+def test_a_center_counts_whatever_is_around_it() -> None:
+    """A car of 5x5 pixels in void, in a position of 8x8 of which most is unknown."""
+    system = build_small()
+    label = np.full((64, 64), INFO.void, np.int32)
+    label[25:30, 25:30] = 2001
+    losses = TestContract().losses_of(system, paint(label)[None], label)
+    # One positive at the prior of 0.1, about 0.25 * 0.9^2 * -ln 0.1 = 0.47, and nothing else.
+    assert losses["center"] == pytest.approx(0.47, abs=0.15)

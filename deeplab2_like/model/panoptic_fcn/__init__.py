@@ -149,9 +149,13 @@ class PanopticFCNConfig(StrictModel):
         first = known.index(next(iter(value))) if value and next(iter(value)) in known else 0
         if not value or list(value) != known[first : first + len(value)]:
             raise ValueError("its keys must be levels one after the other, fine to coarse, such as p3, p4, p5")
+        reached = float("inf")
         for level, (low, high) in value.items():
             if not 0 <= low < high:
                 raise ValueError(f"the range of {level} must be a smaller and a larger number of pixels")
+            if low > reached:
+                raise ValueError(f"the range of {level} must begin at {reached:g} or below, where the one before ends")
+            reached = high
         return value
 
     @pydantic.model_validator(mode="after")
@@ -184,8 +188,8 @@ class PanopticFCN(PanopticSystem):
         reference_behaviour: Whether to do as the released code does where this differs on purpose.
 
     Raises:
-        UserError: If the backbone has another output stride, the data set has no things, or `postprocess.kernels`
-            things cannot be told apart with its label divisor.
+        UserError: If the backbone has another output stride, the data set has no things or no stuff, or
+            `postprocess.kernels` or `loss.max_instances` things cannot be told apart with its label divisor.
     """
 
     config_class = PanopticFCNConfig
@@ -283,6 +287,11 @@ class PanopticFCN(PanopticSystem):
                 f"{info.label_divisor} of data set '{info.name}' has room for {info.label_divisor - 1} instances; "
                 "lower it."
             )
+        if not info.stuff_classes:
+            raise UserError(
+                f"Data set '{info.name}' has no stuff, so nothing tells Panoptic FCN where no object is; make the "
+                "background a class, with `convert coco-instances --background NAME` for example."
+            )
 
     @classmethod
     def from_model_config(cls, config: PanopticFCNConfig, dataset_info: DatasetInfo) -> "PanopticFCN":
@@ -356,10 +365,13 @@ class PanopticFCN(PanopticSystem):
             center_logits, kernels = outputs[f"center_{level}"], outputs[f"kernel_{level}"]
             size = tuple(kernels.shape[1:3])
             region_targets = self._region_targets(semantic, size)  # [B, h, w, S]
+            heat = targets[f"heat_{level}"]
+            # The centre of an object counts, however much around it is unknown.
+            has_center = ops.cast(ops.any(heat >= 1.0, axis=-1), "float32")
             centers = centers + focal_loss(
                 center_logits,
-                targets[f"heat_{level}"],
-                self._level_weight(instances == -1, size),
+                heat,
+                ops.maximum(self._level_weight(instances == -1, size), has_center),
                 alpha=self.loss_config.focal_alpha,
                 gamma=self.loss_config.focal_gamma,
             )
@@ -447,7 +459,7 @@ class PanopticFCN(PanopticSystem):
         share: Tensor = 0.0
         for label, part in zip(*level_shares(semantic, size), strict=True):
             share = share + ops.one_hot(label, len(self.classes.class_id), dtype="float32") * part[..., None]
-        return ops.where(share >= 0.5, share, 0.0)
+        return ops.where(share >= 0.5, ops.minimum(share, 1.0), 0.0)
 
     # --- post-processing ---------------------------------------------------------------------------------------------
 
@@ -602,7 +614,7 @@ class PanopticFCN(PanopticSystem):
         if "positions" not in parts:
             raise UserError(
                 f"Oracle part '{parts[0]}' of panoptic_fcn belongs to true positions; "
-                f"ask for positions,{','.join(parts)}."
+                f"ask for --oracle positions {' '.join(parts)}."
             )
         things = self._true_things(outputs, targets, image_size)
         regions = self._true_regions(outputs, targets, image_size)

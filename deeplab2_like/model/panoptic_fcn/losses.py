@@ -31,7 +31,8 @@ def focal_loss(logits: Tensor, targets: Tensor, weight: Tensor, *, alpha: float,
     """
     probability = ops.sigmoid(logits)
     cross_entropy = ops.binary_crossentropy(targets, logits, from_logits=True)
-    distance = 1 - (probability * targets + (1 - probability) * (1 - targets))
+    # Rounding must not make it negative, which has no root.
+    distance = ops.maximum(1 - (probability * targets + (1 - probability) * (1 - targets)), 0.0)
     balance = alpha * targets + (1 - alpha) * (1 - targets)
     return ops.sum(balance * distance**gamma * cross_entropy * weight[..., None])
 
