@@ -1,7 +1,7 @@
 """The contract that all systems share: what the pipeline, the trainer, the evaluation and the export rely on."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import keras
 from keras import ops
@@ -80,9 +80,9 @@ class PanopticSystem(keras.Model):
         self.size_multiple = size_multiple
 
     @classmethod
-    def from_model_config(cls, config: Any, dataset_info: DatasetInfo) -> "PanopticSystem":
-        """Builds the system from its part of the config."""
-        raise NotImplementedError
+    def from_model_config(cls, config: Any, dataset_info: DatasetInfo) -> Self:
+        """Builds the system from the `model` section of a config, whose fields are the arguments of the class."""
+        return cls(dataset_info=dataset_info, **{key: getattr(config, key) for key in type(config).model_fields})
 
     def make_targets(self, panoptic: Tensor) -> dict[str, Tensor]:
         """Turns a label into what the losses compare with; runs inside `tf.data`.

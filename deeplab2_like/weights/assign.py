@@ -1,6 +1,7 @@
 """Sets the variables of a system to arrays of a released checkpoint: all of them, or none."""
 
 import fnmatch
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,55 @@ from deeplab2_like.model import PanopticSystem
 
 # What stands in a checkpoint besides weights: counters, constants, and what older versions stored.
 _IGNORED = ("*.num_batches_tracked", "pixel_mean", "pixel_std", "*.anchor_generator.cell_anchors.*")
+
+
+# PyTorch's names of the variables of a convolution, a dense layer or a normalisation after one.
+_VARIABLES = {
+    "kernel": "weight",
+    "bias": "bias",
+    "norm/gamma": "norm.weight",
+    "norm/beta": "norm.bias",
+    "norm/moving_mean": "norm.running_mean",
+    "norm/moving_variance": "norm.running_var",
+}
+
+
+def split_path(path: str) -> tuple[str, str] | None:
+    """Splits the path of a variable.
+
+    Args:
+        path: Such as `panoptic_fpn/fpn/lateral2/conv/kernel`.
+
+    Returns:
+        The path of its layer inside the system and PyTorch's name of the variable, such as `fpn/lateral2/conv` and
+        `weight`; None if PyTorch has no such variable.
+    """
+    match = re.fullmatch(r"[^/]+/(.+?)/((?:norm/)?\w+)", path)
+    if match is None or match[2] not in _VARIABLES:
+        return None
+    return match[1], _VARIABLES[match[2]]
+
+
+def residual_layer_name(layer: str, prefix: str) -> str | None:
+    """Detectron2's name of a layer of a residual block, below a prefix such as `backbone`; None if it is none."""
+    block = re.fullmatch(r"backbone/(res\d)/block(\d+)/(\w+)", layer)
+    return None if block is None else f"{prefix}.{block[1]}.{int(block[2]) - 1}.{block[3]}"
+
+
+def semantic_layer_name(layer: str, branch: str, prefix: str) -> str | None:
+    """Detectron2's name of a stage of Semantic FPN, at the path `branch` here; None if it is none."""
+    stage = re.fullmatch(rf"{branch}/(p\d)_conv(\d)", layer)
+    # There, an enlargement follows each convolution and is counted, too.
+    return None if stage is None else f"{prefix}.{stage[1]}.{2 * (int(stage[2]) - 1)}"
+
+
+def listed_name(layer: str, names: Sequence[tuple[str, str]]) -> str | None:
+    """The name of a layer by a list of patterns and what they become; None if none fits."""
+    for pattern, name in names:
+        found = re.fullmatch(pattern, layer)
+        if found is not None:
+            return found.expand(name)
+    return None
 
 
 def assign_by_name(

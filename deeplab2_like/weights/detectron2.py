@@ -15,7 +15,13 @@ import numpy as np
 
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab, PanopticDeepLabConfig
-from deeplab2_like.weights.assign import assign_by_name, check_epsilon
+from deeplab2_like.weights.assign import (
+    assign_by_name,
+    check_epsilon,
+    listed_name,
+    residual_layer_name,
+    split_path,
+)
 
 _EPSILON = 1e-5
 _HOW_TO_CONVERT = (
@@ -168,14 +174,6 @@ _LAYERS: tuple[tuple[str, str], ...] = (
     (r"(center|offset)_head/fuse/(conv\d)", r"{instance}.\1_head.\2"),
     (r"(center|offset)_head/predictor", r"{instance}.\1_predictor"),
 )
-_VARIABLES = {
-    "kernel": "weight",
-    "bias": "bias",
-    "norm/gamma": "norm.weight",
-    "norm/beta": "norm.bias",
-    "norm/moving_mean": "norm.running_mean",
-    "norm/moving_variance": "norm.running_var",
-}
 
 
 def panoptic_deeplab_name(path: str) -> str | None:
@@ -187,22 +185,17 @@ def panoptic_deeplab_name(path: str) -> str | None:
     Returns:
         The name, such as `backbone.res2.0.conv1.weight`; None if Detectron2 has nothing like it.
     """
-    match = re.fullmatch(r"[^/]+/(.+?)/((?:norm/)?\w+)", path)
-    if match is None or match[2] not in _VARIABLES:
+    parts = split_path(path)
+    if parts is None:
         return None
-    layer = match[1].removesuffix("/conv")
-    block = re.fullmatch(r"backbone/(res\d)/block(\d+)/(\w+)", layer)
-    if block is not None:
-        return f"backbone.{block[1]}.{int(block[2]) - 1}.{block[3]}.{_VARIABLES[match[2]]}"
-    for pattern, name in _LAYERS:
-        found = re.fullmatch(pattern, layer)
-        if found is not None:
-            name = found.expand(name).format(**_BRANCHES)
-            if not name.startswith("backbone"):
-                # Pairs of plain convolutions count from 0.
-                name = re.sub(r"\.conv(\d)$", lambda number: f".{int(number[1]) - 1}", name)
-            return f"{name}.{_VARIABLES[match[2]]}"
-    return None
+    layer, variable = parts[0].removesuffix("/conv"), parts[1]
+    name = residual_layer_name(layer, "backbone") or listed_name(layer, _LAYERS)
+    if name is None:
+        return None
+    if not name.startswith("backbone"):
+        # Pairs of plain convolutions count from 0.
+        name = re.sub(r"\.conv(\d)$", lambda number: f".{int(number[1]) - 1}", name.format(**_BRANCHES))
+    return f"{name}.{variable}"
 
 
 def load_panoptic_deeplab(

@@ -11,7 +11,14 @@ from typing import Literal
 import numpy as np
 
 from deeplab2_like.model.panoptic_fcn import PanopticFCN, PanopticFCNConfig
-from deeplab2_like.weights.assign import assign_by_name, check_epsilon
+from deeplab2_like.weights.assign import (
+    assign_by_name,
+    check_epsilon,
+    listed_name,
+    residual_layer_name,
+    semantic_layer_name,
+    split_path,
+)
 
 _EPSILON = 1e-5
 
@@ -51,6 +58,8 @@ _LAYERS: tuple[tuple[str, str], ...] = (
     (r"backbone/stem/(conv\d)", r"backbone.bottom_up.stem.\1"),
     (r"fpn/(lateral|output)(\d)", r"backbone.fpn_\1\2"),
     (r"fpn/coarser(\d)", r"backbone.top_block.p\1"),
+    # A deformable convolution has its own kernel beside the one of its offsets.
+    (r"position_head/conv(\d)", r"position_head.position_head.position_head_head_\1.dcnv2"),
     (r"position_head/conv(\d)/offset", r"position_head.position_head.position_head_head_\1.offset_mask_conv"),
     (r"position_head/centers", r"position_head.out_inst"),
     (r"position_head/regions", r"position_head.out_sem"),
@@ -58,16 +67,9 @@ _LAYERS: tuple[tuple[str, str], ...] = (
     (r"kernel_head/kernels", r"kernel_head.out_conv"),
     (r"kernel_head/embed_things", r"thing_generator.embed_extractor"),
     (r"kernel_head/embed_stuff", r"stuff_generator.embed_extractor"),
+    (r"encoder/conv(\d)", r"feature_encoder.encode_head.encode_head_head_\1"),
     (r"encoder/conv(\d)/offset", r"feature_encoder.encode_head.encode_head_head_\1.offset_mask_conv"),
 )
-_VARIABLES = {
-    "kernel": "weight",
-    "bias": "bias",
-    "norm/gamma": "norm.weight",
-    "norm/beta": "norm.bias",
-    "norm/moving_mean": "norm.running_mean",
-    "norm/moving_variance": "norm.running_var",
-}
 
 
 def panoptic_fcn_name(path: str, *, enhanced: bool = False) -> str | None:
@@ -80,31 +82,18 @@ def panoptic_fcn_name(path: str, *, enhanced: bool = False) -> str | None:
     Returns:
         The name, such as `kernel_head.kernel_head.kernel_head_head_1.weight`; None if there is nothing like it.
     """
-    match = re.fullmatch(r"[^/]+/(.+?)/((?:norm/)?\w+)", path)
-    if match is None or match[2] not in _VARIABLES:
+    parts = split_path(path)
+    if parts is None:
         return None
-    variable = _VARIABLES[match[2]]
-    layer = match[1].removesuffix("/conv")
-    block = re.fullmatch(r"backbone/(res\d)/block(\d+)/(\w+)", layer)
-    if block is not None:
-        return f"backbone.bottom_up.{block[1]}.{int(block[2]) - 1}.{block[3]}.{variable}"
-    stage = re.fullmatch(r"encoder/semantic_fpn/(p\d)_conv(\d)", layer)
-    if stage is not None:
-        # There, an enlargement follows each convolution and is counted, too.
-        return f"semantic_fpn.{stage[1]}.{2 * (int(stage[2]) - 1)}.{variable}"
-    # A deformable convolution has its own kernel beside the one of its offsets.
-    position = re.fullmatch(r"position_head/conv(\d)", layer)
-    if position is not None:
-        return f"position_head.position_head.position_head_head_{position[1]}.dcnv2.{variable}"
-    encoder = re.fullmatch(r"encoder/conv(\d)", layer)
-    if encoder is not None:
-        name = f"feature_encoder.encode_head.encode_head_head_{encoder[1]}"
-        return f"{name}.dcnv2.{variable}" if enhanced else f"{name}.{variable}"
-    for pattern, name in _LAYERS:
-        found = re.fullmatch(pattern, layer)
-        if found is not None:
-            return f"{found.expand(name)}.{variable}"
-    return None
+    layer, variable = parts[0].removesuffix("/conv"), parts[1]
+    name = (
+        residual_layer_name(layer, "backbone.bottom_up")
+        or semantic_layer_name(layer, "encoder/semantic_fpn", "semantic_fpn")
+        or listed_name(layer, _LAYERS)
+    )
+    if enhanced and re.fullmatch(r"encoder/conv\d", layer):
+        name = f"{name}.dcnv2"
+    return name and f"{name}.{variable}"
 
 
 def load_panoptic_fcn(

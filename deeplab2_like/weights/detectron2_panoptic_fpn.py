@@ -4,14 +4,20 @@ Layouts differ in more than the order of axes: Detectron2 takes images in BGR, w
 and flattens the features of a box channels first.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
 from deeplab2_like.model.panoptic_fpn import PanopticFPN, PanopticFPNConfig
-from deeplab2_like.weights.assign import assign_by_name, check_epsilon
+from deeplab2_like.weights.assign import (
+    assign_by_name,
+    check_epsilon,
+    listed_name,
+    residual_layer_name,
+    semantic_layer_name,
+    split_path,
+)
 
 _EPSILON = 1e-5
 
@@ -56,14 +62,6 @@ _LAYERS: tuple[tuple[str, str], ...] = (
     (r"mask_head/enlarge", r"roi_heads.mask_head.deconv"),
     (r"mask_head/masks", r"roi_heads.mask_head.predictor"),
 )
-_VARIABLES = {
-    "kernel": "weight",
-    "bias": "bias",
-    "norm/gamma": "norm.weight",
-    "norm/beta": "norm.bias",
-    "norm/moving_mean": "norm.running_mean",
-    "norm/moving_variance": "norm.running_var",
-}
 _BOX_RESOLUTION = 7
 
 
@@ -76,23 +74,17 @@ def panoptic_fpn_name(path: str) -> str | None:
     Returns:
         The name, such as `backbone.bottom_up.res2.0.conv1.weight`; None if Detectron2 has nothing like it.
     """
-    match = re.fullmatch(r"[^/]+/(.+?)/((?:norm/)?\w+)", path)
-    if match is None or match[2] not in _VARIABLES:
+    parts = split_path(path)
+    if parts is None:
         return None
-    variable = _VARIABLES[match[2]]
-    layer = match[1] if match[1] == "rpn_head/conv" else match[1].removesuffix("/conv")
-    block = re.fullmatch(r"backbone/(res\d)/block(\d+)/(\w+)", layer)
-    if block is not None:
-        return f"backbone.bottom_up.{block[1]}.{int(block[2]) - 1}.{block[3]}.{variable}"
-    stage = re.fullmatch(r"semantic_branch/(p\d)_conv(\d)", layer)
-    if stage is not None:
-        # There, an enlargement follows each convolution and is counted, too.
-        return f"sem_seg_head.{stage[1]}.{2 * (int(stage[2]) - 1)}.{variable}"
-    for pattern, name in _LAYERS:
-        found = re.fullmatch(pattern, layer)
-        if found is not None:
-            return f"{found.expand(name)}.{variable}"
-    return None
+    layer, variable = parts
+    layer = layer if layer == "rpn_head/conv" else layer.removesuffix("/conv")
+    name = (
+        residual_layer_name(layer, "backbone.bottom_up")
+        or semantic_layer_name(layer, "semantic_branch", "sem_seg_head")
+        or listed_name(layer, _LAYERS)
+    )
+    return name and f"{name}.{variable}"
 
 
 def load_panoptic_fpn(

@@ -80,9 +80,7 @@ def test_level_shares_are_bilinear(size: tuple[int, int]) -> None:
     samples = four_samples(tf.constant(labels), 4)
     assert samples.shape == (1, 8, 12, 4)
     for value in range(3):
-        share = sum(
-            np.where(label == value, part, 0.0) for label, part in zip(*level_shares(samples, size), strict=True)
-        )
+        share = sum(np.where(label == value, part, 0.0) for label, part in level_shares(samples, size))
         # The mask at stride 4 is bilinear, too: the mean of the four pixels in the middle of 4x4.
         mask = tf.image.resize((labels == value)[..., None].astype(np.float32), (8, 12))
         np.testing.assert_allclose(share, tf.image.resize(mask, size)[..., 0], atol=1e-6)
@@ -149,7 +147,7 @@ def test_kernels_are_those_that_score_best_inside() -> None:
     score = np.array([[0.2, 0.9], [0.6, 0.8]])
     logits = np.stack([np.full((2, 2), 3.0), np.log(score / (1 - score))], axis=-1)[None]
     options = {
-        "samples": samples,
+        "instances": level_shares(samples, (2, 2)),
         "classes": tf.constant([[1]]),
         "positions": tf.constant([[[1, 1]]]),
     }

@@ -17,7 +17,7 @@ from deeplab2_like.errors import UserError
 from deeplab2_like.model.panoptic_fcn import PanopticFCN
 from deeplab2_like.model.panoptic_fcn.losses import dice_loss, focal_loss, pick_kernels, pool_regions
 from deeplab2_like.model.panoptic_fcn.postprocess import find_centers, find_regions
-from deeplab2_like.model.panoptic_fcn.targets import four_samples, is_of_size
+from deeplab2_like.model.panoptic_fcn.targets import four_samples, is_of_size, level_shares
 from deeplab2_like.weights.detectron2_panoptic_fcn import load_panoptic_fcn, panoptic_fcn_config, panoptic_fcn_name
 
 DATA = Path(__file__).parents[1] / "data" / "detectron2_panoptic_fcn"
@@ -168,7 +168,7 @@ def test_losses_and_gradients(system: PanopticFCN) -> None:
     samples_of_regions = four_samples(tf.constant(regions[None]), 4)
     for level in LEVELS:
         size = data[f"region_target_{level}"].shape[:2]
-        targets = system._region_targets(samples_of_regions, size)
+        targets = system._region_targets(level_shares(samples_of_regions, size))
         np.testing.assert_array_equal(targets[0], data[f"region_target_{level}"])
 
     feature = tf.constant(data["feature"][None])
@@ -188,7 +188,7 @@ def test_losses_and_gradients(system: PanopticFCN) -> None:
                 picked, share = pick_kernels(
                     kernels,
                     center,
-                    samples=samples,
+                    instances=level_shares(samples, tuple(kernels.shape[1:3])),
                     classes=tf.constant([[int(data["classes"][number])]]),
                     positions=tf.zeros((1, 1, 2), tf.int32),  # Not used where there is a mask.
                     number=7,

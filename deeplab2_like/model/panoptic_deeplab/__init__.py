@@ -259,11 +259,6 @@ class PanopticDeepLab(PanopticSystem):
             name="offset_head",
         )
 
-    @classmethod
-    def from_model_config(cls, config: PanopticDeepLabConfig, dataset_info: DatasetInfo) -> "PanopticDeepLab":
-        """Builds the system from the `model` section of a config."""
-        return cls(dataset_info=dataset_info, **{key: getattr(config, key) for key in type(config).model_fields})
-
     def make_targets(self, panoptic: Tensor) -> dict[str, Tensor]:
         """See `targets.make_targets`."""
         return make_targets(

@@ -293,11 +293,6 @@ class PanopticFCN(PanopticSystem):
                 "background a class, with `convert coco-instances --background NAME` for example."
             )
 
-    @classmethod
-    def from_model_config(cls, config: PanopticFCNConfig, dataset_info: DatasetInfo) -> "PanopticFCN":
-        """Builds the system from the `model` section of a config."""
-        return cls(dataset_info=dataset_info, **{key: getattr(config, key) for key in type(config).model_fields})
-
     # --- targets -----------------------------------------------------------------------------------------------------
 
     def make_targets(self, panoptic: Tensor) -> dict[str, Tensor]:
@@ -364,21 +359,22 @@ class PanopticFCN(PanopticSystem):
         for level, stride in self.level_strides.items():
             center_logits, kernels = outputs[f"center_{level}"], outputs[f"kernel_{level}"]
             size = tuple(kernels.shape[1:3])
-            region_targets = self._region_targets(semantic, size)  # [B, h, w, S]
+            shares_of_instances, shares_of_semantic = level_shares(instances, size), level_shares(semantic, size)
+            region_targets = self._region_targets(shares_of_semantic)  # [B, h, w, S]
             heat = targets[f"heat_{level}"]
             # The centre of an object counts, however much around it is unknown.
             has_center = ops.cast(ops.any(heat >= 1.0, axis=-1), "float32")
             centers = centers + focal_loss(
                 center_logits,
                 heat,
-                ops.maximum(self._level_weight(instances == -1, size), has_center),
+                ops.maximum(self._level_weight(shares_of_instances, unknown=-1), has_center),
                 alpha=self.loss_config.focal_alpha,
                 gamma=self.loss_config.focal_gamma,
             )
             region = focal_loss(
                 outputs[f"region_{level}"],
                 region_targets,
-                self._level_weight(semantic == len(self.classes.class_id), size),
+                self._level_weight(shares_of_semantic, unknown=len(self.classes.class_id)),
                 alpha=self.loss_config.focal_alpha,
                 gamma=self.loss_config.focal_gamma,
             )
@@ -388,7 +384,7 @@ class PanopticFCN(PanopticSystem):
             picked, share = pick_kernels(
                 kernels,
                 center_logits,
-                samples=instances,
+                instances=shares_of_instances,
                 classes=targets["classes"],
                 positions=ops.minimum(ops.cast(targets["centers"] / stride, "int32"), limit),
                 number=self.loss_config.kernels,
@@ -445,19 +441,19 @@ class PanopticFCN(PanopticSystem):
             return ops.ones_like(unknown[..., 0], "float32")
         return ops.cast(ops.sum(ops.cast(unknown, "float32"), axis=-1) < 2, "float32")
 
-    def _level_weight(self, unknown: Tensor, size: tuple[int, int]) -> Tensor:
-        """1 for positions of a level of which most is known, float32 [B, h, w], from bool [B, H, W, 4]."""
+    def _level_weight(self, shares: Sequence[tuple[Tensor, Tensor]], *, unknown: int) -> Tensor:
+        """1 for positions of a level of which most is known, float32 [B, h, w], from what `level_shares` returned."""
         if self.reference_behaviour:
-            return ops.ones((ops.shape(unknown)[0], *size), "float32")
+            return ops.ones_like(shares[0][0], "float32")
         share: Tensor = 0.0
-        for is_unknown, part in zip(*level_shares(unknown, size), strict=True):
-            share = share + ops.cast(is_unknown, "float32") * part
+        for label, part in shares:
+            share = share + ops.cast(label == unknown, "float32") * part
         return ops.cast(share < 0.5, "float32")
 
-    def _region_targets(self, semantic: Tensor, size: tuple[int, int]) -> Tensor:
+    def _region_targets(self, shares: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """How much of each position of a level belongs to each class, if half or more; float32 [B, h, w, S]."""
         share: Tensor = 0.0
-        for label, part in zip(*level_shares(semantic, size), strict=True):
+        for label, part in shares:
             share = share + ops.one_hot(label, len(self.classes.class_id), dtype="float32") * part[..., None]
         return ops.where(share >= 0.5, ops.minimum(share, 1.0), 0.0)
 
@@ -498,7 +494,7 @@ class PanopticFCN(PanopticSystem):
             for level, stride in self.level_strides.items()
         ]
         kernels, scores, classes = (ops.concatenate(values, axis=1) for values in zip(*found, strict=True))
-        things = Things(self.kernel_head.embed_things(kernels), scores, classes).best(scores.shape[1])
+        things, _ = Things(self.kernel_head.embed_things(kernels), scores, classes).best(scores.shape[1])
         weights, scores = fuse_things(
             *things,
             similarity=config.similarity,
@@ -533,10 +529,8 @@ class PanopticFCN(PanopticSystem):
         certainty, lines = measure_masks(outputs["feature"], things.weights, threshold=config.mask_threshold)
         scores = things.scores * certainty
         scores = ops.where(scores >= config.score_threshold, scores, 0.0)
-        scores, index = ops.top_k(scores, min(config.kernels, scores.shape[1]))
-        return Things(take_rows(things.weights, index), scores, take_rows(things.classes, index)), take_rows(
-            lines, index
-        )
+        things, index = things._replace(scores=scores).best(config.kernels)
+        return things, take_rows(lines, index)
 
     def _merge(
         self,

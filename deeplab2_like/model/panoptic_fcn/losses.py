@@ -4,13 +4,12 @@ Masks are never held all at once: the sums of the dice loss are gathered band by
 computes each band again.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from keras import ops
 
 from deeplab2_like.model.boxes import take_rows
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.panoptic_fcn.targets import level_shares
 
 # Numbers that a band of masks may have per image; two lines at least.
 _BAND_SIZE = 2**21
@@ -41,7 +40,7 @@ def pick_kernels(
     kernels: Tensor,
     center_logits: Tensor,
     *,
-    samples: Tensor,
+    instances: Sequence[tuple[Tensor, Tensor]],
     classes: Tensor,
     positions: Tensor,
     number: int,
@@ -52,7 +51,7 @@ def pick_kernels(
     Args:
         kernels: float32 [B, h, w, K].
         center_logits: float32 [B, h, w, T].
-        samples: int32 [B, H, W, 4] of the instance map, see `four_samples`.
+        instances: What `level_shares` returned for the instance map and this level.
         classes: int32 [B, M], of the objects, positions among the thing classes.
         positions: int32 [B, M, 2], (y, x) of their centres on this level.
         number: k, kernels of an object.
@@ -71,7 +70,7 @@ def pick_kernels(
         return picked, ops.ones((batch, num_objects, 1), "float32")
 
     share: Tensor = 0.0
-    for label, part in zip(*level_shares(samples, (height, width)), strict=True):
+    for label, part in instances:
         is_here = ops.reshape(label, (batch, 1, height * width)) == ops.arange(1, num_objects + 1)[:, None]
         share = share + ops.cast(is_here, "float32") * ops.reshape(part, (height * width,))  # [B, M, h * w]
     is_inside = share > 0.1

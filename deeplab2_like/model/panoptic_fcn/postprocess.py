@@ -28,10 +28,10 @@ class Things(NamedTuple):
     scores: Tensor
     classes: Tensor
 
-    def best(self, number: int) -> "Things":
-        """The best of them, in the order of their scores."""
+    def best(self, number: int) -> tuple["Things", Tensor]:
+        """The best of them, in the order of their scores, and which rows they were, int32 [B, number]."""
         scores, index = ops.top_k(self.scores, min(number, self.scores.shape[1]))
-        return Things(take_rows(self.weights, index), scores, take_rows(self.classes, index))
+        return Things(take_rows(self.weights, index), scores, take_rows(self.classes, index)), index
 
 
 @stage
@@ -212,32 +212,35 @@ def claim_masks(
 
     def mask_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
         rows = ops.take(enlarge_rows, top[:, None] + ops.arange(lines), axis=0)  # [B, L, h]
-        probability = mask_of(feature, ops.take(weights, n, axis=1))  # [B, h, w]
-        return ops.matmul(ops.matmul(rows, probability), ops.transpose(enlarge_columns)) > threshold
+        return mask_of(feature, ops.take(weights, n, axis=1), rows, enlarge_columns, threshold=threshold)
 
     return claim_in_order(
         used, first_line, last_line, mask_in_window, height=height, width=width, overlap_threshold=overlap_threshold
     )
 
 
-def mask_of(feature: Tensor, weights: Tensor) -> Tensor:
-    """One mask per image, as probabilities: float32 [B, h, w, E] and [B, E] to [B, h, w]."""
+def mask_of(
+    feature: Tensor, weights: Tensor, enlarge_rows: Tensor, enlarge_columns: Tensor, *, threshold: float
+) -> Tensor:
+    """One mask per image, from weights float32 [B, E]: bool [B, H, W], or fewer lines if there are fewer rows.
+
+    The rows of the enlarging matrix may differ from image to image, float32 [B, L, h]; see `claim_masks`.
+    """
     batch, height, width = ops.shape(feature)[:3]
     flat = ops.reshape(feature, (batch, height * width, feature.shape[-1]))
     logits = ops.matmul(flat, weights[..., None])  # [B, h * w, 1]
-    return ops.reshape(ops.sigmoid(logits), (batch, height, width))
+    probability = ops.reshape(ops.sigmoid(logits), (batch, height, width))  # [B, h, w]
+    return ops.matmul(ops.matmul(enlarge_rows, probability), ops.transpose(enlarge_columns)) > threshold
 
 
 def all_masks(
     feature: Tensor, weights: Tensor, enlarge_rows: Tensor, enlarge_columns: Tensor, *, threshold: float
 ) -> Tensor:
     """All masks at the size of the map, made one after the other: bool [B, N, H, W]; see `claim_masks`."""
-
-    def enlarged(weights: Tensor) -> Tensor:
-        probability = mask_of(feature, weights)
-        return ops.matmul(ops.matmul(enlarge_rows, probability), ops.transpose(enlarge_columns)) > threshold
-
-    masks = ops.map(enlarged, ops.transpose(weights, (1, 0, 2)))  # [N, B, H, W]
+    masks = ops.map(  # [N, B, H, W]
+        lambda of_one: mask_of(feature, of_one, enlarge_rows, enlarge_columns, threshold=threshold),
+        ops.transpose(weights, (1, 0, 2)),
+    )
     return ops.transpose(masks, (1, 0, 2, 3))
 
 

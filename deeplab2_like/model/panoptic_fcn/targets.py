@@ -188,7 +188,7 @@ def _draw_gaussians(
     return tf.reshape(flat, shape)
 
 
-def level_shares(samples: Tensor, size: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]]:
+def level_shares(samples: Tensor, size: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
     """Resizes the cells of the feature to a level, bilinearly, without a mask for each label.
 
     The value of a label's mask at a position of the level is the sum of the shares of the samples that have the label.
@@ -209,11 +209,11 @@ def level_shares(samples: Tensor, size: tuple[int, int]) -> tuple[list[Tensor], 
         weight = position - ops.floor(position)
         return [(first, 1 - weight), (ops.minimum(first + 1, old - 1), weight)]
 
-    labels, shares = [], []
+    pairs = []
     for y, y_weight in axis(height, size[0]):
         line = ops.take(samples, y, axis=1)  # [B, h, W, 4]
         for x, x_weight in axis(width, size[1]):
             cells = ops.take(line, x, axis=2)  # [B, h, w, 4]
-            labels += [cells[..., index] for index in range(4)]
-            shares += [y_weight[:, None] * x_weight[None, :] / 4] * 4
-    return labels, shares
+            share = y_weight[:, None] * x_weight[None, :] / 4  # [h, w]
+            pairs += [(cells[..., index], share) for index in range(4)]
+    return pairs

@@ -245,11 +245,6 @@ class PanopticFPN(PanopticSystem):
                 "lower it."
             )
 
-    @classmethod
-    def from_model_config(cls, config: PanopticFPNConfig, dataset_info: DatasetInfo) -> "PanopticFPN":
-        """Builds the system from the `model` section of a config."""
-        return cls(dataset_info=dataset_info, **{key: getattr(config, key) for key in type(config).model_fields})
-
     # --- targets -----------------------------------------------------------------------------------------------------
 
     def make_targets(self, panoptic: Tensor) -> dict[str, Tensor]:
