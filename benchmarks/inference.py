@@ -33,6 +33,7 @@ from rich.table import Table
 
 from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.files import write_atomically
 from deeplab2_like.model import SYSTEMS, PanopticSystem, build_system
 from deeplab2_like.model.layers import compiled_stages
 from deeplab2_like.model.merge import best_class
@@ -171,7 +172,7 @@ def main() -> None:
             table.add_row(part, f"{value:.0f}", f"{100 * value / total:.1f} %")
         Console().print(table)
     if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_atomically(options.json, (json.dumps(results, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

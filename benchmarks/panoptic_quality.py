@@ -43,6 +43,7 @@ from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter
 from deeplab2_like.evaluation.evaluate_files import evaluate_files
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
+from deeplab2_like.files import write_atomically
 
 SIZES = ((480, 640), (1024, 2048))
 FIRST_VALIDATION_INDEX = 1_000_000
@@ -355,9 +356,7 @@ def main() -> int:
     )
     show(result)
     if arguments.json:
-        beside = arguments.json.with_name(f".{arguments.json.name}.{os.getpid()}")
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-        beside.replace(arguments.json)
+        write_atomically(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
     return 0 if result["passed"] else 1
 
 

@@ -30,6 +30,7 @@ from plain_postprocess import made_up_outputs, plain_postprocess
 from rich.console import Console
 from rich.table import Table
 
+from deeplab2_like.files import write_atomically
 from deeplab2_like.model.layers import compiled_stages
 from deeplab2_like.model.panoptic_deeplab.postprocess import postprocess
 
@@ -271,9 +272,7 @@ def main() -> int:
     result = measure((height, width), arguments.classes, arguments.centers, arguments.runs)
     show(result)
     if arguments.json:
-        beside = arguments.json.with_name(f".{arguments.json.name}.{os.getpid()}")
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-        beside.replace(arguments.json)
+        write_atomically(arguments.json, (json.dumps(result, indent=1) + "\n").encode())
     return 0 if result["passed"] else 1
 
 

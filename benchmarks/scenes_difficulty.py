@@ -9,7 +9,6 @@ worth testing instance segmentation on only if this stays low: exit status 1 if 
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from rich.table import Table
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality, PanopticQualityResult
+from deeplab2_like.files import write_atomically
 
 LIMIT = 55.0
 FIRST_VALIDATION_INDEX = 1_000_000
@@ -88,9 +88,7 @@ def main() -> int:
 
     if arguments.json:
         content = {"images": arguments.images, "size": [height, width], "limit": LIMIT, "passed": passed, "pq": rows}
-        beside = arguments.json.with_name(f".{arguments.json.name}.{os.getpid()}")
-        beside.write_text(json.dumps(content, indent=1) + "\n")
-        beside.replace(arguments.json)
+        write_atomically(arguments.json, (json.dumps(content, indent=1) + "\n").encode())
     return 0 if passed else 1
 
 

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from deeplab2_like.configs import Config, list_configs, load_config
 from deeplab2_like.data.scenes import render_scene, scenes_info
+from deeplab2_like.files import write_atomically
 from deeplab2_like.model import SYSTEMS, PanopticSystem, build_system
 from deeplab2_like.model.describe import describe
 from deeplab2_like.trainer.optimizer import make_optimizer
@@ -171,9 +172,7 @@ def main() -> int:
     passed = all("error" not in row and row["waiting_for_data"] < MOST_WAITING and row["traces"] == 1 for row in rows)
     print("passed" if passed else "FAILED")
     if arguments.json:
-        beside = arguments.json.with_name(f".{arguments.json.name}.{os.getpid()}")
-        beside.write_text(json.dumps({"rows": rows, "passed": passed}, indent=1) + "\n")
-        beside.replace(arguments.json)
+        write_atomically(arguments.json, (json.dumps({"rows": rows, "passed": passed}, indent=1) + "\n").encode())
     return 0 if passed else 1
 
 
