@@ -5,9 +5,12 @@ with round masks, all above the threshold. Each part is a graph of its own for t
 
 * `network`: from the image to raw outputs, convolutions, and for Panoptic FPN boxes and masks in boxes;
 * `dense part`, for Panoptic FPN: of the network, all but proposals and heads of the detector;
-* `post-processing`: everything after the network, for Panoptic FCN with the choice and fusion of kernels;
+* `post-processing`: everything after the network, for Panoptic FCN with the choice and fusion of kernels, for LPSNet
+with
+  the choice of boxes;
 * `class of pixels`, for Panoptic FPN: the enlarged semantic output and its best class;
-* `merge`, the rest of it: masks at image size, overlaps decided, the map painted, its segments scored.
+* `merge`, the rest of it: masks at image size, overlaps decided, the map painted, its segments scored;
+* `panoptic head`, for LPSNet: boxes pasted on the semantic map, conflicts decided, the map painted.
 
 The post-processing runs with its stages compiled with XLA, and as a plain graph beside it. Median over the runs.
 
@@ -36,6 +39,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.files import write_atomically
 from deeplab2_like.model import SYSTEMS, PanopticSystem, build_system
 from deeplab2_like.model.layers import compiled_stages
+from deeplab2_like.model.lpsnet import LPSNet, PanopticHead
 from deeplab2_like.model.merge import best_class
 from deeplab2_like.model.panoptic_fcn import PanopticFCN
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
@@ -109,6 +113,39 @@ def made_up_kernels(
     return outputs | {name: tf.constant(value, tf.float32) for name, value in made_up.items()}
 
 
+def paste_made_up_boxes(system: LPSNet, height: int, width: int, number: int) -> Callable[[Any], Any]:
+    """LPSNet's panoptic head, of boxes of all sizes and classes on a semantic map of which they are a part.
+
+    Half of the boxes are of a class that others around them have, too, so that there are conflicts.
+    """
+    random = np.random.default_rng(0)
+    config, rows = system.postprocess_config, system.postprocess_config.detections
+    sides = np.exp(random.uniform(np.log(16), np.log(min(height, width) / 1.5), (rows, 2)))
+    middle = random.uniform(0, 1, (rows, 2)) * (height, width)
+    boxes = np.concatenate([middle - sides / 2, middle + sides / 2], axis=1)  # [N, 4]
+    boxes = np.clip(boxes, 0, [height, width, height, width])
+    classes = np.where(np.arange(rows) % 2, 0, random.integers(0, 80, rows))
+    semantic = np.full((1, height, width), 100, np.int32)
+    for box, class_id in zip(boxes.astype(int), classes, strict=True):
+        semantic[0, box[0] : box[2], box[1] : box[3]] = class_id
+    scores = np.where(np.arange(rows) < number, np.linspace(0.99, 0.5, rows), 0.0)
+    head = PanopticHead(
+        system.dataset_info,
+        conflicts=config.conflicts,
+        overlap_threshold=config.overlap_threshold,
+        stuff_area_limit=config.stuff_area_limit,
+        size_limits=system.box_config.size_limits,
+    )
+    inputs = [
+        tf.constant(semantic),
+        tf.constant(boxes[None], tf.float32),
+        tf.constant(scores[None], tf.float32),
+        tf.constant(classes[None], tf.int32),
+        tf.constant(random.random((1, height, width, len(system.level_strides))), tf.float32),
+    ]
+    return lambda outputs: head.paste(*inputs)
+
+
 def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs: int) -> dict[str, float]:
     """Times the parts of a system, in milliseconds."""
     height, width = size
@@ -134,6 +171,8 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
         things, _ = system._ranked(outputs, system._things(outputs))
         used = np.sum(things.scores >= system.postprocess_config.map_score_threshold)
         print(f"{system.name}: {used} of {instances} things are neither fused nor too weak")
+    if isinstance(system, LPSNet):
+        parts["panoptic head"] = paste_made_up_boxes(system, height, width, instances)
     for name, part in parts.items():
 
         def in_stages(outputs: Any, part: Callable[..., Any] = part) -> Any:

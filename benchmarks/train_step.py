@@ -47,7 +47,11 @@ def find_config(system: str) -> Config:
     if not names:
         raise SystemExit(f"System '{system}' comes with no config.")
     name = min(names, key=lambda name: (not name.endswith("resnet50"), "coco" not in name, name))
-    return load_config(name, ["model.backbone.name=resnet50"])
+    overrides = ["model.backbone.name=resnet50"]
+    # Outside of training some systems see images at another size; what is counted here is the network of training.
+    if hasattr(load_config(name).model.postprocess, "resize"):
+        overrides.append("model.postprocess.resize=null")
+    return load_config(name, overrides)
 
 
 def make_dataset(system: PanopticSystem, side: int, batch_size: int) -> tf.data.Dataset:

@@ -3,6 +3,7 @@
 from deeplab2_like.configs.schema import Config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import unknown_name
+from deeplab2_like.model.lpsnet import LPSNet
 from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab
 from deeplab2_like.model.panoptic_fcn import PanopticFCN
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
@@ -12,6 +13,7 @@ SYSTEMS: dict[str, type[PanopticSystem]] = {
     "panoptic_deeplab": PanopticDeepLab,
     "panoptic_fpn": PanopticFPN,
     "panoptic_fcn": PanopticFCN,
+    "lpsnet": LPSNet,
 }
 
 

@@ -1,4 +1,4 @@
-"""Modulated deformable convolution (Zhu et al., "Deformable ConvNets v2", CVPR 2019)."""
+"""Deformable convolution (Dai et al., ICCV 2017), also modulated (Zhu et al., "Deformable ConvNets v2", CVPR 2019)."""
 
 from collections.abc import Callable
 
@@ -13,14 +13,16 @@ class DeformableConvNorm(keras.layers.Layer):
 
     The second convolution (`offset`) has three outputs for each tap: first the offsets (dy, dx) of tap after tap, row
     by row, in pixels of the input; then for each tap the logit of a factor in 0..1, its modulation. With the default
-    initialiser the layer starts as a plain convolution, halved. The map is read bilinearly, with zeros around it.
-    Positions and modulations are float32 at any precision.
+    initialiser the layer starts as a plain convolution, halved; without modulation, which leaves out the third output,
+    as a plain one. The map is read bilinearly, with zeros around it. Positions and modulations are float32 at any
+    precision.
 
     Args:
         filters: Output channels.
         kernel_size: Height and width, odd.
         strides: Stride of both axes.
         dilation: Atrous rate of both axes; 1 if there is a stride.
+        modulated: Whether each tap has a factor, too.
         norm: The normalisation; None for none, which adds a bias.
         activation: Name of a Keras activation, or None.
         initializer: Initialiser of the kernel.
@@ -36,6 +38,7 @@ class DeformableConvNorm(keras.layers.Layer):
         *,
         strides: int = 1,
         dilation: int = 1,
+        modulated: bool = True,
         norm: Norm | None = None,
         activation: str | None = "relu",
         initializer: str | keras.initializers.Initializer = "he_normal",
@@ -51,7 +54,7 @@ class DeformableConvNorm(keras.layers.Layer):
         self.margin = dilation * (kernel_size - 1) // 2
         self.pad = keras.layers.ZeroPadding2D(self.margin, name="pad", dtype="float32")
         self.offset = keras.layers.Conv2D(
-            3 * kernel_size**2,
+            (3 if modulated else 2) * kernel_size**2,
             kernel_size,
             strides=strides,
             dilation_rate=dilation,
@@ -93,7 +96,8 @@ def deformable_convolution(inputs: Tensor, offset: Tensor, kernel: Tensor, *, st
 
     Args:
         inputs: float [B, H, W, C].
-        offset: float32 [B, h, w, 3 * K * K]: (dy, dx) of each tap, then the modulation logit of each.
+        offset: float32 [B, h, w, 3 * K * K]: (dy, dx) of each tap, then the modulation logit of each; or, without
+            modulation, [B, h, w, 2 * K * K].
         kernel: float [K, K, C, filters].
         strides: Stride of both axes.
         dilation: Atrous rate of both axes.
@@ -111,7 +115,8 @@ def deformable_convolution(inputs: Tensor, offset: Tensor, kernel: Tensor, *, st
     for tap in range(size * size):
         y = offset[..., 2 * tap] + row + float(tap // size * dilation)  # [B, h, w]
         x = offset[..., 2 * tap + 1] + column + float(tap % size * dilation)
-        modulation = ops.sigmoid(offset[..., 2 * size * size + tap])
+        is_modulated = offset.shape[-1] == 3 * size * size
+        modulation = ops.sigmoid(offset[..., 2 * size * size + tap]) if is_modulated else ops.ones_like(y)
         flat = [ops.reshape(values, (batch, height * width)) for values in (y, x, modulation)]  # each [B, h * w]
         read = read_bilinear(inputs, *flat)  # [B, h * w, C]
         total = total + ops.matmul(read, ops.reshape(kernel[tap // size, tap % size], (channels, filters)))

@@ -52,8 +52,9 @@ class FeaturePyramid(keras.layers.Layer):
         strides: Stride of each level, by its name, fine to coarse.
         channels: Channels of all levels.
 
-    Input: dictionary of features, float [B, h, w, C]. Output: dictionary of levels, float
-    [B, ceil(H / stride), ceil(W / stride), channels].
+    Input: dictionary of features, float [B, h, w, C]; and, if wanted, `context`, float [B, h, w, channels] or
+    [B, 1, 1, channels], which is added to the coarsest feature after its 1x1 convolution. Output: dictionary of levels,
+    float [B, ceil(H / stride), ceil(W / stride), channels].
 
     Raises:
         UserError: If the strides do not double.
@@ -105,7 +106,9 @@ class FeaturePyramid(keras.layers.Layer):
             else None
         )
 
-    def call(self, features: Mapping[str, Tensor], training: bool = False) -> dict[str, Tensor]:
+    def call(
+        self, features: Mapping[str, Tensor], context: Tensor | None = None, training: bool = False
+    ) -> dict[str, Tensor]:
         """Builds the pyramid; see the class."""
         pyramid: dict[str, Tensor] = {}
         above = None
@@ -113,6 +116,8 @@ class FeaturePyramid(keras.layers.Layer):
             list(zip(self.levels, self.features, self.laterals, self.outputs, strict=True))
         ):
             x = lateral(features[feature], training=training)
+            if above is None and context is not None:
+                x = x + context
             above = x if above is None else x + repeat_pixels(above)
             pyramid[f"p{level}"] = output(above, training=training)
         pyramid = dict(reversed(pyramid.items()))

@@ -241,6 +241,7 @@ def claim_in_order(
     height: Any,
     width: Any,
     overlap_threshold: float,
+    cost_in_window: Callable[[Tensor, Tensor, Any], Tensor] | None = None,
 ) -> Tensor:
     """Gives pixels to instances in the order of their rows, see `claim_pixels`, whatever their masks are made of.
 
@@ -253,6 +254,8 @@ def claim_in_order(
         height: H, height of the map, an int or an int32 scalar.
         width: W, its width.
         overlap_threshold: The share.
+        cost_in_window: If given, a pixel in several masks that are not dropped goes to the one of the lowest cost, the
+            first of them if they are equal, and not simply to the first: like `mask_in_window`, but float32.
 
     Returns:
         int32 [B, H, W]: the instance, or N for pixels that none has.
@@ -264,29 +267,42 @@ def claim_in_order(
     window_heights = [-(-height // share) for share in _WINDOW_SHARES]
     window_index = sum(ops.cast(lines_needed > lines, "int32") for lines in window_heights[:-1])  # [N]
 
-    def claim_in_window(lines: Any, n: Tensor, owner: Tensor) -> Tensor:
+    def claim_in_window(lines: Any, n: Tensor, owner: Tensor, *cost: Tensor) -> tuple[Tensor, ...]:
         top = ops.minimum(ops.take(first_line, n, axis=1), height - lines)  # [B]
         index = (ops.arange(batch) * height + top)[:, None] + ops.arange(lines)[None, :]  # [B, L]
-        before = ops.reshape(ops.take(owner, ops.reshape(index, (-1,)), axis=0), (batch, lines, width))  # [B, L, W]
+        index = ops.reshape(index, (-1,))  # [B * L]
+
+        def window(of_map: Tensor) -> Tensor:
+            return ops.reshape(ops.take(of_map, index, axis=0), (batch, lines, width))  # [B, L, W]
+
+        def updated(of_map: Tensor, changed: Tensor, value: Tensor, before: Tensor) -> Tensor:
+            after = ops.reshape(ops.where(changed, value, before), (batch * lines, width))
+            return ops.scatter_update(of_map, index[:, None], after)  # [B * H, W]
+
+        before = window(owner)
         mask = mask_in_window(n, top, lines) & ops.take(used, n, axis=1)[:, None, None]  # [B, L, W]
 
         free = mask & (before == num_instances)
         area = ops.cast(ops.sum(ops.cast(mask, "int32"), axis=(1, 2)), "float32")  # [B]
         claimed = area - ops.cast(ops.sum(ops.cast(free, "int32"), axis=(1, 2)), "float32")  # [B]
-        fits = claimed <= overlap_threshold * area
-        after = ops.where(free & fits[:, None, None], ops.cast(n, "int16"), before)
-        return ops.scatter_update(
-            owner, ops.reshape(index, (-1, 1)), ops.reshape(after, (batch * lines, width))
-        )  # [B * H, W]
+        fits = (claimed <= overlap_threshold * area)[:, None, None]
+        number = ops.cast(n, "int16")
+        if cost_in_window is None:
+            return (updated(owner, free & fits, number, before),)
+        cost_here, least = cost_in_window(n, top, lines), window(cost[0])
+        wins = mask & fits & (cost_here < least)
+        return updated(owner, wins, number, before), updated(cost[0], wins, cost_here, least)
 
     windows = [functools.partial(claim_in_window, lines) for lines in window_heights]
 
-    def claim(n: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-        return n + 1, ops.switch(ops.take(window_index, n), windows, n, owner)
+    def claim(n: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+        return n + 1, *ops.switch(ops.take(window_index, n), windows, n, *maps)
 
     # Half the memory to move; more than 32767 instances would be too many for the masks anyway.
-    nobody = ops.full((batch * height, width), num_instances, "int16")
-    _, owner = ops.while_loop(lambda n, owner: n < last, claim, (ops.array(0, "int32"), nobody))
+    maps = [ops.full((batch * height, width), num_instances, "int16")]
+    if cost_in_window is not None:
+        maps.append(ops.full((batch * height, width), float("inf"), "float32"))
+    owner = ops.while_loop(lambda n, *_: n < last, claim, (ops.array(0, "int32"), *maps))[1]
     return ops.reshape(ops.cast(owner, "int32"), (batch, height, width))  # [B, H, W]
 
 

@@ -33,6 +33,24 @@ def seen_images(images: Tensor, config: ResizeConfig | None) -> tuple[Tensor, di
     return images, {"seen_size": ops.stack([ops.convert_to_tensor(side, "int32") for side in sides])}
 
 
+def boxes_in_map(boxes: Tensor, seen_size: Tensor | None, image_size: tuple[Any, Any]) -> Tensor:
+    """Boxes in pixels of the map, from those in pixels of the image that the network saw.
+
+    Args:
+        boxes: float32 [B, N, 4].
+        seen_size: int32 [2], what `seen_images` says of the size; None if it is that of the map.
+        image_size: Height and width of the map, ints or int32 scalars.
+
+    Returns:
+        float32 [B, N, 4].
+    """
+    if seen_size is None:
+        return boxes
+    size = ops.cast(ops.stack([ops.convert_to_tensor(side, "int32") for side in image_size]), "float32")
+    scale = size / ops.cast(seen_size, "float32")
+    return boxes * ops.concatenate([scale, scale])
+
+
 def resize_images(images: Tensor, config: ResizeConfig) -> Tensor:
     """Resizes images so that their shorter side is the wanted one.
 

@@ -196,6 +196,10 @@ class PanopticSystem(keras.Model):
         images = (images - ops.array(self.image_mean, "float32")) / ops.array(self.image_std, "float32")
         return ops.cast(pad_to_multiple(images, self.size_multiple), self.compute_dtype)
 
+    def thing_class_ids(self, positions: Tensor) -> Tensor:
+        """Class ids of things, int32 [...], from their positions among the thing classes, int32 [...]."""
+        return ops.take(ops.array(self.dataset_info.thing_classes, "int32"), positions)
+
     def infer(self, images: Tensor, *, with_instances: bool = False) -> dict[str, Tensor]:
         """From images to panoptic maps: what evaluation and export run.
 

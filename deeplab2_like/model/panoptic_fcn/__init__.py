@@ -475,7 +475,7 @@ class PanopticFCN(PanopticSystem):
         return {
             "masks": masks,
             "boxes": boxes_of(masks),
-            "classes": self._class_ids(things.classes),
+            "classes": self.thing_class_ids(things.classes),
             "scores": things.scores,
         }
 
@@ -558,7 +558,7 @@ class PanopticFCN(PanopticSystem):
         merged = merge(
             best_class(probability, image_size, stride=self.stride, seen_size=seen_size),
             owner,
-            self._class_ids(things.classes),
+            self.thing_class_ids(things.classes),
             class_of_semantic=self.classes.painted_class,
             num_classes=self.dataset_info.num_classes,
             stuff_area_limit=config.stuff_area_limit,
@@ -576,10 +576,6 @@ class PanopticFCN(PanopticSystem):
             for axis in (0, 1)
         )
         return rows, columns
-
-    def _class_ids(self, thing_classes: Tensor) -> Tensor:
-        """Class ids from positions among the thing classes."""
-        return ops.take(ops.array(self.dataset_info.thing_classes, "int32"), thing_classes)
 
     # --- upper bounds ------------------------------------------------------------------------------------------------
 
@@ -694,7 +690,7 @@ class PanopticFCN(PanopticSystem):
         merged = merge(
             semantic,
             owner,
-            self._class_ids(thing_classes),
+            self.thing_class_ids(thing_classes),
             class_of_semantic=(*self.classes.painted_class, -1),
             num_classes=self.dataset_info.num_classes,
             stuff_area_limit=self.postprocess_config.stuff_area_limit,

@@ -55,7 +55,7 @@ from deeplab2_like.model.detection import (
 from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, backbone_features, split_channels
 from deeplab2_like.model.layers import Norm, Tensor
 from deeplab2_like.model.merge import best_class, claim_pixels, described_segments, merge, region_scores
-from deeplab2_like.model.seen_size import ResizeConfig, seen_images
+from deeplab2_like.model.seen_size import ResizeConfig, boxes_in_map, seen_images
 from deeplab2_like.model.semantic_fpn import SemanticBranch, SemanticClasses, semantic_loss
 from deeplab2_like.model.system import Loss, PanopticSystem
 
@@ -466,11 +466,11 @@ class PanopticFPN(PanopticSystem):
         """See `PanopticSystem.instances`: all detections, also those that the panoptic map leaves out."""
         if self.semantic_only:
             return None
-        boxes = _scaled_boxes(outputs, image_size)
+        boxes = boxes_in_map(outputs["boxes"], outputs.get("seen_size"), image_size)
         return {
             "masks": paste_masks(outputs["masks"], boxes, *image_size),
             "boxes": boxes,
-            "classes": self._class_ids(outputs["thing_classes"]),
+            "classes": self.thing_class_ids(outputs["thing_classes"]),
             "scores": outputs["scores"],
         }
 
@@ -513,12 +513,12 @@ class PanopticFPN(PanopticSystem):
             # Rows count from 1 there; masks of the truth do not overlap.
             instance_map, number = targets["instance_map"], targets["valid"].shape[1]
             owner = ops.where(instance_map > 0, instance_map - 1, number)
-            classes, scores = self._class_ids(targets["classes"]), ops.cast(targets["valid"], "float32")
+            classes, scores = self.thing_class_ids(targets["classes"]), ops.cast(targets["valid"], "float32")
         else:
-            scores, classes = outputs["scores"], self._class_ids(outputs["thing_classes"])
+            scores, classes = outputs["scores"], self.thing_class_ids(outputs["thing_classes"])
             owner = claim_pixels(
                 (scores >= self.postprocess_config.score_threshold) & (scores > 0),
-                _scaled_boxes(outputs, image_size),
+                boxes_in_map(outputs["boxes"], outputs.get("seen_size"), image_size),
                 outputs["masks"],
                 height=height,
                 width=width,
@@ -546,19 +546,6 @@ class PanopticFPN(PanopticSystem):
                 seen_size=outputs.get("seen_size"),
             )
         return described_segments(merged, scores, of_regions)
-
-    def _class_ids(self, thing_classes: Tensor) -> Tensor:
-        """Class ids from positions among the thing classes."""
-        return ops.take(ops.array(self.dataset_info.thing_classes, "int32"), thing_classes)
-
-
-def _scaled_boxes(outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Tensor:
-    """Boxes of the detections, float32 [B, N, 4], in pixels of the map."""
-    if "seen_size" not in outputs:
-        return outputs["boxes"]
-    size = ops.cast(ops.stack([ops.convert_to_tensor(side, "int32") for side in image_size]), "float32")
-    scale = size / ops.cast(outputs["seen_size"], "float32")
-    return outputs["boxes"] * ops.concatenate([scale, scale])
 
 
 def _with_prefix(outputs: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

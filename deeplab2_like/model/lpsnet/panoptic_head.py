@@ -1,0 +1,199 @@
+"""The parameter-free panoptic head of LPSNet (section 3.4): boxes pasted onto the pixels of their class.
+
+It works on its own, with the boxes and the semantic map of any model:
+
+    head = PanopticHead(dataset_info, conflicts="smallest_area")
+    panoptic = head(semantic, boxes, scores, classes)["panoptic"]
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from keras import ops
+
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.errors import UserError
+from deeplab2_like.model.boxes import box_area, take_rows
+from deeplab2_like.model.layers import Tensor, stage
+from deeplab2_like.model.lpsnet.targets import border_ness, distances_to_boxes, level_of
+from deeplab2_like.model.merge import Merged, claim_in_order, described_segments, merge
+
+Conflicts = Literal["closest_border_ness", "smallest_area", "highest_score"]
+
+
+class PanopticHead:
+    """Makes a panoptic map of boxes and a semantic map.
+
+    The mask of a box is the pixels in it that have its class. Boxes are pasted in the order of their scores; one of
+    whose mask a larger share than a threshold is in the masks of better boxes is dropped. As a pixel has one class,
+    masks overlap only within a class. A pixel in several of them goes to
+
+    - `closest_border_ness`: the box for which its border-ness is closest to what the network predicted for this pixel;
+    - `smallest_area`: the smallest box;
+    - `highest_score`: the best box.
+
+    Pixels of stuff keep their class; pixels of things that no box has become void.
+
+    Args:
+        dataset_info: What the values of the panoptic map mean.
+        conflicts: Who gets the pixels of several boxes.
+        overlap_threshold: The share.
+        stuff_area_limit: Smaller stuff segments become void, in pixels.
+        size_limits: If border-ness was predicted on several levels: between one level and the next, the largest
+            distance from a pixel to a side of its object, in pixels of the map.
+
+    Raises:
+        UserError: If there is no such rule of conflicts.
+    """
+
+    def __init__(
+        self,
+        dataset_info: DatasetInfo,
+        *,
+        conflicts: Conflicts = "closest_border_ness",
+        overlap_threshold: float = 0.3,
+        stuff_area_limit: int = 4096,
+        size_limits: Sequence[float] = (),
+    ) -> None:
+        known = ("closest_border_ness", "smallest_area", "highest_score")
+        if conflicts not in known:
+            raise UserError(f"Unknown rule of conflicts '{conflicts}'. Known: {', '.join(known)}.")
+        self.dataset_info = dataset_info
+        self.conflicts = conflicts
+        self.overlap_threshold = overlap_threshold
+        self.stuff_area_limit = stuff_area_limit
+        self.size_limits = tuple(size_limits)
+        is_thing = [category.is_thing for category in dataset_info.categories]
+        self.painted_class = (*(-1 if thing else class_id for class_id, thing in enumerate(is_thing)), -1)
+
+    def __call__(
+        self, semantic: Tensor, boxes: Tensor, scores: Tensor, classes: Tensor, predicted: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Makes the map, of boxes in any order.
+
+        Args:
+            semantic: int32 [B, H, W], class id of each pixel; the number of classes where it is not known.
+            boxes: float32 [B, N, 4], (y_min, x_min, y_max, x_max) in pixels of the map.
+            scores: float32 [B, N]; rows of zero are not used.
+            classes: int32 [B, N], class ids of things.
+            predicted: float32 [B, H, W, L], border-ness that was predicted for each pixel, on each of the levels; only
+                for `closest_border_ness`.
+
+        Returns:
+            The dictionary of `PanopticSystem.postprocess`: rows 0 to N - 1 are things by score, row N + c is class c,
+            whose score is 1.
+
+        Raises:
+            UserError: If border-ness is needed, but missing.
+        """
+        order = ops.argsort(-scores, axis=-1)
+        scores = take_rows(scores, order)
+        merged = self.paste(semantic, take_rows(boxes, order), scores, take_rows(classes, order), predicted)
+        return described_segments(merged, scores, ops.ones((ops.shape(scores)[0], self.dataset_info.num_classes)))
+
+    def paste(
+        self, semantic: Tensor, boxes: Tensor, scores: Tensor, classes: Tensor, predicted: Tensor | None = None
+    ) -> Merged:
+        """The map and its table of segments, of boxes whose best ones come first; see `__call__`."""
+        if predicted is None and self.conflicts == "closest_border_ness":
+            raise UserError(
+                "Rule 'closest_border_ness' of PanopticHead needs the predicted border-ness of each pixel; give it, or "
+                "choose conflicts 'smallest_area' or 'highest_score'."
+            )
+        owner = paste_boxes(
+            semantic,
+            boxes,
+            scores > 0,
+            classes,
+            predicted if self.conflicts == "closest_border_ness" else None,
+            size_limits=self.size_limits,
+            by_area=self.conflicts == "smallest_area",
+            overlap_threshold=self.overlap_threshold,
+        )
+        return merge(
+            semantic,
+            owner,
+            classes,
+            class_of_semantic=self.painted_class,
+            num_classes=self.dataset_info.num_classes,
+            stuff_area_limit=self.stuff_area_limit,
+            label_divisor=self.dataset_info.label_divisor,
+            void=self.dataset_info.void,
+        )
+
+
+@stage
+def paste_boxes(
+    semantic: Tensor,
+    boxes: Tensor,
+    used: Tensor,
+    classes: Tensor,
+    predicted: Tensor | None,
+    *,
+    size_limits: Sequence[float],
+    by_area: bool,
+    overlap_threshold: float,
+) -> Tensor:
+    """Gives pixels to boxes in the order of their rows; see `PanopticHead`.
+
+    A pixel is in a box if its centre is.
+
+    Args:
+        semantic: int32 [B, H, W].
+        boxes: float32 [B, N, 4].
+        used: bool [B, N], true for the first rows of each image, those that take part.
+        classes: int32 [B, N].
+        predicted: float32 [B, H, W, L]; None if pixels of several boxes do not go to the closest border-ness.
+        size_limits: See `PanopticHead`; one fewer than levels.
+        by_area: Whether they go to the smallest box; else, if not by border-ness either, to the first.
+        overlap_threshold: A box of whose mask a larger share is in earlier masks is dropped.
+
+    Returns:
+        int32 [B, H, W]: the row, or N for pixels that no box has.
+    """
+    batch, height, width = ops.shape(semantic)
+    levels = 0 if predicted is None else predicted.shape[-1]
+    flat = ops.reshape(semantic, (batch * height, width))
+    x = ops.cast(ops.arange(width), "float32") + 0.5
+
+    def rows_in_window(top: Tensor, lines: Any) -> Tensor:
+        return top[:, None] + ops.arange(lines)[None, :]  # [B, L]
+
+    def read_lines(of_map: Tensor, rows: Tensor) -> Tensor:
+        return ops.take(of_map, rows + (ops.arange(batch) * height)[:, None], axis=0)  # [B, L, ...]
+
+    def distances_in_window(n: Tensor, rows: Tensor) -> Tensor:
+        y = ops.cast(rows, "float32")[..., None] + 0.5
+        return distances_to_boxes(ops.take(boxes, n, axis=1)[:, None, None], y, x)  # [B, L, W, 4]
+
+    def mask_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
+        rows = rows_in_window(top, lines)
+        box = ops.take(boxes, n, axis=1)[:, None]  # [B, 1, 4]
+        y = ops.cast(rows, "float32") + 0.5
+        is_in_rows = (y > box[..., 0]) & (y < box[..., 2])  # [B, L]
+        is_in_columns = (x > box[..., 1]) & (x < box[..., 3])  # [B, W]
+        is_of_class = read_lines(flat, rows) == ops.take(classes, n, axis=1)[:, None, None]
+        return is_of_class & is_in_rows[:, :, None] & is_in_columns[:, None, :]
+
+    def area_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
+        return ops.broadcast_to(box_area(ops.take(boxes, n, axis=1))[:, None, None], (batch, lines, width))
+
+    def difference_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
+        rows = rows_in_window(top, lines)
+        distances = distances_in_window(n, rows)
+        by_level = read_lines(ops.reshape(predicted, (batch * height, width, levels)), rows)  # [B, L, W, levels]
+        is_level = level_of(distances, size_limits)[..., None] == ops.arange(levels)
+        here = ops.sum(ops.where(is_level, by_level, 0.0), axis=-1)
+        return ops.abs(border_ness(distances) - here)
+
+    cost = difference_in_window if predicted is not None else area_in_window if by_area else None
+    return claim_in_order(
+        used,
+        ops.clip(ops.cast(ops.floor(boxes[..., 0]), "int32"), 0, height),
+        ops.clip(ops.cast(ops.ceil(boxes[..., 2]), "int32"), 0, height),
+        mask_in_window,
+        height=height,
+        width=width,
+        overlap_threshold=overlap_threshold,
+        cost_in_window=cost,
+    )
