@@ -141,7 +141,7 @@ def paste_made_up_boxes(system: LPSNet, height: int, width: int, number: int) ->
         tf.constant(boxes[None], tf.float32),
         tf.constant(scores[None], tf.float32),
         tf.constant(classes[None], tf.int32),
-        tf.constant(random.random((1, height, width, len(system.level_strides))), tf.float32),
+        tf.constant(random.random((1, len(system.level_strides), height, width)), tf.float32),
     ]
     return lambda outputs: head.paste(*inputs)
 

@@ -78,6 +78,7 @@ def panoptic_fpn_name(path: str) -> str | None:
     if parts is None:
         return None
     layer, variable = parts
+    layer = layer.removeprefix("detector/")
     layer = layer if layer == "rpn_head/conv" else layer.removesuffix("/conv")
     name = (
         residual_layer_name(layer, "backbone.bottom_up")
@@ -120,7 +121,7 @@ def load_panoptic_fpn(
 
 
 def _to_keras(path: str, array: np.ndarray) -> np.ndarray:
-    layer = path.partition("/")[2]
+    layer = path.partition("/")[2].removeprefix("detector/")
     if layer.startswith(("rpn_head/deltas", "box_head/deltas")):
         # (dx, dy, dw, dh) of each anchor or class, to (dy, dx, dh, dw).
         array = array.reshape(-1, 4, *array.shape[1:])[:, [1, 0, 3, 2]].reshape(array.shape)

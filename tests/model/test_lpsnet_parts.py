@@ -324,8 +324,8 @@ def test_three_rules_of_conflicts() -> None:
     #   to the first box: sqrt(2.5 / 9.5) = 0.513, sqrt(1.5 / 10.5) = 0.378, sqrt(0.5 / 11.5) = 0.209
     #   to the second: sqrt(0.5 / 9.5) = 0.229, sqrt(1.5 / 8.5) = 0.420, sqrt(2.5 / 7.5) = 0.577
     # The network says 0.5, which is the first; 0.41, nearer to the second; 0.3, nearer to the first (0.09 and 0.28).
-    predicted = np.zeros((1, 19, 1))
-    predicted[0, 9:12, 0] = [0.5, 0.41, 0.3]
+    predicted = np.zeros((1, 1, 19))
+    predicted[0, 0, 9:12] = [0.5, 0.41, 0.3]
     assert shared(conflicts="closest_border_ness", predicted=predicted) == [2001, 2002, 2001]
 
 
@@ -333,15 +333,15 @@ def test_border_ness_is_read_on_the_level_of_the_pixel() -> None:
     """As above; the largest distance to a side of the first box is 9.5, 10.5, 11.5, of the second 9.5, 8.5, 7.5."""
     semantic = np.full((1, 19), CAR)
     boxes, scores, classes = [[0, 0, 1, 12], [0, 9, 1, 19]], [0.9, 0.8], [CAR, CAR]
-    predicted = np.zeros((1, 19, 2))
+    predicted = np.zeros((2, 1, 19))
     # With a limit of 10 column 10 reads the second level for the first box (0.378, exact), the first one for the
     # second.
-    predicted[0, 10] = [0.0, 0.378]
+    predicted[:, 0, 10] = [0.0, 0.378]
     found = paste(
         semantic, boxes, scores, classes, predicted=predicted, conflicts="closest_border_ness", size_limits=(10,)
     )
     assert found[0, 10] == 2001
-    predicted[0, 10] = [0.420, 0.0]
+    predicted[:, 0, 10] = [0.420, 0.0]
     found = paste(
         semantic, boxes, scores, classes, predicted=predicted, conflicts="closest_border_ness", size_limits=(10,)
     )
@@ -384,7 +384,7 @@ def plain_head(
                     / max(sides[0], sides[2])
                     * (min(sides[1], sides[3]) / max(sides[1], sides[3]))
                 )
-                cost = abs(np.sqrt(ratio) - predicted[y, x, level])
+                cost = abs(np.sqrt(ratio) - predicted[level, y, x])
             else:
                 cost = (y_max - y_min) * (x_max - x_min) if conflicts == "smallest_area" else order.index(n)
             if owner[y, x] < 0 or cost < cost_of_owner[y, x]:
@@ -416,7 +416,7 @@ def test_panoptic_head_against_plain_loops(conflicts: str) -> None:
         boxes = boxes.astype(np.float32)
         scores = np.where(random.random((batch, number)) < 0.2, 0, random.random((batch, number))).astype(np.float32)
         classes = random.integers(2, 4, (batch, number)).astype(np.int32)
-        predicted = random.random((batch, height, width, 3)).astype(np.float32)
+        predicted = random.random((batch, 3, height, width)).astype(np.float32)
         found = compiled(*map(tf.constant, (semantic, boxes, scores, classes, predicted)))["panoptic"].numpy()
         for index in range(batch):
             inputs = semantic[index], boxes[index], scores[index], classes[index], predicted[index]

@@ -41,8 +41,8 @@ class TestContract(SystemContract):
         random = np.random.default_rng(1)
         for layer, scale in (
             (system.semantic_branch.predictor, 3.0),
-            (system.box_head.classes, 3.0),
-            (system.mask_head.masks, 3.0),
+            (system.detector.box_head.classes, 3.0),
+            (system.detector.mask_head.masks, 3.0),
         ):
             layer.kernel.assign(scale * random.standard_normal(layer.kernel.shape))
 
@@ -240,6 +240,7 @@ def test_description_of_all_parts_is_complete() -> None:
     assert description.uncounted == []
     # 150 proposals of 7 * 7 * 32 features: 1568 * 64 + 64 * 64 + 64 * (3 + 2 * 4).
     parts = {part.name: part for part in description.parts}
-    assert parts["box_head"].multiply_adds == 150 * (1568 * 64 + 64 * 64 + 64 * 11)
-    assert parts["rpn_head"].calls == 1
-    assert {"backbone", "fpn", "semantic_branch", "rpn_head", "box_head", "mask_head"} <= set(parts)
+    assert parts["detector/box_head"].multiply_adds == 150 * (1568 * 64 + 64 * 64 + 64 * 11)
+    assert parts["detector/rpn_head"].calls == 1
+    heads = {"detector/rpn_head", "detector/box_head", "detector/mask_head"}
+    assert {"backbone", "fpn", "semantic_branch", "detector", *heads} <= set(parts)

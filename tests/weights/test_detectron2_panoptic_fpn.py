@@ -68,14 +68,14 @@ def test_network_computes_what_detectron2_computes(system: PanopticFPN) -> None:
     images = expected.pop("image")[None]
     features = system.backbone(system.prepare_images(images))
     pyramid = system.fpn(features)
-    objectness, deltas = system.rpn_head(pyramid)
+    objectness, deltas = system.detector.rpn_head(pyramid)
     grid = {level: (*value.shape[1:3], 3) for level, value in pyramid.items()}
     step = {"p2": 4, "p3": 2, "p4": 1, "p5": 1, "p6": 1}
     levels = {level: pyramid[level] for level in system.levels}
-    pooled = system._pool(levels, tf.constant(expected.pop("proposals")[None]), 7)
-    class_logits, box_deltas = system.box_head(pooled)
+    pooled = system.detector.pool(levels, tf.constant(expected.pop("proposals")[None]), 7)
+    class_logits, box_deltas = system.detector.box_head(pooled)
     found = {name: expected.pop(f"detection_{name}")[None] for name in ("boxes", "scores", "classes")}
-    mask_features = system._pool(levels, tf.constant(found["boxes"][:, :8]), 14)
+    mask_features = system.detector.pool(levels, tf.constant(found["boxes"][:, :8]), 14)
     computed = {
         "res2": features["res2"][0, ::4, ::4, ::8],
         "res3": features["res3"][0, ::4, ::4, ::8],
@@ -92,7 +92,7 @@ def test_network_computes_what_detectron2_computes(system: PanopticFPN) -> None:
         "box_pooled": pooled[0, :16, :, :, ::16],
         "class_logits": class_logits[0],
         "box_deltas": tf.gather(box_deltas[0], expected.pop("box_delta_classes"), axis=1),
-        "mask_logits": system.mask_head(mask_features)[0, :, ::4, ::4],
+        "mask_logits": system.detector.mask_head(mask_features)[0, :, ::4, ::4],
     }
     assert computed.keys() == expected.keys()
     for name, reference in expected.items():

@@ -8,9 +8,11 @@ The parts, in the order in which they are run:
 - `rpn.py`: anchors, region proposal network, its losses, proposals;
 - `roi_pooling.py`: features of boxes from a pyramid;
 - `roi_heads.py`: training samples, box head and mask head with their losses, final detections;
-- `masks.py`: mask targets from the map of rows, and masks pasted into the image.
+- `masks.py`: mask targets from the map of rows, and masks pasted into the image;
+- `detector.py`: all of them as one layer.
 """
 
+from deeplab2_like.model.detection.detector import Detector
 from deeplab2_like.model.detection.instances import instance_targets
 from deeplab2_like.model.detection.masks import mask_targets, paste_masks, paste_weights
 from deeplab2_like.model.detection.roi_heads import (
@@ -35,6 +37,7 @@ from deeplab2_like.model.detection.rpn import (
 
 __all__ = [
     "BoxHead",
+    "Detector",
     "MaskHead",
     "RoiConfig",
     "RpnConfig",

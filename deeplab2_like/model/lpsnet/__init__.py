@@ -408,7 +408,7 @@ class LPSNet(PanopticSystem):
         if "boxes" in parts_of_truth:
             assert targets is not None
             found = Detections(targets["boxes"], ops.cast(targets["valid"], "float32"), targets["classes"])
-            of_pixels, size_limits = _true_border_ness(targets)[..., None], ()
+            of_pixels, size_limits = _true_border_ness(targets)[:, None], ()
         else:
             found = self._detections(outputs, image_size)
             used = found.scores >= config.score_threshold
@@ -472,7 +472,7 @@ class LPSNet(PanopticSystem):
         scale: Any = 1.0
         if seen_size is not None:
             scale = ops.cast(image_size[0], "float32") / ops.cast(seen_size[0], "float32")
-        return ops.stack(levels, axis=-1), [limit * scale for limit in self.box_config.size_limits]
+        return ops.stack(levels, axis=1), [limit * scale for limit in self.box_config.size_limits]
 
 
 def _true_border_ness(targets: Mapping[str, Tensor]) -> Tensor:

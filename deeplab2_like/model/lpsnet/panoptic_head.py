@@ -15,7 +15,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.boxes import box_area, take_rows
 from deeplab2_like.model.layers import Tensor, stage
-from deeplab2_like.model.lpsnet.targets import border_ness, distances_to_boxes, level_of
+from deeplab2_like.model.lpsnet.targets import border_ratio, level_of
 from deeplab2_like.model.merge import Merged, claim_in_order, described_segments, merge
 
 Conflicts = Literal["closest_border_ness", "smallest_area", "highest_score"]
@@ -76,7 +76,7 @@ class PanopticHead:
             boxes: float32 [B, N, 4], (y_min, x_min, y_max, x_max) in pixels of the map.
             scores: float32 [B, N]; rows of zero are not used.
             classes: int32 [B, N], class ids of things.
-            predicted: float32 [B, H, W, L], border-ness that was predicted for each pixel, on each of the levels; only
+            predicted: float32 [B, L, H, W], border-ness that was predicted for each pixel, on each of the levels; only
                 for `closest_border_ness`.
 
         Returns:
@@ -143,7 +143,7 @@ def paste_boxes(
         boxes: float32 [B, N, 4].
         used: bool [B, N], true for the first rows of each image, those that take part.
         classes: int32 [B, N].
-        predicted: float32 [B, H, W, L]; None if pixels of several boxes do not go to the closest border-ness.
+        predicted: float32 [B, L, H, W]; None if pixels of several boxes do not go to the closest border-ness.
         size_limits: See `PanopticHead`; one fewer than levels.
         by_area: Whether they go to the smallest box; else, if not by border-ness either, to the first.
         overlap_threshold: A box of whose mask a larger share is in earlier masks is dropped.
@@ -152,41 +152,49 @@ def paste_boxes(
         int32 [B, H, W]: the row, or N for pixels that no box has.
     """
     batch, height, width = ops.shape(semantic)
-    levels = 0 if predicted is None else predicted.shape[-1]
+    levels = 0 if predicted is None else predicted.shape[1]
     flat = ops.reshape(semantic, (batch * height, width))
-    x = ops.cast(ops.arange(width), "float32") + 0.5
+    y_min, x_min, y_max, x_max = (side[..., None] for side in ops.unstack(boxes, 4, axis=-1))  # each [B, N, 1]
+    y, x = (ops.cast(ops.arange(size), "float32") + 0.5 for size in (height, width))
+    # What depends on the row or on the column alone, of each box: [B, N, H] and [B, N, W].
+    is_in_rows, is_in_columns = (y > y_min) & (y < y_max), (x > x_min) & (x < x_max)
+    ratio_of_rows, ratio_of_columns = border_ratio(y - y_min, y_max - y), border_ratio(x - x_min, x_max - x)
+    level_of_rows = level_of(ops.maximum(y - y_min, y_max - y), size_limits)
+    level_of_columns = level_of(ops.maximum(x - x_min, x_max - x), size_limits)
+
+    def of_rows(values: Tensor, n: Tensor, rows: Tensor) -> Tensor:
+        """Of box n and some rows, int32 [B, L]: [B, L, 1]."""
+        return ops.take_along_axis(ops.take(values, n, axis=1), rows, axis=1)[..., None]
+
+    def of_columns(values: Tensor, n: Tensor) -> Tensor:
+        """Of box n: [B, 1, W]."""
+        return ops.take(values, n, axis=1)[:, None]
 
     def rows_in_window(top: Tensor, lines: Any) -> Tensor:
         return top[:, None] + ops.arange(lines)[None, :]  # [B, L]
 
-    def read_lines(of_map: Tensor, rows: Tensor) -> Tensor:
-        return ops.take(of_map, rows + (ops.arange(batch) * height)[:, None], axis=0)  # [B, L, ...]
-
-    def distances_in_window(n: Tensor, rows: Tensor) -> Tensor:
-        y = ops.cast(rows, "float32")[..., None] + 0.5
-        return distances_to_boxes(ops.take(boxes, n, axis=1)[:, None, None], y, x)  # [B, L, W, 4]
-
     def mask_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
         rows = rows_in_window(top, lines)
-        box = ops.take(boxes, n, axis=1)[:, None]  # [B, 1, 4]
-        y = ops.cast(rows, "float32") + 0.5
-        is_in_rows = (y > box[..., 0]) & (y < box[..., 2])  # [B, L]
-        is_in_columns = (x > box[..., 1]) & (x < box[..., 3])  # [B, W]
-        is_of_class = read_lines(flat, rows) == ops.take(classes, n, axis=1)[:, None, None]
-        return is_of_class & is_in_rows[:, :, None] & is_in_columns[:, None, :]
+        classes_here = ops.take(flat, rows + (ops.arange(batch) * height)[:, None], axis=0)  # [B, L, W]
+        is_of_class = classes_here == ops.take(classes, n, axis=1)[:, None, None]
+        return is_of_class & of_rows(is_in_rows, n, rows) & of_columns(is_in_columns, n)
 
     def area_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
         return ops.broadcast_to(box_area(ops.take(boxes, n, axis=1))[:, None, None], (batch, lines, width))
 
     def difference_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
         rows = rows_in_window(top, lines)
-        distances = distances_in_window(n, rows)
-        by_level = read_lines(ops.reshape(predicted, (batch * height, width, levels)), rows)  # [B, L, W, levels]
-        is_level = level_of(distances, size_limits)[..., None] == ops.arange(levels)
-        here = ops.sum(ops.where(is_level, by_level, 0.0), axis=-1)
-        return ops.abs(border_ness(distances) - here)
+        # The largest of four distances is the larger one of the largest along each axis, and so is its level.
+        level = ops.maximum(of_rows(level_of_rows, n, rows), of_columns(level_of_columns, n))  # [B, L, W]
+        of_levels = ops.reshape(predicted, (batch * levels * height, width))
+        here: Tensor = 0.0
+        for index in range(levels):
+            lines_of_level = ops.take(
+                of_levels, rows + ((ops.arange(batch) * levels + index) * height)[:, None], axis=0
+            )
+            here = ops.where(level == index, lines_of_level, here)
+        return ops.abs(ops.sqrt(of_rows(ratio_of_rows, n, rows) * of_columns(ratio_of_columns, n)) - here)
 
-    cost = difference_in_window if predicted is not None else area_in_window if by_area else None
     return claim_in_order(
         used,
         ops.clip(ops.cast(ops.floor(boxes[..., 0]), "int32"), 0, height),
@@ -195,5 +203,5 @@ def paste_boxes(
         height=height,
         width=width,
         overlap_threshold=overlap_threshold,
-        cost_in_window=cost,
+        cost_in_window=difference_in_window if predicted is not None else area_in_window if by_area else None,
     )

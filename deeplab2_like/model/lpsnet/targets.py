@@ -27,12 +27,13 @@ def border_ness(distances: Tensor) -> Tensor:
     Returns:
         float32 [...].
     """
-    left, top, right, bottom = ops.unstack(ops.maximum(distances, 0.0), 4, axis=-1)
+    left, top, right, bottom = ops.unstack(distances, 4, axis=-1)
+    return ops.sqrt(border_ratio(left, right) * border_ratio(top, bottom))
 
-    def ratio(first: Tensor, second: Tensor) -> Tensor:
-        return ops.minimum(first, second) / ops.maximum(ops.maximum(first, second), 1e-6)
 
-    return ops.sqrt(ratio(left, right) * ratio(top, bottom))
+def border_ratio(first: Tensor, second: Tensor) -> Tensor:
+    """The share of equation 1 along one axis: the smaller of two distances by the larger one; 0 if one is negative."""
+    return ops.maximum(ops.minimum(first, second), 0.0) / ops.maximum(ops.maximum(first, second), 1e-6)
 
 
 def distances_to_boxes(boxes: Tensor, y: Tensor, x: Tensor) -> Tensor:
@@ -119,17 +120,16 @@ def mask_borders(instance_map: Tensor, number: int) -> Borders:
     )
 
 
-def level_of(distances: Tensor, size_limits: Sequence[float]) -> Tensor:
+def level_of(largest: Tensor, size_limits: Sequence[float]) -> Tensor:
     """The level that a point belongs to by its largest distance to a side, as in FCOS.
 
     Args:
-        distances: float32 [..., 4], in pixels.
+        largest: float32 [...], in pixels.
         size_limits: Between one level and the next, in pixels; a distance at a limit belongs to the finer level.
 
     Returns:
         int32 [...], position among the levels.
     """
-    largest = ops.max(distances, axis=-1)
     level = ops.zeros_like(largest, "int32")
     for limit in size_limits:
         level = level + ops.cast(largest > limit, "int32")
@@ -185,7 +185,7 @@ def make_targets(
             rows = _smallest_box(instances["boxes"], instances["valid"], y, x, index, size_limits)
         row = ops.maximum(rows, 0)
         distances = distances_to_boxes(ops.take(instances["boxes"], row, axis=0), y, x)  # [h, w, 4]
-        positive = (rows >= 0) & (level_of(distances, size_limits) == index)
+        positive = (rows >= 0) & (level_of(ops.max(distances, axis=-1), size_limits) == index)
         if measured_to == "mask":
             inside_y, inside_x = ops.minimum(y, height - 1.0), ops.minimum(x, width - 1.0)
             measured = borders.distances(row[None], inside_y, inside_x)[0]
@@ -202,6 +202,6 @@ def _smallest_box(
 ) -> Tensor:
     """The smallest box of a level's size around each point: int32 [h, w], -1 where there is none."""
     distances = distances_to_boxes(boxes, y[..., None], x[..., None])  # [h, w, M, 4]
-    fits = (ops.min(distances, axis=-1) > 0) & (level_of(distances, size_limits) == index) & valid
+    fits = (ops.min(distances, axis=-1) > 0) & (level_of(ops.max(distances, axis=-1), size_limits) == index) & valid
     area = ops.where(fits, box_area(boxes), float("inf"))  # [h, w, M]
     return ops.where(ops.any(fits, axis=-1), ops.cast(ops.argmin(area, axis=-1), "int32"), -1)

@@ -24,7 +24,6 @@ Where the paper leaves a choice, and where this differs from the implementation 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import keras
 import pydantic
 from keras import ops
 
@@ -32,26 +31,7 @@ from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import BackboneConfig, build_backbone
-from deeplab2_like.model.detection import (
-    BoxHead,
-    MaskHead,
-    RoiConfig,
-    RpnConfig,
-    RpnHead,
-    box_losses,
-    detect,
-    instance_targets,
-    make_anchors,
-    mask_loss,
-    mask_targets,
-    masks_of_classes,
-    paste_masks,
-    propose,
-    roi_align,
-    rpn_losses,
-    sample_anchors,
-    sample_rois,
-)
+from deeplab2_like.model.detection import Detector, RoiConfig, RpnConfig, instance_targets, paste_masks
 from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, backbone_features, split_channels
 from deeplab2_like.model.layers import Norm, Tensor
 from deeplab2_like.model.merge import best_class, claim_pixels, described_segments, merge, region_scores
@@ -134,11 +114,9 @@ class PanopticFPN(PanopticSystem):
     Raw outputs: `semantic_logits` float32 [B, h, w, S] at the stride of the finest level, with S as `semantic.things`
     says; and, unless `semantic_only`,
 
-    - outside of training, the detections, best first: `boxes` float32 [B, N, 4] in pixels of the image that the network
-      saw, `scores` float32 [B, N], zero in unused rows, `thing_classes` int32 [B, N], positions among the data set's
-      thing classes, `masks` float32 [B, N, P, P], probabilities of the pixels in the box; and `seen_size` int32 [2] if
-      `postprocess.resize` is set;
-    - in training, `rpn_*` and `roi_*`: what was drawn and what was predicted for it, see `_outputs_to_train`.
+    - outside of training, the detections of `Detector`, in pixels of the image that the network saw, and `seen_size`
+      int32 [2] if `postprocess.resize` is set;
+    - in training, what `Detector` drew and predicted.
 
     Args:
         dataset_info: What the values of the panoptic map mean.
@@ -187,8 +165,6 @@ class PanopticFPN(PanopticSystem):
         )
         self.semantic_only = semantic_only
         self.grouped = fpn.grouped
-        self.rpn_config = rpn
-        self.roi_config = roi
         self.loss_config = loss
         self.postprocess_config = postprocess
         self.classes = SemanticClasses.of(dataset_info, things=semantic.things, paint_things=semantic_only)
@@ -218,18 +194,15 @@ class PanopticFPN(PanopticSystem):
         if semantic_only:
             return
         self._check_things(dataset_info, max(roi.detections, loss.max_instances))
-        instance_losses = ("rpn_class", "rpn_box", "box_class", "box", "mask")
-        self.loss_weights |= dict.fromkeys(instance_losses, loss.instance_weight)
-        num_things = len(dataset_info.thing_classes)
-        self.rpn_head = RpnHead(num_anchors=len(rpn.anchor_ratios), channels=rpn.channels, name="rpn_head")
-        self.box_head = BoxHead(num_classes=num_things, channels=roi.box_channels, name="box_head")
-        self.mask_head = MaskHead(
-            num_classes=num_things,
-            channels=roi.mask_channels,
-            convolutions=roi.mask_convolutions,
-            name="mask_head",
+        self.detector = Detector(
+            num_classes=len(dataset_info.thing_classes),
+            strides=self.fpn.strides,
+            roi_levels=self.levels,
+            rpn=rpn,
+            roi=roi,
+            name="detector",
         )
-        self.seed_generator = keras.random.SeedGenerator(name="sampling")
+        self.loss_weights |= dict.fromkeys(self.detector.loss_names, loss.instance_weight)
 
     @staticmethod
     def _check_things(info: DatasetInfo, instances: int) -> None:
@@ -289,117 +262,13 @@ class PanopticFPN(PanopticSystem):
         if self.semantic_only:
             return outputs
 
-        objectness, deltas = self.rpn_head(for_instances)
-        anchors = make_anchors(
+        found = self.detector(
             for_instances,
-            self.fpn.strides,
-            sizes=self.rpn_config.anchor_sizes,
-            ratios=self.rpn_config.anchor_ratios,
+            image_size=image_size,
+            targets=targets if training else None,
+            with_detections=not training,
         )
-        proposals = propose(
-            objectness,
-            deltas,
-            anchors,
-            image_size,
-            candidates=self.rpn_config.train_candidates if training else self.rpn_config.test_candidates,
-            nms_iou=self.rpn_config.nms_iou,
-            number=self.rpn_config.proposals,
-        )
-        roi_levels = {level: for_instances[level] for level in self.levels}
-        if training:
-            rpn = {
-                "objectness": ops.concatenate(list(objectness.values()), axis=1),
-                "deltas": ops.concatenate(list(deltas.values()), axis=1),
-                "anchors": ops.concatenate(list(anchors.values()), axis=0),
-            }
-            return outputs | self._outputs_to_train(roi_levels, rpn, proposals, targets)
-        return outputs | self._detections(roi_levels, proposals, image_size)
-
-    def _outputs_to_train(
-        self,
-        roi_levels: Mapping[str, Tensor],
-        rpn: Mapping[str, Tensor],
-        proposals: Mapping[str, Tensor],
-        targets: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """Draws anchors and RoIs, and predicts for them.
-
-        Returns:
-            `rpn_objectness` and `rpn_deltas`, of all anchors; `rpn_sample_*` of `sample_anchors`; `roi_sample_*` of
-            `sample_rois`; `roi_class_logits` and `roi_deltas` of these; `roi_mask_logits` of the first of them, where
-            the foreground is; `turn`, int32 scalar, which counts the steps.
-        """
-        roi = self.roi_config
-        seed = self.seed_generator.next()
-        anchor_samples = sample_anchors(
-            rpn["anchors"],
-            targets,
-            seed=seed,
-            positive_iou=self.rpn_config.positive_iou,
-            negative_iou=self.rpn_config.negative_iou,
-            max_crowd_share=self.rpn_config.crowd_share,
-            number=self.rpn_config.samples,
-            positive_share=self.rpn_config.positive_share,
-        )
-        roi_samples = sample_rois(
-            proposals,
-            targets,
-            num_classes=len(self.dataset_info.thing_classes),
-            # Any other numbers than those of the anchors.
-            seed=seed + ops.cast(7919, seed.dtype),
-            foreground_iou=roi.foreground_iou,
-            max_crowd_share=roi.crowd_share,
-            number=roi.samples,
-            foreground_number=roi.foreground_samples,
-        )
-        class_logits, deltas = self.box_head(self._pool(roi_levels, roi_samples["boxes"], roi.box_resolution))
-        foreground_boxes = roi_samples["boxes"][:, : roi.foreground_samples]
-        return {
-            "rpn_objectness": rpn["objectness"],
-            "rpn_deltas": rpn["deltas"],
-            **{f"rpn_sample_{name}": value for name, value in anchor_samples.items()},
-            **{f"roi_sample_{name}": value for name, value in roi_samples.items()},
-            "roi_class_logits": class_logits,
-            "roi_deltas": deltas,
-            "roi_mask_logits": self.mask_head(self._pool(roi_levels, foreground_boxes, roi.mask_resolution)),
-            # The second number of a seed grows by one in every step.
-            "turn": ops.cast(seed[1], "int32"),
-        }
-
-    def _detections(
-        self, roi_levels: Mapping[str, Tensor], proposals: Mapping[str, Tensor], image_size: tuple[Any, Any]
-    ) -> dict[str, Tensor]:
-        """Boxes, scores, classes and masks of the best instances."""
-        roi = self.roi_config
-        class_logits, deltas = self.box_head(self._pool(roi_levels, proposals["boxes"], roi.box_resolution))
-        found = detect(
-            class_logits,
-            deltas,
-            proposals,
-            image_size,
-            weights=roi.box_weights,
-            score_threshold=roi.score_threshold,
-            nms_iou=roi.nms_iou,
-            candidates=roi.candidates,
-            number=roi.detections,
-        )
-        mask_logits = self.mask_head(self._pool(roi_levels, found["boxes"], roi.mask_resolution))
-        return {
-            "boxes": found["boxes"],
-            "scores": found["scores"],
-            "thing_classes": found["classes"],
-            "masks": ops.sigmoid(masks_of_classes(mask_logits, found["classes"])),
-        }
-
-    def _pool(self, roi_levels: Mapping[str, Tensor], boxes: Tensor, resolution: int) -> Tensor:
-        return roi_align(
-            roi_levels,
-            self.fpn.strides,
-            boxes,
-            output_size=resolution,
-            sampling_ratio=self.roi_config.sampling_ratio,
-            max_sampling_ratio=self.roi_config.max_sampling_ratio,
-        )
+        return outputs | found
 
     # --- losses ------------------------------------------------------------------------------------------------------
 
@@ -421,33 +290,7 @@ class PanopticFPN(PanopticSystem):
         }
         if self.semantic_only:
             return losses
-        roi_samples = _with_prefix(outputs, "roi_sample_")
-        number = self.roi_config.foreground_samples
-        boxes, row, classes = (roi_samples[name][:, :number] for name in ("boxes", "row", "classes"))
-        foreground = (roi_samples["foreground"] & roi_samples["valid"])[:, :number]
-        masks = mask_targets(
-            targets["instance_map"],
-            boxes,
-            row,
-            output_size=outputs["roi_mask_logits"].shape[2],
-            sampling_ratio=self.roi_config.sampling_ratio,
-            max_sampling_ratio=self.roi_config.max_sampling_ratio,
-        )
-        instance_losses = {
-            **rpn_losses(
-                outputs["rpn_objectness"],
-                outputs["rpn_deltas"],
-                _with_prefix(outputs, "rpn_sample_"),
-                normalizer=self.rpn_config.normalizer,
-            ),
-            **box_losses(
-                outputs["roi_class_logits"],
-                outputs["roi_deltas"],
-                roi_samples,
-                weights=self.roi_config.box_weights,
-            ),
-            "mask": mask_loss(outputs["roi_mask_logits"], masks, classes, foreground),
-        }
+        instance_losses = self.detector.losses_of(targets, outputs)
         if self.loss_config.training == "alternate":
             is_semantic = ops.cast(outputs["turn"] % 2 == 0, "float32")
             losses = {name: Loss(is_semantic * total, count) for name, (total, count) in losses.items()}
@@ -546,7 +389,3 @@ class PanopticFPN(PanopticSystem):
                 seen_size=outputs.get("seen_size"),
             )
         return described_segments(merged, scores, of_regions)
-
-
-def _with_prefix(outputs: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in outputs.items() if name.startswith(prefix)}

@@ -1,0 +1,263 @@
+"""Faster R-CNN (Ren et al., 2015) and Mask R-CNN (He et al., 2017) on a feature pyramid, as one layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+from keras import ops
+
+from deeplab2_like.model.detection.masks import mask_targets
+from deeplab2_like.model.detection.roi_heads import (
+    BoxHead,
+    MaskHead,
+    RoiConfig,
+    box_losses,
+    detect,
+    mask_loss,
+    masks_of_classes,
+    sample_rois,
+)
+from deeplab2_like.model.detection.roi_pooling import roi_align
+from deeplab2_like.model.detection.rpn import RpnConfig, RpnHead, make_anchors, propose, rpn_losses, sample_anchors
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.system import Loss
+
+
+class Detector(keras.layers.Layer):
+    """Finds objects: proposes boxes, tells their classes, and predicts a mask in each.
+
+    Args:
+        num_classes: Number of thing classes, T.
+        strides: Stride of each level that proposals are made on, by its name, fine to coarse.
+        roi_levels: The levels that the heads read, by their names.
+        rpn: Anchors and proposals.
+        roi: Box head and mask head.
+        with_masks: Whether there is a mask head: Mask R-CNN, or else Faster R-CNN.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        strides: Mapping[str, int],
+        roi_levels: tuple[str, ...],
+        rpn: RpnConfig,
+        roi: RoiConfig,
+        with_masks: bool = True,
+        name: str | None = None,
+    ) -> None:
+        # bfloat16 could not tell neighbouring pixels apart, so the boxes of the targets are not cast.
+        super().__init__(name=name, autocast=False)
+        self.num_classes = num_classes
+        self.strides = dict(strides)
+        self.roi_levels = roi_levels
+        self.rpn_config = rpn
+        self.roi_config = roi
+        self.rpn_head = RpnHead(num_anchors=len(rpn.anchor_ratios), channels=rpn.channels, name="rpn_head")
+        self.box_head = BoxHead(num_classes=num_classes, channels=roi.box_channels, name="box_head")
+        self.mask_head = (
+            MaskHead(
+                num_classes=num_classes,
+                channels=roi.mask_channels,
+                convolutions=roi.mask_convolutions,
+                name="mask_head",
+            )
+            if with_masks
+            else None
+        )
+        self.seed_generator = keras.random.SeedGenerator(name="sampling")
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Names of the losses, in the order of `losses`."""
+        names = ("rpn_class", "rpn_box", "box_class", "box")
+        return names if self.mask_head is None else (*names, "mask")
+
+    def build(self, input_shape: Any) -> None:
+        """Leaves it to the layers, when they are called: which of them are, depends on what is asked for."""
+
+    def call(
+        self,
+        pyramid: Mapping[str, Tensor],
+        *,
+        image_size: tuple[Any, Any],
+        targets: Mapping[str, Tensor] | None = None,
+        with_detections: bool = True,
+    ) -> dict[str, Tensor]:
+        """Applies the detector.
+
+        Args:
+            pyramid: Levels, float [B, h, w, C].
+            image_size: Height and width of the image without padding, ints or int32 scalars; boxes end there.
+            targets: What `instance_targets` returned, batched: to train; None outside of training.
+            with_detections: Whether to return detections; outside of training there is nothing else.
+
+        Returns:
+            The detections, best first: `boxes` float32 [B, N, 4] in pixels, `scores` float32 [B, N], zero in unused
+            rows, `thing_classes` int32 [B, N], and, with masks, `masks` float32 [B, N, P, P], probabilities of the
+            pixels in the box. To train, `rpn_*`, `roi_*` and `turn`: what was drawn and what was predicted for it, see
+            `_outputs_to_train`.
+        """
+        training = targets is not None
+        objectness, deltas = self.rpn_head({level: pyramid[level] for level in self.strides})
+        anchors = make_anchors(
+            {level: pyramid[level] for level in self.strides},
+            self.strides,
+            sizes=self.rpn_config.anchor_sizes,
+            ratios=self.rpn_config.anchor_ratios,
+        )
+        proposals = propose(
+            objectness,
+            deltas,
+            anchors,
+            image_size,
+            candidates=self.rpn_config.train_candidates if training else self.rpn_config.test_candidates,
+            nms_iou=self.rpn_config.nms_iou,
+            number=self.rpn_config.proposals,
+        )
+        outputs: dict[str, Tensor] = {}
+        if targets is not None:
+            rpn = {
+                "objectness": ops.concatenate(list(objectness.values()), axis=1),
+                "deltas": ops.concatenate(list(deltas.values()), axis=1),
+                "anchors": ops.concatenate(list(anchors.values()), axis=0),
+            }
+            outputs |= self._outputs_to_train(pyramid, rpn, proposals, targets)
+        return outputs | self._detections(pyramid, proposals, image_size) if with_detections else outputs
+
+    def _outputs_to_train(
+        self,
+        pyramid: Mapping[str, Tensor],
+        rpn: Mapping[str, Tensor],
+        proposals: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Draws anchors and RoIs, and predicts for them.
+
+        Returns:
+            `rpn_objectness` and `rpn_deltas`, of all anchors; `rpn_sample_*` of `sample_anchors`; `roi_sample_*` of
+            `sample_rois`; `roi_class_logits` and `roi_deltas` of these; with masks, `roi_mask_logits` of the first of
+            them, where the foreground is; `turn`, int32 scalar, which counts the steps.
+        """
+        roi = self.roi_config
+        seed = self.seed_generator.next()
+        anchor_samples = sample_anchors(
+            rpn["anchors"],
+            targets,
+            seed=seed,
+            positive_iou=self.rpn_config.positive_iou,
+            negative_iou=self.rpn_config.negative_iou,
+            max_crowd_share=self.rpn_config.crowd_share,
+            number=self.rpn_config.samples,
+            positive_share=self.rpn_config.positive_share,
+        )
+        roi_samples = sample_rois(
+            proposals,
+            targets,
+            num_classes=self.num_classes,
+            # Any other numbers than those of the anchors.
+            seed=seed + ops.cast(7919, seed.dtype),
+            foreground_iou=roi.foreground_iou,
+            max_crowd_share=roi.crowd_share,
+            number=roi.samples,
+            foreground_number=roi.foreground_samples,
+        )
+        class_logits, deltas = self.box_head(self.pool(pyramid, roi_samples["boxes"], roi.box_resolution))
+        outputs = {
+            "rpn_objectness": rpn["objectness"],
+            "rpn_deltas": rpn["deltas"],
+            **{f"rpn_sample_{name}": value for name, value in anchor_samples.items()},
+            **{f"roi_sample_{name}": value for name, value in roi_samples.items()},
+            "roi_class_logits": class_logits,
+            "roi_deltas": deltas,
+            # The second number of a seed grows by one in every step.
+            "turn": ops.cast(seed[1], "int32"),
+        }
+        if self.mask_head is not None:
+            boxes = roi_samples["boxes"][:, : roi.foreground_samples]
+            outputs["roi_mask_logits"] = self.mask_head(self.pool(pyramid, boxes, roi.mask_resolution))
+        return outputs
+
+    def _detections(
+        self, pyramid: Mapping[str, Tensor], proposals: Mapping[str, Tensor], image_size: tuple[Any, Any]
+    ) -> dict[str, Tensor]:
+        """Boxes, scores, classes and masks of the best instances."""
+        roi = self.roi_config
+        class_logits, deltas = self.box_head(self.pool(pyramid, proposals["boxes"], roi.box_resolution))
+        found = detect(
+            class_logits,
+            deltas,
+            proposals,
+            image_size,
+            weights=roi.box_weights,
+            score_threshold=roi.score_threshold,
+            nms_iou=roi.nms_iou,
+            candidates=roi.candidates,
+            number=roi.detections,
+        )
+        detections = {"boxes": found["boxes"], "scores": found["scores"], "thing_classes": found["classes"]}
+        if self.mask_head is not None:
+            detections["masks"] = self.masks(pyramid, found["boxes"], found["classes"])
+        return detections
+
+    def masks(self, pyramid: Mapping[str, Tensor], boxes: Tensor, classes: Tensor) -> Tensor:
+        """Masks in boxes float32 [B, N, 4] of thing classes int32 [B, N]: probabilities, float32 [B, N, P, P]."""
+        assert self.mask_head is not None
+        logits = self.mask_head(self.pool(pyramid, boxes, self.roi_config.mask_resolution))
+        return ops.sigmoid(masks_of_classes(logits, classes))
+
+    def pool(self, pyramid: Mapping[str, Tensor], boxes: Tensor, resolution: int) -> Tensor:
+        """Features of boxes float32 [B, R, 4]: float [B, R, resolution, resolution, C]."""
+        return roi_align(
+            {level: pyramid[level] for level in self.roi_levels},
+            self.strides,
+            boxes,
+            output_size=resolution,
+            sampling_ratio=self.roi_config.sampling_ratio,
+            max_sampling_ratio=self.roi_config.max_sampling_ratio,
+        )
+
+    def losses_of(self, targets: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[str, Loss]:
+        """Compares the outputs of training with the targets (Panoptic FPN, section 3.2).
+
+        Args:
+            targets: What `instance_targets` returned, batched.
+            outputs: What calling the detector with these targets returned.
+
+        Returns:
+            `rpn_class` and `rpn_box`, per drawn anchor; `box_class` and `box`, per drawn RoI; and, with masks, `mask`,
+            per pixel of the foreground RoIs.
+        """
+        roi_samples = _with_prefix(outputs, "roi_sample_")
+        losses = {
+            **rpn_losses(
+                outputs["rpn_objectness"],
+                outputs["rpn_deltas"],
+                _with_prefix(outputs, "rpn_sample_"),
+                normalizer=self.rpn_config.normalizer,
+            ),
+            **box_losses(
+                outputs["roi_class_logits"],
+                outputs["roi_deltas"],
+                roi_samples,
+                weights=self.roi_config.box_weights,
+            ),
+        }
+        if self.mask_head is None:
+            return losses
+        number = self.roi_config.foreground_samples
+        boxes, row, classes = (roi_samples[name][:, :number] for name in ("boxes", "row", "classes"))
+        foreground = (roi_samples["foreground"] & roi_samples["valid"])[:, :number]
+        masks = mask_targets(
+            targets["instance_map"],
+            boxes,
+            row,
+            output_size=outputs["roi_mask_logits"].shape[2],
+            sampling_ratio=self.roi_config.sampling_ratio,
+            max_sampling_ratio=self.roi_config.max_sampling_ratio,
+        )
+        return losses | {"mask": mask_loss(outputs["roi_mask_logits"], masks, classes, foreground)}
+
+
+def _with_prefix(outputs: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in outputs.items() if name.startswith(prefix)}
