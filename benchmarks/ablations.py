@@ -2,6 +2,7 @@
 
     deeplab2-like convert scenes --train 800 --val 60 --size 128x256 --output-dir records
     python benchmarks/ablations.py lpsnet --records records --output-dir runs/ablations
+    python benchmarks/ablations.py lpsnet --records records --output-dir runs/short --set trainer.steps=500
 
 Each row is a training and an evaluation with the command line, mean over the seeds; rows that differ in their
 evaluation only share a training. Run it again to go on where it was interrupted.
@@ -56,6 +57,20 @@ ABLATIONS = {
             Row("conflicts to the highest score", (), ("model.postprocess.conflicts=highest_score",)),
         ),
     ),
+    # Table 1 of the paper; affinities and the matching loss make models C into models D.
+    "unifying": Ablation(
+        "unifying/scenes_tiny",
+        (
+            Row("D2: masks, affinities, argmax"),
+            Row("D1: the same, heuristic", (), ("model.postprocess.merge=heuristic",)),
+            Row("C2: masks, argmax", ("model.panoptic.affinity=false", "model.loss.matching=false")),
+            Row(
+                "C1: the same, heuristic",
+                ("model.panoptic.affinity=false", "model.loss.matching=false"),
+                ("model.postprocess.merge=heuristic",),
+            ),
+        ),
+    ),
 }
 COLUMNS = {
     "PQ": ("panoptic", "all", "pq"),
@@ -76,14 +91,16 @@ def overrides_as_arguments(overrides: tuple[str, ...]) -> list[str]:
     return [argument for override in overrides for argument in ("--set", override)]
 
 
-def measure(ablation: Ablation, number: int, seed: int, records: Path, output_dir: Path) -> dict[str, float]:
+def measure(
+    ablation: Ablation, number: int, seed: int, *, overrides: list[str], records: Path, output_dir: Path
+) -> dict[str, float]:
     """Trains and evaluates one row with one seed, unless that was done before; its columns."""
     row = ablation.rows[number]
     first_trained_so = next(i for i, other in enumerate(ablation.rows) if other.train == row.train)
     model_dir = output_dir / f"training{first_trained_so}_seed{seed}"
     result_dir = output_dir / f"row{number}_seed{seed}"
     if not (result_dir / "metrics.json").exists():
-        settings = (f"data.path={records.resolve()}", f"trainer.seed={seed}", *row.train)
+        settings = (f"data.path={records.resolve()}", f"trainer.seed={seed}", *overrides, *row.train)
         run("train", "--config", ablation.config, "--model-dir", str(model_dir), *overrides_as_arguments(settings))
         evaluation = ("evaluate", "--model-dir", str(model_dir), "--output-dir", str(result_dir))
         run(*evaluation, *overrides_as_arguments(row.evaluate))
@@ -103,6 +120,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, required=True, help="record folder")
     parser.add_argument("--output-dir", type=Path, required=True, help="where models and results lie")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the config of all trainings")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
     options = parser.parse_args()
     ablation = ABLATIONS[options.name]
@@ -110,7 +128,14 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {row.name: [] for row in ablation.rows}
     for seed in options.seeds:
         for number, row in enumerate(ablation.rows):
-            found = measure(ablation, number, seed, options.records, options.output_dir)
+            found = measure(
+                ablation,
+                number,
+                seed,
+                overrides=options.set,
+                records=options.records,
+                output_dir=options.output_dir,
+            )
             results[row.name].append(found)
             print(f"seed {seed}, {row.name}: PQ {found['PQ']:.1f}", flush=True)
 

@@ -1,4 +1,4 @@
-"""How long inference takes, part by part, for every system that has a config for COCO with ResNet-50.
+"""How long inference takes, part by part, for every system, with ResNet-50 and COCO's classes.
 
 The image is noise, and so are the weights; what depends on the number of instances is made up: `--instances` of them,
 with round masks, all above the threshold. Each part is a graph of its own for the size at hand, batch 1:
@@ -6,15 +6,17 @@ with round masks, all above the threshold. Each part is a graph of its own for t
 * `network`: from the image to raw outputs, convolutions, and for Panoptic FPN boxes and masks in boxes;
 * `dense part`, for Panoptic FPN: of the network, all but proposals and heads of the detector;
 * `post-processing`: everything after the network, for Panoptic FCN with the choice and fusion of kernels, for LPSNet
-with
-  the choice of boxes;
+  with the choice of boxes;
 * `class of pixels`, for Panoptic FPN: the enlarged semantic output and its best class;
 * `merge`, the rest of it: masks at image size, overlaps decided, the map painted, its segments scored;
-* `panoptic head`, for LPSNet: boxes pasted on the semantic map, conflicts decided, the map painted.
+* `panoptic head`, for LPSNet: boxes pasted on the semantic map, conflicts decided, the map painted;
+* `panoptic submodule`, for the unifying system: potential and affinities. The paper counts 5 G multiply-adds for the
+  affinities, beside 140 G of backbone and pyramid, at 800x1300.
 
 The post-processing runs with its stages compiled with XLA, and as a plain graph beside it. Median over the runs.
 
     python benchmarks/inference.py [--size 800x1216] [--instances 100] [--runs 5] [--json FILE]
+    python benchmarks/inference.py --systems unifying --config cityscapes_resnet50 --size 1024x2048
 """
 
 import argparse
@@ -43,6 +45,7 @@ from deeplab2_like.model.lpsnet import LPSNet, PanopticHead
 from deeplab2_like.model.merge import best_class
 from deeplab2_like.model.panoptic_fcn import PanopticFCN
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
+from deeplab2_like.model.unifying import Unifying
 
 compile_with_xla = functools.partial(tf.function, jit_compile=True)
 # COCO's: 80 things, 53 stuff.
@@ -171,6 +174,9 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
         things, _ = system._ranked(outputs, system._things(outputs))
         used = np.sum(things.scores >= system.postprocess_config.map_score_threshold)
         print(f"{system.name}: {used} of {instances} things are neither fused nor too weak")
+    if isinstance(system, Unifying):
+        outputs = made_up_detections(outputs, height, width, instances)
+        parts["panoptic submodule"] = system._slots
     if isinstance(system, LPSNet):
         parts["panoptic head"] = paste_made_up_boxes(system, height, width, instances)
     for name, part in parts.items():
@@ -191,6 +197,7 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="800x1216", help="height x width (default: %(default)s)")
+    parser.add_argument("--config", default="coco_resnet50", help="name of the config (default: %(default)s)")
     parser.add_argument("--instances", type=int, default=100)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--systems", nargs="+", default=sorted(SYSTEMS))
@@ -200,7 +207,7 @@ def main() -> None:
 
     results = {}
     for name in options.systems:
-        system = build_system(load_config(f"{name}/coco_resnet50"), COCO)
+        system = build_system(load_config(f"{name}/{options.config}"), COCO)
         results[name] = measure(system, (height, width), options.instances, options.runs)
         table = Table(title=f"{name}, {height}x{width}, ResNet-50", title_justify="left")
         table.add_column("part")

@@ -8,12 +8,14 @@ from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab
 from deeplab2_like.model.panoptic_fcn import PanopticFCN
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
 from deeplab2_like.model.system import Loss, PanopticSystem
+from deeplab2_like.model.unifying import Unifying
 
 SYSTEMS: dict[str, type[PanopticSystem]] = {
     "panoptic_deeplab": PanopticDeepLab,
     "panoptic_fpn": PanopticFPN,
     "panoptic_fcn": PanopticFCN,
     "lpsnet": LPSNet,
+    "unifying": Unifying,
 }
 
 

@@ -62,7 +62,7 @@ class DeformableConvNorm(keras.layers.Layer):
             dtype="float32",
             name="offset",
         )
-        self.norm = norm.layer("norm") if norm is not None else None
+        self.norm = norm.layer("norm", filters) if norm is not None else None
         self.activation = keras.activations.get(activation) if activation else None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -111,11 +111,11 @@ def deformable_convolution(inputs: Tensor, offset: Tensor, kernel: Tensor, *, st
     row = ops.cast(ops.arange(height) * strides - margin, "float32")[None, :, None]
     column = ops.cast(ops.arange(width) * strides - margin, "float32")[None, None, :]
     kernel = ops.cast(kernel, inputs.dtype)
+    is_modulated = offset.shape[-1] == 3 * size * size
     total: Tensor = 0.0
     for tap in range(size * size):
         y = offset[..., 2 * tap] + row + float(tap // size * dilation)  # [B, h, w]
         x = offset[..., 2 * tap + 1] + column + float(tap % size * dilation)
-        is_modulated = offset.shape[-1] == 3 * size * size
         modulation = ops.sigmoid(offset[..., 2 * size * size + tap]) if is_modulated else ops.ones_like(y)
         flat = [ops.reshape(values, (batch, height * width)) for values in (y, x, modulation)]  # each [B, h * w]
         read = read_bilinear(inputs, *flat)  # [B, h * w, C]

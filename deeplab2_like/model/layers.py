@@ -13,6 +13,7 @@ import pydantic
 from keras import ops
 
 from deeplab2_like.configs.schema import StrictModel
+from deeplab2_like.errors import UserError
 
 Tensor = Any  # A tensor of whichever backend Keras runs on.
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -33,11 +34,20 @@ class Norm(StrictModel):
     momentum: float = pydantic.Field(0.99, ge=0, lt=1)
     epsilon: float = pydantic.Field(1e-3, gt=0)
 
-    def layer(self, name: str) -> keras.layers.Layer | None:
-        """Builds the layer, or returns None for `none`."""
+    def layer(self, name: str, channels: int | None = None) -> keras.layers.Layer | None:
+        """Builds the layer for so many channels (None if they are not known yet), or returns None for `none`.
+
+        Raises:
+            UserError: If the channels cannot be divided into 32 groups.
+        """
         if self.kind == "none":
             return None
         if self.kind == "group":
+            if channels is not None and channels % 32:
+                raise UserError(
+                    f"Group normalisation divides channels into 32 groups, so {channels} channels do not fit; make "
+                    "them a multiple of 32, or set `kind` of that norm to batch or none."
+                )
             return keras.layers.GroupNormalization(groups=32, epsilon=self.epsilon, name=name)
         # Only the TensorFlow backend knows replicas; elsewhere `synchronized` raises.
         synchronized = self.kind == "sync_batch" and keras.backend.backend() == "tensorflow"
@@ -87,7 +97,7 @@ class ConvNorm(keras.layers.Layer):
         super().__init__(name=name)
         margin = dilation * (kernel_size - 1) // 2
         self.pad = keras.layers.ZeroPadding2D(margin, name="pad") if strides > 1 and margin else None
-        self.norm = norm.layer("norm") if norm is not None else None
+        self.norm = norm.layer("norm", filters) if norm is not None else None
         options: dict[str, Any] = {
             "kernel_size": kernel_size,
             "strides": strides,
@@ -273,6 +283,23 @@ def interpolated_columns(x: Tensor, factor: int) -> list[Tensor]:
 
 def _blend(first: Tensor, second: Tensor, weight: float) -> Tensor:
     return first + weight * (second - first) if weight else first
+
+
+def linear_matrix(old: Any, new: Any, scale: Any) -> Tensor:
+    """The matrix that resizes a line linearly, with half-pixel centres and the border repeated.
+
+    Args:
+        old: Values of the line, an int or an int32 scalar.
+        new: Values that it gets.
+        scale: Old values per new one, a float or a float32 scalar.
+
+    Returns:
+        float32 [new, old].
+    """
+    position = (ops.cast(ops.arange(new), "float32") + 0.5) * scale - 0.5
+    position = ops.clip(position, 0.0, ops.cast(old - 1, "float32"))
+    distance = ops.abs(position[:, None] - ops.cast(ops.arange(old), "float32")[None, :])
+    return ops.maximum(1.0 - distance, 0.0)
 
 
 def resize_bilinear(x: Tensor, height: Any, width: Any) -> Tensor:

@@ -17,6 +17,7 @@ from deeplab2_like.model.layers import (
     Tensor,
     interpolated_columns,
     interpolated_rows,
+    linear_matrix,
     stage,
 )
 
@@ -216,8 +217,6 @@ def claim_pixels(
         int32 [B, H, W]: the instance, or N for pixels that none has.
     """
     bins = probabilities.shape[-1]
-    first_line = ops.clip(ops.cast(ops.floor(boxes[..., 0]), "int32"), 0, height)  # [B, N]
-    last_line = ops.clip(ops.cast(ops.ceil(boxes[..., 2]), "int32"), 0, height)
 
     def mask_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
         box = ops.take(boxes, n, axis=1)[:, None]  # [B, 1, 4]
@@ -228,8 +227,21 @@ def claim_pixels(
         return values >= 0.5
 
     return claim_in_order(
-        used, first_line, last_line, mask_in_window, height=height, width=width, overlap_threshold=overlap_threshold
+        used,
+        *lines_of_boxes(boxes, height),
+        mask_in_window,
+        height=height,
+        width=width,
+        overlap_threshold=overlap_threshold,
     )
+
+
+def lines_of_boxes(boxes: Tensor, height: Any) -> tuple[Tensor, Tensor]:
+    """First line of pixels that each box touches, and the line after the last one: int32 [B, N] each, in 0..height."""
+    limit = ops.cast(height, "float32")
+    # Cut first: a side far away would overflow an integer.
+    first, last = (ops.clip(side, 0.0, limit) for side in (ops.floor(boxes[..., 0]), ops.ceil(boxes[..., 2])))
+    return ops.cast(first, "int32"), ops.cast(last, "int32")
 
 
 def claim_in_order(
@@ -290,7 +302,7 @@ def claim_in_order(
         if cost_in_window is None:
             return (updated(owner, free & fits, number, before),)
         cost_here, least = cost_in_window(n, top, lines), window(cost[0])
-        wins = mask & fits & (cost_here < least)
+        wins = fits & (free | (mask & (cost_here < least)))
         return updated(owner, wins, number, before), updated(cost[0], wins, cost_here, least)
 
     windows = [functools.partial(claim_in_window, lines) for lines in window_heights]
@@ -318,17 +330,10 @@ def enlarging_matrix(coarse: Any, seen: Any, size: Any, *, stride: int) -> Tenso
     Returns:
         float32 [S, c].
     """
-
-    def linear(old: Any, new: Any, scale: Tensor) -> Tensor:
-        position = (ops.cast(ops.arange(new), "float32") + 0.5) * scale - 0.5
-        position = ops.clip(position, 0.0, ops.cast(old - 1, "float32"))
-        distance = ops.abs(position[:, None] - ops.cast(ops.arange(old), "float32")[None, :])
-        return ops.maximum(1.0 - distance, 0.0)  # [new, old]
-
     if seen is None:
-        return linear(coarse, size, ops.array(1 / stride, "float32"))
-    resize = linear(seen, size, ops.cast(seen, "float32") / ops.cast(size, "float32"))
-    return ops.matmul(resize, linear(coarse, seen, ops.array(1 / stride, "float32")))
+        return linear_matrix(coarse, size, 1 / stride)
+    resize = linear_matrix(seen, size, ops.cast(seen, "float32") / ops.cast(size, "float32"))
+    return ops.matmul(resize, linear_matrix(coarse, seen, 1 / stride))
 
 
 @stage

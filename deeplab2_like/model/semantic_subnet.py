@@ -43,10 +43,10 @@ class SemanticSubnet(keras.layers.Layer):
         self.factors = {level: stride // finest for level, stride in strides.items()}
 
         def convolution(index: int) -> ConvNorm | DeformableConvNorm:
-            width, name = channels if index >= convolutions - 2 else input_channels, f"conv{index + 1}"
+            width = channels if index >= convolutions - 2 else input_channels
             if deformable:
-                return DeformableConvNorm(width, 3, modulated=False, norm=norm, name=name)
-            return ConvNorm(width, 3, norm=norm, name=name)
+                return DeformableConvNorm(width, 3, modulated=False, norm=norm, name=f"conv{index + 1}")
+            return ConvNorm(width, 3, norm=norm, name=f"conv{index + 1}")
 
         self.convolutions = [convolution(index) for index in range(convolutions)]
         # In float32, as the differences between classes matter here.
@@ -72,6 +72,6 @@ class SemanticSubnet(keras.layers.Layer):
             x = pyramid[level]
             for convolution in self.convolutions:
                 x = convolution(x, training=training)
-            levels.append(upsample_bilinear(x, factor) if factor > 1 else x)
+            levels.append(upsample_bilinear(x, factor))
         x = ops.concatenate(levels, axis=-1)
         return x if self.predictor is None else self.predictor(ops.cast(x, "float32"))

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
+from deeplab2_like.errors import UserError
 from deeplab2_like.model.layers import (
     ConvNorm,
     GroupedConv2D,
@@ -177,6 +178,11 @@ def test_norms(kind: Any) -> None:
     ]
     # Mean and variance after both convolutions.
     assert moved == ([True] * 4 if "batch" in kind else [])
+
+
+def test_group_norm_needs_multiples_of_32() -> None:
+    with pytest.raises(UserError, match="divides channels into 32 groups, so 48 channels do not fit; make them a mult"):
+        ConvNorm(48, 3, norm=Norm(kind="group"))
 
 
 def test_initial_kernels_keep_the_variance() -> None:

@@ -183,5 +183,8 @@ def test_data_sets_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="'sky' has no things, so there are no boxes for LPSNet to find"):
         build_small(stuff)
     few = DatasetInfo.from_coco_categories([{"id": 1, "name": "car", "isthing": 1}], name="few", label_divisor=16)
-    with pytest.raises(UserError, match=r"is 40, but label_divisor 16 of data set 'few' has room for 15 instances"):
+    with pytest.raises(
+        UserError,
+        match=r"model.postprocess.detections is 40, but label_divisor 16 of data set 'few' has room for 15 instances",
+    ):
         build_small(few)

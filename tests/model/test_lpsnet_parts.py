@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 from system_contract import INFO, hand_made_label
 
+from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.layers import Norm
 from deeplab2_like.model.lpsnet import PanopticHead
@@ -267,9 +268,7 @@ def paste(
     head = PanopticHead(INFO, **({"conflicts": "highest_score", "stuff_area_limit": 0} | options))
     found = head(
         tf.constant(semantic[None], tf.int32),
-        tf.constant([boxes], tf.float32),
-        tf.constant([scores], tf.float32),
-        tf.constant([classes], tf.int32),
+        *(tf.constant(np.asarray(values)[None]) for values in (boxes, scores, classes)),
         None if predicted is None else tf.constant(np.asarray(predicted)[None], tf.float32),
     )
     return found["panoptic"].numpy()[0]
@@ -433,3 +432,53 @@ def test_head_says_what_it_needs() -> None:
         UserError, match=r"Unknown rule of conflicts 'nearest'\. Known: closest_border_ness, smallest_area"
     ):
         PanopticHead(INFO, conflicts="nearest")
+    with pytest.raises(UserError, match=r"overlap_threshold is a share, 0 to 1, but it is 30"):
+        PanopticHead(INFO, overlap_threshold=30)
+    with pytest.raises(
+        UserError, match=r"has the shape \(1, 2, 2\); PanopticHead with 0 size_limits needs \[B, 1, H, W\]"
+    ):
+        paste(np.zeros((2, 2)), [[0, 0, 1, 1]], [0.5], [CAR], np.zeros((2, 2)), conflicts="closest_border_ness")
+    few = DatasetInfo.from_coco_categories([{"id": 1, "name": "car", "isthing": 1}], name="few", label_divisor=3)
+    with pytest.raises(UserError, match="There are 3 boxes, but label_divisor 3 of data set 'few' has room for 2"):
+        PanopticHead(few, conflicts="highest_score")(
+            *(np.zeros(shape) for shape in ((1, 2, 2), (1, 3, 4), (1, 3), (1, 3)))
+        )
+
+
+def test_head_takes_what_models_give() -> None:
+    """Void as 255, types as NumPy makes them, no boxes, numbers that are none, classes that are no things."""
+    semantic = np.full((4, 4), CAR)
+    semantic[0] = 255
+    void = INFO.void
+    found = paste(semantic, np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
+    assert set(np.unique(found)) == {void}
+    head = PanopticHead(INFO, conflicts="highest_score", stuff_area_limit=0)
+    boxes = np.array([[[0, 0, 4, 4], [0, 0, 4, 2], [0, 0, 4, 4]]])
+    found = head(semantic[None], boxes, np.array([[np.nan, 0.5, 0.9]]), np.array([[CAR, CAR, 1]]))["panoptic"].numpy()[
+        0
+    ]
+    np.testing.assert_array_equal(found, [[void] * 4, *[[2001, 2001, void, void]] * 3])
+    # A box far beyond the image; a pixel that one box alone claims has it, whatever the cost.
+    boxes = np.array([[[-1e10, -1e10, 1e10, 1e10]]])
+    for rule in ("highest_score", "closest_border_ness"):
+        head = PanopticHead(INFO, conflicts=rule, stuff_area_limit=0)
+        predicted = np.full((1, 1, 4, 4), np.nan)
+        found = head(semantic[None], boxes, np.array([[0.5]]), np.array([[CAR]]), predicted)["panoptic"].numpy()[0]
+        np.testing.assert_array_equal(found, [[void] * 4, *[[2001] * 4] * 3])
+
+
+def test_points_in_the_padding_have_no_boxes() -> None:
+    """An image of 4x4 pixels, padded to 4x8; the second point lies in the padding, and so does its box."""
+    found = find_boxes(
+        {"p2": tf.ones((1, 1, 2, 4))},
+        {"p2": tf.zeros((1, 1, 2))},
+        tf.fill((1, 1, 2, 1), 0.9),
+        (4, 4),
+        strides={"p2": 4},
+        semantic_stride=4,
+        class_threshold=0.1,
+        candidates=4,
+        nms_iou=0.6,
+        number=2,
+    )
+    np.testing.assert_allclose(found.scores, [[0.45, 0]], atol=1e-6)

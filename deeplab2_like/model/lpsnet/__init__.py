@@ -28,7 +28,7 @@ There is no public code. Where the paper is silent, this follows FCOS and UPSNet
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from keras import ops
@@ -37,13 +37,14 @@ from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import BackboneConfig, build_backbone
+from deeplab2_like.model.boxes import take_rows
 from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, backbone_features
 from deeplab2_like.model.layers import Norm, Tensor
 from deeplab2_like.model.lpsnet.detection import Detections, enlarge, find_boxes, masks_of_boxes
 from deeplab2_like.model.lpsnet.losses import border_ness_loss, box_loss
 from deeplab2_like.model.lpsnet.network import BoxHead, make_context
 from deeplab2_like.model.lpsnet.panoptic_head import Conflicts, PanopticHead
-from deeplab2_like.model.lpsnet.targets import border_ness, make_targets, mask_borders
+from deeplab2_like.model.lpsnet.targets import border_ness, distances_to_boxes, make_targets, mask_borders
 from deeplab2_like.model.merge import best_class, described_segments, enlarging_matrix, region_scores
 from deeplab2_like.model.seen_size import ResizeConfig, boxes_in_map, seen_images
 from deeplab2_like.model.semantic_fpn import SemanticClasses, semantic_loss
@@ -59,7 +60,9 @@ class ContextConfig(StrictModel):
     kind: Literal["pyramid_pooling", "global_average", "none"] = pydantic.Field(
         "pyramid_pooling", description="Pyramid pooling, UPSNet's global average, or nothing (Table 5)."
     )
-    bins: tuple[pydantic.PositiveInt, ...] = pydantic.Field((1, 2, 3, 6), description="Of the pyramid's grids.")
+    bins: tuple[pydantic.PositiveInt, ...] = pydantic.Field(
+        (1, 2, 3, 6), min_length=1, description="Of the pyramid's grids."
+    )
     channels: int = pydantic.Field(512, ge=1, description="Of each grid.")
     norm: Norm = Norm(kind="group", epsilon=1e-5)
 
@@ -68,7 +71,7 @@ class BoxConfig(StrictModel):
     """The box head, its levels and its targets (section 3.2)."""
 
     levels: tuple[str, ...] = ("p3", "p4", "p5", "p6", "p7")
-    size_limits: tuple[pydantic.PositiveFloat, ...] = pydantic.Field(
+    size_limits: tuple[Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)], ...] = pydantic.Field(
         (64, 128, 256, 512),
         description="Between one level and the next: largest distance from a point to a side of its box, in pixels.",
     )
@@ -207,7 +210,10 @@ class LPSNet(PanopticSystem):
             size_multiple=_SIZE_MULTIPLE,
             name="lpsnet",
         )
-        self._check(dataset_info, max(postprocess.detections, loss.max_instances))
+        self._check(
+            dataset_info,
+            {"postprocess.detections": postprocess.detections, "loss.max_instances": loss.max_instances},
+        )
         self.box_config = box
         self.loss_config = loss
         self.postprocess_config = postprocess
@@ -257,18 +263,18 @@ class LPSNet(PanopticSystem):
         )
 
     @staticmethod
-    def _check(info: DatasetInfo, things: int) -> None:
+    def _check(info: DatasetInfo, numbers_of_things: Mapping[str, int]) -> None:
         if not info.thing_classes:
             raise UserError(
                 f"Data set '{info.name}' has no things, so there are no boxes for LPSNet to find; train Semantic FPN, "
                 "with a config such as panoptic_fpn/semantic_fpn_coco_resnet50."
             )
-        if things >= info.label_divisor:
-            raise UserError(
-                f"model.postprocess.detections or model.loss.max_instances is {things}, but label_divisor "
-                f"{info.label_divisor} of data set '{info.name}' has room for {info.label_divisor - 1} instances; "
-                "lower it."
-            )
+        for key, number in numbers_of_things.items():
+            if number >= info.label_divisor:
+                raise UserError(
+                    f"model.{key} is {number}, but label_divisor {info.label_divisor} of data set '{info.name}' has "
+                    f"room for {info.label_divisor - 1} instances; lower it."
+                )
 
     # --- targets -----------------------------------------------------------------------------------------------------
 
@@ -383,8 +389,7 @@ class LPSNet(PanopticSystem):
         """See `PanopticSystem.postprocess_with_truth` (Table 6).
 
         `semantic`: the class of each pixel; those of the boxes stay as predicted. `boxes`: boxes, their classes, and
-            the
-        border-ness of each pixel, measured to its own mask.
+        the border-ness of each pixel, measured as in training.
         """
         return self._merge(outputs, targets, image_size, parts)
 
@@ -408,7 +413,7 @@ class LPSNet(PanopticSystem):
         if "boxes" in parts_of_truth:
             assert targets is not None
             found = Detections(targets["boxes"], ops.cast(targets["valid"], "float32"), targets["classes"])
-            of_pixels, size_limits = _true_border_ness(targets)[:, None], ()
+            of_pixels, size_limits = self._true_border_ness(targets)[:, None], ()
         else:
             found = self._detections(outputs, image_size)
             used = found.scores >= config.score_threshold
@@ -474,13 +479,16 @@ class LPSNet(PanopticSystem):
             scale = ops.cast(image_size[0], "float32") / ops.cast(seen_size[0], "float32")
         return ops.stack(levels, axis=1), [limit * scale for limit in self.box_config.size_limits]
 
-
-def _true_border_ness(targets: Mapping[str, Tensor]) -> Tensor:
-    """Border-ness of each pixel to the mask it is in, float32 [B, H, W], 0 where there is none."""
-    instance_map = targets["instance_map"]
-    height, width = ops.shape(instance_map)[1:]
-    y = (ops.cast(ops.arange(height), "float32") + 0.5)[:, None]
-    x = (ops.cast(ops.arange(width), "float32") + 0.5)[None, :]
-    borders = mask_borders(instance_map, targets["valid"].shape[1])
-    of_pixels = border_ness(borders.distances(ops.maximum(instance_map - 1, 0), y, x))
-    return ops.where(instance_map > 0, of_pixels, 0.0)
+    def _true_border_ness(self, targets: Mapping[str, Tensor]) -> Tensor:
+        """Border-ness of each pixel of an object, measured as in training, float32 [B, H, W]; 0 where there is none."""
+        instance_map = targets["instance_map"]
+        batch, height, width = ops.shape(instance_map)
+        y = (ops.cast(ops.arange(height), "float32") + 0.5)[:, None]
+        x = (ops.cast(ops.arange(width), "float32") + 0.5)[None, :]
+        row = ops.maximum(instance_map - 1, 0)
+        if self.box_config.measured_to == "mask":
+            distances = mask_borders(instance_map, targets["valid"].shape[1]).distances(row, y, x)
+        else:
+            boxes = take_rows(targets["boxes"], ops.reshape(row, (batch, height * width)))
+            distances = distances_to_boxes(ops.reshape(boxes, (batch, height, width, 4)), y, x)
+        return ops.where(instance_map > 0, border_ness(distances), 0.0)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from deeplab2_like.model.boxes import clip_boxes, non_maximum_suppression, take_rows
+from deeplab2_like.model.boxes import box_area, clip_boxes, non_maximum_suppression, take_rows
 from deeplab2_like.model.layers import Tensor, stage
 
 
@@ -144,7 +144,9 @@ def find_boxes(
         for level, stride in strides.items()
     ]
     boxes, scores, classes = (ops.concatenate(values, axis=1) for values in zip(*found, strict=True))
-    ranked = Detections(clip_boxes(boxes, image_size), scores, classes).best(candidates)
+    boxes = clip_boxes(boxes, image_size)
+    scores = ops.where(box_area(boxes) > 0, scores, 0.0)
+    ranked = Detections(boxes, scores, classes).best(candidates)
     kept = non_maximum_suppression(ranked.boxes, ranked.scores > 0, iou_threshold=nms_iou, classes=ranked.classes)
     return ranked._replace(scores=ops.where(kept, ranked.scores, 0.0)).best(number)
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import keras
 from keras import ops
 
-from deeplab2_like.model.layers import ConvNorm, Norm, Tensor
+from deeplab2_like.model.layers import ConvNorm, Norm, Tensor, linear_matrix
 
 # Largest logarithm of a distance in strides: more than any object of a level has.
 _MAX_LOG_DISTANCE = 6.0
@@ -38,12 +38,15 @@ class PyramidPooling(keras.layers.Layer):
 
     def call(self, inputs: Tensor, training: bool = False) -> Tensor:
         """Applies the module."""
-        height, width = ops.shape(inputs)[1:3]
+        sizes = ops.shape(inputs)[1:3]
+        # In float32, as bfloat16 would round the weights of a mean over many pixels.
+        exact = ops.cast(inputs, "float32")
         parts = [inputs]
         for number, grid in zip(self.bins, self.grids, strict=True):
-            x = _along_both_axes(inputs, _averaging_matrix(height, number), _averaging_matrix(width, number))
-            x = grid(x, training=training)  # [B, bins, bins, channels]
-            parts.append(_along_both_axes(x, _linear_matrix(number, height), _linear_matrix(number, width)))
+            x = _along_both_axes(exact, *(_averaging_matrix(size, number) for size in sizes))
+            x = grid(ops.cast(x, inputs.dtype), training=training)  # [B, bins, bins, channels]
+            enlarge = (linear_matrix(number, size, number / ops.cast(size, "float32")) for size in sizes)
+            parts.append(_along_both_axes(x, *enlarge))
         return self.reduce(self.join(ops.concatenate(parts, axis=-1), training=training), training=training)
 
 
@@ -71,13 +74,6 @@ def _averaging_matrix(size: Any, bins: int) -> Tensor:
     pixel = ops.arange(size)[None, :]
     is_inside = ops.cast((pixel >= first) & (pixel < last), "float32")
     return is_inside / ops.sum(is_inside, axis=1, keepdims=True)
-
-
-def _linear_matrix(bins: int, size: Any) -> Tensor:
-    """Enlarges a line of bins bilinearly, float32 [size, bins]."""
-    position = (ops.cast(ops.arange(size), "float32") + 0.5) * (bins / ops.cast(size, "float32")) - 0.5
-    position = ops.clip(position, 0.0, bins - 1.0)
-    return ops.maximum(1.0 - ops.abs(position[:, None] - ops.cast(ops.arange(bins), "float32")[None, :]), 0.0)
 
 
 def _along_both_axes(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -126,14 +122,17 @@ class BoxHead(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         """Creates the factors of the levels."""
         del input_shape
-        self.factors = self.add_weight(shape=(len(self.strides),), initializer="ones", dtype="float32", name="factors")
+        # In float32 at any precision, as they are in an exponent.
+        self.factors = self.add_weight(
+            shape=(len(self.strides),), initializer="ones", dtype="float32", autocast=False, name="factors"
+        )
 
     def call(
         self, pyramid: Mapping[str, Tensor], training: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Applies the head to each level."""
         distances, border_ness = {}, {}
-        factors = ops.unstack(ops.cast(self.factors, "float32"), len(self.strides))
+        factors = ops.unstack(self.factors, len(self.strides))
         for factor, (level, stride) in zip(factors, self.strides.items(), strict=True):
             x = pyramid[level]
             for convolution in self.convolutions:

@@ -16,7 +16,7 @@ from deeplab2_like.errors import UserError
 from deeplab2_like.model.boxes import box_area, take_rows
 from deeplab2_like.model.layers import Tensor, stage
 from deeplab2_like.model.lpsnet.targets import border_ratio, level_of
-from deeplab2_like.model.merge import Merged, claim_in_order, described_segments, merge
+from deeplab2_like.model.merge import Merged, claim_in_order, described_segments, lines_of_boxes, merge
 
 Conflicts = Literal["closest_border_ness", "smallest_area", "highest_score"]
 
@@ -43,7 +43,7 @@ class PanopticHead:
             distance from a pixel to a side of its object, in pixels of the map.
 
     Raises:
-        UserError: If there is no such rule of conflicts.
+        UserError: If there is no such rule of conflicts, or the share is none.
     """
 
     def __init__(
@@ -58,6 +58,8 @@ class PanopticHead:
         known = ("closest_border_ness", "smallest_area", "highest_score")
         if conflicts not in known:
             raise UserError(f"Unknown rule of conflicts '{conflicts}'. Known: {', '.join(known)}.")
+        if not 0 <= overlap_threshold <= 1:
+            raise UserError(f"overlap_threshold is a share, 0 to 1, but it is {overlap_threshold}.")
         self.dataset_info = dataset_info
         self.conflicts = conflicts
         self.overlap_threshold = overlap_threshold
@@ -72,10 +74,10 @@ class PanopticHead:
         """Makes the map, of boxes in any order.
 
         Args:
-            semantic: int32 [B, H, W], class id of each pixel; the number of classes where it is not known.
+            semantic: int [B, H, W], class id of each pixel; any other number where it is not known.
             boxes: float32 [B, N, 4], (y_min, x_min, y_max, x_max) in pixels of the map.
-            scores: float32 [B, N]; rows of zero are not used.
-            classes: int32 [B, N], class ids of things.
+            scores: float32 [B, N]; rows of zero are not used, nor are those of classes that are no things.
+            classes: int [B, N], class ids of things.
             predicted: float32 [B, L, H, W], border-ness that was predicted for each pixel, on each of the levels; only
                 for `closest_border_ness`.
 
@@ -84,8 +86,24 @@ class PanopticHead:
             whose score is 1.
 
         Raises:
-            UserError: If border-ness is needed, but missing.
+            UserError: If border-ness is needed, but missing or of another shape, or so many boxes cannot be told apart
+                with the label divisor.
         """
+        semantic, classes = (ops.cast(values, "int32") for values in (semantic, classes))
+        boxes, scores = (ops.cast(values, "float32") for values in (boxes, scores))
+        if predicted is not None:
+            predicted = ops.cast(predicted, "float32")
+        if boxes.shape[1] == 0:
+            # One row that is not used: there must be something to sort.
+            boxes, scores, classes = (
+                ops.pad(values, [[0, 0], [0, 1], *[[0, 0]] * (len(values.shape) - 2)])
+                for values in (boxes, scores, classes)
+            )
+        num_classes = self.dataset_info.num_classes
+        semantic = ops.where((semantic >= 0) & (semantic < num_classes), semantic, num_classes)
+        is_thing = ops.any(classes[..., None] == ops.array(self.dataset_info.thing_classes, "int32"), axis=-1)
+        # Also drops what is not a number.
+        scores = ops.where(is_thing & (scores > 0), scores, 0.0)
         order = ops.argsort(-scores, axis=-1)
         scores = take_rows(scores, order)
         merged = self.paste(semantic, take_rows(boxes, order), scores, take_rows(classes, order), predicted)
@@ -99,6 +117,17 @@ class PanopticHead:
             raise UserError(
                 "Rule 'closest_border_ness' of PanopticHead needs the predicted border-ness of each pixel; give it, or "
                 "choose conflicts 'smallest_area' or 'highest_score'."
+            )
+        levels = len(self.size_limits) + 1
+        if predicted is not None and (len(predicted.shape) != 4 or predicted.shape[1] != levels):
+            raise UserError(
+                f"The predicted border-ness has the shape {tuple(predicted.shape)}; PanopticHead with "
+                f"{len(self.size_limits)} size_limits needs [B, {levels}, H, W], a map for each level."
+            )
+        if boxes.shape[1] >= self.dataset_info.label_divisor:
+            raise UserError(
+                f"There are {boxes.shape[1]} boxes, but label_divisor {self.dataset_info.label_divisor} of data set "
+                f"'{self.dataset_info.name}' has room for {self.dataset_info.label_divisor - 1} instances; give fewer."
             )
         owner = paste_boxes(
             semantic,
@@ -197,8 +226,7 @@ def paste_boxes(
 
     return claim_in_order(
         used,
-        ops.clip(ops.cast(ops.floor(boxes[..., 0]), "int32"), 0, height),
-        ops.clip(ops.cast(ops.ceil(boxes[..., 2]), "int32"), 0, height),
+        *lines_of_boxes(boxes, height),
         mask_in_window,
         height=height,
         width=width,

@@ -163,9 +163,9 @@ def make_targets(
 
     Returns:
         `semantic`: int32 [H, W], class id, or the ignore label. What `instance_targets` returns. And for each level
-        `positive_<level>`: bool [h, w]; `distances_<level>`: float32 [h, w, 4], to the left, top, right and bottom side
-            of
-        the object's box, in pixels; `border_ness_<level>`: float32 [h, w]. The latter two are 0 where not positive.
+        `positive_<level>`: bool [h, w]; `distances_<level>`: float32 [h, w, 4], to the left, top, right and bottom
+        side of the object's box, in pixels; `border_ness_<level>`: float32 [h, w]. The last two are 0 where not
+        positive.
     """
     height, width = panoptic.shape
     instances = instance_targets(panoptic, dataset_info, max_instances)

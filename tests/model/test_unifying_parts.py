@@ -1,0 +1,209 @@
+"""Parts of the unifying system on cases worked out by hand."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from system_contract import INFO
+
+from deeplab2_like.model.unifying.matching import match_detections, matching_loss, slot_targets
+from deeplab2_like.model.unifying.network import AffinityHead, SqueezeExcitation
+from deeplab2_like.model.unifying.panoptic import (
+    add_affinities,
+    best_of_planes,
+    dynamic_potential,
+    slot_probability,
+)
+
+# --- dynamic potential ------------------------------------------------------------------------------------------------
+
+# Probabilities of one line of three cells, of classes 0 (stuff), 1 (stuff) and 2 (things).
+PROBABILITY = np.array([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6]], np.float32)
+
+
+def potential(variant: str, masks: list[float] | None = None) -> np.ndarray:
+    """Of one detection of class 2, score 0.5, around the last two cells of stride 4, and one row that is not used."""
+    found = dynamic_potential(
+        tf.constant(np.log(PROBABILITY)[None, None]),
+        tf.constant([[[0.0, 4.0, 4.0, 12.0], [0.0, 0.0, 4.0, 12.0]]]),
+        tf.constant([[0.5, 0.0]]),
+        tf.constant([[2, 2]]),
+        None if masks is None else tf.constant([[[masks, masks]] * 2], tf.float32),
+        stuff_classes=(0, 1),
+        stride=4,
+        potential=variant,
+    )
+    return found.numpy()[0, 0]
+
+
+@pytest.mark.parametrize("variant", ["b", "c"])
+def test_potential_of_boxes(variant: str) -> None:
+    """Without masks b and c are the same: score times probability inside, nothing outside; stuff has its own."""
+    expected = [[0, 0, 0.5, 0.3], [0.4, 0, 0.1, 0.1], [0.3, 0, 0.2, 0.2]]
+    np.testing.assert_allclose(potential(variant), expected, atol=1e-6)
+
+
+def test_potential_of_boxes_and_masks() -> None:
+    """A mask of two equal lines of two bins, 0.5 and 0.9, one for each cell of the box."""
+    expected = [[0, 0, 0.5, 0.3], [0.5 * 0.8 * 0.5, 0, 0.1, 0.1], [0.5 * 0.6 * 0.9, 0, 0.2, 0.2]]
+    np.testing.assert_allclose(potential("b", [0.5, 0.9]), expected, atol=1e-6)
+    expected = [[0, 0, 0.5, 0.3], [0.5 * (0.8 + 0.5), 0, 0.1, 0.1], [0.5 * (0.6 + 0.9), 0, 0.2, 0.2]]
+    np.testing.assert_allclose(potential("c", [0.5, 0.9]), expected, atol=1e-6)
+
+
+def test_potential_of_logits() -> None:
+    """Variant a: logits inside, zero outside, no score; a mask of 0.5 has the logit 0, one of 0.9 ln 9."""
+    found = potential("a", [0.5, 0.9])
+    np.testing.assert_allclose(found[:, 0], [0, np.log(0.8), np.log(0.6) + np.log(9)], atol=1e-5)
+    assert (found[:, 1] < -1e8).all()
+    np.testing.assert_allclose(found[:, 2:], np.log(PROBABILITY[:, :2]), atol=1e-6)
+    share = slot_probability(tf.constant(found[None, None]), is_logit=True).numpy()[0, 0]
+    assert (share[:, 1] == 0).all()
+    np.testing.assert_allclose(share.sum(axis=-1), 1, atol=1e-6)
+
+
+def test_slot_probability_is_a_share() -> None:
+    found = slot_probability(tf.constant([[[[0.3, 0.1, 0.0], [0.0, 0.0, 0.0]]]]), is_logit=False)
+    np.testing.assert_allclose(found[0, 0], [[0.75, 0.25, 0], [0, 0, 0]])
+
+
+# --- affinities -------------------------------------------------------------------------------------------------------
+
+
+def test_affinities_equal_the_explicit_product() -> None:
+    random = np.random.default_rng(0)
+    hand_out, gather = random.random((2, 2, 4, 5, 6)).astype(np.float32)
+    psi = random.random((2, 4, 5, 7)).astype(np.float32)
+    affinity = hand_out.reshape(2, 20, 6) @ gather.reshape(2, 20, 6).transpose(0, 2, 1)  # [B, pixels, pixels]
+    expected = psi + (affinity @ psi.reshape(2, 20, 7)).reshape(psi.shape)
+    found = add_affinities(*map(tf.constant, (psi, hand_out, gather)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_affinities_reach_beyond_a_box() -> None:
+    """Four pixels of two objects; the box of the first object misses one of its pixels, and affinity finds it."""
+    psi = np.array([[0.9, 0.0, 0.1], [0.0, 0.0, 0.2], [0.0, 0.9, 0.1], [0.0, 0.9, 0.1]], np.float32)
+    feature = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)  # The object of each pixel.
+    found = add_affinities(*(tf.constant(x[None, None]) for x in (psi, feature, feature / 2))).numpy()[0, 0]
+    np.testing.assert_array_equal(psi.argmax(axis=-1), [0, 2, 1, 1])
+    np.testing.assert_array_equal(found.argmax(axis=-1), [0, 0, 1, 1])
+    # The second pixel: 0 + (0.9 + 0) / 2 of the object, 0.2 + (0.1 + 0.2) / 2 of stuff.
+    np.testing.assert_allclose(found[1], [0.45, 0, 0.2 + 0.3 / 2], atol=1e-6)
+
+
+def test_affinities_never_hold_all_pairs() -> None:
+    """At 800x1300, stride 4, all pairs of pixels would take 17 GB; the growth of the peak stays below one."""
+    program = (
+        "import tensorflow as tf\n"
+        "from deeplab2_like.model.unifying.panoptic import add_affinities\n"
+        "def peak():\n"
+        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) / 2**20\n"
+        "psi, phi = tf.random.uniform((1, 200, 325, 153)), tf.random.uniform((1, 200, 325, 128))\n"
+        "before = peak()\n"
+        "with tf.GradientTape() as tape:\n"
+        "    tape.watch(phi)\n"
+        "    total = tf.reduce_sum(add_affinities(psi, phi, phi))\n"
+        "tape.gradient(total, phi)\n"
+        "print(peak() - before)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 1.0
+
+
+def test_factors_of_the_affinities() -> None:
+    """What is gathered is a mean over the image; what is handed out is positive, and small at first."""
+    head = AffinityHead(
+        strides={"p2": 4, "p3": 8}, input_channels=8, channels=32, convolutions=1, deformable=False, norm=None
+    )
+    pyramid = {"p2": tf.random.normal((2, 8, 8, 8)), "p3": tf.random.normal((2, 4, 4, 8))}
+    hand_out, gather = head(pyramid)
+    assert hand_out.shape == gather.shape == (2, 8, 8, 32)
+    np.testing.assert_allclose(tf.reduce_sum(gather, axis=(1, 2)), np.ones((2, 32)), rtol=1e-5)
+    assert (hand_out.numpy() > 0).all()
+    assert hand_out.numpy().mean() < 0.3
+
+
+def test_squeeze_excitation() -> None:
+    """Against the two linear layers, on the mean of each channel."""
+    layer = SqueezeExcitation(32)
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 32)).astype(np.float32)
+    found = layer(tf.constant(x)).numpy()
+    reduce, expand = (part.conv.kernel.numpy()[0, 0] for part in (layer.reduce, layer.expand))
+    assert reduce.shape == (32, 2)
+    weight = 1 / (1 + np.exp(-np.maximum(x.mean(axis=(1, 2)) @ reduce, 0) @ expand))
+    np.testing.assert_allclose(found, x * weight[:, None, None], atol=1e-5)
+
+
+# --- matching ---------------------------------------------------------------------------------------------------------
+
+TARGETS = {
+    # A car in columns 0 to 10, a person in the same place, a car in columns 20 to 30, and a row that is not used.
+    "boxes": tf.constant([[[0.0, 0, 10, 10], [0, 0, 10, 10], [0, 20, 10, 30], [0, 0, 0, 0]]]),
+    "classes": tf.constant([[0, 1, 0, 0]]),
+    "valid": tf.constant([[True, True, True, False]]),
+}
+
+
+def match(boxes: list, classes: list, used: list | None = None) -> tuple[list, list]:
+    stays, detection = match_detections(
+        tf.constant([boxes], tf.float32),
+        tf.constant([classes]),
+        tf.constant([used or [True] * len(boxes)]),
+        TARGETS,
+        iou_threshold=0.5,
+    )
+    return stays.numpy()[0].tolist(), detection.numpy()[0].tolist()
+
+
+def test_detections_match_within_their_class() -> None:
+    """The first car has IoU 0.8 with car 0, the person 1 with person 1; the third is near nothing of its class."""
+    stays, detection = match([[0, 0, 10, 8], [0, 0, 10, 10], [0, 20, 10, 30]], [0, 1, 1])
+    assert stays == [True, True, True]
+    assert detection == [0, 1, -1, -1]
+
+
+def test_duplicates_go_but_the_best() -> None:
+    """IoU 0.7, 0.9 and 0.6 with the first car; the last one has 0.4, matches nothing, and stays as a wrong slot."""
+    stays, detection = match([[0, 0, 10, 7], [0, 0, 10, 9], [0, 0, 10, 6], [0, 0, 10, 4]], [0, 0, 0, 0])
+    assert stays == [False, True, False, True]
+    assert detection == [1, -1, -1, -1]
+
+
+def test_of_equals_the_first_one_stays() -> None:
+    stays, detection = match([[0, 0, 10, 8], [0, 0, 10, 8]], [0, 0])
+    assert stays == [True, False]
+    assert detection[0] == 0
+
+
+def test_rows_that_are_not_used_match_nothing() -> None:
+    stays, detection = match([[0, 0, 10, 10], [0, 0, 0, 0]], [0, 0], used=[False, True])
+    assert stays == [False, True]
+    assert detection == [-1] * 4
+
+
+def test_slots_of_pixels() -> None:
+    """Detections 0 and 1 are slots 0 and 1; sky (class 0) is slot 2, road (class 1) slot 3."""
+    targets = {
+        "semantic": tf.constant([[[0, 1, 2, 2, 3, 3, 255]]]),
+        "instance_map": tf.constant([[[0, 0, 1, 2, 3, -1, -1]]]),
+    }
+    # Instance 0 is detection 1, instance 1 has none, instance 2 is detection 0.
+    found = slot_targets(targets, tf.constant([[1, -1, 0]]), dataset_info=INFO, detections=2, padded=(2, 8))
+    np.testing.assert_array_equal(found[0], [[2, 3, 1, -1, 0, -1, -1, -1], [-1] * 8])
+
+
+def test_matching_loss() -> None:
+    """Pixels of probability 1/2 and 1/4 in their slots, and one that does not count."""
+    probability = tf.constant([[[[0.5, 0.5], [0.75, 0.25], [0.0, 0.0]]]])
+    total, normalizer = matching_loss(probability, tf.constant([[[0, 1, -1]]]))
+    assert float(total) == pytest.approx(np.log(2) + np.log(4))
+    assert float(normalizer) == 2
+
+
+def test_best_of_planes() -> None:
+    """The first one of equals; where there is nothing, the number of slots."""
+    planes = np.array([[0.0, 0.5, 0.0, 0.2], [0.0, 0.5, 0.7, 0.9]], np.float32)
+    found = best_of_planes(lambda k: tf.gather(tf.constant(planes), k)[None, None], 2, (1, 1, 4))
+    np.testing.assert_array_equal(found[0, 0], [2, 0, 1, 1])
