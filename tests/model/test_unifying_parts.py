@@ -122,7 +122,7 @@ def test_factors_of_the_affinities() -> None:
     assert hand_out.shape == gather.shape == (2, 8, 8, 32)
     np.testing.assert_allclose(tf.reduce_sum(gather, axis=(1, 2)), np.ones((2, 32)), rtol=1e-5)
     assert (hand_out.numpy() > 0).all()
-    assert hand_out.numpy().mean() < 0.3
+    assert hand_out.numpy().sum(axis=-1).mean() < 0.2
 
 
 def test_squeeze_excitation() -> None:

@@ -36,8 +36,8 @@ class AffinityHead(keras.layers.Layer):
     The extractor is built like the semantic submodule and gives the feature Q of C channels. Two 1x1 convolutions with
     activations make of it the two factors of the affinities (equation 4). The paper does not name the activations: the
     factor that gathers, phi_1, has a softmax over all pixels (Shen et al., "Efficient attention", 2018), so that what
-    is gathered is a mean over the image whatever its size; the factor that hands out, phi_0, has a softplus, so that it
-    is positive, and no affinity is negative.
+    is gathered is a mean over the image whatever its size; the factor that hands out, phi_0, has a softplus
+    divided by C, so that no affinity is negative, and what is handed out is a mean over channels.
 
     Args:
         strides: Stride of each level, by its name, fine to coarse.
@@ -76,7 +76,7 @@ class AffinityHead(keras.layers.Layer):
         self.join = ConvNorm(channels, 1, name="join")
         # In float32, as they are exponentiated.
         options: dict[str, Any] = {"kernel_initializer": "lecun_normal", "dtype": "float32"}
-        # Starts with affinities of about 0.05 in all, so that what they add is small at first.
+        # softplus(-3) is about 0.05: so small a share of what was gathered is added at first.
         bias = keras.initializers.Constant(-3.0)
         self.hand_out = keras.layers.Conv2D(channels, 1, bias_initializer=bias, name="hand_out", **options)
         self.gather = keras.layers.Conv2D(channels, 1, use_bias=False, name="gather", **options)
@@ -90,4 +90,4 @@ class AffinityHead(keras.layers.Layer):
         batch, height, width, channels = (*ops.shape(feature)[:3], feature.shape[-1])
         gather = ops.reshape(self.gather(feature), (batch, height * width, channels))  # [B, h * w, C]
         gather = ops.reshape(ops.softmax(gather, axis=1), (batch, height, width, channels))  # [B, h, w, C]
-        return ops.softplus(self.hand_out(feature)), gather
+        return ops.softplus(self.hand_out(feature)) / channels, gather
