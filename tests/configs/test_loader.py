@@ -190,7 +190,7 @@ def test_wrong_files(tmp_path: Path, content: str, message: str) -> None:
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"Config file '.*none.yaml' does not exist; give a YAML file or one of panoptic_"
+        UserError, match=r"Config file '.*none.yaml' does not exist; give a YAML file or one of lpsnet/"
     ):
         load_config(tmp_path / "none.yaml")
     with pytest.raises(UserError, match=r"Unknown config 'panoptic_deeplab'\."):

@@ -138,7 +138,7 @@ def value(loss: Loss) -> float:
 def test_matching_and_losses_of_proposals(system: PanopticFPN) -> None:
     data = read("train")
     pyramid = {f"p{level}": np.zeros((1, -(-128 // 2**level), -(-160 // 2**level), 1)) for level in range(2, 7)}
-    settings = system.rpn_config
+    settings = system.detector.rpn_config
     by_level = make_anchors(pyramid, system.fpn.strides, sizes=settings.anchor_sizes, ratios=settings.anchor_ratios)
     anchors = tf.concat(list(by_level.values()), axis=0)
     targets = {
@@ -181,7 +181,7 @@ def test_losses_of_rois(system: PanopticFPN) -> None:
     }
     deltas = np.zeros((1, number, 80, 4), np.float32)
     deltas[0, np.arange(number), np.minimum(classes, 79)] = data["roi_deltas_of_class"]
-    weights = system.roi_config.box_weights
+    weights = system.detector.roi_config.box_weights
     losses = box_losses(tf.constant(data["roi_class_logits"][None]), tf.constant(deltas), samples, weights=weights)
     for name, loss in losses.items():
         assert value(loss) == pytest.approx(float(data[f"loss_{name}"]), rel=1e-5), name
