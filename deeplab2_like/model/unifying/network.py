@@ -87,7 +87,8 @@ class AffinityHead(keras.layers.Layer):
     def call(self, pyramid: Mapping[str, Tensor], training: bool = False) -> tuple[Tensor, Tensor]:
         """Applies the head."""
         feature = ops.cast(self.join(self.extractor(pyramid, training=training), training=training), "float32")
-        batch, height, width, channels = (*ops.shape(feature)[:3], feature.shape[-1])
+        batch, height, width = ops.shape(feature)[:3]
+        channels = feature.shape[-1]
         gather = ops.reshape(self.gather(feature), (batch, height * width, channels))  # [B, h * w, C]
         gather = ops.reshape(ops.softmax(gather, axis=1), (batch, height, width, channels))  # [B, h, w, C]
         return ops.softplus(self.hand_out(feature)) / channels, gather
