@@ -1,6 +1,6 @@
 """Feature pyramid network (Lin et al., "Feature pyramid networks for object detection", CVPR 2017)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import keras
@@ -26,6 +26,13 @@ def backbone_features(finest_level: str) -> dict[str, str]:
     """Names of the backbone's features by the levels that are made of them, from the finest level to p5."""
     features = {"p1": "stem", "p2": "res2", "p3": "res3", "p4": "res4", "p5": "res5"}
     return {level: feature for level, feature in features.items() if level >= finest_level}
+
+
+def are_consecutive_levels(names: Sequence[str]) -> bool:
+    """Whether these are names of levels of a pyramid, one after the other, fine to coarse."""
+    known = ["p1", "p2", "p3", "p4", "p5", "p6", "p7"]
+    first = known.index(names[0]) if names and names[0] in known else 0
+    return bool(names) and list(names) == known[first : first + len(names)]
 
 
 class FeaturePyramid(keras.layers.Layer):

@@ -336,6 +336,24 @@ def enlarging_matrix(coarse: Any, seen: Any, size: Any, *, stride: int) -> Tenso
     return ops.matmul(resize, linear_matrix(coarse, seen, 1 / stride))
 
 
+def enlarging_matrices(
+    cells: tuple[Any, Any], seen_size: Tensor | None, image_size: tuple[Any, Any], *, stride: int
+) -> tuple[Tensor, Tensor]:
+    """`enlarging_matrix` of the rows and of the columns: float32 [H, h] and [W, w].
+
+    Args:
+        cells: h and w.
+        seen_size: int32 [2], size of the image that the network saw; None if it is that of the map.
+        image_size: H and W.
+        stride: Pixels that the network saw per cell.
+    """
+    rows, columns = (
+        enlarging_matrix(cells[axis], None if seen_size is None else seen_size[axis], image_size[axis], stride=stride)
+        for axis in (0, 1)
+    )
+    return rows, columns
+
+
 @stage
 def resized_argmax(
     logits: Tensor, *, seen_height: Any, seen_width: Any, height: Any, width: Any, stride: int

@@ -33,6 +33,36 @@ def seen_images(images: Tensor, config: ResizeConfig | None) -> tuple[Tensor, di
     return images, {"seen_size": ops.stack([ops.convert_to_tensor(side, "int32") for side in sides])}
 
 
+def seen_scale(seen_size: Tensor | None, image_size: tuple[Any, Any]) -> Tensor:
+    """Pixels that the network saw per pixel of the map, along both axes, float32 [2]; see `boxes_in_map`."""
+    if seen_size is None:
+        return ops.ones((2,), "float32")
+    size = ops.stack([ops.convert_to_tensor(side, "int32") for side in image_size])
+    return ops.cast(seen_size, "float32") / ops.cast(size, "float32")
+
+
+def read_at_cells(
+    labels: Tensor, cells: tuple[Any, Any], seen_size: Tensor | None, image_size: tuple[Any, Any], *, stride: int
+) -> Tensor:
+    """The label in the middle of each cell of a feature; beyond the map, that of its last line or column.
+
+    Args:
+        labels: int32 [B, H, W].
+        cells: Height and width of the feature.
+        seen_size: As of `boxes_in_map`.
+        image_size: H and W.
+        stride: Pixels that the network saw per cell.
+
+    Returns:
+        int32 [B, h, w].
+    """
+    scale = seen_scale(seen_size, image_size)
+    for axis in (0, 1):
+        center = (ops.cast(ops.arange(cells[axis]), "float32") + 0.5) * stride / scale[axis]
+        labels = ops.take(labels, ops.minimum(ops.cast(center, "int32"), image_size[axis] - 1), axis=axis + 1)
+    return labels
+
+
 def boxes_in_map(boxes: Tensor, seen_size: Tensor | None, image_size: tuple[Any, Any]) -> Tensor:
     """Boxes in pixels of the map, from those in pixels of the image that the network saw.
 

@@ -84,6 +84,24 @@ class PanopticSystem(keras.Model):
         """Builds the system from the `model` section of a config, whose fields are the arguments of the class."""
         return cls(dataset_info=dataset_info, **{key: getattr(config, key) for key in type(config).model_fields})
 
+    @staticmethod
+    def check_room_for_instances(info: DatasetInfo, what: str, number: int) -> None:
+        """Checks that the label divisor of a data set can tell so many instances of a class apart.
+
+        Args:
+            info: Facts of the data set.
+            what: The config keys that say the number, for the message.
+            number: Instances.
+
+        Raises:
+            UserError: If it cannot.
+        """
+        if number >= info.label_divisor:
+            raise UserError(
+                f"{what} is {number}, but label_divisor {info.label_divisor} of data set '{info.name}' has room for "
+                f"{info.label_divisor - 1} instances; lower it."
+            )
+
     def make_targets(self, panoptic: Tensor) -> dict[str, Tensor]:
         """Turns a label into what the losses compare with; runs inside `tf.data`.
 

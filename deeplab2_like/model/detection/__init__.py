@@ -13,7 +13,7 @@ The parts, in the order in which they are run:
 """
 
 from deeplab2_like.model.detection.detector import Detector
-from deeplab2_like.model.detection.instances import instance_targets
+from deeplab2_like.model.detection.instances import class_and_instance_targets, instance_targets
 from deeplab2_like.model.detection.masks import mask_targets, paste_masks, paste_weights
 from deeplab2_like.model.detection.roi_heads import (
     BoxHead,
@@ -43,6 +43,7 @@ __all__ = [
     "RpnConfig",
     "RpnHead",
     "box_losses",
+    "class_and_instance_targets",
     "detect",
     "instance_targets",
     "make_anchors",

@@ -69,7 +69,7 @@ class Detector(keras.layers.Layer):
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """Names of the losses, in the order of `losses`."""
+        """Names of the losses, in the order of `losses_of`."""
         names = ("rpn_class", "rpn_box", "box_class", "box")
         return names if self.mask_head is None else (*names, "mask")
 
@@ -99,9 +99,10 @@ class Detector(keras.layers.Layer):
             `_outputs_to_train`.
         """
         training = targets is not None
-        objectness, deltas = self.rpn_head({level: pyramid[level] for level in self.strides})
+        levels = {level: pyramid[level] for level in self.strides}
+        objectness, deltas = self.rpn_head(levels)
         anchors = make_anchors(
-            {level: pyramid[level] for level in self.strides},
+            levels,
             self.strides,
             sizes=self.rpn_config.anchor_sizes,
             ratios=self.rpn_config.anchor_ratios,

@@ -4,6 +4,23 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model.layers import Tensor
 
 
+def class_and_instance_targets(panoptic: Tensor, dataset_info: DatasetInfo, max_instances: int) -> dict[str, Tensor]:
+    """The classes and the instances of one image, where void counts as crowd: both are regions not known by instance.
+
+    Arguments as of `instance_targets`.
+
+    Returns:
+        `semantic`: int32 [H, W], class id, or the ignore label; and what `instance_targets` returns, with -1 on void,
+        too.
+    """
+    import tensorflow as tf  # Here, because the networks must import without TensorFlow.
+
+    class_map = panoptic // dataset_info.label_divisor
+    instances = instance_targets(panoptic, dataset_info, max_instances)
+    instances["instance_map"] = tf.where(class_map == dataset_info.ignore_label, -1, instances["instance_map"])
+    return {"semantic": class_map, **instances}
+
+
 def instance_targets(panoptic: Tensor, dataset_info: DatasetInfo, max_instances: int) -> dict[str, Tensor]:
     """Lists the instances of one image with `tf` graph operations; there is no loop over instances.
 

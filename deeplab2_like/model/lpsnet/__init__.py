@@ -38,14 +38,14 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import BackboneConfig, build_backbone
 from deeplab2_like.model.boxes import take_rows
-from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, backbone_features
+from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, are_consecutive_levels, backbone_features
 from deeplab2_like.model.layers import Norm, Tensor
 from deeplab2_like.model.lpsnet.detection import Detections, enlarge, find_boxes, masks_of_boxes
 from deeplab2_like.model.lpsnet.losses import border_ness_loss, box_loss
 from deeplab2_like.model.lpsnet.network import BoxHead, make_context
 from deeplab2_like.model.lpsnet.panoptic_head import Conflicts, PanopticHead
 from deeplab2_like.model.lpsnet.targets import border_ness, distances_to_boxes, make_targets, mask_borders
-from deeplab2_like.model.merge import best_class, described_segments, enlarging_matrix, region_scores
+from deeplab2_like.model.merge import best_class, described_segments, enlarging_matrices, region_scores
 from deeplab2_like.model.seen_size import ResizeConfig, boxes_in_map, seen_images
 from deeplab2_like.model.semantic_fpn import SemanticClasses, semantic_loss
 from deeplab2_like.model.semantic_subnet import SemanticSubnet
@@ -87,9 +87,7 @@ class BoxConfig(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "BoxConfig":
-        known = ["p1", "p2", "p3", "p4", "p5", "p6", "p7"]
-        first = known.index(self.levels[0]) if self.levels and self.levels[0] in known else 0
-        if not self.levels or list(self.levels) != known[first : first + len(self.levels)]:
+        if not are_consecutive_levels(self.levels):
             raise ValueError("levels must be one after the other, fine to coarse, such as p3, p4, p5")
         if len(self.size_limits) != len(self.levels) - 1:
             raise ValueError(f"size_limits must be {len(self.levels) - 1} numbers, one between each two of levels")
@@ -270,11 +268,7 @@ class LPSNet(PanopticSystem):
                 "with a config such as panoptic_fpn/semantic_fpn_coco_resnet50."
             )
         for key, number in numbers_of_things.items():
-            if number >= info.label_divisor:
-                raise UserError(
-                    f"model.{key} is {number}, but label_divisor {info.label_divisor} of data set '{info.name}' has "
-                    f"room for {info.label_divisor - 1} instances; lower it."
-                )
+            PanopticSystem.check_room_for_instances(info, f"model.{key}", number)
 
     # --- targets -----------------------------------------------------------------------------------------------------
 
@@ -468,12 +462,8 @@ class LPSNet(PanopticSystem):
         levels = []
         for level, stride in self.level_strides.items():
             logits = outputs[f"border_ness_{level}"]
-            sides = ops.shape(logits)[1:3]
-            rows, columns = (
-                enlarging_matrix(sides[axis], None if seen_size is None else seen_size[axis], side, stride=stride)
-                for axis, side in enumerate(image_size)
-            )
-            levels.append(enlarge(ops.sigmoid(logits), rows, columns))
+            matrices = enlarging_matrices(tuple(ops.shape(logits)[1:3]), seen_size, image_size, stride=stride)
+            levels.append(enlarge(ops.sigmoid(logits), *matrices))
         scale: Any = 1.0
         if seen_size is not None:
             scale = ops.cast(image_size[0], "float32") / ops.cast(seen_size[0], "float32")

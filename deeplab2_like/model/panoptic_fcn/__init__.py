@@ -36,12 +36,12 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import BackboneConfig, build_backbone
 from deeplab2_like.model.boxes import take_rows
-from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, backbone_features
+from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, are_consecutive_levels, backbone_features
 from deeplab2_like.model.layers import Norm, Tensor
 from deeplab2_like.model.merge import (
     best_class,
     described_segments,
-    enlarging_matrix,
+    enlarging_matrices,
     look_up,
     merge,
     region_scores,
@@ -59,7 +59,7 @@ from deeplab2_like.model.panoptic_fcn.postprocess import (
     measure_masks,
 )
 from deeplab2_like.model.panoptic_fcn.targets import four_samples, is_of_size, level_shares, make_targets
-from deeplab2_like.model.seen_size import ResizeConfig, seen_images
+from deeplab2_like.model.seen_size import ResizeConfig, read_at_cells, seen_images, seen_scale
 from deeplab2_like.model.semantic_fpn import SemanticClasses
 from deeplab2_like.model.system import Loss, PanopticSystem
 
@@ -145,9 +145,7 @@ class PanopticFCNConfig(StrictModel):
     @pydantic.field_validator("size_ranges")
     @classmethod
     def _levels_in_order(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-        known = ["p1", "p2", "p3", "p4", "p5", "p6", "p7"]
-        first = known.index(next(iter(value))) if value and next(iter(value)) in known else 0
-        if not value or list(value) != known[first : first + len(value)]:
+        if not are_consecutive_levels(list(value)):
             raise ValueError("its keys must be levels one after the other, fine to coarse, such as p3, p4, p5")
         reached = float("inf")
         for level, (low, high) in value.items():
@@ -281,12 +279,7 @@ class PanopticFCN(PanopticSystem):
                 f"Data set '{info.name}' has no things, so there are no centres for Panoptic FCN to find; train "
                 "Semantic FPN, with a config such as panoptic_fpn/semantic_fpn_coco_resnet50."
             )
-        if things >= info.label_divisor:
-            raise UserError(
-                f"model.postprocess.kernels or model.loss.max_instances is {things}, but label_divisor "
-                f"{info.label_divisor} of data set '{info.name}' has room for {info.label_divisor - 1} instances; "
-                "lower it."
-            )
+        PanopticSystem.check_room_for_instances(info, "model.postprocess.kernels or model.loss.max_instances", things)
         if not info.stuff_classes:
             raise UserError(
                 f"Data set '{info.name}' has no stuff, so nothing tells Panoptic FCN where no object is; make the "
@@ -570,12 +563,8 @@ class PanopticFCN(PanopticSystem):
 
     def _enlarging_matrices(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
         """From the cells of the feature to the pixels of the map, along the rows and along the columns."""
-        coarse, seen = ops.shape(outputs["feature"])[1:3], outputs.get("seen_size")
-        rows, columns = (
-            enlarging_matrix(coarse[axis], None if seen is None else seen[axis], image_size[axis], stride=self.stride)
-            for axis in (0, 1)
-        )
-        return rows, columns
+        cells = tuple(ops.shape(outputs["feature"])[1:3])
+        return enlarging_matrices(cells, outputs.get("seen_size"), image_size, stride=self.stride)
 
     # --- upper bounds ------------------------------------------------------------------------------------------------
 
@@ -626,7 +615,7 @@ class PanopticFCN(PanopticSystem):
         self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor], image_size: tuple[Any, Any]
     ) -> Things:
         """For each true object the mean weights at its centre, on the levels it is on, and the class found there."""
-        scale = self._scale(outputs, image_size)
+        scale = seen_scale(outputs.get("seen_size"), image_size)
         boxes = targets["boxes"] * ops.concatenate([scale, scale])
         valid = targets["valid"]
         is_on_level = [is_of_size(boxes, *limits) & valid for limits in self.size_ranges.values()]
@@ -657,15 +646,10 @@ class PanopticFCN(PanopticSystem):
         """The true region of each class on each level, float32 [B, h, w, S] of zeros and ones."""
         num_regions = len(self.classes.class_id)
         semantic = self.classes.of_class_map(targets["semantic"])
-        scale = self._scale(outputs, image_size)
         regions = []
         for level, stride in self.level_strides.items():
-            label = semantic
-            for axis in (0, 1):
-                size = ops.shape(outputs[f"region_{level}"])[axis + 1]
-                center = (ops.cast(ops.arange(size), "float32") + 0.5) * stride / scale[axis]
-                index = ops.minimum(ops.cast(center, "int32"), image_size[axis] - 1)
-                label = ops.take(label, index, axis=axis + 1)
+            cells = tuple(ops.shape(outputs[f"region_{level}"])[1:3])
+            label = read_at_cells(semantic, cells, outputs.get("seen_size"), image_size, stride=stride)
             regions.append(ops.one_hot(label, num_regions, dtype="float32"))
         return regions
 
@@ -699,10 +683,3 @@ class PanopticFCN(PanopticSystem):
         )
         scores = ops.cast(targets["valid"], "float32")
         return described_segments(merged, scores, ops.ones_like(merged.kept[:, number:], "float32"))
-
-    def _scale(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Tensor:
-        """Pixels that the network saw per pixel of the map, along both axes, float32 [2]."""
-        if "seen_size" not in outputs:
-            return ops.ones((2,), "float32")
-        size = ops.stack([ops.convert_to_tensor(side, "int32") for side in image_size])
-        return ops.cast(outputs["seen_size"], "float32") / ops.cast(size, "float32")

@@ -6,7 +6,7 @@ from typing import Literal
 from keras import ops
 
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.model.detection import instance_targets
+from deeplab2_like.model.detection import class_and_instance_targets
 from deeplab2_like.model.layers import Tensor
 
 
@@ -44,9 +44,7 @@ def make_targets(
     import tensorflow as tf  # Here, because the networks must import without TensorFlow.
 
     height, width = panoptic.shape
-    class_map = panoptic // dataset_info.label_divisor
-    instances = instance_targets(panoptic, dataset_info, max_instances)
-    instances["instance_map"] = tf.where(class_map == dataset_info.ignore_label, -1, instances["instance_map"])
+    instances = class_and_instance_targets(panoptic, dataset_info, max_instances)
     boxes, valid = instances["boxes"], instances["valid"]
 
     center_of_box = (boxes[:, :2] + boxes[:, 2:]) / 2  # [M, 2]
@@ -61,7 +59,7 @@ def make_targets(
     centers = tf.where(valid[:, tf.newaxis], centers, 0.0)
 
     num_things = len(dataset_info.thing_classes)
-    targets = {"semantic": class_map, **instances, "centers": centers}
+    targets = {**instances, "centers": centers}
     for level, level_stride in level_strides.items():
         low, high = size_ranges[level]
         shape = [-(-(side + -side % size_multiple) // level_stride) for side in (height, width)]

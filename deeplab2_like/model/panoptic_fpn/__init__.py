@@ -31,7 +31,7 @@ from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import BackboneConfig, build_backbone
-from deeplab2_like.model.detection import Detector, RoiConfig, RpnConfig, instance_targets, paste_masks
+from deeplab2_like.model.detection import Detector, RoiConfig, RpnConfig, class_and_instance_targets, paste_masks
 from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, backbone_features, split_channels
 from deeplab2_like.model.layers import Norm, Tensor
 from deeplab2_like.model.merge import best_class, claim_pixels, described_segments, merge, region_scores
@@ -211,12 +211,7 @@ class PanopticFPN(PanopticSystem):
                 f"Data set '{info.name}' has no things, so there is nothing for Mask R-CNN to find; set config key "
                 "model.semantic_only to true."
             )
-        if instances >= info.label_divisor:
-            raise UserError(
-                f"model.roi.detections or model.loss.max_instances is {instances}, but label_divisor "
-                f"{info.label_divisor} of data set '{info.name}' has room for {info.label_divisor - 1} instances; "
-                "lower it."
-            )
+        PanopticSystem.check_room_for_instances(info, "model.roi.detections or model.loss.max_instances", instances)
 
     # --- targets -----------------------------------------------------------------------------------------------------
 
@@ -230,15 +225,9 @@ class PanopticFPN(PanopticSystem):
             `semantic`: int32 [H, W], class id, or the ignore label; and, unless `semantic_only`, what
             `instance_targets` returns, where void counts as crowd: both are regions whose instances are not known.
         """
-        import tensorflow as tf  # Here, because the networks must import without TensorFlow.
-
-        class_map = panoptic // self.dataset_info.label_divisor
         if self.semantic_only:
-            return {"semantic": class_map}
-        instances = instance_targets(panoptic, self.dataset_info, self.loss_config.max_instances)
-        is_void = class_map == self.dataset_info.ignore_label
-        instances["instance_map"] = tf.where(is_void, -1, instances["instance_map"])
-        return {"semantic": class_map, **instances}
+            return {"semantic": panoptic // self.dataset_info.label_divisor}
+        return class_and_instance_targets(panoptic, self.dataset_info, self.loss_config.max_instances)
 
     # --- network -----------------------------------------------------------------------------------------------------
 

@@ -34,11 +34,18 @@ from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import BackboneConfig, build_backbone
-from deeplab2_like.model.detection import Detector, RoiConfig, RpnConfig, instance_targets, mask_targets, paste_masks
+from deeplab2_like.model.detection import (
+    Detector,
+    RoiConfig,
+    RpnConfig,
+    class_and_instance_targets,
+    mask_targets,
+    paste_masks,
+)
 from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, backbone_features
 from deeplab2_like.model.layers import Norm, Tensor
 from deeplab2_like.model.merge import Merged, best_class, claim_pixels, described_segments, merge, region_scores
-from deeplab2_like.model.seen_size import ResizeConfig, boxes_in_map, seen_images
+from deeplab2_like.model.seen_size import ResizeConfig, boxes_in_map, read_at_cells, seen_images, seen_scale
 from deeplab2_like.model.semantic_fpn import SemanticClasses, semantic_loss
 from deeplab2_like.model.semantic_subnet import SemanticSubnet
 from deeplab2_like.model.system import Loss, PanopticSystem
@@ -250,12 +257,7 @@ class Unifying(PanopticSystem):
                 f"Data set '{info.name}' has no stuff, so pixels without an object have no slot; make the background a "
                 "class, with `convert coco-instances --background NAME` for example."
             )
-        if instances >= info.label_divisor:
-            raise UserError(
-                f"model.roi.detections or model.loss.max_instances is {instances}, but label_divisor "
-                f"{info.label_divisor} of data set '{info.name}' has room for {info.label_divisor - 1} instances; "
-                "lower it."
-            )
+        PanopticSystem.check_room_for_instances(info, "model.roi.detections or model.loss.max_instances", instances)
 
     # --- targets -----------------------------------------------------------------------------------------------------
 
@@ -270,13 +272,7 @@ class Unifying(PanopticSystem):
                 counts
             as crowd: both are regions whose instances are not known.
         """
-        import tensorflow as tf  # Here, because the networks must import without TensorFlow.
-
-        class_map = panoptic // self.dataset_info.label_divisor
-        instances = instance_targets(panoptic, self.dataset_info, self.loss_config.max_instances)
-        is_void = class_map == self.dataset_info.ignore_label
-        instances["instance_map"] = tf.where(is_void, -1, instances["instance_map"])
-        return {"semantic": class_map, **instances}
+        return class_and_instance_targets(panoptic, self.dataset_info, self.loss_config.max_instances)
 
     # --- network -----------------------------------------------------------------------------------------------------
 
@@ -494,23 +490,15 @@ class Unifying(PanopticSystem):
         if set(parts) == set(self.oracle_parts):
             return self.postprocess_targets(targets)
         outputs = dict(outputs)
-        scale: Any = 1.0  # Pixels that the network saw per pixel of the map, along both axes.
-        if "seen_size" in outputs:
-            size = ops.stack([ops.convert_to_tensor(side, "int32") for side in image_size])
-            scale = ops.cast(outputs["seen_size"], "float32") / ops.cast(size, "float32")
-        scale = ops.zeros((2,), "float32") + scale
+        seen_size = outputs.get("seen_size")
         if "semantic" in parts:
             class_map = self.classes.of_class_map(targets["semantic"])
-            for axis in (0, 1):
-                cells = ops.shape(outputs["semantic_logits"])[axis + 1]
-                center = (ops.cast(ops.arange(cells), "float32") + 0.5) * self.stride / scale[axis]
-                class_map = ops.take(
-                    class_map, ops.minimum(ops.cast(center, "int32"), image_size[axis] - 1), axis=axis + 1
-                )
+            cells = tuple(ops.shape(outputs["semantic_logits"])[1:3])
+            class_map = read_at_cells(class_map, cells, seen_size, image_size, stride=self.stride)
             # A probability of almost 1; void has none of its own.
             outputs["semantic_logits"] = 20.0 * ops.one_hot(class_map, self.dataset_info.num_classes, dtype="float32")
         if "detections" in parts:
-            boxes, valid = targets["boxes"], targets["valid"]
+            boxes, valid, scale = targets["boxes"], targets["valid"], seen_scale(seen_size, image_size)
             outputs |= {
                 "boxes": boxes * ops.concatenate([scale, scale]),
                 "scores": ops.cast(valid, "float32"),
