@@ -93,8 +93,13 @@ def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
         raise UserError(f"'{path}' is not a JSON file ({error}).") from error
 
 
-def encode_png(image: np.ndarray) -> bytes:
+def encode_png(image: np.ndarray, *, is_label: bool = False) -> bytes:
     """Encodes an image, uint8 [H, W, 3] in the order red, green, blue or grey [H, W], as a PNG file's bytes.
+
+    Args:
+        image: The image.
+        is_label: Whether it is a label map. Large areas of one colour need no filter, and are decoded three times as
+            fast without; of the filters that photographs need, this one is decoded fastest.
 
     Raises:
         UserError: If the array is not such an image, or larger than a PNG file can be.
@@ -102,7 +107,11 @@ def encode_png(image: np.ndarray) -> bytes:
     is_rgb = image.ndim == 3 and image.shape[2] == 3
     if (is_rgb or image.ndim == 2) and image.size and image.dtype == np.uint8:
         # OpenCV's order is blue, green, red.
-        encoded, content = cv2.imencode(".png", np.ascontiguousarray(image[..., ::-1] if is_rgb else image))
+        image_in_order = np.ascontiguousarray(image[..., ::-1] if is_rgb else image)
+        filtering = cv2.IMWRITE_PNG_FILTER_NONE if is_label else cv2.IMWRITE_PNG_FILTER_UP
+        strategy = cv2.IMWRITE_PNG_STRATEGY_DEFAULT if is_label else cv2.IMWRITE_PNG_STRATEGY_RLE
+        options = [cv2.IMWRITE_PNG_FILTER, filtering, cv2.IMWRITE_PNG_STRATEGY, strategy]
+        encoded, content = cv2.imencode(".png", image_in_order, options)
         if encoded:
             return content.tobytes()
     raise UserError(

@@ -1,8 +1,8 @@
 """Random augmentation of an image and its panoptic map: scale, crop, flip, colours.
 
 Pure TensorFlow and stateless: the outcome depends on the example, the arguments and the seed alone. The scaled image
-is never built: the crop window in it is drawn first, and only this window is resampled from the source, at a cost that
-does not grow with the scale.
+is never built: the window of the source that fills the crop is drawn first, and only this window is resampled, at a
+cost that does not grow with the scale. Padding is added last, so nothing before it needs to know of it.
 """
 
 import dataclasses
@@ -15,12 +15,13 @@ from deeplab2_like.configs.schema import ColorJitterConfig
 
 @dataclasses.dataclass(frozen=True)
 class _Axis:
-    """One axis of the crop window; all members are int32 []."""
+    """One axis of the crop; all members are int32 []."""
 
-    source: tf.Tensor  # Length of the source.
-    scaled: tf.Tensor  # Length of the source once scaled.
-    offset: tf.Tensor  # Where the crop begins in the scaled source; negative if the crop is longer than that.
-    crop: int
+    start: tf.Tensor  # Where the window begins in the source.
+    window: tf.Tensor  # Length of the window in the source.
+    length: tf.Tensor  # What it is resampled to.
+    before: tf.Tensor  # Padding before it.
+    after: tf.Tensor  # Padding after it.
 
 
 def augment(
@@ -37,9 +38,11 @@ def augment(
 ) -> dict[str, tf.Tensor]:
     """Scales at random, takes a random crop, flips and changes colours.
 
-    The scale is drawn uniformly from `scale_range`. Where the scaled image is smaller than the crop it is placed at
-    random and the rest padded. The image is resampled bilinearly (with antialiasing when it shrinks), the label takes
-    the nearest pixel; both with half-pixel centres, so they stay aligned. At scale 1 pixels come through unchanged.
+    The scale is drawn uniformly from `scale_range`. The window of the source that it enlarges to the crop begins and
+    ends at whole pixels, which changes the scale by less than half a pixel of the window. Where the scaled image is
+    smaller than the crop it is placed at random and the rest padded. The image is resampled bilinearly (with
+    antialiasing when it shrinks), the label takes the nearest pixel; both with half-pixel centres, so they stay
+    aligned. At scale 1 pixels come through unchanged.
 
     Args:
         example: `image` uint8 [H, W, 3], `panoptic` int32 [H, W], and further keys, which are passed on.
@@ -72,23 +75,20 @@ def augment(
     scale = smallest + draw_scale * (largest - smallest)
     rows = _random_window(tf.shape(image)[0], crop_size[0], scale, draw_y)
     columns = _random_window(tf.shape(image)[1], crop_size[1], scale, draw_x)
-    row_sources, rows_inside = _nearest_sources(rows)
-    column_sources, columns_inside = _nearest_sources(columns)
-    inside = rows_inside[:, None] & columns_inside[None, :]  # [h, w]
 
-    panoptic = tf.gather(tf.gather(panoptic, row_sources, axis=0), column_sources, axis=1)  # [h, w]
-    panoptic = tf.where(inside, panoptic, tf.constant(void, panoptic.dtype))
-
-    pixels = _bilinear_window(image, rows, columns)
+    panoptic = tf.gather(tf.gather(panoptic, _nearest(rows), axis=0), _nearest(columns), axis=1)
+    pixels = _resize_window(image, rows, columns, antialias=scale < 1.0)
     if color_jitter is not None:
-        pixels = _jitter_colors(pixels, inside, color_jitter, draw_colors)
-    pixels = tf.where(inside[:, :, None], pixels, tf.constant(pad_value, tf.float32))
-    image = tf.cast(tf.round(tf.clip_by_value(pixels, 0.0, 255.0)), tf.uint8)
+        pixels = _jitter_colors(pixels, color_jitter, draw_colors)
+    # Values lie in 0..255, so they are rounded in no more passes than these.
+    image = tf.cast(pixels + 0.5, tf.uint8)
 
     if dihedral:
         image, panoptic = _reverse_if(draw_flip_y < 0.5, image, panoptic, axis=0)
     if flip or dihedral:
         image, panoptic = _reverse_if(draw_flip_x < 0.5, image, panoptic, axis=1)
+    panoptic = tf.pad(panoptic, [[rows.before, rows.after], [columns.before, columns.after]], constant_values=void)
+    image = _pad_image(image, rows, columns, pad_value)
 
     image = tf.ensure_shape(image, [*crop_size, 3])
     panoptic = tf.ensure_shape(panoptic, [*crop_size])
@@ -97,49 +97,48 @@ def augment(
 
 def _random_window(source: tf.Tensor, crop: int, scale: tf.Tensor, draw: tf.Tensor) -> _Axis:
     """Places the crop on one axis: inside the scaled source, or around it if that is shorter; `draw` is in [0, 1)."""
-    scaled = tf.maximum(tf.cast(tf.round(tf.cast(source, tf.float32) * scale), tf.int32), 1)
-    room = scaled - crop
-    choices = tf.cast(tf.abs(room) + 1, tf.float32)
-    offset = tf.minimum(room, 0) + tf.cast(draw * choices, tf.int32)
-    return _Axis(source, scaled, offset, crop)
 
+    def rounded(length: tf.Tensor) -> tf.Tensor:
+        return tf.maximum(tf.cast(tf.round(length), tf.int32), 1)
 
-def _nearest_sources(axis: _Axis) -> tuple[tf.Tensor, tf.Tensor]:
-    """The source pixel under each crop pixel's centre, int32 [crop], and whether there is one, bool [crop]."""
-    position = tf.range(axis.crop) + axis.offset
-    inside = (position >= 0) & (position < axis.scaled)
-    # floor((position + 0.5) * source / scaled), in integers and so exact.
-    wide = tf.cast(position, tf.int64)
-    source, scaled = tf.cast(axis.source, tf.int64), tf.cast(axis.scaled, tf.int64)
-    nearest = ((2 * wide + 1) * source) // (2 * scaled)
-    return tf.cast(tf.clip_by_value(nearest, 0, source - 1), tf.int32), inside
+    def place(room: tf.Tensor) -> tf.Tensor:
+        return tf.cast(draw * tf.cast(room + 1, tf.float32), tf.int32)  # 0..room
 
-
-def _bilinear_window(image: tf.Tensor, rows: _Axis, columns: _Axis) -> tf.Tensor:
-    """Resamples the window of `image` uint8 [H, W, 3]; float32 [h, w, 3], 0..255, arbitrary outside of the image."""
-    # `tf.image.resize` knows neither windows nor offsets; this is the operation beneath it.
-    resampled = tf.raw_ops.ScaleAndTranslate(
-        images=image[None],
-        size=[rows.crop, columns.crop],
-        scale=tf.stack([tf.cast(axis.scaled / axis.source, tf.float32) for axis in (rows, columns)]),
-        translation=tf.stack([-tf.cast(axis.offset, tf.float32) for axis in (rows, columns)]),
-        kernel_type="triangle",
-        antialias=True,
+    wanted = rounded(crop / scale)
+    window = tf.minimum(wanted, source)
+    length = tf.where(wanted > source, tf.minimum(rounded(tf.cast(source, tf.float32) * scale), crop), crop)
+    after = place(crop - length)
+    return _Axis(
+        start=place(source - window), window=window, length=length, before=crop - length - after, after=after
     )
-    return resampled[0]
 
 
-def _jitter_colors(
-    pixels: tf.Tensor, inside: tf.Tensor, jitter: ColorJitterConfig, draws: list[tf.Tensor]
-) -> tf.Tensor:
-    """Changes the colours of `pixels` float32 [h, w, 3], 0..255; `inside` bool [h, w] says which are of the image."""
+def _nearest(axis: _Axis) -> tf.Tensor:
+    """The source pixel under the centre of each resampled one, int64 [length]."""
+    # floor((position + 0.5) * window / length), in integers and so exact.
+    window, length = tf.cast(axis.window, tf.int64), tf.cast(axis.length, tf.int64)
+    return tf.cast(axis.start, tf.int64) + (2 * tf.range(length) + 1) * window // (2 * length)
+
+
+def _resize_window(image: tf.Tensor, rows: _Axis, columns: _Axis, *, antialias: tf.Tensor) -> tf.Tensor:
+    """Resamples the window of `image` uint8 [H, W, 3] bilinearly; float32 [h, w, 3], 0..255; `antialias` is bool []."""
+    image = tf.slice(image, [rows.start, columns.start, 0], [rows.window, columns.window, 3])
+    size = [rows.length, columns.length]
+    # Antialiasing changes nothing where an image grows, but takes three times as long.
+    return tf.cond(
+        antialias,
+        lambda: tf.image.resize(image, size, antialias=True),
+        lambda: tf.image.resize(image, size),
+    )
+
+
+def _jitter_colors(pixels: tf.Tensor, jitter: ColorJitterConfig, draws: list[tf.Tensor]) -> tf.Tensor:
+    """Changes the colours of `pixels` float32 [h, w, 3], 0..255."""
     brightness, contrast, saturation, hue = (2.0 * draw - 1.0 for draw in draws)
     if jitter.brightness:
         pixels = tf.clip_by_value(pixels * (1.0 + jitter.brightness * brightness), 0.0, 255.0)
     if jitter.contrast:
-        grey = tf.image.rgb_to_grayscale(pixels)[..., 0]  # [h, w]
-        count = tf.maximum(tf.reduce_sum(tf.cast(inside, tf.float32)), 1.0)
-        mean = tf.reduce_sum(tf.where(inside, grey, 0.0)) / count
+        mean = tf.reduce_mean(tf.image.rgb_to_grayscale(pixels))
         pixels = tf.clip_by_value(mean + (pixels - mean) * (1.0 + jitter.contrast * contrast), 0.0, 255.0)
     if jitter.saturation:
         own_grey = tf.image.rgb_to_grayscale(pixels)  # [h, w, 1]
@@ -147,6 +146,22 @@ def _jitter_colors(
     if jitter.hue:
         pixels = 255.0 * tf.image.adjust_hue(pixels / 255.0, jitter.hue * hue)
     return pixels
+
+
+def _pad_image(image: tf.Tensor, rows: _Axis, columns: _Axis, pad_value: Sequence[int]) -> tf.Tensor:
+    """Surrounds `image` uint8 [h, w, 3] with a colour."""
+
+    def colored(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+        return tf.broadcast_to(tf.constant(pad_value, tf.uint8), [height, width, 3])
+
+    def pad() -> tf.Tensor:
+        left, right = colored(rows.length, columns.before), colored(rows.length, columns.after)
+        padded = tf.concat([left, image, right], axis=1)
+        width = tf.shape(padded)[1]
+        return tf.concat([colored(rows.before, width), padded, colored(rows.after, width)], axis=0)
+
+    padding = rows.before + rows.after + columns.before + columns.after
+    return tf.cond(padding > 0, pad, lambda: image)
 
 
 def _reverse_if(

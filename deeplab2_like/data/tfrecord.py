@@ -149,7 +149,7 @@ def serialize_example(*, image: bytes | np.ndarray, panoptic: np.ndarray, filena
         _HEIGHT: height,
         _WIDTH: width,
         _CHANNELS: 3,
-        _LABEL: files.encode_png(panoptic_label.ids_to_rgb(panoptic)),
+        _LABEL: files.encode_png(panoptic_label.ids_to_rgb(panoptic), is_label=True),
         _LABEL_FORMAT: b"png",
     }
     example = tf.train.Example()
@@ -236,14 +236,19 @@ def _decode_raw_label(content: tf.Tensor, image_shape: tf.Tensor, name: tf.Tenso
 def _decode_png_label(content: tf.Tensor, name: tf.Tensor) -> tf.Tensor:
     """Our label: an RGB PNG; returns int32 [H, W]."""
     is_png = require(_begins(content, _PNG_BEGINNING), lambda: ["the label of image '", name, "' is not a PNG file."])
+    # Byte 25 of a PNG is its colour type; a file that ends before it is faulty in any case.
+    header = tf.strings.join([tf.strings.substr(content, 0, 26), "\0" * 26])
+
+    def message() -> list[str | tf.Tensor]:
+        channels = tf.shape(tf.io.decode_png(content, channels=0))[-1]
+        return ["image '", name, "' has a PNG label of ", channels, " channels; a label is an RGB PNG."]
+
     with tf.control_dependencies([is_png]):
-        rgb = tf.io.decode_png(content, channels=0)
-    is_rgb = require(
-        tf.equal(tf.shape(rgb)[-1], 3),
-        lambda: ["image '", name, "' has a PNG label of ", tf.shape(rgb)[-1], " channels; a label is an RGB PNG."],
-    )
+        is_rgb = require(tf.equal(tf.strings.substr(header, 25, 1), b"\2"), message)
     with tf.control_dependencies([is_rgb]):
-        return panoptic_label.rgb_to_ids(tf.cast(rgb, tf.int32))
+        rgba = tf.io.decode_png(content, channels=4)
+    # Four bytes are one little-endian integer, R + 256 G + 65536 B + 2**24 A; this takes one pass over the pixels.
+    return tf.bitwise.bitwise_and(tf.bitcast(rgba, tf.int32), 2**24 - 1)
 
 
 def _begins(content: tf.Tensor, *beginnings: bytes) -> tf.Tensor:

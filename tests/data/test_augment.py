@@ -96,12 +96,26 @@ def test_scaled_image_equals_resize(scale, size):
 def test_crop_of_scaled_image_equals_resize_then_crop():
     example = example_of(8, 12)
     large = tf.image.resize(example["image"], (16, 24)).numpy()
-    for result in run(example, range(10), (5, 7), scale_range=(2.0, 2.0)):
-        # At scale 2 pixels come in pairs; a window may begin with the second of a pair.
-        y, x = (2 * i for i in divmod(int(result["panoptic"][0, 0]), 12))
-        y += int(result["panoptic"][1, 0] != result["panoptic"][0, 0])
-        x += int(result["panoptic"][0, 1] != result["panoptic"][0, 0])
-        np.testing.assert_allclose(result["image"], large[y : y + 5, x : x + 7], atol=0.51)
+    corners = set()
+    for result in run(example, range(60), (6, 8), scale_range=(2.0, 2.0)):
+        # The window is 3 x 4 pixels of the source; 8 - 3 + 1 = 6 rows and 12 - 4 + 1 = 9 columns are possible.
+        y, x = divmod(int(result["panoptic"][0, 0]), 12)
+        corners.add((y, x))
+        expected_panoptic = np.arange(96).reshape(8, 12)[y : y + 3, x : x + 4].repeat(2, axis=0).repeat(2, axis=1)
+        np.testing.assert_array_equal(result["panoptic"], expected_panoptic)
+        # At its border the window does not see its neighbours.
+        expected = large[2 * y : 2 * y + 6, 2 * x : 2 * x + 8]
+        np.testing.assert_allclose(result["image"][1:-1, 1:-1], expected[1:-1, 1:-1], atol=0.51)
+    assert {y for y, _ in corners} == set(range(6))
+    assert {x for _, x in corners} == set(range(9))
+
+
+def test_window_is_rounded_to_whole_pixels():
+    # 5 / 1.5 = 3.3 and 7 / 1.5 = 4.7: three rows and five columns of the source fill the crop.
+    for result in run(example_of(8, 12), range(5), (5, 7), scale_range=(1.5, 1.5)):
+        y, x = divmod(int(result["panoptic"][0, 0]), 12)
+        assert set(np.unique(result["panoptic"] // 12)) == {y, y + 1, y + 2}
+        assert set(np.unique(result["panoptic"] % 12)) == set(range(x, x + 5))
 
 
 def test_image_and_label_stay_aligned():

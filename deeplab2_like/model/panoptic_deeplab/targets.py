@@ -1,6 +1,7 @@
 """Training targets of Panoptic-DeepLab (sections 3.1 and 4): classes, centre heat map, offsets, and their weights."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,12 +58,8 @@ def make_targets(
 
     area, mean = _measure(panoptic, num_bins)
     kind = tf.where(is_instance & (area < small_instance_area), _SMALL_INSTANCE, static_kind)
-    make_pixels = _pixel_function()
-    if tf.executing_eagerly():  # Whoever calls it so has images of many sizes, each of which would be compiled.
-        make_pixels = make_pixels.python_function
-    pixels = make_pixels(
-        panoptic, tf.cast(kind, tf.int8), mean, dataset_info.label_divisor, float(small_instance_weight)
-    )
+    meaning = (tf.cast(kind, tf.int8), mean, dataset_info.label_divisor, float(small_instance_weight))
+    pixels = _in_one_pass(_pixel_targets, panoptic, *meaning)
     if semantic_only:
         return {name: pixels[name] for name in ("semantic", "semantic_weight")}
     centers = tf.cast(tf.round(tf.boolean_mask(mean, is_instance & (area > 0))), tf.int32)  # [N, 2]
@@ -81,9 +78,8 @@ def _measure(panoptic: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
     """
     import tensorflow as tf
 
-    height, width = panoptic.shape
-    # A run is a stretch of one row in which the map keeps its value.
-    is_end = tf.concat([panoptic[:, 1:] != panoptic[:, :-1], tf.ones((height, 1), tf.bool)], axis=1)  # [H, W]
+    width = panoptic.shape[1]
+    is_end = _in_one_pass(_run_ends, panoptic)
     ends = tf.where(tf.reshape(is_end, (-1,)))[:, 0]  # int64 [R], positions in the flat map.
     lengths = ends - tf.concat([tf.constant([-1], tf.int64), ends[:-1]], axis=0)
     bins = tf.minimum(tf.gather(tf.reshape(panoptic, (-1,)), ends), num_bins - 1)
@@ -96,33 +92,50 @@ def _measure(panoptic: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
     return area, tf.cast(mean, tf.float32)
 
 
-@functools.cache
-def _pixel_function() -> Any:
-    """Returns a function of the targets of all pixels, in one pass over the map, which XLA makes of some twenty."""
+def _run_ends(panoptic: Tensor) -> Tensor:
+    """Marks where a run ends, a stretch of one row in which a map keeps its value; bool [H, W]."""
     import tensorflow as tf
 
-    @tf.function(jit_compile=True, autograph=False)
-    def make(
-        panoptic: Tensor, kind: Tensor, mean: Tensor, label_divisor: int, small_instance_weight: float
-    ) -> dict[str, Tensor]:
-        height, width = panoptic.shape
-        bins = tf.minimum(panoptic, kind.shape[0] - 1)  # [H, W]
-        kinds = tf.gather(kind, bins)  # int8 [H, W]
-        is_instance = kinds >= _INSTANCE
-        weight = tf.where(kinds == _SMALL_INSTANCE, small_instance_weight, tf.where(kinds == _VOID, 0.0, 1.0))
-        rows, columns = tf.meshgrid(
-            tf.range(height, dtype=tf.float32), tf.range(width, dtype=tf.float32), indexing="ij"
-        )
-        offset = tf.gather(mean, bins) - tf.stack([rows, columns], axis=-1)  # [H, W, 2]
-        return {
-            "semantic": panoptic // label_divisor,
-            "semantic_weight": weight,
-            "center_weight": tf.cast((kinds != _VOID) & (kinds != _CROWD), tf.float32),
-            "offset": tf.where(is_instance[..., tf.newaxis], offset, 0.0),
-            "offset_weight": tf.cast(is_instance, tf.float32),
-        }
+    last = tf.ones((panoptic.shape[0], 1), tf.bool)
+    return tf.concat([panoptic[:, 1:] != panoptic[:, :-1], last], axis=1)
 
-    return make
+
+def _pixel_targets(
+    panoptic: Tensor, kind: Tensor, mean: Tensor, label_divisor: int, small_instance_weight: float
+) -> dict[str, Tensor]:
+    """The targets that follow from a pixel's value, int32 [H, W], from its kind, int8 [num_bins], and its mean."""
+    import tensorflow as tf
+
+    height, width = panoptic.shape
+    bins = tf.minimum(panoptic, kind.shape[0] - 1)  # [H, W]
+    kinds = tf.gather(kind, bins)  # int8 [H, W]
+    is_instance = kinds >= _INSTANCE
+    weight = tf.where(kinds == _SMALL_INSTANCE, small_instance_weight, tf.where(kinds == _VOID, 0.0, 1.0))
+    to_row = tf.gather(mean[:, 0], bins) - tf.range(height, dtype=tf.float32)[:, tf.newaxis]
+    to_column = tf.gather(mean[:, 1], bins) - tf.range(width, dtype=tf.float32)
+    offsets = [tf.where(is_instance, distance, 0.0) for distance in (to_row, to_column)]  # [H, W] each
+    return {
+        "semantic": panoptic // label_divisor,
+        "semantic_weight": weight,
+        "center_weight": tf.cast((kinds != _VOID) & (kinds != _CROWD), tf.float32),
+        "offset": tf.stack(offsets, axis=-1),
+        "offset_weight": tf.cast(is_instance, tf.float32),
+    }
+
+
+def _in_one_pass(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function of maps of a static size, compiled, so that XLA makes one pass over the pixels of many."""
+    import tensorflow as tf
+
+    # Whoever works eagerly has images of many sizes, each of which would be compiled.
+    return function(*arguments) if tf.executing_eagerly() else _compiled(function)(*arguments)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Any:
+    import tensorflow as tf
+
+    return tf.function(function, jit_compile=True, autograph=False)
 
 
 def _gaussians(centers: Tensor, height: int, width: int, sigma: float) -> Tensor:
