@@ -4,7 +4,7 @@ First the targets of Panoptic-DeepLab alone, for one example: median over the ru
 training pipeline (read, decode, scale, crop, flip, targets, batch), with the library's targets and with the usual ones
 as a NumPy function: examples per second over some batches, each way in a process of its own, with its peak memory.
 Both ways must make the same targets. Examples are built-in scenes to which ellipses are added until there are enough
-instances (`plain_targets.make_example`).
+instances (`plain_targets.make_example`); images are PNG at the size of Cityscapes and JPEG at that of COCO, as there.
 
 Exit status 1 if targets differ or a ratio is below its bound. Measure on an otherwise idle machine.
 
@@ -34,11 +34,11 @@ from rich.table import Table
 
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.scenes import scenes_info
-from deeplab2_like.files import write_atomically
+from deeplab2_like.files import encode_png, write_atomically
 from deeplab2_like.model.panoptic_deeplab.targets import make_targets
 
-# Name -> height, width and instances.
-CASES = {"Cityscapes": (1024, 2048, 30), "COCO": (480, 640, 30)}
+# Name -> height, width, instances, and the ending of image files.
+CASES = {"Cityscapes": (1024, 2048, 30, ".png"), "COCO": (480, 640, 30, ".jpg")}
 OPTIONS = {"sigma": 8.0, "small_instance_area": 4096, "small_instance_weight": 3.0}
 BATCH_SIZE = 2
 DISTINCT = 4
@@ -122,12 +122,13 @@ def in_new_process(*arguments: object) -> Any:
 
 def measure(name: str, runs: int, batches: int) -> dict[str, Any]:
     """Measures one case."""
-    height, width, instances = CASES[name]
+    height, width, instances, ending = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         with tfrecord.FileWriter(Path(folder) / "train-00000-of-00001.tfrecord") as writer:
             for index in range(DISTINCT):
-                image, panoptic = make_example(index, (height, width), instances)
-                writer.write(tfrecord.serialize_example(image=image, panoptic=panoptic, filename=f"{index}.png"))
+                pixels, panoptic = make_example(index, (height, width), instances)
+                image = encode_png(pixels) if ending == ".png" else tf.io.encode_jpeg(pixels).numpy()
+                writer.write(tfrecord.serialize_example(image=image, panoptic=panoptic, filename=f"{index}{ending}"))
         ways = {way: in_new_process(folder, way, height, width, batches) for way in WAYS}
     rates = {way: values["examples_per_second"] for way, values in ways.items()}
     return {

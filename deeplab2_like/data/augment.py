@@ -108,9 +108,7 @@ def _random_window(source: tf.Tensor, crop: int, scale: tf.Tensor, draw: tf.Tens
     window = tf.minimum(wanted, source)
     length = tf.where(wanted > source, tf.minimum(rounded(tf.cast(source, tf.float32) * scale), crop), crop)
     after = place(crop - length)
-    return _Axis(
-        start=place(source - window), window=window, length=length, before=crop - length - after, after=after
-    )
+    return _Axis(start=place(source - window), window=window, length=length, before=crop - length - after, after=after)
 
 
 def _nearest(axis: _Axis) -> tf.Tensor:

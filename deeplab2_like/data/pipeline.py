@@ -182,7 +182,7 @@ def read_example(
     """
     example = tfrecord.parse_example(serialized)
     panoptic, divisor, offset = example["panoptic"], dataset_info.label_divisor, dataset_info.record_offset
-    # Compared with the smallest value of a class and the next: a division of each pixel would take several times as long.
+    # Compared with the smallest values of classes: to divide each pixel would take several times as long.
     first_void = (0 if offset else dataset_info.ignore_label) * divisor
     is_void = (panoptic >= first_void) & (panoptic < first_void + max(offset, 1) * divisor)
     allowed = (panoptic >= offset * divisor) & (panoptic < (offset + dataset_info.num_classes) * divisor) | is_void

@@ -1,6 +1,7 @@
 """Deformable convolution (Dai et al., ICCV 2017), also modulated (Zhu et al., "Deformable ConvNets v2", CVPR 2019)."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
@@ -92,7 +93,7 @@ class DeformableConvNorm(keras.layers.Layer):
 def deformable_convolution(inputs: Tensor, offset: Tensor, kernel: Tensor, *, strides: int, dilation: int) -> Tensor:
     """Adds up the taps of a kernel, each read where its offset points to.
 
-    One tap is done after the other, and no more of it is kept for the gradient than what the tap has read.
+    One tap is done after the other, and the gradient reads all of them again: nothing of a tap is kept.
 
     Args:
         inputs: float [B, H, W, C].
@@ -110,23 +111,82 @@ def deformable_convolution(inputs: Tensor, offset: Tensor, kernel: Tensor, *, st
     batch, height, width = ops.shape(offset)[:3]
     row = ops.cast(ops.arange(height) * strides - margin, "float32")[None, :, None]
     column = ops.cast(ops.arange(width) * strides - margin, "float32")[None, None, :]
-    kernel = ops.cast(kernel, inputs.dtype)
-    is_modulated = offset.shape[-1] == 3 * size * size
-    total: Tensor = 0.0
-    for tap in range(size * size):
+    taps = size * size
+    is_modulated = offset.shape[-1] == 3 * taps
+    # Where each tap is read and what it is multiplied by, each [B, h * w].
+    points: list[Tensor] = []
+    for tap in range(taps):
         y = offset[..., 2 * tap] + row + float(tap // size * dilation)  # [B, h, w]
         x = offset[..., 2 * tap + 1] + column + float(tap % size * dilation)
-        modulation = ops.sigmoid(offset[..., 2 * size * size + tap]) if is_modulated else ops.ones_like(y)
-        flat = [ops.reshape(values, (batch, height * width)) for values in (y, x, modulation)]  # each [B, h * w]
-        read = read_bilinear(inputs, *flat)  # [B, h * w, C]
-        total = total + ops.matmul(read, ops.reshape(kernel[tap // size, tap % size], (channels, filters)))
+        modulation = ops.sigmoid(offset[..., 2 * taps + tap]) if is_modulated else ops.ones_like(y)
+        points += [ops.reshape(values, (batch, height * width)) for values in (y, x, modulation)]
+    kernels = ops.reshape(ops.cast(kernel, inputs.dtype), (taps, channels, filters))
+    total = _add_up_taps(inputs, kernels, *points)
     return ops.reshape(total, (batch, height, width, filters))  # [B, h, w, filters]
+
+
+@ops.custom_gradient
+def _add_up_taps(inputs: Tensor, kernels: Tensor, *points: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
+    """Adds up T taps.
+
+    Args:
+        inputs: float [B, H, W, C].
+        kernels: float [T, C, F].
+        *points: For each tap the arguments `y`, `x` and `factor` of `read_bilinear`, float32 [B, P] each.
+
+    Returns:
+        The sum, float [B, P, F], and the function of its gradient.
+    """
+    taps = list(zip(points[::3], points[1::3], points[2::3], strict=True))
+    total = ops.zeros((*ops.shape(points[0]), kernels.shape[2]), inputs.dtype)
+    for (y, x, factor), kernel in zip(taps, ops.unstack(kernels), strict=True):
+        total = total + ops.matmul(read_bilinear(inputs, _once_there_is(total, y), x, factor), kernel)
+
+    def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
+        change = args[0] if upstream is None else upstream  # [B, P, F]
+        batch, height, width = ops.shape(inputs)[:3]
+        channels = inputs.shape[-1]
+        flat = ops.reshape(inputs, (batch * height * width, channels))
+        to_flat = ops.zeros((batch * height * width, channels), "float32")
+        to_kernels, to_points = [], []
+        for (y, x, factor), kernel in zip(taps, ops.unstack(kernels), strict=True):
+            of_read = ops.matmul(change, ops.transpose(kernel))  # [B, P, C]
+            read: Tensor = 0.0
+            to_y, to_x, to_factor = ops.zeros_like(y), ops.zeros_like(x), ops.zeros_like(factor)
+            for neighbour in _neighbours(_once_there_is(to_flat, y), x, (batch, height, width)):
+                values = ops.take(flat, neighbour.index, axis=0)  # [B, P, C]
+                share = (neighbour.along_y * neighbour.along_x * factor)[..., None]  # [B, P, 1]
+                read = read + values * ops.cast(share, values.dtype)
+                agreement = ops.sum(ops.cast(values * of_read, "float32"), axis=-1)  # [B, P]
+                to_y = to_y + agreement * neighbour.change_along_y * neighbour.along_x
+                to_x = to_x + agreement * neighbour.along_y * neighbour.change_along_x
+                to_factor = to_factor + agreement * neighbour.along_y * neighbour.along_x
+                to_flat = to_flat + ops.segment_sum(
+                    ops.reshape(ops.cast(of_read, "float32") * share, (-1, channels)),
+                    ops.reshape(neighbour.index, (-1,)),
+                    num_segments=batch * height * width,
+                )
+            by_channel = ops.transpose(ops.reshape(read, (-1, channels)))  # [C, B * P]
+            to_kernels.append(ops.matmul(by_channel, ops.reshape(change, (-1, kernel.shape[1]))))  # [C, F]
+            to_points += [to_y * factor, to_x * factor, to_factor]
+        to_inputs = ops.reshape(ops.cast(to_flat, inputs.dtype), (batch, height, width, channels))
+        return to_inputs, ops.stack(to_kernels), *to_points
+
+    return total, gradient
+
+
+def _once_there_is(earlier: Tensor, values: Tensor) -> Tensor:
+    """Returns `values`, but lets whatever uses them wait until `earlier` is computed.
+
+    What is added is zero, which no compiler knows. Without it all taps would be read at the same time, and memory would
+    hold them all.
+    """
+    first = ops.reshape(earlier, (-1,))[0]
+    return values + ops.cast(ops.minimum(ops.abs(first), 0), values.dtype)
 
 
 def read_bilinear(values: Tensor, y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     """Reads a map between its pixels, with zeros around it.
-
-    Differentiable in all arguments; the gradient reads the map again instead of keeping the neighbours of each point.
 
     Args:
         values: float [B, H, W, C].
@@ -137,58 +197,55 @@ def read_bilinear(values: Tensor, y: Tensor, x: Tensor, factor: Tensor) -> Tenso
     Returns:
         float [B, P, C], of the type of the map.
     """
+    batch, height, width = ops.shape(values)[:3]
+    flat = ops.reshape(values, (batch * height * width, values.shape[-1]))
+    result: Tensor = 0.0
+    for neighbour in _neighbours(y, x, (batch, height, width)):
+        share = ops.cast(neighbour.along_y * neighbour.along_x * factor, values.dtype)[..., None]  # [B, P, 1]
+        result = result + ops.take(flat, neighbour.index, axis=0) * share
+    return result
 
-    @ops.custom_gradient
-    def read(values: Tensor, y: Tensor, x: Tensor, factor: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
-        batch, height, width = ops.shape(values)[:3]
-        channels = values.shape[-1]
-        points = ops.shape(y)[1]
-        flat = ops.reshape(values, (batch * height * width, channels))
-        # Beyond one pixel outside nothing is read; the limit keeps huge offsets from overflowing an integer.
-        y = ops.clip(y, -2.0, ops.cast(height, "float32") + 1.0)
-        x = ops.clip(x, -2.0, ops.cast(width, "float32") + 1.0)
-        top, left = ops.floor(y), ops.floor(x)
-        y_weight, x_weight = y - top, x - left  # Of the lower and of the right neighbours.
-        first_row, first_column = ops.cast(top, "int32"), ops.cast(left, "int32")
 
-        # For each neighbour: its index, whether it is inside, its weights along both axes, and their signs.
-        neighbours = []
-        for down in (0, 1):
-            for right in (0, 1):
-                r, c = first_row + down, first_column + right
-                inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
-                index = ops.clip(r, 0, height - 1) * width + ops.clip(c, 0, width - 1)
-                index = index + ops.arange(batch)[:, None] * (height * width)  # [B, P]
-                along_y = y_weight if down else 1.0 - y_weight
-                along_x = x_weight if right else 1.0 - x_weight
-                neighbours.append((index, ops.cast(inside, "float32"), along_y, along_x, 2 * down - 1, 2 * right - 1))
+class _Neighbour(NamedTuple):
+    """One of the four pixels around each point, [B, P] each.
 
-        def weighted(share: Tensor) -> Tensor:
-            return ops.cast(share, values.dtype)[..., None]  # [B, P, 1]
+    Attributes:
+        index: int32, its place among the pixels of all images; any, if it is outside.
+        along_y: float32, its weight along y, zero if it is outside.
+        along_x: The same along x.
+        change_along_y: float32, how the weight changes with y.
+        change_along_x: The same along x.
+    """
 
-        result: Tensor = 0.0
-        for index, inside, along_y, along_x, _, _ in neighbours:
-            result = result + ops.take(flat, index, axis=0) * weighted(inside * along_y * along_x * factor)
+    index: Tensor
+    along_y: Tensor
+    along_x: Tensor
+    change_along_y: Tensor
+    change_along_x: Tensor
 
-        def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
-            change = args[0] if upstream is None else upstream  # [B, P, C]
-            to_values: Tensor = 0.0
-            to_y, to_x, to_factor = ops.zeros_like(y), ops.zeros_like(x), ops.zeros_like(factor)
-            for index, inside, along_y, along_x, y_sign, x_sign in neighbours:
-                product = ops.cast(ops.take(flat, index, axis=0) * change, "float32")
-                agreement = inside * ops.sum(product, axis=-1)  # [B, P]
-                to_y = to_y + y_sign * agreement * along_x
-                to_x = to_x + x_sign * agreement * along_y
-                to_factor = to_factor + agreement * along_y * along_x
-                share = ops.cast(change, "float32") * (inside * along_y * along_x * factor)[..., None]
-                to_values = to_values + ops.segment_sum(
-                    ops.reshape(share, (batch * points, channels)),
-                    ops.reshape(index, (-1,)),
-                    num_segments=batch * height * width,
-                )
-            to_values = ops.reshape(ops.cast(to_values, values.dtype), (batch, height, width, channels))
-            return to_values, to_y * factor, to_x * factor, to_factor
 
-        return result, gradient
+def _neighbours(y: Tensor, x: Tensor, sizes: tuple[Any, Any, Any]) -> list[_Neighbour]:
+    """The four neighbours of points float32 [B, P] in a map of which `sizes` are B, H and W."""
+    batch, height, width = sizes
+    along_y, along_x = _sides(y, height), _sides(x, width)
+    first = ops.arange(batch)[:, None] * (height * width)  # [B, 1]
+    return [
+        _Neighbour(first + row * width + column, y_weight, x_weight, y_change, x_change)
+        for row, y_weight, y_change in along_y
+        for column, x_weight, x_change in along_x
+    ]
 
-    return read(values, y, x, factor)
+
+def _sides(position: Tensor, size: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For both pixels beside a position on one axis: where it is, its weight, and how that changes; [B, P] each."""
+    # Beyond one pixel outside nothing is read; the limit keeps huge offsets from overflowing an integer.
+    position = ops.clip(position, -2.0, ops.cast(size, "float32") + 1.0)
+    before = ops.floor(position)
+    part = position - before
+    sides = []
+    for step in (0, 1):
+        pixel = ops.cast(before, "int32") + step
+        is_inside = ops.cast((pixel >= 0) & (pixel < size), "float32")
+        weight = part if step else 1.0 - part
+        sides.append((ops.clip(pixel, 0, size - 1), is_inside * weight, is_inside * (2 * step - 1)))
+    return sides
