@@ -35,7 +35,7 @@ def potential(variant: str, masks: list[float] | None = None) -> np.ndarray:
         stride=4,
         potential=variant,
     )
-    return found.numpy()[0, 0]
+    return found.numpy()[0, :, 0].T  # [cells, slots]
 
 
 @pytest.mark.parametrize("variant", ["b", "c"])
@@ -57,15 +57,15 @@ def test_potential_of_logits() -> None:
     """Variant a: logits inside, zero outside, no score; a mask of 0.5 has the logit 0, one of 0.9 ln 9."""
     found = potential("a", [0.5, 0.9])
     np.testing.assert_allclose(found[:, 0], [0, np.log(0.8), np.log(0.6) + np.log(9)], atol=1e-5)
-    assert (found[:, 1] < -1e8).all()
+    assert (found[:, 1] == -1e3).all()
     np.testing.assert_allclose(found[:, 2:], np.log(PROBABILITY[:, :2]), atol=1e-6)
-    share = slot_probability(tf.constant(found[None, None]), is_logit=True).numpy()[0, 0]
+    share = slot_probability(tf.constant(found.T[None, :, None]), is_logit=True).numpy()[0, 0]
     assert (share[:, 1] == 0).all()
     np.testing.assert_allclose(share.sum(axis=-1), 1, atol=1e-6)
 
 
 def test_slot_probability_is_a_share() -> None:
-    found = slot_probability(tf.constant([[[[0.3, 0.1, 0.0], [0.0, 0.0, 0.0]]]]), is_logit=False)
+    found = slot_probability(tf.constant([[[[0.3, 0.0]], [[0.1, 0.0]], [[0.0, 0.0]]]]), is_logit=False)
     np.testing.assert_allclose(found[0, 0], [[0.75, 0.25, 0], [0, 0, 0]])
 
 
@@ -75,9 +75,9 @@ def test_slot_probability_is_a_share() -> None:
 def test_affinities_equal_the_explicit_product() -> None:
     random = np.random.default_rng(0)
     hand_out, gather = random.random((2, 2, 4, 5, 6)).astype(np.float32)
-    psi = random.random((2, 4, 5, 7)).astype(np.float32)
+    psi = random.random((2, 7, 4, 5)).astype(np.float32)
     affinity = hand_out.reshape(2, 20, 6) @ gather.reshape(2, 20, 6).transpose(0, 2, 1)  # [B, pixels, pixels]
-    expected = psi + (affinity @ psi.reshape(2, 20, 7)).reshape(psi.shape)
+    expected = psi + np.einsum("bpq,bkq->bkp", affinity, psi.reshape(2, 7, 20)).reshape(psi.shape)
     found = add_affinities(*map(tf.constant, (psi, hand_out, gather)))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -86,7 +86,8 @@ def test_affinities_reach_beyond_a_box() -> None:
     """Four pixels of two objects; the box of the first object misses one of its pixels, and affinity finds it."""
     psi = np.array([[0.9, 0.0, 0.1], [0.0, 0.0, 0.2], [0.0, 0.9, 0.1], [0.0, 0.9, 0.1]], np.float32)
     feature = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)  # The object of each pixel.
-    found = add_affinities(*(tf.constant(x[None, None]) for x in (psi, feature, feature / 2))).numpy()[0, 0]
+    factors = (tf.constant(x[None, None]) for x in (feature, feature / 2))
+    found = add_affinities(tf.constant(psi.T[None, :, None]), *factors).numpy()[0, :, 0].T
     np.testing.assert_array_equal(psi.argmax(axis=-1), [0, 2, 1, 1])
     np.testing.assert_array_equal(found.argmax(axis=-1), [0, 0, 1, 1])
     # The second pixel: 0 + (0.9 + 0) / 2 of the object, 0.2 + (0.1 + 0.2) / 2 of stuff.
@@ -100,7 +101,7 @@ def test_affinities_never_hold_all_pairs() -> None:
         "from deeplab2_like.model.unifying.panoptic import add_affinities\n"
         "def peak():\n"
         "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) / 2**20\n"
-        "psi, phi = tf.random.uniform((1, 200, 325, 153)), tf.random.uniform((1, 200, 325, 128))\n"
+        "psi, phi = tf.random.uniform((1, 153, 200, 325)), tf.random.uniform((1, 200, 325, 128))\n"
         "before = peak()\n"
         "with tf.GradientTape() as tape:\n"
         "    tape.watch(phi)\n"
@@ -196,10 +197,22 @@ def test_slots_of_pixels() -> None:
 
 def test_matching_loss() -> None:
     """Pixels of probability 1/2 and 1/4 in their slots, and one that does not count."""
-    probability = tf.constant([[[[0.5, 0.5], [0.75, 0.25], [0.0, 0.0]]]])
-    total, normalizer = matching_loss(probability, tf.constant([[[0, 1, -1]]]))
-    assert float(total) == pytest.approx(np.log(2) + np.log(4))
-    assert float(normalizer) == 2
+    potential = np.array([[[[1.0, 0.3, 0.0]], [[1.0, 0.1, 0.0]]]], np.float32)
+    slots = tf.constant([[[0, 1, -1]]])
+    for given, is_logit in ((potential, False), (np.log(potential + 1e-30), True)):
+        total, normalizer = matching_loss(tf.constant(given), slots, is_logit=is_logit)
+        assert float(total) == pytest.approx(np.log(2) + np.log(4))
+        assert float(normalizer) == 2
+
+
+def test_matching_loss_of_a_slot_without_potential() -> None:
+    """It is bounded, and so is its gradient."""
+    potential = tf.constant([[[[0.0]], [[0.5]]]])
+    with tf.GradientTape() as tape:
+        tape.watch(potential)
+        total, _ = matching_loss(potential, tf.constant([[[0]]]), is_logit=False)
+    assert float(total) == pytest.approx(-np.log(1e-6))
+    assert np.isfinite(tape.gradient(total, potential)).all()
 
 
 def test_best_of_planes() -> None:

@@ -82,7 +82,7 @@ class Detector(keras.layers.Layer):
         *,
         image_size: tuple[Any, Any],
         targets: Mapping[str, Tensor] | None = None,
-        with_detections: bool = True,
+        detections: int | None = None,
     ) -> dict[str, Tensor]:
         """Applies the detector.
 
@@ -90,7 +90,7 @@ class Detector(keras.layers.Layer):
             pyramid: Levels, float [B, h, w, C].
             image_size: Height and width of the image without padding, ints or int32 scalars; boxes end there.
             targets: What `instance_targets` returned, batched: to train; None outside of training.
-            with_detections: Whether to return detections; outside of training there is nothing else.
+            detections: How many detections to return, 0 for none; None for as many as `roi` says.
 
         Returns:
             The detections, best first: `boxes` float32 [B, N, 4] in pixels, `scores` float32 [B, N], zero in unused
@@ -124,7 +124,8 @@ class Detector(keras.layers.Layer):
                 "anchors": ops.concatenate(list(anchors.values()), axis=0),
             }
             outputs |= self._outputs_to_train(pyramid, rpn, proposals, targets)
-        return outputs | self._detections(pyramid, proposals, image_size) if with_detections else outputs
+        number = self.roi_config.detections if detections is None else detections
+        return outputs | self._detections(pyramid, proposals, image_size, number) if number else outputs
 
     def _outputs_to_train(
         self,
@@ -180,9 +181,13 @@ class Detector(keras.layers.Layer):
         return outputs
 
     def _detections(
-        self, pyramid: Mapping[str, Tensor], proposals: Mapping[str, Tensor], image_size: tuple[Any, Any]
+        self,
+        pyramid: Mapping[str, Tensor],
+        proposals: Mapping[str, Tensor],
+        image_size: tuple[Any, Any],
+        number: int,
     ) -> dict[str, Tensor]:
-        """Boxes, scores, classes and masks of the best instances."""
+        """Boxes, scores, classes and masks of the best instances, so many of them."""
         roi = self.roi_config
         class_logits, deltas = self.box_head(self.pool(pyramid, proposals["boxes"], roi.box_resolution))
         found = detect(
@@ -194,7 +199,7 @@ class Detector(keras.layers.Layer):
             score_threshold=roi.score_threshold,
             nms_iou=roi.nms_iou,
             candidates=roi.candidates,
-            number=roi.detections,
+            number=number,
         )
         detections = {"boxes": found["boxes"], "scores": found["scores"], "thing_classes": found["classes"]}
         if self.mask_head is not None:

@@ -255,7 +255,7 @@ class PanopticFPN(PanopticSystem):
             for_instances,
             image_size=image_size,
             targets=targets if training else None,
-            with_detections=not training,
+            detections=0 if training else None,
         )
         return outputs | found
 

@@ -92,6 +92,7 @@ class LossConfig(StrictModel):
     detections: Literal["predicted", "truth"] = pydantic.Field(
         "predicted", description="The slots in training: predicted detections, or the boxes of the label."
     )
+    max_detections: int = pydantic.Field(100, ge=1, description="Most predicted slots of training; the best ones.")
     matching_iou: float = pydantic.Field(0.5, gt=0, le=1, description="Least overlap of boxes that match.")
     max_instances: int = pydantic.Field(100, ge=1, description="Most instances of a training example; the largest.")
 
@@ -297,11 +298,14 @@ class Unifying(PanopticSystem):
         if self.affinity_head is not None:
             outputs["hand_out"], outputs["gather"] = self.affinity_head(pyramid, training=training)
         from_truth = training and self.loss_config.detections == "truth"
+        detections = self.loss_config.max_detections
+        if from_truth or not self.loss_config.matching:
+            detections = 0
         outputs |= self.detector(
             pyramid,
             image_size=image_size,
             targets=targets if training else None,
-            with_detections=not training or (self.loss_config.matching and not from_truth),
+            detections=detections if training else None,
         )
         if from_truth and self.loss_config.matching:
             outputs |= {
@@ -357,7 +361,8 @@ class Unifying(PanopticSystem):
         )
         middle = self.stride // 2
         slots = slots[:, middle :: self.stride, middle :: self.stride]
-        return losses | {"panoptic": matching_loss(self._slots(outputs), slots)}
+        loss = matching_loss(self._potential(outputs), slots, is_logit=self.potential_is_logit)
+        return losses | {"panoptic": loss}
 
     # --- post-processing ---------------------------------------------------------------------------------------------
 
@@ -381,9 +386,13 @@ class Unifying(PanopticSystem):
             "scores": outputs["scores"],
         }
 
-    def _slots(self, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Probability of each slot in each cell, float32 [B, h, w, D + S]."""
-        variant = self.panoptic_config.potential
+    @property
+    def potential_is_logit(self) -> bool:
+        """Whether potentials of slots are logits."""
+        return self.panoptic_config.potential == "a"
+
+    def _potential(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Potential of each slot in each cell, with affinities, float32 [B, D + S, h, w]."""
         potential = dynamic_potential(
             outputs["semantic_logits"],
             outputs["boxes"],
@@ -392,11 +401,11 @@ class Unifying(PanopticSystem):
             outputs.get("masks"),
             stuff_classes=self.dataset_info.stuff_classes,
             stride=self.stride,
-            potential=variant,
+            potential=self.panoptic_config.potential,
         )
-        if self.affinity_head is not None:
-            potential = add_affinities(potential, outputs["hand_out"], outputs["gather"])
-        return slot_probability(potential, is_logit=variant == "a")
+        if self.affinity_head is None:
+            return potential
+        return add_affinities(potential, outputs["hand_out"], outputs["gather"])
 
     def _merge(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> tuple[Merged, Tensor]:
         """The panoptic map, and the scores of the regions of the classes, float32 [B, C]."""
@@ -415,7 +424,8 @@ class Unifying(PanopticSystem):
                 overlap_threshold=config.overlap_threshold,
             )
         else:
-            slot = best_class(self._slots(outputs), image_size, stride=self.stride, seen_size=seen_size)
+            probability = slot_probability(self._potential(outputs), is_logit=self.potential_is_logit)
+            slot = best_class(probability, image_size, stride=self.stride, seen_size=seen_size)
             number = outputs["scores"].shape[1]
             class_of_semantic = self.dataset_info.stuff_classes
             semantic, owner = ops.maximum(slot - number, 0), ops.minimum(slot, number)

@@ -81,15 +81,20 @@ def slot_targets(
     return ops.pad(slot, margins, constant_values=-1)
 
 
-def matching_loss(probability: Tensor, slots: Tensor) -> Loss:
+def matching_loss(potential: Tensor, slots: Tensor, *, is_logit: bool) -> Loss:
     """Cross entropy over slots, per pixel that has one.
 
     Args:
-        probability: float32 [B, h, w, K], of `slot_probability`.
+        potential: float32 [B, K, h, w], of `dynamic_potential` and `add_affinities`.
         slots: int32 [B, h, w], of `slot_targets`; -1 for pixels that do not count.
+        is_logit: See `slot_probability`, of which only the value of the true slot is computed here.
     """
-    is_true = slots[..., None] == ops.arange(probability.shape[-1])
-    true = ops.sum(ops.where(is_true, probability, 0.0), axis=-1)
+    is_true = slots[:, None] == ops.arange(ops.shape(potential)[1])[:, None, None]  # [B, K, h, w]
+    true = ops.sum(ops.where(is_true, potential, 0.0), axis=1)  # [B, h, w]
+    if is_logit:
+        probability = ops.exp(true - ops.logsumexp(potential, axis=1))
+    else:
+        probability = true / ops.maximum(ops.sum(potential, axis=1), 1e-9)
     is_counted = slots >= 0
-    cross_entropy = -ops.log(ops.maximum(ops.where(is_counted, true, 1.0), 1e-6))
+    cross_entropy = -ops.log(ops.maximum(ops.where(is_counted, probability, 1.0), 1e-6))
     return Loss(ops.sum(cross_entropy), ops.sum(ops.cast(is_counted, "float32")))

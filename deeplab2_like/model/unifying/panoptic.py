@@ -47,36 +47,43 @@ def dynamic_potential(
         potential: `a`, `b` or `c`.
 
     Returns:
-        float32 [B, h, w, D + S]; zero, or for `a` very small, for detections that are not used.
+        float32 [B, D + S, h, w]; zero, or for `a` very small, for detections that are not used.
     """
     height, width = ops.shape(semantic_logits)[1:3]
     values = semantic_logits if potential == "a" else ops.softmax(semantic_logits, axis=-1)
+    values = ops.transpose(values, (0, 3, 1, 2))  # [B, C, h, w]
     # The value of the class of each detection, as a product of matrices.
-    of_class = ops.one_hot(classes, semantic_logits.shape[-1], dtype="float32")  # [B, D, C]
-    things = ops.einsum("bhwc,bdc->bhwd", values, of_class)
+    is_class = ops.one_hot(classes, semantic_logits.shape[-1], dtype="float32")  # [B, D, C]
+    of_class = ops.einsum("bdc,bchw->bdhw", is_class, values)
 
     def is_inside(first: int, size: Any) -> Tensor:
         center = (ops.cast(ops.arange(size), "float32") + 0.5) * stride
         inside = (center >= boxes[..., first, None]) & (center < boxes[..., first + 2, None])  # [B, D, size]
         return ops.cast(inside, "float32")
 
-    inside = ops.einsum("bdh,bdw->bhwd", is_inside(0, height), is_inside(1, width))
-    if masks is not None:
+    # The score is a factor of one axis: planes of all slots are large, and each pass over them takes time.
+    rows, columns = is_inside(0, height), is_inside(1, width)
+    if potential != "a":
+        rows = rows * scores[..., None]
+    box = rows[..., None] * columns[:, :, None]  # [B, D, h, w]
+    if masks is None:
+        things = of_class * box
+    else:
         bins = masks.shape[-1]
         cells = ops.stop_gradient(boxes) / stride
-        rows = paste_weights(cells[..., 0], cells[..., 2], bins=bins, size=height)  # [B, D, h, P]
-        columns = paste_weights(cells[..., 1], cells[..., 3], bins=bins, size=width)  # [B, D, w, P]
-        lines = ops.matmul(rows, masks)  # [B, D, h, P]
-        pasted = ops.transpose(ops.matmul(lines, ops.transpose(columns, (0, 1, 3, 2))), (0, 2, 3, 1))  # [B, h, w, D]
+        of_rows = paste_weights(cells[..., 0], cells[..., 2], bins=bins, size=height) * rows[..., None]  # [B, D, h, P]
+        of_columns = paste_weights(cells[..., 1], cells[..., 3], bins=bins, size=width) * columns[..., None]
+        pasted = ops.matmul(ops.matmul(of_rows, masks), ops.transpose(of_columns, (0, 1, 3, 2)))  # [B, D, h, w]
         if potential == "a":
-            pasted = ops.clip(pasted, 0.01, 0.99)
-            pasted = ops.log(pasted / (1 - pasted))
-        things = things * pasted if potential == "b" else things + pasted
-    things = things * inside
-    used = scores[:, None, None]
-    things = ops.where(used > 0, things, -1e9) if potential == "a" else things * used
-    stuff = ops.take(values, ops.array(stuff_classes, "int32"), axis=-1)
-    return ops.concatenate([things, stuff], axis=-1)
+            share = ops.clip(pasted, 0.01, 0.99)
+            things = (of_class + ops.log(share / (1 - share))) * box
+        elif potential == "b":
+            things = of_class * pasted
+        else:
+            things = of_class * box + pasted
+    if potential == "a":
+        things = ops.where(scores[..., None, None] > 0, things, -1e3)
+    return ops.concatenate([things, ops.take(values, ops.array(stuff_classes, "int32"), axis=1)], axis=1)
 
 
 @stage
@@ -86,26 +93,31 @@ def add_affinities(potential: Tensor, hand_out: Tensor, gather: Tensor) -> Tenso
     In this order no affinity of two pixels is ever held: what is gathered has C numbers per slot.
 
     Args:
-        potential: psi, float32 [B, h, w, K].
+        potential: psi, float32 [B, K, h, w].
         hand_out: phi_0, float32 [B, h, w, C].
         gather: phi_1, float32 [B, h, w, C].
 
     Returns:
-        float32 [B, h, w, K].
+        float32 [B, K, h, w].
     """
-    # Slots that are not used are very small numbers in variant a; nothing shall be gathered for them.
-    gathered = ops.einsum("bhwc,bhwk->bck", gather, ops.maximum(potential, -1e3))
-    return potential + ops.einsum("bhwc,bck->bhwk", hand_out, gathered)
+    batch, slots, height, width = ops.shape(potential)
+    pixels = height * width
+    hand_out, gather = (ops.reshape(factor, (batch, pixels, factor.shape[-1])) for factor in (hand_out, gather))
+    potential = ops.reshape(potential, (batch, slots, pixels))
+    gathered = ops.matmul(potential, gather)  # [B, K, C]
+    potential = potential + ops.matmul(gathered, ops.transpose(hand_out, (0, 2, 1)))
+    return ops.reshape(potential, (batch, slots, height, width))  # [B, K, h, w]
 
 
 def slot_probability(potential: Tensor, *, is_logit: bool) -> Tensor:
     """The share of each slot in a pixel, float32 [B, h, w, K].
 
     Args:
-        potential: float32 [B, h, w, K], of slots.
+        potential: float32 [B, K, h, w].
         is_logit: Whether these are logits (variant a); else they are not negative, and are divided by their sum. A
             softmax would flatten potentials between 0 and 1, and the order of slots is the same.
     """
+    potential = ops.transpose(potential, (0, 2, 3, 1))  # [B, h, w, K]
     if is_logit:
         return ops.softmax(potential, axis=-1)
     return potential / ops.maximum(ops.sum(potential, axis=-1, keepdims=True), 1e-9)
