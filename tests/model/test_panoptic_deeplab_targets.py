@@ -54,8 +54,15 @@ def targets_of(label: np.ndarray, info: DatasetInfo = INFO, **changes: Any) -> d
 
 def test_types_and_shapes() -> None:
     targets = targets_of(LABEL)
-    assert targets.pop("semantic").dtype == np.int32
-    assert {value.dtype for value in targets.values()} == {np.dtype(np.float32)}
+    types = {
+        "semantic": np.int32,
+        "semantic_weight": np.float32,
+        "center": np.float32,
+        "center_weight": np.uint8,
+        "offset": np.float32,
+        "offset_weight": np.uint8,
+    }
+    assert {name: value.dtype.type for name, value in targets.items()} == types
     assert targets.pop("offset").shape == (5, 7, 2)
     assert {value.shape for value in targets.values()} == {(5, 7)}
 

@@ -51,11 +51,11 @@ def compute_losses(
         difference = ops.square(predicted - expected)
     else:
         difference = ops.binary_crossentropy(expected, predicted, from_logits=True)
-    weight = targets["center_weight"]
+    weight = ops.cast(targets["center_weight"], "float32")
     losses["center"] = Loss(ops.sum(difference * weight), ops.sum(weight))
 
     distance = ops.sum(ops.abs(enlarged["offset"] - targets["offset"]), axis=-1)  # [B, H, W]
-    weight = targets["offset_weight"]
+    weight = ops.cast(targets["offset_weight"], "float32")
     losses["offset"] = Loss(ops.sum(distance * weight), ops.sum(weight))
     return losses
 

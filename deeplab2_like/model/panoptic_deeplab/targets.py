@@ -41,9 +41,9 @@ def make_targets(
         `semantic`: int32 [H, W], class id, or the ignore label.
         `semantic_weight`: float32 [H, W], 0 on void, `small_instance_weight` on small instances, else 1.
         `center`: float32 [H, W], Gaussians of height 1 around the rounded centres of mass, the larger one winning.
-        `center_weight`: float32 [H, W], 0 on void and crowd, else 1 (stuff teaches where no centre is).
+        `center_weight`: uint8 [H, W], 0 on void and crowd, else 1 (stuff teaches where no centre is).
         `offset`: float32 [H, W, 2], (y, x) from each instance pixel to its centre of mass, in pixels; 0 elsewhere.
-        `offset_weight`: float32 [H, W], 1 on instances, else 0.
+        `offset_weight`: uint8 [H, W], 1 on instances, else 0.
     """
     import tensorflow as tf  # Here, because the networks must import without TensorFlow.
 
@@ -117,9 +117,9 @@ def _pixel_targets(
     return {
         "semantic": panoptic // label_divisor,
         "semantic_weight": weight,
-        "center_weight": tf.cast((kinds != _VOID) & (kinds != _CROWD), tf.float32),
+        "center_weight": tf.cast((kinds != _VOID) & (kinds != _CROWD), tf.uint8),
         "offset": tf.stack(offsets, axis=-1),
-        "offset_weight": tf.cast(is_instance, tf.float32),
+        "offset_weight": tf.cast(is_instance, tf.uint8),
     }
 
 
