@@ -176,7 +176,7 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
         print(f"{system.name}: {used} of {instances} things are neither fused nor too weak")
     if isinstance(system, Unifying):
         outputs = made_up_detections(outputs, height, width, instances)
-        parts["panoptic submodule"] = system._slots
+        parts["panoptic submodule"] = system._potential
     if isinstance(system, LPSNet):
         parts["panoptic head"] = paste_made_up_boxes(system, height, width, instances)
     for name, part in parts.items():

@@ -170,8 +170,7 @@ class Unifying(PanopticSystem):
 
     Raises:
         UserError: If the backbone has another output stride, the data set has no things or no stuff, or
-        `roi.detections`
-            or `loss.max_instances` instances cannot be told apart with its label divisor.
+            `roi.detections` or `loss.max_instances` instances cannot be told apart with its label divisor.
     """
 
     config_class = UnifyingConfig
@@ -270,8 +269,7 @@ class Unifying(PanopticSystem):
 
         Returns:
             `semantic`: int32 [H, W], class id, or the ignore label; and what `instance_targets` returns, where void
-                counts
-            as crowd: both are regions whose instances are not known.
+            counts as crowd: both are regions whose instances are not known.
         """
         return class_and_instance_targets(panoptic, self.dataset_info, self.loss_config.max_instances)
 
