@@ -39,8 +39,8 @@ def augment(
     """Scales at random, takes a random crop, flips and changes colours.
 
     The scale is drawn uniformly from `scale_range`. The window of the source that it enlarges to the crop begins and
-    ends at whole pixels, which changes the scale by less than half a pixel of the window. Where the scaled image is
-    smaller than the crop it is placed at random and the rest padded. The image is resampled bilinearly (with
+    ends at whole pixels, which changes the scale of each axis by at most half a pixel of the window. Where the scaled
+    image is smaller than the crop it is placed at random and the rest padded. The image is resampled bilinearly (with
     antialiasing when it shrinks), the label takes the nearest pixel; both with half-pixel centres, so they stay
     aligned. At scale 1 pixels come through unchanged.
 

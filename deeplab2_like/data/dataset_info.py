@@ -147,11 +147,13 @@ class DatasetInfo:
                     "and 'isthing' (1 for countable objects, 0 for stuff)."
                 )
             try:
+                if not isinstance(category["name"], str) or not category["name"].strip():
+                    raise TypeError(f"name {category['name']!r}")
                 red, green, blue = category.get("color") or _made_up_color(position)
                 parsed.append(
                     Category(
                         id=whole_number(category["id"]),
-                        name=str(category["name"]),
+                        name=category["name"],
                         is_thing=bool(whole_number(category["isthing"], 0, 1)),
                         color=(whole_number(red, 0, 255), whole_number(green, 0, 255), whole_number(blue, 0, 255)),
                     )
@@ -159,7 +161,7 @@ class DatasetInfo:
             except (ValueError, TypeError, OverflowError) as error:
                 raise UserError(
                     f"Category {position} of '{name}' has a value of the wrong kind ({error}); 'id' is a number, "
-                    "'isthing' 0 or 1, 'color' red, green and blue in 0..255."
+                    "'name' text, 'isthing' 0 or 1, 'color' red, green and blue in 0..255."
                 ) from error
         # 255 is the usual void class; a data set with more classes takes the first id that is free.
         return cls(name, tuple(parsed), label_divisor, ignore_label=max(255, len(parsed)))

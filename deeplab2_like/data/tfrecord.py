@@ -10,6 +10,7 @@ the training pipeline shuffle a data set of any size completely and resume at an
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import re
 import struct
@@ -236,15 +237,13 @@ def _decode_raw_label(content: tf.Tensor, image_shape: tf.Tensor, name: tf.Tenso
 def _decode_png_label(content: tf.Tensor, name: tf.Tensor) -> tf.Tensor:
     """Our label: an RGB PNG; returns int32 [H, W]."""
     is_png = require(_begins(content, _PNG_BEGINNING), lambda: ["the label of image '", name, "' is not a PNG file."])
-    # Byte 25 of a PNG is its colour type; a file that ends before it is faulty in any case.
+    # Bytes 24 and 25 of a PNG are its bit depth and its colour type; a file that ends before them is faulty anyway.
     header = tf.strings.join([tf.strings.substr(content, 0, 26), "\0" * 26])
-
-    def message() -> list[str | tf.Tensor]:
-        channels = tf.shape(tf.io.decode_png(content, channels=0))[-1]
-        return ["image '", name, "' has a PNG label of ", channels, " channels; a label is an RGB PNG."]
-
     with tf.control_dependencies([is_png]):
-        is_rgb = require(tf.equal(tf.strings.substr(header, 25, 1), b"\2"), message)
+        is_rgb = require(
+            tf.equal(tf.strings.substr(header, 24, 2), b"\x08\x02"),
+            lambda: ["the label of image '", name, "' is no PNG of red, green and blue with 8 bits each."],
+        )
     with tf.control_dependencies([is_rgb]):
         rgba = tf.io.decode_png(content, channels=4)
     # Four bytes are one little-endian integer, R + 256 G + 65536 B + 2**24 A; this takes one pass over the pixels.
@@ -431,16 +430,39 @@ def read_index(files: Sequence[str]) -> RecordIndex:
     offsets: list[int] = []
     num_bytes = 0
     for file_number, path in enumerate(files):
+        before = len(offsets)
         for offset, length in _scan_records(path):
             file_numbers.append(file_number)
             offsets.append(offset)
             num_bytes += length
+        found, expected = len(offsets) - before, _converted_examples(path)
+        if expected not in (None, found):
+            raise UserError(
+                f"'{path}' holds {found} of the {expected} records that the conversion has written: it was cut short; "
+                "copy it again, or convert the data set again."
+            )
     return RecordIndex(tuple(files), np.array(file_numbers, np.int64), np.array(offsets, np.int64), num_bytes)
 
 
 def count_examples(files: Sequence[str]) -> int:
     """Number of records in `files`, from their headers alone; raises as `read_index` does."""
     return len(read_index(files))
+
+
+def _converted_examples(path: str) -> int | None:
+    """Number of records that a conversion has written into a file, if that is known beside it.
+
+    A file that is cut between two records looks like a whole one.
+    """
+    matched = _SHARD_NAME.match(os.path.basename(path))
+    if matched is None:
+        return None
+    try:
+        with open(os.path.join(os.path.dirname(path), f".{matched['split']}.conversion.json"), "rb") as file:
+            states = json.load(file)["files"]
+        return int(states[int(matched["number"])]["examples"]) if len(states) == int(matched["count"]) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _scan_records(path: str) -> Iterator[tuple[int, int]]:

@@ -180,8 +180,11 @@ def evaluate(
     def measure(item: tuple[int, Example, Found]) -> _Measured:
         number, example, found = item
         (label,), (prediction,) = check_maps(example["panoptic"].numpy(), found["panoptic"])
-        # Counted once, for PQ and mIoU.
+        # Counted once for PQ and mIoU, unless the system tells classes apart before.
         overlaps = overlap_panoptic(label, prediction, info)
+        of_classes = overlaps
+        if "semantic" in found:
+            of_classes = overlap_panoptic(label // info.label_divisor, found["semantic"], info, divisor=1)
         instances = InstanceAP(info)
         # Numbered, as records from other sources may repeat a name.
         name = f"{number}/{example['image_id'].numpy().decode()}"
@@ -191,11 +194,11 @@ def evaluate(
         else:
             table = {key: found[key] for key in ("segment_id", "segment_class", "segment_score")}
             instances.update_from_panoptic(name, label, prediction, **table)
-        return _Measured(example, found, overlaps, quality.match_panoptic(overlaps), instances)
+        return _Measured(example, found, of_classes, quality.match_panoptic(overlaps), instances)
 
     for measured in map_in_order(measure, inferred(), workers=workers or os.cpu_count() or 1):
         quality.add(measured.matches)
-        iou.add(measured.overlaps)
+        iou.add(measured.of_classes)
         precision.merge(measured.instances)
         if after_image is not None:
             after_image(measured.example, measured.found)
@@ -207,7 +210,7 @@ class _Measured(NamedTuple):
 
     example: Example
     found: Found
-    overlaps: ClassifiedOverlaps
+    of_classes: ClassifiedOverlaps
     matches: Matches
     instances: InstanceAP
 

@@ -354,6 +354,35 @@ def enlarging_matrices(
     return rows, columns
 
 
+def enlarge(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Enlarges a map, float32 [B, h, w], with the matrices of `enlarging_matrices`, to float32 [B, H, W]."""
+    return ops.matmul(ops.matmul(rows, values), ops.transpose(columns))
+
+
+def best_of_planes(
+    plane: Callable[[Tensor], Tensor], first: Any, last: Any, best: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The best slot of each pixel, where the slots are made one after the other, as all would not fit at full size.
+
+    Args:
+        plane: From the number of a slot, an int32 scalar, to its potential, float32 [B, H, W].
+        first: The first slot.
+        last: The one after the last.
+        best: What is best without them: potential float32 [B, H, W] and slot int32 [B, H, W].
+
+    Returns:
+        The same with them; of equals, the one before.
+    """
+
+    def better(index: Tensor, best: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        here = plane(index)
+        return index + 1, ops.maximum(best, here), ops.where(here > best, index, slot)
+
+    start = (ops.cast(first, "int32"), *best)
+    _, value, slot = ops.while_loop(lambda index, *_: index < last, better, start)
+    return value, slot
+
+
 @stage
 def resized_argmax(
     logits: Tensor, *, seen_height: Any, seen_width: Any, height: Any, width: Any, stride: int
@@ -375,19 +404,12 @@ def resized_argmax(
     num_classes = logits.shape[-1]
     planes = ops.transpose(logits, (3, 0, 1, 2))  # [C, B, h, w]
     rows = enlarging_matrix(coarse_height, seen_height, height, stride=stride)  # [H, h]
-    columns = ops.transpose(enlarging_matrix(coarse_width, seen_width, width, stride=stride))  # [w, W]
-
-    def better(index: Tensor, best: Tensor, best_class: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # One class after the other: all of them at full size would take gigabytes.
-        plane = ops.matmul(rows, ops.matmul(ops.take(planes, index, axis=0), columns))  # [B, H, W]
-        return index + 1, ops.maximum(best, plane), ops.where(plane > best, index, best_class)
-
-    start = (
-        ops.array(0, "int32"),
-        ops.full((batch, height, width), -1e30, "float32"),
-        ops.zeros((batch, height, width), "int32"),
-    )
-    return ops.while_loop(lambda index, *_: index < num_classes, better, start)[2]
+    columns = enlarging_matrix(coarse_width, seen_width, width, stride=stride)  # [W, w]
+    size = (batch, height, width)
+    nothing = ops.full(size, -1e30, "float32"), ops.zeros(size, "int32")
+    return best_of_planes(
+        lambda index: enlarge(ops.take(planes, index, axis=0), rows, columns), 0, num_classes, nothing
+    )[1]
 
 
 @stage

@@ -155,6 +155,19 @@ class PanopticSystem(keras.Model):
         del outputs, image_size
         return None
 
+    def semantic_map(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Tensor | None:
+        """The class of every pixel before it is told what is whose, for mIoU; None if that is of the panoptic map.
+
+        Args:
+            outputs: What calling the system returned.
+            image_size: Height and width of the images before padding, ints or int32 scalars.
+
+        Returns:
+            int32 [B, H, W], class ids.
+        """
+        del outputs, image_size
+        return None
+
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Post-processes what a perfect network would predict, at full resolution, for a batch of targets.
 
@@ -223,7 +236,8 @@ class PanopticSystem(keras.Model):
 
         Args:
             images: uint8 [B, H, W, 3], red, green and blue, any size.
-            with_instances: Whether to add what `instances` returns, if anything, as `instance_masks` and so on.
+            with_instances: Whether to add what metrics need besides the map: what `instances` returns, if anything, as
+                `instance_masks` and so on, and what `semantic_map` returns, if anything, as `semantic`.
 
         Returns:
             The dictionary of `postprocess`.
@@ -244,8 +258,12 @@ class PanopticSystem(keras.Model):
             The dictionary of `infer`.
         """
         found = self.postprocess(outputs, image_size)
-        instances = self.instances(outputs, image_size) if with_instances else None
-        return found | {f"instance_{name}": value for name, value in (instances or {}).items()}
+        if not with_instances:
+            return found
+        instances = self.instances(outputs, image_size) or {}
+        semantic = self.semantic_map(outputs, image_size)
+        found |= {f"instance_{name}": value for name, value in instances.items()}
+        return found if semantic is None else found | {"semantic": semantic}
 
     def build(self, input_shape: Any = None) -> None:
         """Leaves it to the layers, when they are called: Keras would trace the whole network first."""

@@ -205,6 +205,11 @@ def doubled_image(source: Source) -> None:
         (change("segmentation", [[0, 0, 1, 1]]), "id 11 has a polygon that is no list x, y, x, y"),
         (change("segmentation", [[0, 0, 1, 1, 2, "x"]]), "id 11 has a polygon with a coordinate that is no number"),
         (
+            change("segmentation", [[0, 0, 1, 1, 2, 1e9]]),
+            "id 11 has a polygon with a coordinate far outside of",
+        ),
+        (change("iscrowd", "no"), "id 11 has iscrowd 'no'; it must be 0 or 1"),
+        (
             change("segmentation", {"size": [6, 4], "counts": [24]}),
             r"id 11 has run lengths of size \[6, 4\]; its image is \[4, 6\]",
         ),
@@ -223,6 +228,28 @@ def test_faulty_image_stops_or_is_skipped(source: Source, damage: Any, message: 
     report = source.convert(on_error="skip")
     assert (report.examples, len(report.skipped)) == (1, 1)
     np.testing.assert_array_equal(source.labels(), [PANOPTIC])
+
+
+def test_crowds_may_be_written_in_other_ways(source: Source) -> None:
+    for annotation, written in zip(source.content["annotations"], ("0", None, "1", False) * 2, strict=True):
+        annotation["iscrowd"] = written
+    source.convert()
+    np.testing.assert_array_equal(source.labels(), [PANOPTIC, PANOPTIC])
+
+
+@pytest.mark.parametrize("height", [10**9, -3])
+def test_a_size_that_no_image_has(source: Source, height: int) -> None:
+    source.content["images"][1]["height"] = height
+    with pytest.raises(UserError, match=rf"height and width are given as {height} and 6, which no image has"):
+        source.convert()
+
+
+def test_a_json_without_annotations_is_refused(source: Source) -> None:
+    source.content["annotations"] = []
+    with pytest.raises(UserError, match=r"has no annotations, so everything would be void"):
+        source.convert()
+    source.convert(background="other")
+    assert (np.array(source.labels()) == 3000).all()
 
 
 def test_unmatched_entries_are_named(source: Source) -> None:

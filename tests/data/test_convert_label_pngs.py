@@ -1,6 +1,8 @@
 """The converters of labels in PNGs: of classes alone, CVAT's masks, and ADE20K, on small trees made here."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,21 @@ def test_a_value_without_a_class_is_named(semantic: dict[str, Any]) -> None:
     # A class of the list may be ignored, too.
     convert_semantic_pngs(**(semantic | {"ignore": [2, 3, 255], "output_dir": semantic["images"].parent / "other"}))
     assert DatasetInfo.load(semantic["images"].parent / "other").num_classes == 1
+
+
+def test_grey_of_few_bits_is_refused(semantic: dict[str, Any]) -> None:
+    """Pillow would read 1 of 2 bits as 85."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    # Two rows of a filter byte and three pixels of value 1: bits 01 01 01 00.
+    rows = zlib.compress(b"\x00\x54\x00\x54")
+    header = struct.pack(">IIBBBBB", 3, 2, 2, 0, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    (semantic["labels"] / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    with pytest.raises(UserError, match=r"a\.png' is grey of 2 bits; save it with 8 or 16 bits"):
+        convert_semantic_pngs(**semantic)
 
 
 def test_labels_beside_their_images(semantic: dict[str, Any]) -> None:

@@ -233,11 +233,21 @@ PICTURE = base64.b64encode(encode_png(np.ones((2, 2), np.uint8))).decode()
     [
         (damaged(imageHeight=None), "lacks 'imageHeight' or 'imageWidth'; save it again in labelme"),
         (damaged(imageHeight=6), "is 5x8 but its label is 6x8"),
+        (damaged(imageHeight=10**9), "its height and width are given as 1000000000 and 8, which no image has"),
         (no_json, "it has no JSON of its name beside it; label it in labelme, or remove it"),
         (no_image, r"the image '.*a\.png' cannot be read \(No such file"),
         (with_shape(shape("car", "line", [[0, 0], [1, 1]])), "shape 5, 'car', is a line, which has no inside; polygon"),
         (with_shape(shape("car", "polygon", [[0, 0], [1, 1]])), "shape 5, 'car', has a polygon that is no list x, y"),
         (with_shape(shape("car", "circle", [[0, 0]])), "shape 5, 'car', is a circle of 1 points, not of 2"),
+        (
+            with_shape(shape("car", "circle", [[0, 0], [float("nan"), 1]])),
+            "has a point with a coordinate that is no num",
+        ),
+        (
+            with_shape(polygon("car", 0, 0, 1, 1, group_id=[1])),
+            r"shape 5 has label 'car' and group_id \[1\]; a label",
+        ),
+        (with_shape(polygon(["car"], 0, 0, 1, 1)), r"shape 5 has label \['car'\] and group_id None; a label is text"),
         (with_shape(shape("car", "circle", [[0, "x"]])), "shape 5, 'car', has no list 'points' of pairs x, y"),
         (with_shape(shape("car", "mask", [[0, 0], [1, 1]], mask="AAAA")), "has a 'mask' that is no readable PNG"),
         (with_shape(shape("car", "mask", [[0, 0], [1, 1]])), "has 'mask' that cannot be decoded"),
@@ -267,6 +277,13 @@ def test_faulty_image_stops_or_is_skipped(source: Source, damage: Any, message: 
 def test_foreign_json_is_named(source: Source, text: str, message: str) -> None:
     (source.root / "z.json").write_text(text)
     with pytest.raises(UserError, match=r"Image 'z' of '.*labels': .*z\.json' " + message):
+        source.convert()
+
+
+def test_a_folder_without_json_is_named(source: Source) -> None:
+    for path in source.root.glob("*.json"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"labels' holds no JSON of labelme; give the folder in which labelme saves"):
         source.convert()
 
 

@@ -128,6 +128,9 @@ def test_what_is_no_download_is_named(source: Source) -> None:
     (source.root / "config.json").write_text(json.dumps({"labels": [without_flag]}))
     with pytest.raises(UserError, match=r"config\.json' has no list 'labels' with color, evaluate, instances, name"):
         source.convert()
+    (source.root / "config.json").write_text(json.dumps({"labels": [{**LABELS[0], "evaluate": "false"}]}))
+    with pytest.raises(UserError, match=r"'instances' and 'evaluate' true or false"):
+        source.convert()
 
 
 def test_command(source: Source, capsys: pytest.CaptureFixture[str]) -> None:

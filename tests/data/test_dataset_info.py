@@ -90,6 +90,8 @@ def test_the_largest_label_divisor() -> None:
         ({"id": 3, "name": "x"}, "Category 1 of 'd' lacks 'isthing'; a COCO panoptic category has"),
         ({"id": 7, "name": "x", "isthing": 0}, "Data set 'd' lists category id 7 twice; ids must differ"),
         ({"id": "x", "name": "x", "isthing": 0}, "Category 1 of 'd' has a value of the wrong kind"),
+        ({"id": 3, "name": None, "isthing": 0}, r"wrong kind \(name None\); 'id' is a number, 'name' text"),
+        ({"id": 3, "name": " ", "isthing": 0}, r"wrong kind \(name ' '\)"),
         ({"id": 3, "name": "x", "isthing": "yes"}, "Category 1 of 'd' has a value of the wrong kind"),
         ({"id": 3, "name": "x", "isthing": 0, "color": [1, 2]}, "Category 1 of 'd' has a value of the wrong kind"),
         ({"id": 3, "name": "x", "isthing": 0, "color": "red"}, "Category 1 of 'd' has a value of the wrong kind"),

@@ -144,7 +144,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
         ({LABEL: b"1234"}, r"image 'a\.png' has a raw label of 4 bytes, not 24\."),
         (
             {LABEL_FORMAT: b"png", LABEL: encode(".png", np.zeros((2, 3), np.uint8))},
-            r"image 'a\.png' has a PNG label of 1 channels; a label is an RGB PNG\.",
+            r"the label of image 'a\.png' is no PNG of red, green and blue with 8 bits each\.",
         ),
         (
             {LABEL_FORMAT: b"png", LABEL: encode(".png", np.zeros((3, 2, 3), np.uint8))},

@@ -168,6 +168,28 @@ def test_a_second_run_mends_what_has_changed(
     assert contents(tmp_path / "records") == contents(tmp_path / "straight")
 
 
+def test_a_file_cut_between_records_is_noticed(conversion: Conversion, tmp_path: Path) -> None:
+    conversion.run(tmp_path)
+    (first, *_) = paths = tfrecord.list_shards(tmp_path, "train")
+    index = tfrecord.read_index([first])
+    assert len(index) == 2
+    with open(first, "r+b") as file:
+        file.truncate(int(index.offsets[1]))
+    with pytest.raises(UserError, match=r"train-00000-of-00003\.tfrecord' holds 1 of the 2 records that the"):
+        tfrecord.count_examples(paths)
+    conversion.run(tmp_path)
+    assert tfrecord.count_examples(paths) == COUNT
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[1, 2]", b'{"plan": {}, "files": 3}', b"\xff"])
+def test_a_damaged_note_of_an_earlier_run_is_ignored(conversion: Conversion, tmp_path: Path, content: bytes) -> None:
+    conversion.run(tmp_path)
+    (tmp_path / ".train.conversion.json").write_bytes(content)
+    assert tfrecord.count_examples(tfrecord.list_shards(tmp_path, "train")) == COUNT
+    assert not conversion.run(tmp_path).is_unchanged
+    assert conversion.run(tmp_path).is_unchanged
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

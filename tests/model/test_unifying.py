@@ -85,6 +85,9 @@ def test_variants_train_and_predict(variant: str) -> None:
     found = system.infer(paint(label)[None, :37, :53], with_instances=True)
     assert found["panoptic"].shape == (1, 37, 53)
     assert found["instance_masks"].shape == (1, 40, 37, 53)
+    # What mIoU is of: the class of each pixel before anything is put together.
+    assert found["semantic"].shape == (1, 37, 53)
+    assert set(np.unique(found["semantic"])) <= set(range(INFO.num_classes))
 
 
 def perfect_outputs(system: PanopticSystem, label: np.ndarray) -> dict[str, tf.Tensor]:
@@ -150,9 +153,10 @@ def test_matching_loss_alone_trains_the_affinities() -> None:
             gradients = tape.gradient(loss.total, of_affinity)
             reached = [gradient is not None and bool(np.any(gradient)) for gradient in gradients]
             assert all(reached) if name == "panoptic" else not any(reached), name
-        of_detector = [variable.value for variable in system.detector.box_head.trainable_variables]
-        gradients = tape.gradient(losses["panoptic"].total, of_detector)
-        assert any(gradient is not None and np.any(gradient) for gradient in gradients) == end_to_end
+        for part in (system.detector.box_head, system.semantic_head, system.fpn, system.backbone):
+            variables = [variable.value for variable in part.trainable_variables]
+            gradients = tape.gradient(losses["panoptic"].total, variables)
+            assert any(gradient is not None and np.any(gradient) for gradient in gradients) == end_to_end, part.name
 
 
 @pytest.mark.parametrize(
@@ -160,6 +164,7 @@ def test_matching_loss_alone_trains_the_affinities() -> None:
     [
         ("model.rpn.anchor_sizes=[8, 16]", r"rpn\.anchor_sizes must be 5 sizes, one for each level from p2 to p6"),
         ("model.loss.matching=false", r"panoptic\.affinity needs loss\.matching, as nothing else trains it"),
+        ("model.roi.samples=1", r"roi\.samples \* roi\.foreground_share must be 1 or more"),
         ("model.panoptic.potential=d", "'a', 'b' or 'c'"),
         ("model.postprocess.merge=rules", "'argmax' or 'heuristic'"),
     ],
@@ -167,6 +172,9 @@ def test_matching_loss_alone_trains_the_affinities() -> None:
 def test_wrong_configs(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config("unifying/scenes_tiny", [override])
+    separate = ["model.loss.end_to_end=false", "model.panoptic.affinity=false"]
+    with pytest.raises(UserError, match=r"loss\.end_to_end can be off only with panoptic\.affinity"):
+        load_config("unifying/scenes_tiny", separate)
     with pytest.raises(UserError, match=r"postprocess\.merge can be heuristic only with panoptic\.masks"):
         load_config("unifying/scenes_tiny", ["model.panoptic.masks=false", "model.postprocess.merge=heuristic"])
 

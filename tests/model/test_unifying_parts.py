@@ -8,14 +8,10 @@ import pytest
 import tensorflow as tf
 from system_contract import INFO
 
+from deeplab2_like.model.merge import enlarging_matrices
 from deeplab2_like.model.unifying.matching import match_detections, matching_loss, slot_targets
 from deeplab2_like.model.unifying.network import AffinityHead, SqueezeExcitation
-from deeplab2_like.model.unifying.panoptic import (
-    add_affinities,
-    best_of_planes,
-    dynamic_potential,
-    slot_probability,
-)
+from deeplab2_like.model.unifying.panoptic import best_slot, dynamic_potential, handed_on
 
 # --- dynamic potential ------------------------------------------------------------------------------------------------
 
@@ -59,14 +55,57 @@ def test_potential_of_logits() -> None:
     np.testing.assert_allclose(found[:, 0], [0, np.log(0.8), np.log(0.6) + np.log(9)], atol=1e-5)
     assert (found[:, 1] == -1e3).all()
     np.testing.assert_allclose(found[:, 2:], np.log(PROBABILITY[:, :2]), atol=1e-6)
-    share = slot_probability(tf.constant(found.T[None, :, None]), is_logit=True).numpy()[0, 0]
-    assert (share[:, 1] == 0).all()
-    np.testing.assert_allclose(share.sum(axis=-1), 1, atol=1e-6)
 
 
-def test_slot_probability_is_a_share() -> None:
-    found = slot_probability(tf.constant([[[[0.3, 0.0]], [[0.1, 0.0]], [[0.0, 0.0]]]]), is_logit=False)
-    np.testing.assert_allclose(found[0, 0], [[0.75, 0.25, 0], [0, 0, 0]])
+def interpolated(mask: np.ndarray, y: float, x: float) -> float:
+    """Between the bins of a mask, with zeros around them; whole numbers are middles of bins."""
+    total = 0.0
+    for row, column in np.ndindex(*mask.shape):
+        total += max(1 - abs(y - row), 0) * max(1 - abs(x - column), 0) * mask[row, column]
+    return total
+
+
+@pytest.mark.parametrize("variant", ["a", "b", "c"])
+@pytest.mark.parametrize("with_masks", [True, False])
+@pytest.mark.parametrize("with_affinities", [True, False])
+def test_best_slot_is_that_of_all_planes(variant: str, with_masks: bool, with_affinities: bool) -> None:
+    """Against each slot at full size on its own: an image of 9x14, cells of 4 pixels, classes 0 and 2 are stuff."""
+    random = np.random.default_rng(3)
+    logits = random.normal(size=(1, 3, 4, 4)).astype(np.float32)
+    boxes = np.array([[[1.0, 2, 7, 9], [0, 5, 9, 14], [0, 0, 9, 14], [0, 0, 9, 14]]], np.float32)
+    scores, classes = np.array([[0.9, 0.6, 0.4, 0]], np.float32), np.array([[1, 3, 1, 3]])
+    masks = random.uniform(size=(1, 4, 3, 3)).astype(np.float32)
+    handed = 0.3 * random.uniform(size=(1, 6, 3, 4)).astype(np.float32)
+    found = best_slot(
+        *(tf.constant(x) for x in (logits, boxes, scores, classes)),
+        tf.constant(masks) if with_masks else None,
+        tf.constant(handed) if with_affinities else None,
+        *enlarging_matrices((3, 4), None, (9, 14), stride=4),
+        stuff_classes=(0, 2),
+        potential=variant,
+    )
+
+    values = logits if variant == "a" else tf.nn.softmax(logits).numpy()
+    values = tf.image.resize(values, (12, 16)).numpy()[0, :9, :14]
+    added = tf.image.resize(handed.transpose(0, 2, 3, 1), (12, 16)).numpy()[0, :9, :14] * with_affinities
+    expected = np.zeros((9, 14), int)
+    for row, column in np.ndindex(9, 14):
+        slots = []
+        for slot in range(3):
+            top, left, bottom, right = boxes[0, slot]
+            value, score = values[row, column, classes[0, slot]], scores[0, slot]
+            if with_masks:
+                y, x = (row + 0.5 - top) / (bottom - top) * 3 - 0.5, (column + 0.5 - left) / (right - left) * 3 - 0.5
+                mask = interpolated(masks[0, slot], y, x)
+                share = np.clip(mask, 0.01, 0.99)
+                value = {"a": value + np.log(share / (1 - share)), "b": value * mask, "c": value + mask}[variant]
+            is_inside = top <= row + 0.5 < bottom and left <= column + 0.5 < right
+            slots.append(value * is_inside * (1 if variant == "a" else score) + added[row, column, slot])
+        slots.append(-np.inf)  # The detection that is not used.
+        slots += [values[row, column, class_id] + added[row, column, 4 + i] for i, class_id in enumerate((0, 2))]
+        expected[row, column] = np.argmax(slots)
+    np.testing.assert_array_equal(found[0], expected)
+    assert len(np.unique(expected)) > 2
 
 
 # --- affinities -------------------------------------------------------------------------------------------------------
@@ -77,8 +116,8 @@ def test_affinities_equal_the_explicit_product() -> None:
     hand_out, gather = random.random((2, 2, 4, 5, 6)).astype(np.float32)
     psi = random.random((2, 7, 4, 5)).astype(np.float32)
     affinity = hand_out.reshape(2, 20, 6) @ gather.reshape(2, 20, 6).transpose(0, 2, 1)  # [B, pixels, pixels]
-    expected = psi + np.einsum("bpq,bkq->bkp", affinity, psi.reshape(2, 7, 20)).reshape(psi.shape)
-    found = add_affinities(*map(tf.constant, (psi, hand_out, gather)))
+    expected = np.einsum("bpq,bkq->bkp", affinity, psi.reshape(2, 7, 20)).reshape(psi.shape)
+    found = handed_on(*map(tf.constant, (psi, hand_out, gather)))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -87,7 +126,7 @@ def test_affinities_reach_beyond_a_box() -> None:
     psi = np.array([[0.9, 0.0, 0.1], [0.0, 0.0, 0.2], [0.0, 0.9, 0.1], [0.0, 0.9, 0.1]], np.float32)
     feature = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)  # The object of each pixel.
     factors = (tf.constant(x[None, None]) for x in (feature, feature / 2))
-    found = add_affinities(tf.constant(psi.T[None, :, None]), *factors).numpy()[0, :, 0].T
+    found = psi + handed_on(tf.constant(psi.T[None, :, None]), *factors).numpy()[0, :, 0].T
     np.testing.assert_array_equal(psi.argmax(axis=-1), [0, 2, 1, 1])
     np.testing.assert_array_equal(found.argmax(axis=-1), [0, 0, 1, 1])
     # The second pixel: 0 + (0.9 + 0) / 2 of the object, 0.2 + (0.1 + 0.2) / 2 of stuff.
@@ -98,14 +137,14 @@ def test_affinities_never_hold_all_pairs() -> None:
     """At 800x1300, stride 4, all pairs of pixels would take 17 GB; the growth of the peak stays below one."""
     program = (
         "import tensorflow as tf\n"
-        "from deeplab2_like.model.unifying.panoptic import add_affinities\n"
+        "from deeplab2_like.model.unifying.panoptic import handed_on\n"
         "def peak():\n"
         "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) / 2**20\n"
         "psi, phi = tf.random.uniform((1, 153, 200, 325)), tf.random.uniform((1, 200, 325, 128))\n"
         "before = peak()\n"
         "with tf.GradientTape() as tape:\n"
         "    tape.watch(phi)\n"
-        "    total = tf.reduce_sum(add_affinities(psi, phi, phi))\n"
+        "    total = tf.reduce_sum(handed_on(psi, phi, phi))\n"
         "tape.gradient(total, phi)\n"
         "print(peak() - before)\n"
     )
@@ -119,9 +158,11 @@ def test_factors_of_the_affinities() -> None:
         strides={"p2": 4, "p3": 8}, input_channels=8, channels=32, convolutions=1, deformable=False, norm=None
     )
     pyramid = {"p2": tf.random.normal((2, 8, 8, 8)), "p3": tf.random.normal((2, 4, 4, 8))}
-    hand_out, gather = head(pyramid)
+    hand_out, gather = head(pyramid, image_size=(32, 17))
     assert hand_out.shape == gather.shape == (2, 8, 8, 32)
-    np.testing.assert_allclose(tf.reduce_sum(gather, axis=(1, 2)), np.ones((2, 32)), rtol=1e-5)
+    # The last three columns of stride 4 are padding of an image of 17 columns.
+    np.testing.assert_allclose(tf.reduce_sum(gather[:, :, :5], axis=(1, 2)), np.ones((2, 32)), rtol=1e-5)
+    assert (gather[:, :, 5:].numpy() == 0).all()
     assert (hand_out.numpy() > 0).all()
     assert hand_out.numpy().sum(axis=-1).mean() < 0.2
 
@@ -213,10 +254,3 @@ def test_matching_loss_of_a_slot_without_potential() -> None:
         total, _ = matching_loss(potential, tf.constant([[[0]]]), is_logit=False)
     assert float(total) == pytest.approx(-np.log(1e-6))
     assert np.isfinite(tape.gradient(total, potential)).all()
-
-
-def test_best_of_planes() -> None:
-    """The first one of equals; where there is nothing, the number of slots."""
-    planes = np.array([[0.0, 0.5, 0.0, 0.2], [0.0, 0.5, 0.7, 0.9]], np.float32)
-    found = best_of_planes(lambda k: tf.gather(tf.constant(planes), k)[None, None], 2, (1, 1, 4))
-    np.testing.assert_array_equal(found[0, 0], [2, 0, 1, 1])

@@ -17,7 +17,7 @@ from deeplab2_like import files
 from deeplab2_like.data.convert import common, labelled_images, shapes
 from deeplab2_like.data.convert.class_lists import read_class_list
 from deeplab2_like.data.convert.coco_panoptic import guess_split
-from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
 from deeplab2_like.errors import UserError
 
 
@@ -83,6 +83,11 @@ def convert_coco_instances(
     if (stuff_pngs is None) != (stuff_classes is None):
         raise UserError("stuff_pngs and stuff_classes belong together: give both, or neither.")
     content = _read_json(json_file)
+    if not content["annotations"] and background is None and stuff_pngs is None:
+        raise UserError(
+            f"'{json_file}' has no annotations, so everything would be void; take the JSON with the labels. Images "
+            "without labels need no conversion."
+        )
     categories = content["categories"]
     class_names_of_values: dict[int, str] = {}
     if stuff_pngs is not None and stuff_classes is not None:
@@ -206,7 +211,12 @@ def _read_shape(annotation: dict[str, Any], size: tuple[int, int], info: Dataset
             raise UserError(f"{name} {error}.") from error
     else:
         raise UserError(f"{name} has no 'segmentation'; a box does not say which pixels are meant: draw its outline.")
-    return shapes.Shape(class_id, runs, is_crowd=bool(annotation.get("iscrowd", 0)))
+    crowd = annotation.get("iscrowd")
+    try:
+        is_crowd = crowd is not None and bool(whole_number(crowd, 0, 1))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{name} has iscrowd {crowd!r}; it must be 0 or 1.") from error
+    return shapes.Shape(class_id, runs, is_crowd=is_crowd)
 
 
 def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], name: str) -> shapes.Runs:

@@ -183,6 +183,9 @@ def _read_png(path: Path, what: str, mode: str | None = None) -> np.ndarray:
         UserError: If the file is missing or damaged.
     """
     content = read_file(path, f"the {what}")
+    # Bit depth and colour type in the header of a PNG: Pillow scales grey of few bits to 0..255.
+    if mode is None and content[1:4] == b"PNG" and content[24:26] in (b"\2\0", b"\4\0"):
+        raise UserError(f"the {what} '{path}' is grey of {content[24]} bits; save it with 8 or 16 bits.")
     try:
         with Image.open(io.BytesIO(content)) as image:
             return np.asarray(image if mode is None else image.convert(mode))

@@ -80,6 +80,8 @@ def convert_labelme(
     root, output_dir = Path(root), Path(output_dir)
     common.require_folder(root, "labelme folder")
     examples, names, max_instances = _scan(root)
+    if not any(example.json_file for example in examples):
+        raise UserError(f"'{root}' holds no JSON of labelme; give the folder in which labelme saves them.")
     if classes is None:
         classes = _known_names(output_dir, names) or sorted(names)
     info = shapes.make_info(
@@ -125,7 +127,8 @@ def _scan(root: Path) -> tuple[list[_Example], set[str], int]:
         labelled.add(json_file.with_suffix(""))
         try:
             content = _read_json(json_file)
-            counts = Counter(str(shape.get("label")) for shape in content["shapes"])
+            labels = [shape.get("label") for shape in content["shapes"]]
+            counts = Counter(label for label in labels if isinstance(label, str))
             counts.pop(_IGNORED, None)
             names |= set(counts)
             max_instances = max(max_instances, *counts.values(), 0)
@@ -190,6 +193,11 @@ def _read_shapes(content: dict[str, Any], size: tuple[int, int], info: DatasetIn
     parts: dict[tuple[Any, ...], list[shapes.Runs]] = {}
     for position, shape in enumerate(content["shapes"]):
         label, group = shape.get("label"), shape.get("group_id")
+        if not isinstance(label, str) or not isinstance(group, int | str | None):
+            raise UserError(
+                f"shape {position} has label {label!r} and group_id {group!r}; a label is text, a group_id a number or "
+                "null: save it again in labelme."
+            )
         if label != _IGNORED and label not in class_id_of_name:
             raise UserError(
                 f"shape {position} is named {label!r}, which is no class; classes are "
@@ -236,9 +244,12 @@ def _runs_of_shape(shape: dict[str, Any], size: tuple[int, int]) -> shapes.Runs:
 
 def _points(shape: dict[str, Any]) -> list[list[float]]:
     try:
-        return [[float(x), float(y)] for x, y in shape["points"]]
+        points = [[float(x), float(y)] for x, y in shape["points"]]
     except (LookupError, TypeError, ValueError) as error:
         raise UserError("has no list 'points' of pairs x, y") from error
+    if not np.isfinite(points).all():
+        raise UserError("has a point with a coordinate that is no number")
+    return points
 
 
 def _decode_base64(text: Any, what: str) -> bytes:

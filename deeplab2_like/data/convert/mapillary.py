@@ -103,9 +103,14 @@ def _read_labels(config: Path) -> list[dict[str, Any]]:
     content = files.read_json(config, "the config of Mapillary Vistas")
     labels = content.get("labels") if isinstance(content, dict) else None
     needed = {"name", "readable", "instances", "evaluate", "color"}
-    if not isinstance(labels, list) or not all(isinstance(x, dict) and needed <= set(x) for x in labels):
+    kinds = {"name": str, "readable": str, "instances": bool, "evaluate": bool}
+    if not isinstance(labels, list) or not all(
+        isinstance(x, dict) and needed <= set(x) and all(isinstance(x[key], kind) for key, kind in kinds.items())
+        for x in labels
+    ):
         raise UserError(
-            f"'{config}' has no list 'labels' with {', '.join(sorted(needed))} of each; take the file of the download."
+            f"'{config}' has no list 'labels' with {', '.join(sorted(needed))} of each, names as text, 'instances' and "
+            "'evaluate' true or false; take the file of the download."
         )
     return labels
 

@@ -14,6 +14,9 @@ from deeplab2_like.data import panoptic_label
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError, unknown_name
 
+# Pixels: of any image that can be labelled with polygons, and of the points that may lie outside of it.
+_LARGEST_IMAGE, _LARGEST_COORDINATE = 2**28, 1e6
+
 Overlap = Literal["smaller-on-top", "later-on-top"]
 # A mask in the run-length encoding of pycocotools, which is small where masks of all instances would not be.
 Runs = Mapping[str, Any]
@@ -108,6 +111,8 @@ def class_of_name(info: DatasetInfo) -> dict[str, int]:
 
 def empty_map(size: tuple[int, int], info: DatasetInfo, background: str | None) -> np.ndarray:
     """Returns a panoptic map, int32 [H, W] of `size`, full of the background class, or of void if it is None."""
+    if min(size) < 1 or size[0] * size[1] > _LARGEST_IMAGE:
+        raise UserError(f"its height and width are given as {size[0]} and {size[1]}, which no image has; correct them.")
     value = info.void if background is None else class_of_name(info)[background] * info.label_divisor
     return np.full(size, value, np.int32)
 
@@ -128,6 +133,9 @@ def polygon_runs(polygons: Any, size: tuple[int, int]) -> Runs:
             raise UserError("has a polygon that is no list x, y, x, y, ... of three points or more")
         if not all(isinstance(number, int | float) and np.isfinite(number) for number in polygon):
             raise UserError("has a polygon with a coordinate that is no number")
+        # pycocotools draws outside of the image, too, and ends the program where that takes too much memory.
+        if max(map(abs, polygon)) > _LARGEST_COORDINATE:
+            raise UserError("has a polygon with a coordinate far outside of the image")
     height, width = size
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 

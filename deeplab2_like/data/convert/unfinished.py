@@ -23,8 +23,11 @@ from deeplab2_like.errors import UserError
 
 ERRORS_NAME = "errors.jsonl"
 
+# What is known of a finished file.
+_STATE_KEYS = ("fingerprint", "bytes", "examples", "skipped")
+
 # Raised whenever equal inputs and options give other bytes than before, so that old and new files do not mix.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def make_plan(info: DatasetInfo, *, examples: int, shards: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,10 +88,12 @@ class UnfinishedSplit:
 
     def finished(self, *, allow_skipped: bool) -> list[dict[str, Any]] | None:
         """What went into each file if an earlier run has finished the very same conversion, else None."""
-        found = _read(self._record)
+        found = _read(self._record, "plan", "files")
         if found is None or self._fingerprints is None or found["plan"] != self._plan:
             return None
         states = found["files"]
+        if not isinstance(states, list) or not all(_has_keys(state, _STATE_KEYS) for state in states):
+            return None
         is_same = len(states) == len(self.names) and all(
             self._is_current(state, number, allow_skipped) and _size(self._folder / name) == state["bytes"]
             for number, (name, state) in enumerate(zip(self.names, states, strict=True))
@@ -126,7 +131,7 @@ class UnfinishedSplit:
                 path.unlink()
         states: list[dict[str, Any] | None] = []
         for number, name in enumerate(self.names):
-            state = _read(self._hidden / f"{name}.json")
+            state = _read(self._hidden / f"{name}.json", *_STATE_KEYS)
             # Without its file it has been moved already, as nothing else takes files away.
             sizes = (_size(self._hidden / name), _size(self._folder / name))
             size = sizes[1] if sizes[0] is None else sizes[0]
@@ -186,7 +191,7 @@ class UnfinishedSplit:
         """Lists the faulty examples in `errors.jsonl`, beside those of other splits."""
         path = self._folder / ERRORS_NAME
         beginning = json.dumps({"split": self._split})[:-1] + ","
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         lines = [line for line in lines if not line.startswith(beginning)]
         lines += [json.dumps({"split": self._split, **fault}) for fault in faults]
         if lines:
@@ -225,12 +230,17 @@ class UnfinishedSplit:
             raise files.cannot_write(self._folder, error) from error
 
 
-def _read(path: Path) -> Any:
-    """Reads one of our own JSON files; None if it is missing or damaged."""
+def _read(path: Path, *keys: str) -> Any:
+    """Reads one of our own JSON files, an object with some keys; None if it is missing or damaged."""
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
+    return content if _has_keys(content, keys) else None
+
+
+def _has_keys(content: Any, keys: Sequence[str]) -> bool:
+    return isinstance(content, dict) and content.keys() >= set(keys)
 
 
 def _size(path: Path) -> int | None:

@@ -49,6 +49,12 @@ class RoiConfig(StrictModel):
     )
     detections: int = pydantic.Field(100, ge=1, description="Most detections per image.")
 
+    @pydantic.model_validator(mode="after")
+    def _has_foreground(self) -> "RoiConfig":
+        if self.foreground_samples < 1:
+            raise ValueError("roi.samples * roi.foreground_share must be 1 or more, or nothing trains boxes and masks")
+        return self
+
     @property
     def foreground_samples(self) -> int:
         """Slots of the samples that may hold foreground; they come first."""

@@ -39,13 +39,13 @@ from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import BackboneConfig, build_backbone
 from deeplab2_like.model.boxes import take_rows
 from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, are_consecutive_levels, backbone_features
-from deeplab2_like.model.layers import Norm, Tensor
-from deeplab2_like.model.lpsnet.detection import Detections, enlarge, find_boxes, masks_of_boxes
+from deeplab2_like.model.layers import Norm, Tensor, stage
+from deeplab2_like.model.lpsnet.detection import Detections, find_boxes, masks_of_boxes
 from deeplab2_like.model.lpsnet.losses import border_ness_loss, box_loss
 from deeplab2_like.model.lpsnet.network import BoxHead, make_context
 from deeplab2_like.model.lpsnet.panoptic_head import Conflicts, PanopticHead
 from deeplab2_like.model.lpsnet.targets import border_ness, distances_to_boxes, make_targets, mask_borders
-from deeplab2_like.model.merge import best_class, described_segments, enlarging_matrices, region_scores
+from deeplab2_like.model.merge import best_class, described_segments, enlarge, enlarging_matrices, region_scores
 from deeplab2_like.model.seen_size import ResizeConfig, boxes_in_map, seen_images
 from deeplab2_like.model.semantic_fpn import SemanticClasses, semantic_loss
 from deeplab2_like.model.semantic_subnet import SemanticSubnet
@@ -463,7 +463,7 @@ class LPSNet(PanopticSystem):
         for level, stride in self.level_strides.items():
             logits = outputs[f"border_ness_{level}"]
             matrices = enlarging_matrices(tuple(ops.shape(logits)[1:3]), seen_size, image_size, stride=stride)
-            levels.append(enlarge(ops.sigmoid(logits), *matrices))
+            levels.append(stage(enlarge)(ops.sigmoid(logits), *matrices))
         scale: Any = 1.0
         if seen_size is not None:
             scale = ops.cast(image_size[0], "float32") / ops.cast(seen_size[0], "float32")

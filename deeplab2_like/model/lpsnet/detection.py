@@ -152,12 +152,6 @@ def find_boxes(
 
 
 @stage
-def enlarge(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Enlarges a map, float32 [B, h, w], with the matrices of `enlarging_matrix`, to float32 [B, H, W]."""
-    return ops.matmul(ops.matmul(rows, values), ops.transpose(columns))
-
-
-@stage
 def masks_of_boxes(semantic: Tensor, boxes: Tensor, classes: Tensor) -> Tensor:
     """The pixels in each box that have its class, made one box after the other.
 

@@ -12,13 +12,19 @@ other systems share: `fpn.py`, `semantic_subnet.py`, the detector in `detection`
 There is no public code. Where the paper is silent, this follows UPSNet and Panoptic FPN, and chooses:
 
 - Potentials and affinities are not negative in variants b and c, so a slot's probability is its share of their sum; in
-  variant a, of logits, it is their softmax.
+  variant a, of logits, it is their softmax. A softmax of the former would be flat: they are between 0 and 1.
 - The activations of the two factors of the affinities, see `AffinityHead`.
 - The default is variant b. Stuff has no mask: in variant c its slots hold its probability alone.
 - Boxes have no gradient through the panoptic submodule; scores, masks and semantic probabilities have.
 - The label is compared at the resolution of the semantic map, at the pixel in the middle of each cell. Instances beyond
   `loss.max_instances`, crowds and void are not compared.
-- Every detection above `roi.score_threshold` is a slot. The result is enlarged bilinearly before the argmax.
+- In training every detection above `roi.score_threshold` is a slot, so that the loss teaches weak ones to lose. In the
+  map they are slots above `postprocess.score_threshold`, a choice of UPSNet, whose threshold is 0.6.
+- The map is made at full size, as in UPSNet: there boxes and masks are pasted, and probabilities of classes and what
+  affinities add are enlarged bilinearly. Affinities gather at the resolution of the semantic map.
+- Each detection is matched with the instance that it overlaps most, where equation 5 asks for the best of all
+  assignments; of several that are matched with the same one the others are no slots. With `loss.detections: truth`
+  each instance is its own slot.
 - Without masks, those of `instances` are the segments of the panoptic map.
 - Images are padded to a multiple of 32 with the mean colour. They are seen at their own size unless
   `postprocess.resize` is set; then they are made smaller without antialiasing.
@@ -44,7 +50,16 @@ from deeplab2_like.model.detection import (
 )
 from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, backbone_features
 from deeplab2_like.model.layers import Norm, Tensor
-from deeplab2_like.model.merge import Merged, best_class, claim_pixels, described_segments, merge, region_scores
+from deeplab2_like.model.merge import (
+    Merged,
+    best_class,
+    best_of_planes,
+    claim_pixels,
+    described_segments,
+    enlarging_matrices,
+    merge,
+    region_scores,
+)
 from deeplab2_like.model.seen_size import ResizeConfig, boxes_in_map, read_at_cells, seen_images, seen_scale
 from deeplab2_like.model.semantic_fpn import SemanticClasses, semantic_loss
 from deeplab2_like.model.semantic_subnet import SemanticSubnet
@@ -53,10 +68,9 @@ from deeplab2_like.model.unifying.matching import match_detections, matching_los
 from deeplab2_like.model.unifying.network import AffinityHead, SqueezeExcitation
 from deeplab2_like.model.unifying.panoptic import (
     Potential,
-    add_affinities,
-    best_of_planes,
+    best_slot,
     dynamic_potential,
-    slot_probability,
+    handed_on,
 )
 
 _SIZE_MULTIPLE = 32
@@ -101,11 +115,14 @@ class PostprocessConfig(StrictModel):
     """From slots to the panoptic map."""
 
     merge: Literal["argmax", "heuristic"] = pydantic.Field(
-        "argmax", description="The best slot of each pixel, or the rule of Panoptic FPN, which the next two are for."
+        "argmax", description="The best slot of each pixel, or the rule of Panoptic FPN."
     )
-    score_threshold: float = pydantic.Field(0.5, ge=0, le=1, description="Weaker instances are not in the map.")
+    score_threshold: float = pydantic.Field(0.5, ge=0, le=1, description="Weaker detections are not in the map.")
     overlap_threshold: float = pydantic.Field(
-        0.5, ge=0, le=1, description="An instance of which a larger share is covered by better ones is dropped."
+        0.5,
+        ge=0,
+        le=1,
+        description="For heuristic: an instance of which a larger share is covered by better ones is dropped.",
     )
     stuff_area_limit: int = pydantic.Field(0, ge=0, description="Smaller stuff segments become void, in pixels.")
     resize: ResizeConfig | None = pydantic.Field(
@@ -140,6 +157,10 @@ class UnifyingConfig(StrictModel):
             )
         if self.panoptic.affinity and not self.loss.matching:
             raise ValueError("panoptic.affinity needs loss.matching, as nothing else trains it")
+        if self.loss.matching and not (self.loss.end_to_end or self.panoptic.affinity):
+            raise ValueError(
+                "loss.end_to_end can be off only with panoptic.affinity, or the matching loss trains nothing"
+            )
         if self.postprocess.merge == "heuristic" and not self.panoptic.masks:
             raise ValueError("postprocess.merge can be heuristic only with panoptic.masks")
         return self
@@ -294,7 +315,12 @@ class Unifying(PanopticSystem):
         pyramid = self.fpn(features, training=training)
         outputs = {"semantic_logits": self.semantic_head(pyramid, training=training), **sizes}
         if self.affinity_head is not None:
-            outputs["hand_out"], outputs["gather"] = self.affinity_head(pyramid, training=training)
+            levels = pyramid
+            if training and not self.loss_config.end_to_end:
+                levels = {name: ops.stop_gradient(level) for name, level in pyramid.items()}
+            outputs["hand_out"], outputs["gather"] = self.affinity_head(
+                levels, image_size=image_size, training=training
+            )
         from_truth = training and self.loss_config.detections == "truth"
         detections = self.loss_config.max_detections
         if from_truth or not self.loss_config.matching:
@@ -341,14 +367,17 @@ class Unifying(PanopticSystem):
             for name in ("semantic_logits", "scores", "masks"):
                 if name in outputs:
                     outputs[name] = ops.stop_gradient(outputs[name])
-        stays, detection = match_detections(
-            outputs["boxes"],
-            outputs["thing_classes"],
-            outputs["scores"] > 0,
-            targets,
-            iou_threshold=self.loss_config.matching_iou,
-        )
-        outputs["scores"] = ops.where(stays, outputs["scores"], 0.0)
+        if self.loss_config.detections == "truth":
+            detection = ops.where(targets["valid"], ops.arange(targets["valid"].shape[1]), -1)
+        else:
+            stays, detection = match_detections(
+                outputs["boxes"],
+                outputs["thing_classes"],
+                outputs["scores"] > 0,
+                targets,
+                iou_threshold=self.loss_config.matching_iou,
+            )
+            outputs["scores"] = ops.where(stays, outputs["scores"], 0.0)
         height, width = outputs["semantic_logits"].shape[1:3]
         slots = slot_targets(
             targets,
@@ -359,8 +388,11 @@ class Unifying(PanopticSystem):
         )
         middle = self.stride // 2
         slots = slots[:, middle :: self.stride, middle :: self.stride]
-        loss = matching_loss(self._potential(outputs), slots, is_logit=self.potential_is_logit)
-        return losses | {"panoptic": loss}
+        potential = self._potential(outputs)
+        if self.affinity_head is not None:
+            potential = potential + handed_on(potential, outputs["hand_out"], outputs["gather"])
+        is_logit = self.panoptic_config.potential == "a"
+        return losses | {"panoptic": matching_loss(potential, slots, is_logit=is_logit)}
 
     # --- post-processing ---------------------------------------------------------------------------------------------
 
@@ -384,14 +416,14 @@ class Unifying(PanopticSystem):
             "scores": outputs["scores"],
         }
 
-    @property
-    def potential_is_logit(self) -> bool:
-        """Whether potentials of slots are logits."""
-        return self.panoptic_config.potential == "a"
+    def semantic_map(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Tensor:
+        """See `PanopticSystem.semantic_map`: that of the semantic submodule, as in the paper's tables."""
+        logits, seen_size = outputs["semantic_logits"], outputs.get("seen_size")
+        return best_class(logits, image_size, stride=self.stride, seen_size=seen_size)
 
     def _potential(self, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Potential of each slot in each cell, with affinities, float32 [B, D + S, h, w]."""
-        potential = dynamic_potential(
+        """Potential of each slot in each cell, without affinities, float32 [B, D + S, h, w]."""
+        return dynamic_potential(
             outputs["semantic_logits"],
             outputs["boxes"],
             outputs["scores"],
@@ -401,20 +433,35 @@ class Unifying(PanopticSystem):
             stride=self.stride,
             potential=self.panoptic_config.potential,
         )
-        if self.affinity_head is None:
-            return potential
-        return add_affinities(potential, outputs["hand_out"], outputs["gather"])
+
+    def _best_slot(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Tensor:
+        """The best slot of each pixel, int32 [B, H, W]."""
+        logits, seen_size = outputs["semantic_logits"], outputs.get("seen_size")
+        handed = None
+        if self.affinity_head is not None:
+            handed = handed_on(self._potential(outputs), outputs["hand_out"], outputs["gather"])
+        return best_slot(
+            logits,
+            boxes_in_map(outputs["boxes"], seen_size, image_size),
+            outputs["scores"],
+            self.thing_class_ids(outputs["thing_classes"]),
+            outputs.get("masks"),
+            handed,
+            *enlarging_matrices(tuple(ops.shape(logits)[1:3]), seen_size, image_size, stride=self.stride),
+            stuff_classes=self.dataset_info.stuff_classes,
+            potential=self.panoptic_config.potential,
+        )
 
     def _merge(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> tuple[Merged, Tensor]:
         """The panoptic map, and the scores of the regions of the classes, float32 [B, C]."""
         config, seen_size = self.postprocess_config, outputs.get("seen_size")
+        is_strong = outputs["scores"] >= config.score_threshold
         class_of_semantic: Sequence[int]
         if config.merge == "heuristic":
-            semantic = best_class(outputs["semantic_logits"], image_size, stride=self.stride, seen_size=seen_size)
+            semantic = self.semantic_map(outputs, image_size)
             class_of_semantic = self.classes.painted_class
-            scores = outputs["scores"]
             owner = claim_pixels(
-                (scores >= config.score_threshold) & (scores > 0),
+                is_strong & (outputs["scores"] > 0),
                 boxes_in_map(outputs["boxes"], seen_size, image_size),
                 outputs["masks"],
                 height=image_size[0],
@@ -422,8 +469,7 @@ class Unifying(PanopticSystem):
                 overlap_threshold=config.overlap_threshold,
             )
         else:
-            probability = slot_probability(self._potential(outputs), is_logit=self.potential_is_logit)
-            slot = best_class(probability, image_size, stride=self.stride, seen_size=seen_size)
+            slot = self._best_slot({**outputs, "scores": ops.where(is_strong, outputs["scores"], 0.0)}, image_size)
             number = outputs["scores"].shape[1]
             class_of_semantic = self.dataset_info.stuff_classes
             semantic, owner = ops.maximum(slot - number, 0), ops.minimum(slot, number)
@@ -476,7 +522,8 @@ class Unifying(PanopticSystem):
             is_stuff = class_map == ops.take(stuff, ops.maximum(slot - number, 0))
             return ops.cast(ops.where(slot < number, is_thing, is_stuff), "float32")
 
-        slot = best_of_planes(plane, number + len(stuff_classes), tuple(ops.shape(class_map)))
+        slots, size = number + len(stuff_classes), tuple(ops.shape(class_map))
+        _, slot = best_of_planes(plane, 0, slots, (ops.zeros(size, "float32"), ops.full(size, slots, "int32")))
         semantic, owner = ops.maximum(slot - number, 0), ops.minimum(slot, number)
         # What has no slot is void.
         merged = self._paint(semantic, owner, targets["classes"], (*stuff_classes, -1))

@@ -85,16 +85,17 @@ def matching_loss(potential: Tensor, slots: Tensor, *, is_logit: bool) -> Loss:
     """Cross entropy over slots, per pixel that has one.
 
     Args:
-        potential: float32 [B, K, h, w], of `dynamic_potential` and `add_affinities`.
+        potential: float32 [B, K, h, w], of `dynamic_potential`, and what affinities add.
         slots: int32 [B, h, w], of `slot_targets`; -1 for pixels that do not count.
-        is_logit: See `slot_probability`, of which only the value of the true slot is computed here.
+        is_logit: Whether the probability of a slot is the softmax of potentials (variant a); else it is the share of
+            their sum, as they are not negative, and a share below 1e-6 counts as 1e-6 and teaches nothing.
     """
     is_true = slots[:, None] == ops.arange(ops.shape(potential)[1])[:, None, None]  # [B, K, h, w]
     true = ops.sum(ops.where(is_true, potential, 0.0), axis=1)  # [B, h, w]
     if is_logit:
-        probability = ops.exp(true - ops.logsumexp(potential, axis=1))
+        cross_entropy = ops.logsumexp(potential, axis=1) - true
     else:
-        probability = true / ops.maximum(ops.sum(potential, axis=1), 1e-9)
+        share = true / ops.maximum(ops.sum(potential, axis=1), 1e-9)
+        cross_entropy = -ops.log(ops.maximum(share, 1e-6))
     is_counted = slots >= 0
-    cross_entropy = -ops.log(ops.maximum(ops.where(is_counted, probability, 1.0), 1e-6))
-    return Loss(ops.sum(cross_entropy), ops.sum(ops.cast(is_counted, "float32")))
+    return Loss(ops.sum(ops.where(is_counted, cross_entropy, 0.0)), ops.sum(ops.cast(is_counted, "float32")))

@@ -36,7 +36,7 @@ class AffinityHead(keras.layers.Layer):
     The extractor is built like the semantic submodule and gives the feature Q of C channels. Two 1x1 convolutions with
     activations make of it the two factors of the affinities (equation 4). The paper does not name the activations: the
     factor that gathers, phi_1, has a softmax over all pixels (Shen et al., "Efficient attention", 2018), so that what
-    is gathered is a mean over the image whatever its size; the factor that hands out, phi_0, has a softplus
+    is gathered is a mean over the image whatever its size and padding; the factor that hands out, phi_0, has a softplus
     divided by C, so that no affinity is negative, and what is handed out is a mean over channels.
 
     Args:
@@ -47,7 +47,8 @@ class AffinityHead(keras.layers.Layer):
         deformable: Whether they are deformable.
         norm: Their normalisation.
 
-    Input: dictionary of levels, float [B, h, w, input_channels]. Output: phi_0 and phi_1, float32 [B, h, w, C] at the
+    Input: dictionary of levels, float [B, h, w, input_channels], and the height and width of the image without
+    padding, ints or int32 scalars. Output: phi_0 and phi_1, float32 [B, h, w, C] at the
     stride of the finest level.
     """
 
@@ -63,6 +64,7 @@ class AffinityHead(keras.layers.Layer):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
+        self.stride = min(strides.values())
         self.extractor = SemanticSubnet(
             None,
             strides=strides,
@@ -84,11 +86,18 @@ class AffinityHead(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         """Leaves it to the layers, when they are called."""
 
-    def call(self, pyramid: Mapping[str, Tensor], training: bool = False) -> tuple[Tensor, Tensor]:
+    def call(
+        self, pyramid: Mapping[str, Tensor], *, image_size: tuple[Any, Any], training: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Applies the head."""
         feature = ops.cast(self.join(self.extractor(pyramid, training=training), training=training), "float32")
         batch, height, width = ops.shape(feature)[:3]
         channels = feature.shape[-1]
-        gather = ops.reshape(self.gather(feature), (batch, height * width, channels))  # [B, h * w, C]
+        in_rows, in_columns = (
+            (ops.arange(cells) * self.stride < size) for cells, size in zip((height, width), image_size, strict=True)
+        )
+        is_inside = in_rows[:, None, None] & in_columns[None, :, None]  # [h, w, 1]
+        gather = ops.where(is_inside, self.gather(feature), -1e9)
+        gather = ops.reshape(gather, (batch, height * width, channels))  # [B, h * w, C]
         gather = ops.reshape(ops.softmax(gather, axis=1), (batch, height, width, channels))  # [B, h, w, C]
         return ops.softplus(self.hand_out(feature)) / channels, gather
