@@ -10,8 +10,9 @@ with round masks, all above the threshold. Each part is a graph of its own for t
 * `class of pixels`, for Panoptic FPN: the enlarged semantic output and its best class;
 * `merge`, the rest of it: masks at image size, overlaps decided, the map painted, its segments scored;
 * `panoptic head`, for LPSNet: boxes pasted on the semantic map, conflicts decided, the map painted;
-* `panoptic submodule`, for the unifying system: potential and affinities. The paper counts 5 G multiply-adds for the
-  affinities, beside 140 G of backbone and pyramid, at 800x1300.
+* `potential and affinities`, for the unifying system: both at the resolution of the semantic map. The paper counts 5 G
+  multiply-adds for the affinities, beside 140 G of backbone and pyramid, at 800x1300;
+* `panoptic submodule`, for the unifying system: these, and the argmax over all slots at full size.
 
 The post-processing runs with its stages compiled with XLA, and as a plain graph beside it. Median over the runs.
 
@@ -176,7 +177,8 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
         print(f"{system.name}: {used} of {instances} things are neither fused nor too weak")
     if isinstance(system, Unifying):
         outputs = made_up_detections(outputs, height, width, instances)
-        parts["panoptic submodule"] = system._potential
+        parts["panoptic submodule"] = lambda outputs: system._best_slot(outputs, size)
+        parts["potential and affinities"] = system._handed
     if isinstance(system, LPSNet):
         parts["panoptic head"] = paste_made_up_boxes(system, height, width, instances)
     for name, part in parts.items():

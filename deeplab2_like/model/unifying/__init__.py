@@ -434,19 +434,22 @@ class Unifying(PanopticSystem):
             potential=self.panoptic_config.potential,
         )
 
+    def _handed(self, outputs: Mapping[str, Tensor]) -> Tensor | None:
+        """What affinities add to the potential, float32 [B, D + S, h, w]; None without them."""
+        if self.affinity_head is None:
+            return None
+        return handed_on(self._potential(outputs), outputs["hand_out"], outputs["gather"])
+
     def _best_slot(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Tensor:
         """The best slot of each pixel, int32 [B, H, W]."""
         logits, seen_size = outputs["semantic_logits"], outputs.get("seen_size")
-        handed = None
-        if self.affinity_head is not None:
-            handed = handed_on(self._potential(outputs), outputs["hand_out"], outputs["gather"])
         return best_slot(
             logits,
             boxes_in_map(outputs["boxes"], seen_size, image_size),
             outputs["scores"],
             self.thing_class_ids(outputs["thing_classes"]),
             outputs.get("masks"),
-            handed,
+            self._handed(outputs),
             *enlarging_matrices(tuple(ops.shape(logits)[1:3]), seen_size, image_size, stride=self.stride),
             stuff_classes=self.dataset_info.stuff_classes,
             potential=self.panoptic_config.potential,
