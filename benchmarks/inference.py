@@ -178,7 +178,7 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
     if isinstance(system, Unifying):
         outputs = made_up_detections(outputs, height, width, instances)
         parts["panoptic submodule"] = lambda outputs: system._best_slot(outputs, size)
-        parts["potential and affinities"] = system._handed
+        parts["potential and affinities"] = lambda outputs: system._handed(outputs, system._potential(outputs))
     if isinstance(system, LPSNet):
         parts["panoptic head"] = paste_made_up_boxes(system, height, width, instances)
     for name, part in parts.items():

@@ -429,13 +429,14 @@ def read_index(files: Sequence[str]) -> RecordIndex:
     file_numbers: list[int] = []
     offsets: list[int] = []
     num_bytes = 0
+    all_expected = _converted_examples(files)
     for file_number, path in enumerate(files):
         before = len(offsets)
         for offset, length in _scan_records(path):
             file_numbers.append(file_number)
             offsets.append(offset)
             num_bytes += length
-        found, expected = len(offsets) - before, _converted_examples(path)
+        found, expected = len(offsets) - before, all_expected[file_number]
         if expected not in (None, found):
             raise UserError(
                 f"'{path}' holds {found} of the {expected} records that the conversion has written: it was cut short; "
@@ -449,20 +450,32 @@ def count_examples(files: Sequence[str]) -> int:
     return len(read_index(files))
 
 
-def _converted_examples(path: str) -> int | None:
-    """Number of records that a conversion has written into a file, if that is known beside it.
+def _converted_examples(files: Sequence[str]) -> list[int | None]:
+    """Number of records that a conversion has written into each file, if that is known beside it.
 
     A file that is cut between two records looks like a whole one.
     """
-    matched = _SHARD_NAME.match(os.path.basename(path))
-    if matched is None:
-        return None
-    try:
-        with open(os.path.join(os.path.dirname(path), f".{matched['split']}.conversion.json"), "rb") as file:
-            states = json.load(file)["files"]
-        return int(states[int(matched["number"])]["examples"]) if len(states) == int(matched["count"]) else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+
+    @functools.cache
+    def read(note: str) -> Any:
+        try:
+            with open(note, "rb") as file:
+                return json.load(file)
+        except (OSError, ValueError):
+            return None
+
+    def expected(path: str) -> int | None:
+        matched = _SHARD_NAME.match(os.path.basename(path))
+        if matched is None:
+            return None
+        note = read(os.path.join(os.path.dirname(path), f".{matched['split']}.conversion.json"))
+        try:
+            states = note["files"]
+            return int(states[int(matched["number"])]["examples"]) if len(states) == int(matched["count"]) else None
+        except (ValueError, LookupError, TypeError):
+            return None
+
+    return [expected(path) for path in files]
 
 
 def _scan_records(path: str) -> Iterator[tuple[int, int]]:

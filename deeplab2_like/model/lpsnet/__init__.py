@@ -53,6 +53,8 @@ from deeplab2_like.model.system import Loss, PanopticSystem
 
 _SIZE_MULTIPLE = 32
 
+_enlarge_in_stage = stage(enlarge)
+
 
 class ContextConfig(StrictModel):
     """What the coarsest level of the pyramid knows of the whole image (section 3.1)."""
@@ -463,7 +465,7 @@ class LPSNet(PanopticSystem):
         for level, stride in self.level_strides.items():
             logits = outputs[f"border_ness_{level}"]
             matrices = enlarging_matrices(tuple(ops.shape(logits)[1:3]), seen_size, image_size, stride=stride)
-            levels.append(stage(enlarge)(ops.sigmoid(logits), *matrices))
+            levels.append(_enlarge_in_stage(ops.sigmoid(logits), *matrices))
         scale: Any = 1.0
         if seen_size is not None:
             scale = ops.cast(image_size[0], "float32") / ops.cast(seen_size[0], "float32")

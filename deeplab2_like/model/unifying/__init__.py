@@ -389,8 +389,9 @@ class Unifying(PanopticSystem):
         middle = self.stride // 2
         slots = slots[:, middle :: self.stride, middle :: self.stride]
         potential = self._potential(outputs)
-        if self.affinity_head is not None:
-            potential = potential + handed_on(potential, outputs["hand_out"], outputs["gather"])
+        handed = self._handed(outputs, potential)
+        if handed is not None:
+            potential = potential + handed
         is_logit = self.panoptic_config.potential == "a"
         return losses | {"panoptic": matching_loss(potential, slots, is_logit=is_logit)}
 
@@ -434,11 +435,11 @@ class Unifying(PanopticSystem):
             potential=self.panoptic_config.potential,
         )
 
-    def _handed(self, outputs: Mapping[str, Tensor]) -> Tensor | None:
+    def _handed(self, outputs: Mapping[str, Tensor], potential: Tensor) -> Tensor | None:
         """What affinities add to the potential, float32 [B, D + S, h, w]; None without them."""
         if self.affinity_head is None:
             return None
-        return handed_on(self._potential(outputs), outputs["hand_out"], outputs["gather"])
+        return handed_on(potential, outputs["hand_out"], outputs["gather"])
 
     def _best_slot(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Tensor:
         """The best slot of each pixel, int32 [B, H, W]."""
@@ -449,7 +450,7 @@ class Unifying(PanopticSystem):
             outputs["scores"],
             self.thing_class_ids(outputs["thing_classes"]),
             outputs.get("masks"),
-            self._handed(outputs),
+            self._handed(outputs, self._potential(outputs)),
             *enlarging_matrices(tuple(ops.shape(logits)[1:3]), seen_size, image_size, stride=self.stride),
             stuff_classes=self.dataset_info.stuff_classes,
             potential=self.panoptic_config.potential,

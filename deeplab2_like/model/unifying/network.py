@@ -48,8 +48,7 @@ class AffinityHead(keras.layers.Layer):
         norm: Their normalisation.
 
     Input: dictionary of levels, float [B, h, w, input_channels], and the height and width of the image without
-    padding, ints or int32 scalars. Output: phi_0 and phi_1, float32 [B, h, w, C] at the
-    stride of the finest level.
+    padding, ints or int32 scalars. Output: phi_0 and phi_1, float32 [B, h, w, C] at the stride of the finest level.
     """
 
     def __init__(
