@@ -2,13 +2,14 @@
 
 First the targets of Panoptic-DeepLab alone, for one example: median over the runs, of both ways in turn. Then the whole
 training pipeline (read, decode, scale, crop, flip, targets, batch), with the library's targets and with the usual ones
-as a NumPy function: examples per second over some batches, each way in a process of its own, with its peak memory.
+as a NumPy function: examples per second over some batches, each way in a process of its own, with its peak memory;
+median over the rounds, of both ways in turn.
 Both ways must make the same targets. Examples are built-in scenes to which ellipses are added until there are enough
 instances (`plain_targets.make_example`); images are PNG at the size of Cityscapes and JPEG at that of COCO, as there.
 
 Exit status 1 if targets differ or a ratio is below its bound. Measure on an otherwise idle machine.
 
-    python benchmarks/input_pipeline.py [--runs 10] [--batches 6] [--json FILE]
+    python benchmarks/input_pipeline.py [--runs 10] [--rounds 3] [--batches 20] [--json FILE]
 """
 
 import argparse
@@ -120,7 +121,7 @@ def in_new_process(*arguments: object) -> Any:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def measure(name: str, runs: int, batches: int) -> dict[str, Any]:
+def measure(name: str, *, runs: int, rounds: int, batches: int) -> dict[str, Any]:
     """Measures one case."""
     height, width, instances, ending = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +130,11 @@ def measure(name: str, runs: int, batches: int) -> dict[str, Any]:
                 pixels, panoptic = make_example(index, (height, width), instances)
                 image = encode_png(pixels) if ending == ".png" else tf.io.encode_jpeg(pixels).numpy()
                 writer.write(tfrecord.serialize_example(image=image, panoptic=panoptic, filename=f"{index}{ending}"))
-        ways = {way: in_new_process(folder, way, height, width, batches) for way in WAYS}
+        found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+        for _ in range(rounds):
+            for way in WAYS:
+                found[way].append(in_new_process(folder, way, height, width, batches))
+    ways = {way: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for way, rows in found.items()}
     rates = {way: values["examples_per_second"] for way, values in ways.items()}
     return {
         "case": name,
@@ -161,20 +166,22 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=10, help="runs of which the median is taken")
-    parser.add_argument("--batches", type=int, default=6, help="batches of the pipeline")
+    parser.add_argument("--runs", type=int, default=10, help="runs of the targets, of which the median is taken")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of the pipeline, of which the median is taken")
+    parser.add_argument("--batches", type=int, default=20, help="batches of each of these")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     parser.add_argument("--run", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    for name in ("runs", "batches"):
+    for name in ("runs", "rounds", "batches"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be 1 or more, got {getattr(arguments, name)}")
     if arguments.run:
-        folder, way, *numbers = arguments.run
-        height, width, batches = map(int, numbers)
+        folder, way, *size_and_batches = arguments.run
+        height, width, batches = map(int, size_and_batches)
         print(json.dumps(run_pipeline(Path(folder), way, (height, width), batches)))
         return 0
-    rows = [measure(name, arguments.runs, arguments.batches) for name in CASES]
+    numbers = {"runs": arguments.runs, "rounds": arguments.rounds, "batches": arguments.batches}
+    rows = [measure(name, **numbers) for name in CASES]
     show(rows)
     passed = all(
         row["targets"]["equal"]
