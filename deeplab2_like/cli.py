@@ -431,6 +431,18 @@ def _print_reports(reports: Sequence[Any], output_dir: Path) -> None:
         for fault in report.skipped:
             print(f"  skipped: {fault}")
     print(f"Records are in {output_dir}")
+    _print_classes(output_dir)
+
+
+def _print_classes(records: Path) -> None:
+    """Prints the first names of things and stuff, where a misspelt one shows."""
+    from deeplab2_like.data.dataset_info import DatasetInfo
+
+    categories = DatasetInfo.load(records).categories
+    for kind, is_thing in (("things", True), ("stuff", False)):
+        names = [category.name for category in categories if category.is_thing == is_thing]
+        if names:
+            print(f"{kind} ({len(names)}): {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Writing files so that they appear whole or not at all, and the names that outputs take from their images."""
 
+import glob
 import json
 import os
 from collections.abc import Sequence
@@ -16,6 +17,24 @@ def beside(path: str | os.PathLike[str]) -> Path:
     """The hidden name in the same folder under which a file or folder is written until it is whole."""
     path = Path(path)
     return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Removes the hidden files that processes which were killed have left `beside` a file."""
+    for leftover in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*"):
+        number = leftover.suffix[1:]
+        if number.isascii() and number.isdigit() and not _is_running(int(number)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # Signal 0 only looks.
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # Somebody else's, or no number of a process.
+        return True
+    return True
 
 
 def cannot_write(path: str | os.PathLike[str], error: Exception) -> UserError:
@@ -88,9 +107,9 @@ def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
     try:
         return json.loads(content)
     except RecursionError as error:
-        raise UserError(f"'{path}' is not a usable JSON file (nested too deeply).") from error
+        raise UserError(f"'{path}' is not a usable JSON file (nested too deeply); make it again.") from error
     except ValueError as error:
-        raise UserError(f"'{path}' is not a JSON file ({error}).") from error
+        raise UserError(f"'{path}' is not a JSON file ({error}); check the path, or make it again.") from error
 
 
 def encode_png(image: np.ndarray, *, is_label: bool = False) -> bytes:

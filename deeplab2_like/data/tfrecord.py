@@ -71,7 +71,7 @@ _FOOTER = struct.Struct("<I")
 def decode_image_bytes(content: bytes, name: str) -> tuple[np.ndarray, bool]:
     """Decodes an image file's bytes the way training will read them.
 
-    Any orientation flag (EXIF) is ignored, as labels are drawn on the stored pixels.
+    Any orientation (EXIF) is ignored, as it is when records are read.
 
     Args:
         content: A whole JPEG, PNG, BMP, GIF (first frame), WebP or TIFF file. Grey becomes RGB, an alpha channel is

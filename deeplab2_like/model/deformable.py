@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from deeplab2_like.model.layers import Norm, Tensor
+from deeplab2_like.model.layers import Norm, Tensor, once_there_is
 
 
 class DeformableConvNorm(keras.layers.Layer):
@@ -93,7 +93,7 @@ class DeformableConvNorm(keras.layers.Layer):
 def deformable_convolution(inputs: Tensor, offset: Tensor, kernel: Tensor, *, strides: int, dilation: int) -> Tensor:
     """Adds up the taps of a kernel, each read where its offset points to.
 
-    One tap is done after the other, and the gradient reads all of them again: nothing of a tap is kept.
+    One neighbour of one tap is read after the other, and the gradient reads all of them again: nothing of a tap is kept.
 
     Args:
         inputs: float [B, H, W, C].
@@ -113,49 +113,57 @@ def deformable_convolution(inputs: Tensor, offset: Tensor, kernel: Tensor, *, st
     column = ops.cast(ops.arange(width) * strides - margin, "float32")[None, None, :]
     taps = size * size
     is_modulated = offset.shape[-1] == 3 * taps
-    # Where each tap is read and what it is multiplied by, each [B, h * w].
-    points: list[Tensor] = []
+    # Where each tap is read and what it is multiplied by.
+    y, x, factor = [], [], []
     for tap in range(taps):
-        y = offset[..., 2 * tap] + row + float(tap // size * dilation)  # [B, h, w]
-        x = offset[..., 2 * tap + 1] + column + float(tap % size * dilation)
-        modulation = ops.sigmoid(offset[..., 2 * taps + tap]) if is_modulated else ops.ones_like(y)
-        points += [ops.reshape(values, (batch, height * width)) for values in (y, x, modulation)]
+        y.append(offset[..., 2 * tap] + row + float(tap // size * dilation))  # [B, h, w]
+        x.append(offset[..., 2 * tap + 1] + column + float(tap % size * dilation))
+        factor.append(ops.sigmoid(offset[..., 2 * taps + tap]) if is_modulated else ops.ones_like(y[-1]))
+    points = [ops.reshape(ops.stack(values), (taps, batch, height * width)) for values in (y, x, factor)]
     kernels = ops.reshape(ops.cast(kernel, inputs.dtype), (taps, channels, filters))
     total = _add_up_taps(inputs, kernels, *points)
     return ops.reshape(total, (batch, height, width, filters))  # [B, h, w, filters]
 
 
 @ops.custom_gradient
-def _add_up_taps(inputs: Tensor, kernels: Tensor, *points: Tensor) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
+def _add_up_taps(
+    inputs: Tensor, kernels: Tensor, y: Tensor, x: Tensor, factor: Tensor
+) -> tuple[Tensor, Callable[..., tuple[Tensor, ...]]]:
     """Adds up T taps.
 
     Args:
         inputs: float [B, H, W, C].
         kernels: float [T, C, F].
-        *points: For each tap the arguments `y`, `x` and `factor` of `read_bilinear`, float32 [B, P] each.
+        y: For each tap the argument of `read_bilinear`, float32 [T, B, P], like the next two.
+        x: The same.
+        factor: The same.
 
     Returns:
         The sum, float [B, P, F], and the function of its gradient.
     """
-    taps = list(zip(points[::3], points[1::3], points[2::3], strict=True))
-    total = ops.zeros((*ops.shape(points[0]), kernels.shape[2]), inputs.dtype)
-    for (y, x, factor), kernel in zip(taps, ops.unstack(kernels), strict=True):
-        total = total + ops.matmul(read_bilinear(inputs, _once_there_is(total, y), x, factor), kernel)
+    taps, channels, filters = kernels.shape
+    number = ops.shape(y)[1:]  # B, P
+
+    def add(tap: Tensor, total: Tensor) -> Tensor:
+        read = read_bilinear(inputs, once_there_is(total, y[tap]), x[tap], factor[tap])
+        return total + ops.matmul(read, kernels[tap])
+
+    total = ops.fori_loop(0, taps, add, ops.zeros((*number, filters), inputs.dtype))
 
     def gradient(*args: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
         change = args[0] if upstream is None else upstream  # [B, P, F]
         batch, height, width = ops.shape(inputs)[:3]
-        channels = inputs.shape[-1]
         flat = ops.reshape(inputs, (batch * height * width, channels))
-        to_flat = ops.zeros((batch * height * width, channels), "float32")
-        to_kernels, to_points = [], []
-        for (y, x, factor), kernel in zip(taps, ops.unstack(kernels), strict=True):
-            of_read = ops.matmul(change, ops.transpose(kernel))  # [B, P, C]
-            read: Tensor = 0.0
-            to_y, to_x, to_factor = ops.zeros_like(y), ops.zeros_like(x), ops.zeros_like(factor)
-            for neighbour in _neighbours(_once_there_is(to_flat, y), x, (batch, height, width)):
+
+        def add(tap: Tensor, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            to_flat, to_kernels, *to_points = sums
+            of_read = ops.matmul(change, ops.transpose(once_there_is(to_flat, kernels[tap])))  # [B, P, C]
+            read = ops.zeros_like(of_read)
+            to_y, to_x, to_factor = (ops.zeros(number, "float32") for _ in to_points)
+            for corner in range(4):
+                neighbour = _neighbour(once_there_is(to_flat, y[tap]), x[tap], (batch, height, width), corner)
                 values = ops.take(flat, neighbour.index, axis=0)  # [B, P, C]
-                share = (neighbour.along_y * neighbour.along_x * factor)[..., None]  # [B, P, 1]
+                share = (neighbour.along_y * neighbour.along_x * factor[tap])[..., None]  # [B, P, 1]
                 read = read + values * ops.cast(share, values.dtype)
                 agreement = ops.sum(ops.cast(values * of_read, "float32"), axis=-1)  # [B, P]
                 to_y = to_y + agreement * neighbour.change_along_y * neighbour.along_x
@@ -167,22 +175,18 @@ def _add_up_taps(inputs: Tensor, kernels: Tensor, *points: Tensor) -> tuple[Tens
                     num_segments=batch * height * width,
                 )
             by_channel = ops.transpose(ops.reshape(read, (-1, channels)))  # [C, B * P]
-            to_kernels.append(ops.matmul(by_channel, ops.reshape(change, (-1, kernel.shape[1]))))  # [C, F]
-            to_points += [to_y * factor, to_x * factor, to_factor]
-        to_inputs = ops.reshape(ops.cast(to_flat, inputs.dtype), (batch, height, width, channels))
-        return to_inputs, ops.stack(to_kernels), *to_points
+            to_kernel = ops.matmul(by_channel, ops.reshape(change, (-1, filters)))  # [C, F]
+            # Each tap fills a row of its own.
+            is_row = (ops.arange(taps) == tap)[:, None, None]
+            of_tap = (to_kernel, to_y * factor[tap], to_x * factor[tap], to_factor)
+            rows = (to_kernels, *to_points)
+            return to_flat, *(ops.where(is_row, new, old) for new, old in zip(of_tap, rows, strict=True))
+
+        nothing = [ops.zeros_like(values) for values in (kernels, y, x, factor)]
+        to_flat, *to_others = ops.fori_loop(0, taps, add, (ops.zeros_like(flat, "float32"), *nothing))
+        return ops.reshape(ops.cast(to_flat, inputs.dtype), ops.shape(inputs)), *to_others
 
     return total, gradient
-
-
-def _once_there_is(earlier: Tensor, values: Tensor) -> Tensor:
-    """Returns `values`, but lets whatever uses them wait until `earlier` is computed.
-
-    What is added is zero, which no compiler knows. Without it all taps would be read at the same time, and memory would
-    hold them all.
-    """
-    first = ops.reshape(earlier, (-1,))[0]
-    return values + ops.cast(ops.minimum(ops.abs(first), 0), values.dtype)
 
 
 def read_bilinear(values: Tensor, y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
@@ -199,8 +203,9 @@ def read_bilinear(values: Tensor, y: Tensor, x: Tensor, factor: Tensor) -> Tenso
     """
     batch, height, width = ops.shape(values)[:3]
     flat = ops.reshape(values, (batch * height * width, values.shape[-1]))
-    result: Tensor = 0.0
-    for neighbour in _neighbours(y, x, (batch, height, width)):
+    result = ops.zeros((*ops.shape(y), values.shape[-1]), values.dtype)
+    for corner in range(4):
+        neighbour = _neighbour(once_there_is(result, y), x, (batch, height, width), corner)
         share = ops.cast(neighbour.along_y * neighbour.along_x * factor, values.dtype)[..., None]  # [B, P, 1]
         result = result + ops.take(flat, neighbour.index, axis=0) * share
     return result
@@ -224,28 +229,22 @@ class _Neighbour(NamedTuple):
     change_along_x: Tensor
 
 
-def _neighbours(y: Tensor, x: Tensor, sizes: tuple[Any, Any, Any]) -> list[_Neighbour]:
-    """The four neighbours of points float32 [B, P] in a map of which `sizes` are B, H and W."""
+def _neighbour(y: Tensor, x: Tensor, sizes: tuple[Any, Any, Any], corner: int) -> _Neighbour:
+    """One neighbour, 0 to 3, row by row, of points float32 [B, P] in a map of which `sizes` are B, H and W."""
     batch, height, width = sizes
-    along_y, along_x = _sides(y, height), _sides(x, width)
+    row, along_y, change_along_y = _side(y, height, corner // 2)
+    column, along_x, change_along_x = _side(x, width, corner % 2)
     first = ops.arange(batch)[:, None] * (height * width)  # [B, 1]
-    return [
-        _Neighbour(first + row * width + column, y_weight, x_weight, y_change, x_change)
-        for row, y_weight, y_change in along_y
-        for column, x_weight, x_change in along_x
-    ]
+    return _Neighbour(first + row * width + column, along_y, along_x, change_along_y, change_along_x)
 
 
-def _sides(position: Tensor, size: Any) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For both pixels beside a position on one axis: where it is, its weight, and how that changes; [B, P] each."""
+def _side(position: Tensor, size: Any, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixel before (0) or after (1) a position on one axis, its weight, and how that changes; [B, P] each."""
     # Beyond one pixel outside nothing is read; the limit keeps huge offsets from overflowing an integer.
     position = ops.clip(position, -2.0, ops.cast(size, "float32") + 1.0)
     before = ops.floor(position)
     part = position - before
-    sides = []
-    for step in (0, 1):
-        pixel = ops.cast(before, "int32") + step
-        is_inside = ops.cast((pixel >= 0) & (pixel < size), "float32")
-        weight = part if step else 1.0 - part
-        sides.append((ops.clip(pixel, 0, size - 1), is_inside * weight, is_inside * (2 * step - 1)))
-    return sides
+    pixel = ops.cast(before, "int32") + step
+    is_inside = ops.cast((pixel >= 0) & (pixel < size), "float32")
+    weight = part if step else 1.0 - part
+    return ops.clip(pixel, 0, size - 1), is_inside * weight, is_inside * (2 * step - 1)

@@ -354,6 +354,16 @@ def average_pool_within(x: Tensor, window: tuple[int, int]) -> Tensor:
 _stage_compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
 
+def once_there_is(earlier: Tensor, values: Tensor) -> Tensor:
+    """Returns `values`, but lets whatever uses them wait until `earlier` is computed.
+
+    What is added is zero, which no compiler knows. Parts of a sum that do not depend on each other may else be computed
+    at the same time, and memory would hold them all.
+    """
+    first = ops.reshape(earlier, (-1,))[0]
+    return values + ops.cast(ops.minimum(ops.abs(first), 0), values.dtype)
+
+
 def stage(function: _Function) -> _Function:
     """Marks a function of tensors as one stage of inference, which `compiled_stages` may compile on its own.
 

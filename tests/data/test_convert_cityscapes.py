@@ -212,6 +212,15 @@ def test_missing_folders_are_named(source: Source) -> None:
         source.convert(splits=["train"], coarse=True)
 
 
+def test_folders_without_cities_are_named(source: Source) -> None:
+    for folder in ("leftImg8bit", "gtFine"):
+        (source.root / folder / "val").mkdir()
+    with pytest.raises(
+        UserError, match=r"leftImg8bit.val' has no image CITY/\*_leftImg8bit\.png, nor '.*gtFine.val' a"
+    ):
+        source.convert(splits=["val"])
+
+
 def test_command(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     records = source.folder / "records"
     arguments = ["convert", "cityscapes", "--root", source.root, "--splits", "train", "--output-dir", records]
@@ -219,6 +228,9 @@ def test_command(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == [
         "Split 'train': 2 examples, 0 skipped.",
         f"Records are in {records}",
+        "things (8): person, rider, car, truck, bus, train, motorcycle, bicycle",
+        "stuff (11): road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, "
+        "terrain, ...",
     ]
 
 

@@ -96,6 +96,35 @@ def test_labels_beside_their_images(semantic: dict[str, Any]) -> None:
     assert report.examples == 2
 
 
+def save_lying(path: Path, orientation: int) -> None:
+    """Saves an image that is stored in 3 rows and 2 columns, of which the left one is bright."""
+    pixels = np.zeros((3, 2, 3), np.uint8)
+    pixels[:, 0] = 200
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+
+
+def test_an_image_lies_as_its_label_does(semantic: dict[str, Any]) -> None:
+    # By 90 degrees clockwise: the left column becomes the upper row.
+    save_lying(semantic["images"] / "a.png", 6)
+    save_lying(semantic["images"] / "more" / "b.png", 6)
+    write_png(semantic["labels"] / "more" / "b.png", [[3, 1], [3, 1], [3, 1]])
+    convert_semantic_pngs(**semantic)
+    shown, stored = examples(semantic["output_dir"])
+    np.testing.assert_array_equal(shown["image"][..., 0], [[200, 200, 200], [0, 0, 0]])
+    assert shown["panoptic"].shape == (2, 3)
+    np.testing.assert_array_equal(stored["image"][..., 0], [[200, 0], [200, 0], [200, 0]])
+
+
+def test_an_orientation_that_sizes_do_not_tell_is_refused(semantic: dict[str, Any]) -> None:
+    save_lying(semantic["images"] / "a.png", 3)
+    with pytest.raises(
+        UserError, match=r"Image 'a\.png' of .*: its EXIF orientation is 3, .*; save the image without an"
+    ):
+        convert_semantic_pngs(**semantic)
+
+
 def test_semantic_command(semantic: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in semantic.items()]
     assert main(["convert", "semantic-pngs", *arguments, "--split", "val", "--ignore", "255", "3"]) == 0
@@ -228,6 +257,11 @@ def test_ade20k_faults_are_named(ade20k: dict[str, Any]) -> None:
         convert_ade20k(**ade20k)
     with pytest.raises(UserError, match="Unknown split of ADE20K 'training'"):
         convert_ade20k(**ade20k, splits=["training"])
+    (folder / "ade20k_panoptic_val.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"has ade20k_panoptic_val\.json but not such a JSON of every split, .* move this"
+    ):
+        convert_ade20k(**ade20k)
 
 
 def test_ade20k_command(ade20k: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

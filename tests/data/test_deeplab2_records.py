@@ -91,8 +91,12 @@ def test_cityscapes(tmp_path: Path) -> None:
 
 def test_wrong_data_set_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "records", CITYSCAPES)
-    message = r"Bad record: the label of image '0+' has the value 255000, which is class 996 with label_divisor 256; "
-    with pytest.raises(UserError, match=message + r"classes are 1\.\.133 and less than 1 for void"):
+    message = (
+        r"^Split 'train' in '.*records' cannot be read as DeepLab2's coco; if it is of another data set, name that one "
+        r"\(cityscapes\)\. Bad record: the label of image '0+' has the value 255000, which is class 996 with "
+        r"label_divisor 256; classes are 1\.\.133 and less than 1 for void"
+    )
+    with pytest.raises(UserError, match=message):
         describe_deeplab2_records(tmp_path / "records", "coco")
     assert not (tmp_path / "records" / "dataset_info.json").exists()
 

@@ -320,6 +320,22 @@ def test_a_killed_process(tmp_path: Path) -> None:
         assert len(kept) >= 3
 
 
+def test_what_killed_processes_have_left_is_removed(conversion: Conversion, tmp_path: Path) -> None:
+    conversion.run(tmp_path / "straight")
+    folder = tmp_path / "records"
+    folder.mkdir()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in ("dataset_info.json", ".train.conversion.json", "errors.jsonl"):
+        (folder / f".{name}.{ended.pid}").touch()
+    in_use = folder / f".dataset_info.json.{os.getppid()}"
+    in_use.touch()
+    conversion.run(folder)
+    assert in_use.exists()
+    in_use.unlink()
+    assert contents(folder) == contents(tmp_path / "straight")
+
+
 def test_fingerprint_sees_names_that_are_no_names(tmp_path: Path) -> None:
     conversion = Conversion(tmp_path / "inputs")
     names = [np.str_("a\0b"), "\udcff"]

@@ -13,6 +13,7 @@ from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.model.boxes import decode_boxes
 from deeplab2_like.model.detection import (
     BoxHead,
+    Detector,
     MaskHead,
     RoiConfig,
     RpnConfig,
@@ -587,6 +588,30 @@ def test_detections_use_the_deltas_of_their_class() -> None:
     weights = (10.0, 10.0, 5.0, 5.0)
     found = detect(np.array([[[0.0, 9, 0]]], np.float32), deltas, proposals, (64, 64), weights=weights, number=1)
     np.testing.assert_allclose(found["boxes"][0], decode_boxes(deltas[0, :, 1], proposals["boxes"][0], weights))
+
+
+def test_scores_have_a_gradient_in_training_and_are_the_same() -> None:
+    rpn = RpnConfig(channels=8, anchor_sizes=(16.0, 32.0), train_candidates=20, test_candidates=20, proposals=20)
+    roi = RoiConfig(samples=8, box_channels=8, mask_channels=8, mask_convolutions=1, detections=5)
+    detector = Detector(num_classes=2, strides={"p2": 4, "p3": 8}, roi_levels=("p2", "p3"), rpn=rpn, roi=roi)
+    rng = np.random.default_rng(0)
+    maps = {
+        level: tf.constant(rng.standard_normal((1, 64 // stride, 64 // stride, 8)), tf.float32)
+        for level, stride in (("p2", 4), ("p3", 8))
+    }
+    expected = detector(maps, image_size=(64, 64))
+    with tf.GradientTape() as tape:
+        tape.watch(maps)
+        found = detector(maps, image_size=(64, 64), targets=targets_by_hand(), detections=5)
+        total = ops.sum(found["scores"])
+    assert np.all(expected["scores"] > 0)
+    for name in ("boxes", "scores", "thing_classes", "masks"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+    gradients = tape.gradient(total, [*maps.values(), *(v.value for v in detector.box_head.trainable_variables)])
+    assert sum(float(np.abs(gradient).sum()) for gradient in gradients[:2]) > 0
+    # All layers of the box head but that of the deltas, which is the last.
+    assert all(np.abs(gradient).max() > 0 for gradient in gradients[2:-2])
+    assert gradients[-2:] == [None, None]
 
 
 def test_pasting_by_hand() -> None:

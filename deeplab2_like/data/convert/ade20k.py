@@ -47,13 +47,21 @@ def convert_ade20k(
         UserError: If an input is missing or faulty; splits that were converted before stay.
     """
     root, output_dir = Path(root), Path(output_dir)
-    reports = []
-    for split in splits or _FOLDERS:
+    splits = splits or tuple(_FOLDERS)
+    for split in splits:
         if split not in _FOLDERS:
             raise unknown_name("split of ADE20K", split, _FOLDERS)
+    prepared = [split for split in splits if (root / f"ade20k_panoptic_{split}.json").is_file()]
+    if 0 < len(prepared) < len(splits):
+        raise UserError(
+            f"'{root}' has ade20k_panoptic_{prepared[0]}.json but not such a JSON of every split, and the two kinds of "
+            "labels do not go together; add the others, or move this one away, so that all come from 'annotations'."
+        )
+    reports = []
+    for split in splits:
         images = root / "images" / _FOLDERS[split]
         panoptic = root / f"ade20k_panoptic_{split}"
-        if panoptic.with_suffix(".json").is_file():
+        if prepared:
             report = convert_coco_panoptic(
                 images=images,
                 panoptic=panoptic,

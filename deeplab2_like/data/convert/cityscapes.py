@@ -81,6 +81,11 @@ def convert_cityscapes(
         else:
             common.require_folder(labels / split, "label folder")
             examples = _list_instance_ids(images, labels / split)
+        if not examples:
+            raise UserError(
+                f"'{images}' has no image CITY/*{_IMAGE_ENDING}, nor '{labels / split}' a label; unpack the downloads "
+                f"so that their images lie in 'leftImg8bit/{split}/CITY'."
+            )
         reports.append(
             labelled_images.write_labelled_images(
                 examples,

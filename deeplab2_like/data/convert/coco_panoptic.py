@@ -226,6 +226,7 @@ def _make_record(example: _Example, *, images: Path, panoptic: Path, info: Datas
     content = files.read_file(images / example.name, "the image")
     png = panoptic / example.panoptic_name
     label = ids_to_panoptic(read_segment_ids(png), segments, info, png=f"'{png}'")
+    content = labelled_images.turn_like_label(content, label.shape, name=example.name)
     if max_side is not None:
         content, label = labelled_images.shrink(content, label, max_side, name=example.name)
     return tfrecord.serialize_example(image=content, panoptic=label, filename=example.name)

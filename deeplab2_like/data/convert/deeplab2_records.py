@@ -17,10 +17,12 @@ DATA_SETS = {
 }
 # DeepLab2 writes it without labels.
 _UNLABELLED_SPLIT = "test"
+# The values of one image may happen to make sense for the wrong data set, too.
+_RECORDS_TO_READ = 20
 
 
 def describe_deeplab2_records(records: Path, data_set: str) -> dict[str, int]:
-    """Writes `dataset_info.json` beside the records, after a look at the first one of each split.
+    """Writes `dataset_info.json` beside the records, after a look at the first ones of each split.
 
     Args:
         records: The folder of `SPLIT-00000-of-N.tfrecord` and on.
@@ -51,8 +53,15 @@ def describe_deeplab2_records(records: Path, data_set: str) -> dict[str, int]:
     for split in splits:
         files = tfrecord.list_shards(records, split)
         counts[split] = tfrecord.count_examples(files)
-        with tfrecord.user_errors(files):
-            for _ in pipeline.make_eval_dataset(files, dataset_info=info).take(1):
-                pass
+        try:
+            with tfrecord.user_errors(files):
+                for _ in pipeline.make_eval_dataset(files, dataset_info=info).take(_RECORDS_TO_READ):
+                    pass
+        except UserError as error:
+            others = ", ".join(name for name in DATA_SETS if name != data_set)
+            raise UserError(
+                f"Split '{split}' in '{records}' cannot be read as DeepLab2's {data_set}; if it is of another data "
+                f"set, name that one ({others}). {error}"
+            ) from error
     info.save(records)
     return counts

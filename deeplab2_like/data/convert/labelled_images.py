@@ -13,7 +13,7 @@ from PIL import Image
 from deeplab2_like.data import panoptic_label, tfrecord
 from deeplab2_like.data.convert import common
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.image_files import list_images
+from deeplab2_like.data.image_files import find_orientation, list_images, upright
 from deeplab2_like.data.label_runs import find_run_values
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import encode_png, read_file
@@ -89,6 +89,7 @@ def write_labelled_images(
     def make_record(item: NamedItem) -> bytes:
         try:
             image, panoptic = load(item, agreed)
+            image = turn_like_label(image, panoptic.shape, name=item.name)
             if max_side is not None:
                 image, panoptic = shrink(image, panoptic, max_side, name=item.name)
             return tfrecord.serialize_example(image=image, panoptic=panoptic, filename=item.name)
@@ -105,6 +106,35 @@ def write_labelled_images(
         options={"max_side": max_side, **(choices or {})},
         **options,
     )
+
+
+def turn_like_label(image: bytes, label_size: tuple[int, ...], *, name: str) -> bytes:
+    """Lays the pixels of an image as those of its label.
+
+    Some tools draw labels on an image as it is stored, others as its EXIF orientation shows it. Where the two have
+    different sizes, the label's size tells.
+
+    Args:
+        image: A whole image file's bytes.
+        label_size: Height and width of its label.
+        name: The image's name, for messages.
+
+    Returns:
+        The same bytes, or those of a PNG of the turned image.
+
+    Raises:
+        UserError: If the image has an orientation, and the label's size does not tell.
+    """
+    orientation, (height, width) = find_orientation(image)
+    if orientation == 1:
+        return image
+    if orientation < 5 or height == width:  # As many rows and columns, whichever way it is shown.
+        raise UserError(
+            f"its EXIF orientation is {orientation}, and the size does not tell whether its label was drawn on the "
+            "image as it is stored or as viewers show it; save the image without an orientation, turned (say with "
+            "`mogrify -auto-orient`) or as it is stored (`exiftool -Orientation=`), whichever fits the label."
+        )
+    return upright(image, name) if label_size == (width, height) else image
 
 
 def shrink(image: bytes, panoptic: np.ndarray, max_side: int, *, name: str) -> tuple[bytes, np.ndarray]:

@@ -14,19 +14,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Unpack
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from deeplab2_like import files
 from deeplab2_like.data import dataset_info
 from deeplab2_like.data.convert import common, labelled_images, shapes
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.image_files import IMAGE_SUFFIXES, list_files
+from deeplab2_like.data.image_files import IMAGE_SUFFIXES, list_files, upright
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import encode_png
 
 # labelme's own name for what shall not be learnt.
 _IGNORED = "__ignore__"
-_ORIENTATION = 0x0112  # The EXIF tag.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +93,8 @@ def convert_labelme(
         if example.json_file is None:
             raise UserError("it has no JSON of its name beside it; label it in labelme, or remove it.")
         content = _read_json(example.json_file)
-        image = _upright(_read_image(content, example.json_file))
+        # labelme turns an image before anything is drawn on it.
+        image = upright(_read_image(content, example.json_file), example.name)
         height, width = content.get("imageHeight"), content.get("imageWidth")
         if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
             raise UserError(f"'{example.json_file}' lacks 'imageHeight' or 'imageWidth'; save it again in labelme.")
@@ -172,19 +171,11 @@ def _read_image(content: dict[str, Any], json_file: Path) -> bytes:
     """Reads the image's file, or if there is none, what the JSON holds of it."""
     path = json_file.parent / _image_path(content)
     if not path.is_file() and content.get("imageData"):
-        return _decode_base64(content["imageData"], "'imageData'")
+        try:
+            return _decode_base64(content["imageData"], "'imageData'")
+        except UserError as error:
+            raise UserError(f"its JSON {error}; save it again in labelme.") from error
     return files.read_file(path, "the image")
-
-
-def _upright(image: bytes) -> bytes:
-    """Turns an image as its EXIF orientation says, as labelme does before anything is drawn on it."""
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            if opened.getexif().get(_ORIENTATION, 1) == 1:
-                return image
-            return encode_png(np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
-    except OSError:  # Unreadable; making the record says so.
-        return image
 
 
 def _read_shapes(content: dict[str, Any], size: tuple[int, int], info: DatasetInfo) -> list[shapes.Shape]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deeplab2_like import files
-from deeplab2_like.data import tfrecord
+from deeplab2_like.data import dataset_info, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 
@@ -221,6 +221,8 @@ class UnfinishedSplit:
             # The plan first: what a killed run leaves without it is not taken up.
             (self._hidden / "plan.json").unlink(missing_ok=True)
             shutil.rmtree(self._hidden)
+        for path in (self._record, self._folder / ERRORS_NAME, self._folder / dataset_info.FILE_NAME):
+            files.remove_leftovers(path)
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from deeplab2_like.model.boxes import take_rows
 from deeplab2_like.model.detection.masks import mask_targets
 from deeplab2_like.model.detection.roi_heads import (
     BoxHead,
@@ -125,7 +126,9 @@ class Detector(keras.layers.Layer):
             }
             outputs |= self._outputs_to_train(pyramid, rpn, proposals, targets)
         number = self.roi_config.detections if detections is None else detections
-        return outputs | self._detections(pyramid, proposals, image_size, number) if number else outputs
+        if not number:
+            return outputs
+        return outputs | self._detections(pyramid, proposals, image_size, number, training=training)
 
     def _outputs_to_train(
         self,
@@ -186,10 +189,13 @@ class Detector(keras.layers.Layer):
         proposals: Mapping[str, Tensor],
         image_size: tuple[Any, Any],
         number: int,
+        *,
+        training: bool,
     ) -> dict[str, Tensor]:
         """Boxes, scores, classes and masks of the best instances, so many of them."""
         roi = self.roi_config
-        class_logits, deltas = self.box_head(self.pool(pyramid, proposals["boxes"], roi.box_resolution))
+        fixed = {level: ops.stop_gradient(feature) for level, feature in pyramid.items()}
+        class_logits, deltas = self.box_head(self.pool(fixed, proposals["boxes"], roi.box_resolution))
         found = detect(
             class_logits,
             deltas,
@@ -201,6 +207,14 @@ class Detector(keras.layers.Layer):
             candidates=roi.candidates,
             number=number,
         )
+        if training:
+            # Scores have a gradient. As few proposals become detections, theirs are computed again, and all that the
+            # other proposals needed is forgotten.
+            boxes = take_rows(proposals["boxes"], found["proposal"])
+            class_logits, _ = self.box_head(self.pool(pyramid, boxes, roi.box_resolution))
+            chosen = ops.one_hot(found["classes"], self.num_classes + 1, dtype="float32")
+            scores = ops.sum(ops.softmax(class_logits, axis=-1) * chosen, axis=-1)
+            found["scores"] = ops.where(found["valid"], scores, 0.0)
         detections = {"boxes": found["boxes"], "scores": found["scores"], "thing_classes": found["classes"]}
         if self.mask_head is not None:
             detections["masks"] = self.masks(pyramid, found["boxes"], found["classes"])
