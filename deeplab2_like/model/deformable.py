@@ -93,7 +93,7 @@ class DeformableConvNorm(keras.layers.Layer):
 def deformable_convolution(inputs: Tensor, offset: Tensor, kernel: Tensor, *, strides: int, dilation: int) -> Tensor:
     """Adds up the taps of a kernel, each read where its offset points to.
 
-    One neighbour of one tap is read after the other, and the gradient reads all of them again: nothing of a tap is kept.
+    One tap is read after the other, and the gradient reads all of them again: nothing of a tap is kept.
 
     Args:
         inputs: float [B, H, W, C].

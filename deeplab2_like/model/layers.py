@@ -361,7 +361,8 @@ def once_there_is(earlier: Tensor, values: Tensor) -> Tensor:
     at the same time, and memory would hold them all.
     """
     first = ops.reshape(earlier, (-1,))[0]
-    return values + ops.cast(ops.minimum(ops.abs(first), 0), values.dtype)
+    # False, also if it is not a number: that must not become an index.
+    return values + ops.cast(ops.abs(first) < 0, values.dtype)
 
 
 def stage(function: _Function) -> _Function:
