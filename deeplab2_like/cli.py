@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"deeplab2-like: {error}", file=sys.stderr)
         return WRONG_USE
+    except PermissionError as error:
+        print(f"deeplab2-like: '{error.filename}' may not be read; change its permissions.", file=sys.stderr)
+        return WRONG_USE
     except SystemExit as stop:  # argparse has printed its help, or what it does not understand.
         return stop.code if isinstance(stop.code, int) else INTERNAL_FAILURE
     except KeyboardInterrupt:
@@ -298,7 +301,8 @@ def _describe_deeplab2_records(options: argparse.Namespace) -> None:
         print(f"Split '{split}': {count} examples.")
     print(f"Records in {options.records} can be trained on.")
     if options.check:
-        _check(options.records, splits=list(counts), workers=options.workers)
+        advice = "Mend the labels, and make the records again with DeepLab2."
+        _check(options.records, splits=list(counts), workers=options.workers, advice=advice)
 
 
 def _convert_source(name: str, options: argparse.Namespace) -> None:
@@ -347,7 +351,12 @@ def _convert(run: Callable[[argparse.Namespace], Sequence[Any] | None], options:
 
 
 def _check(
-    records: Path, *, workers: int, splits: Sequence[str] | None = None, more_faults: Sequence[Any] = ()
+    records: Path,
+    *,
+    workers: int,
+    splits: Sequence[str] | None = None,
+    more_faults: Sequence[Any] = (),
+    advice: str = "The records are written; mend the labels and convert again.",
 ) -> None:
     from deeplab2_like.inspection import inspect_records, print_inspection, raise_if_faulty
 
@@ -356,7 +365,7 @@ def _check(
             records, splits=splits, pictures=0, workers=workers, more_faults=more_faults, progress=progress
         )
     print_inspection(inspection)
-    raise_if_faulty(inspection, records, "The records are written; mend the labels and convert again.")
+    raise_if_faulty(inspection, records, advice)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -435,14 +444,14 @@ def _print_reports(reports: Sequence[Any], output_dir: Path) -> None:
 
 
 def _print_classes(records: Path) -> None:
-    """Prints the first names of things and stuff, where a misspelt one shows."""
+    """Prints the names of things and stuff, where a misspelt one shows."""
     from deeplab2_like.data.dataset_info import DatasetInfo
 
     categories = DatasetInfo.load(records).categories
     for kind, is_thing in (("things", True), ("stuff", False)):
         names = [category.name for category in categories if category.is_thing == is_thing]
         if names:
-            print(f"{kind} ({len(names)}): {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+            print(f"{kind} ({len(names)}): {'; '.join(names)}")
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Writing files so that they appear whole or not at all, and the names that outputs take from their images."""
 
+import contextlib
 import glob
 import json
 import os
@@ -24,7 +25,8 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
     for leftover in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*"):
         number = leftover.suffix[1:]
         if number.isascii() and number.isdigit() and not _is_running(int(number)):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # A folder that may only be read keeps them.
+                leftover.unlink()
 
 
 def _is_running(process: int) -> bool:

@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from deeplab2_like import files
-from deeplab2_like.data import panoptic_label
+from deeplab2_like.data import exif, panoptic_label
 from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE
 from deeplab2_like.errors import UserError
 
@@ -84,9 +84,8 @@ def decode_image_bytes(content: bytes, name: str) -> tuple[np.ndarray, bool]:
     Raises:
         UserError: If the bytes are not a whole image.
     """
-    if content[:4] in (b"II*\x00", b"MM\x00*"):  # TIFF, which TensorFlow does not read.
-        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        decoded = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    if exif.is_tiff(content):  # TensorFlow does not read it.
+        decoded = cv2.imdecode(np.frombuffer(exif.without_orientation(content), np.uint8), cv2.IMREAD_COLOR)
         if decoded is None:
             raise UserError(f"'{name}' is not a readable TIFF image, or cut short; save it again.")
         return np.ascontiguousarray(decoded[:, :, ::-1]), False

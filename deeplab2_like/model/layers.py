@@ -360,9 +360,9 @@ def once_there_is(earlier: Tensor, values: Tensor) -> Tensor:
     What is added is zero, which no compiler knows. Parts of a sum that do not depend on each other may else be computed
     at the same time, and memory would hold them all.
     """
-    first = ops.reshape(earlier, (-1,))[0]
-    # False, also if it is not a number: that must not become an index.
-    return values + ops.cast(ops.abs(first) < 0, values.dtype)
+    first = ops.sum(ops.reshape(earlier, (-1,))[:1])  # There may be none.
+    first = ops.where(ops.isnan(first), 0, first)  # What is not a number must not become an index.
+    return values + ops.cast(ops.minimum(ops.abs(first), 0), values.dtype)
 
 
 def stage(function: _Function) -> _Function:

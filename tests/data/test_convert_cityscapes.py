@@ -228,9 +228,9 @@ def test_command(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == [
         "Split 'train': 2 examples, 0 skipped.",
         f"Records are in {records}",
-        "things (8): person, rider, car, truck, bus, train, motorcycle, bicycle",
-        "stuff (11): road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, "
-        "terrain, ...",
+        "things (8): person; rider; car; truck; bus; train; motorcycle; bicycle",
+        "stuff (11): road; sidewalk; building; wall; fence; pole; traffic light; traffic sign; vegetation; "
+        "terrain; sky",
     ]
 
 

@@ -101,6 +101,25 @@ def test_wrong_data_set_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "records" / "dataset_info.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("label", "data_set", "message"),
+    [
+        # A person of COCO, 257, would be instance 257 of a road.
+        (
+            np.array([[0, 257, 257]] * 2, np.int32),
+            "cityscapes",
+            r"class 0, 'road', which is stuff, has an instance 257\.",
+        ),
+        # A road of Cityscapes, 0, would be void.
+        (np.zeros((2, 3), np.int32), "coco", r"All labels that were looked at are void\."),
+    ],
+)
+def test_labels_that_make_no_sense_are_refused(tmp_path: Path, label: np.ndarray, data_set: str, message: str) -> None:
+    write(tmp_path / "records", label)
+    with pytest.raises(UserError, match=message):
+        describe_deeplab2_records(tmp_path / "records", data_set)
+
+
 def test_negative_values_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "records", COCO - 1)
     with pytest.raises(UserError, match="has the value -1, which is class -1"):

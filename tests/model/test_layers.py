@@ -1,5 +1,6 @@
 """The building blocks: resizing and its gradient, padding, pooling, stages that are compiled on their own."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from deeplab2_like.model.layers import (
     SeparableConvNorm,
     average_pool_within,
     compiled_stages,
+    once_there_is,
     pad_to_multiple,
     phase_weights,
     resize_bilinear,
@@ -297,3 +299,17 @@ def test_grouped_convolution_is_that_of_tensorflow() -> None:
     # Nothing that needs XLA to run.
     graph = tf.function(layer).get_concrete_function(x).graph
     assert "PartitionedCall" not in {operation.type for operation in graph.get_operations()}
+
+
+def test_waiting_adds_nothing() -> None:
+    for earlier in (tf.constant([3.0, 4.0]), tf.constant([np.nan]), tf.constant([-np.inf]), tf.zeros((0, 3))):
+        for values in (tf.constant([1, 2]), tf.constant([0.5])):
+            np.testing.assert_array_equal(once_there_is(earlier, values), values)
+
+
+def test_compilers_keep_the_waiting() -> None:
+    wait = tf.function(lambda earlier, values: once_there_is(earlier * earlier, values), jit_compile=True)
+    program = wait.experimental_get_compiler_ir(tf.zeros(4), tf.constant([1, 2, 3]))(stage="optimized_hlo")
+    entry = program.rpartition("ENTRY")[2]
+    (earlier,) = re.findall(r"(%\S+) = \S+ parameter\(0\)", entry)
+    assert entry.count(earlier) > 1  # It is used.

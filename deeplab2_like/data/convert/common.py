@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
@@ -238,8 +239,12 @@ def agree_on_dataset_info(
 def _first_difference(existing: DatasetInfo, info: DatasetInfo) -> str:
     """Says in words where the categories of two data sets part."""
     for old, new in zip(existing.categories, info.categories, strict=False):
-        if old != new:
+        if (old.id, old.name) != (new.id, new.name):
             return f"id {old.id} '{old.name}' there, id {new.id} '{new.name}' here"
+        if old.is_thing != new.is_thing:
+            return f"'{old.name}' is a thing in one and stuff in the other"
+        if old.color != new.color:
+            return f"'{old.name}' has the colour {old.color} there and {new.color} here"
     return f"{existing.num_classes} categories there, {info.num_classes} here"
 
 
@@ -247,3 +252,5 @@ def require_folder(folder: Path, what: str) -> None:
     """Raises `UserError` unless `folder`, described by `what`, exists."""
     if not folder.is_dir():
         raise UserError(f"The {what} '{folder}' does not exist or is no folder; check the path.")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"The {what} '{folder}' may not be read; change its permissions.")

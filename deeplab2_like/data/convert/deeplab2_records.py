@@ -5,6 +5,9 @@ The facts are those of DeepLab2's `data/dataset.py`.
 
 from pathlib import Path
 
+import numpy as np
+import tensorflow as tf
+
 from deeplab2_like.data import dataset_info, known_datasets, pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError, unknown_name
@@ -55,13 +58,30 @@ def describe_deeplab2_records(records: Path, data_set: str) -> dict[str, int]:
         counts[split] = tfrecord.count_examples(files)
         try:
             with tfrecord.user_errors(files):
-                for _ in pipeline.make_eval_dataset(files, dataset_info=info).take(_RECORDS_TO_READ):
-                    pass
+                _check_labels(pipeline.make_eval_dataset(files, dataset_info=info).take(_RECORDS_TO_READ), info)
         except UserError as error:
             others = ", ".join(name for name in DATA_SETS if name != data_set)
             raise UserError(
                 f"Split '{split}' in '{records}' cannot be read as DeepLab2's {data_set}; if it is of another data "
-                f"set, name that one ({others}). {error}"
+                f"set, name that one ({others}). {str(error).removesuffix(' Convert the data set again.')}"
             ) from error
     info.save(records)
     return counts
+
+
+def _check_labels(dataset: tf.data.Dataset, info: DatasetInfo) -> None:
+    """Raises `UserError` if labels make no sense, as is likely if they are read as another data set's."""
+    is_empty = True
+    for example in dataset.as_numpy_iterator():
+        values = np.unique(example["panoptic"])
+        values = values[values != info.void]
+        is_empty &= not values.size
+        wrong = values[np.isin(values // info.label_divisor, info.stuff_classes) & (values % info.label_divisor > 0)]
+        if wrong.size:
+            class_id, instance = divmod(int(wrong[0]), info.label_divisor)
+            raise UserError(
+                f"In the label of image '{example['image_id'].decode(errors='replace')}' class {class_id}, "
+                f"'{info.categories[class_id].name}', which is stuff, has an instance {instance}."
+            )
+    if is_empty:
+        raise UserError("All labels that were looked at are void.")

@@ -13,7 +13,8 @@ from PIL import Image
 from deeplab2_like.data import panoptic_label, tfrecord
 from deeplab2_like.data.convert import common
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.image_files import find_orientation, list_images, upright
+from deeplab2_like.data.exif import find_orientation, turn
+from deeplab2_like.data.image_files import list_images
 from deeplab2_like.data.label_runs import find_run_values
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import encode_png, read_file
@@ -125,16 +126,37 @@ def turn_like_label(image: bytes, label_size: tuple[int, ...], *, name: str) -> 
     Raises:
         UserError: If the image has an orientation, and the label's size does not tell.
     """
-    orientation, (height, width) = find_orientation(image)
+    orientation = find_orientation(image)
     if orientation == 1:
         return image
-    if orientation < 5 or height == width:  # As many rows and columns, whichever way it is shown.
+    stored, _ = tfrecord.decode_image_bytes(image, name)
+    shown = turn(stored, orientation)
+    if stored.shape != shown.shape:
+        return encode_png(shown) if label_size == shown.shape[:2] else image
+    if label_size == stored.shape[:2]:
         raise UserError(
             f"its EXIF orientation is {orientation}, and the size does not tell whether its label was drawn on the "
             "image as it is stored or as viewers show it; save the image without an orientation, turned (say with "
             "`mogrify -auto-orient`) or as it is stored (`exiftool -Orientation=`), whichever fits the label."
         )
-    return upright(image, name) if label_size == (width, height) else image
+    return image  # Making the record says that the sizes differ.
+
+
+def upright(image: bytes, name: str) -> bytes:
+    """Turns an image as viewers show it.
+
+    Args:
+        image: A whole image file's bytes.
+        name: The image's name, for messages.
+
+    Returns:
+        The same bytes if there is nothing to turn, else those of a PNG.
+
+    Raises:
+        UserError: If an image to be turned cannot be read.
+    """
+    orientation = find_orientation(image)
+    return image if orientation == 1 else encode_png(turn(tfrecord.decode_image_bytes(image, name)[0], orientation))
 
 
 def shrink(image: bytes, panoptic: np.ndarray, max_side: int, *, name: str) -> tuple[bytes, np.ndarray]:

@@ -20,7 +20,7 @@ from deeplab2_like import files
 from deeplab2_like.data import dataset_info
 from deeplab2_like.data.convert import common, labelled_images, shapes
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.image_files import IMAGE_SUFFIXES, list_files, upright
+from deeplab2_like.data.image_files import IMAGE_SUFFIXES, list_files
 from deeplab2_like.errors import UserError
 
 # labelme's own name for what shall not be learnt.
@@ -94,7 +94,7 @@ def convert_labelme(
             raise UserError("it has no JSON of its name beside it; label it in labelme, or remove it.")
         content = _read_json(example.json_file)
         # labelme turns an image before anything is drawn on it.
-        image = upright(_read_image(content, example.json_file), example.name)
+        image = labelled_images.upright(_read_image(content, example.json_file), example.name)
         height, width = content.get("imageHeight"), content.get("imageWidth")
         if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
             raise UserError(f"'{example.json_file}' lacks 'imageHeight' or 'imageWidth'; save it again in labelme.")

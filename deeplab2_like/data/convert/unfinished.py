@@ -27,7 +27,7 @@ ERRORS_NAME = "errors.jsonl"
 _STATE_KEYS = ("fingerprint", "bytes", "examples", "skipped")
 
 # Raised whenever equal inputs and options give other bytes than before, so that old and new files do not mix.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def make_plan(info: DatasetInfo, *, examples: int, shards: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +117,8 @@ class UnfinishedSplit:
             UserError: If an earlier run was of something else, or the folder cannot be written.
         """
         plan = _read(self._hidden / "plan.json")
-        if self._fingerprints is None or plan is None or not self._has_finished():
+        is_ours = plan is not None and plan.get("format") == _FORMAT
+        if self._fingerprints is None or not is_ours or not self._has_finished():
             with self._write_errors():
                 self._remove()
         elif plan != self._plan:
