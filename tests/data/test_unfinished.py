@@ -215,6 +215,17 @@ def test_another_interrupted_conversion_is_refused(
     assert contents(tmp_path) == before
 
 
+def test_what_another_version_has_begun_is_begun_anew(conversion: Conversion, tmp_path: Path) -> None:
+    conversion.inputs[6].write_text("bad")
+    with pytest.raises(UserError, match="is bad"):
+        conversion.run(tmp_path)
+    plan = tmp_path / ".train.conversion" / "plan.json"
+    plan.write_text(json.dumps({**json.loads(plan.read_bytes()), "format": 1}))
+    conversion.inputs[6].write_text("good")
+    report = conversion.run(tmp_path)
+    assert (len(conversion.made), report.kept_files) == (COUNT, 0)
+
+
 def test_skipped_examples_are_reported_by_split(conversion: Conversion, tmp_path: Path) -> None:
     for number in (0, 5):
         conversion.inputs[number].write_text("bad")
