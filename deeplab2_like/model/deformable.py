@@ -159,16 +159,18 @@ def _add_up_taps(
             to_flat, to_kernels, *to_points = sums
             of_read = ops.matmul(change, ops.transpose(once_there_is(to_flat, kernels[tap])))  # [B, P, C]
             read = ops.zeros_like(of_read)
-            to_y, to_x, to_factor = (ops.zeros(number, "float32") for _ in to_points)
+            # TensorFlow turns sums of several terms into one operation, which fails in loops: hence these lists, and
+            # the waiting for `read`.
+            to_y, to_x, to_factor = [], [], []
             for corner in range(4):
                 neighbour = _neighbour(once_there_is(to_flat, y[tap]), x[tap], (batch, height, width), corner)
-                values = ops.take(flat, neighbour.index, axis=0)  # [B, P, C]
+                values = ops.take(flat, once_there_is(read, neighbour.index), axis=0)  # [B, P, C]
                 share = (neighbour.along_y * neighbour.along_x * factor[tap])[..., None]  # [B, P, 1]
                 read = read + values * ops.cast(share, values.dtype)
                 agreement = ops.sum(ops.cast(values * of_read, "float32"), axis=-1)  # [B, P]
-                to_y = to_y + agreement * neighbour.change_along_y * neighbour.along_x
-                to_x = to_x + agreement * neighbour.along_y * neighbour.change_along_x
-                to_factor = to_factor + agreement * neighbour.along_y * neighbour.along_x
+                to_y.append(agreement * neighbour.change_along_y * neighbour.along_x)
+                to_x.append(agreement * neighbour.along_y * neighbour.change_along_x)
+                to_factor.append(agreement * neighbour.along_y * neighbour.along_x)
                 to_flat = to_flat + ops.segment_sum(
                     ops.reshape(ops.cast(of_read, "float32") * share, (-1, channels)),
                     ops.reshape(neighbour.index, (-1,)),
@@ -176,6 +178,7 @@ def _add_up_taps(
                 )
             by_channel = ops.transpose(ops.reshape(read, (-1, channels)))  # [C, B * P]
             to_kernel = ops.matmul(by_channel, ops.reshape(change, (-1, filters)))  # [C, F]
+            to_y, to_x, to_factor = (ops.sum(ops.stack(terms), axis=0) for terms in (to_y, to_x, to_factor))
             # Each tap fills a row of its own.
             is_row = (ops.arange(taps) == tap)[:, None, None]
             of_tap = (to_kernel, to_y * factor[tap], to_x * factor[tap], to_factor)

@@ -128,3 +128,22 @@ def test_multiply_adds_count_both_convolutions() -> None:
     assert description.multiply_adds == 100 * 9 * 5 * (27 + 4)
     assert description.parameters == 9 * 5 * (27 + 4) + 27 + 4
     assert description.uncounted == []
+
+
+def test_large_maps_train_for_several_steps() -> None:
+    # Where a graph takes more than 200 MB, TensorFlow rewrites sums of large terms so that they fail in a loop.
+    inputs, offset, kernel = tf.ones((1, 128, 128, 256)), tf.zeros((1, 128, 128, 27)), tf.ones((3, 3, 256, 8))
+
+    @tf.function(autograph=False)
+    def step(*tensors: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            total = tf.reduce_sum(deformable_convolution(*tensors, strides=1, dilation=1))
+        return tape.gradient(total, tensors)
+
+    for _ in range(2):
+        to_inputs, _, to_kernel = step(inputs, offset, kernel)
+    # Modulations are 1/2. Inside of the map, a pixel is read by 9 taps, each for 8 filters.
+    assert to_inputs[0, 64, 64, 0] == 36
+    # The tap in the middle reads all pixels.
+    assert to_kernel[1, 1, 0, 0] == 128 * 128 / 2
