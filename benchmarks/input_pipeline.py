@@ -176,12 +176,11 @@ def main() -> int:
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be 1 or more, got {getattr(arguments, name)}")
     if arguments.run:
-        folder, way, *size_and_batches = arguments.run
-        height, width, batches = map(int, size_and_batches)
+        folder, way, *numbers = arguments.run
+        height, width, batches = map(int, numbers)
         print(json.dumps(run_pipeline(Path(folder), way, (height, width), batches)))
         return 0
-    numbers = {"runs": arguments.runs, "rounds": arguments.rounds, "batches": arguments.batches}
-    rows = [measure(name, **numbers) for name in CASES]
+    rows = [measure(name, runs=arguments.runs, rounds=arguments.rounds, batches=arguments.batches) for name in CASES]
     show(rows)
     passed = all(
         row["targets"]["equal"]

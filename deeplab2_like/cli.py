@@ -447,11 +447,11 @@ def _print_classes(records: Path) -> None:
     """Prints the names of things and stuff, where a misspelt one shows."""
     from deeplab2_like.data.dataset_info import DatasetInfo
 
-    categories = DatasetInfo.load(records).categories
-    for kind, is_thing in (("things", True), ("stuff", False)):
-        names = [category.name for category in categories if category.is_thing == is_thing]
-        if names:
-            print(f"{kind} ({len(names)}): {'; '.join(names)}")
+    info = DatasetInfo.load(records)
+    for kind, class_ids in (("things", info.thing_classes), ("stuff", info.stuff_classes)):
+        if class_ids:
+            names = "; ".join(info.categories[class_id].name for class_id in class_ids)
+            print(f"{kind} ({len(class_ids)}): {names}")
 
 
 def _train(options: argparse.Namespace) -> None:

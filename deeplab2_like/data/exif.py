@@ -54,8 +54,8 @@ def _exif_block(content: bytes) -> bytes:
     """The EXIF data in a file, which is built as a TIFF file; empty if there is none."""
     block = b""
     if is_tiff(content):
-        return content
-    if content[:3] == b"\xff\xd8\xff":
+        block = content
+    elif content[:3] == b"\xff\xd8\xff":
         if found := _JPEG_BLOCK.search(content):  # The length counts from itself on.
             block = content[found.end() : found.start() + 2 + int.from_bytes(found[1], "big")]
     elif content[:4] == b"\x89PNG":

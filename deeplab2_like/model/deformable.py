@@ -208,6 +208,7 @@ def read_bilinear(values: Tensor, y: Tensor, x: Tensor, factor: Tensor) -> Tenso
     flat = ops.reshape(values, (batch * height * width, values.shape[-1]))
     result = ops.zeros((*ops.shape(y), values.shape[-1]), values.dtype)
     for corner in range(4):
+        # Waiting keeps this from becoming one operation, which fails in the loop over the taps; see `_add_up_taps`.
         neighbour = _neighbour(once_there_is(result, y), x, (batch, height, width), corner)
         share = ops.cast(neighbour.along_y * neighbour.along_x * factor, values.dtype)[..., None]  # [B, P, 1]
         result = result + ops.take(flat, neighbour.index, axis=0) * share

@@ -351,9 +351,6 @@ def average_pool_within(x: Tensor, window: tuple[int, int]) -> Tensor:
     return x
 
 
-_stage_compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
-
-
 def once_there_is(earlier: Tensor, values: Tensor) -> Tensor:
     """Returns `values`, but lets whatever uses them wait until `earlier` is computed.
 
@@ -363,6 +360,9 @@ def once_there_is(earlier: Tensor, values: Tensor) -> Tensor:
     first = ops.sum(ops.reshape(earlier, (-1,))[:1])  # There may be none.
     first = ops.where(ops.isnan(first), 0, first)  # What is not a number must not become an index.
     return values + ops.cast(ops.minimum(ops.abs(first), 0), values.dtype)
+
+
+_stage_compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
 
 
 def stage(function: _Function) -> _Function:

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from deeplab2_like.data import dataset_info, known_datasets, pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.errors import UserError, unknown_name
 
 # Cityscapes has train ids and 255 for void; COCO has its 133 classes from 1 on, in their order, and 0 for void. Crowd
@@ -73,7 +74,7 @@ def _check_labels(dataset: tf.data.Dataset, info: DatasetInfo) -> None:
     """Raises `UserError` if labels make no sense, as is likely if they are read as another data set's."""
     is_empty = True
     for example in dataset.as_numpy_iterator():
-        values = np.unique(example["panoptic"])
+        values = list_segments(example["panoptic"]).values
         values = values[values != info.void]
         is_empty &= not values.size
         wrong = values[np.isin(values // info.label_divisor, info.stuff_classes) & (values % info.label_divisor > 0)]
