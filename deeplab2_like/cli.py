@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"deeplab2-like: {error}", file=sys.stderr)
         return WRONG_USE
     except PermissionError as error:
-        print(f"deeplab2-like: '{error.filename}' may not be read; change its permissions.", file=sys.stderr)
+        print(f"deeplab2-like: no permission for '{error.filename}'; change who may use it.", file=sys.stderr)
         return WRONG_USE
     except SystemExit as stop:  # argparse has printed its help, or what it does not understand.
         return stop.code if isinstance(stop.code, int) else INTERNAL_FAILURE

@@ -542,6 +542,16 @@ def test_internal_failure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "this is a fault of the program" in err.splitlines()[-1]
 
 
+def test_what_may_not_be_used_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "secret/x.json")
+
+    monkeypatch.setattr(cli, "_describe", refuse)
+    status, out, err = run("describe", "--config", "x")
+    assert (status, out) == (2, "")
+    assert err == "deeplab2-like: no permission for 'secret/x.json'; change who may use it.\n"
+
+
 def test_stopped_by_the_user(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(_: Any) -> None:
         raise KeyboardInterrupt
