@@ -3,11 +3,12 @@
 Once a training has been evaluated while it ran, `best/` holds the checkpoint of the highest PQ.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import tensorflow as tf
 from deeplab2_like.configs import Config, load_config, save_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import beside, cannot_write, write_atomically
+from deeplab2_like.files import beside, cannot_write, literal_folder, write_atomically
 from deeplab2_like.model import PanopticSystem, build_system
 
 CONFIG_FILE = "config.yaml"
@@ -208,9 +209,10 @@ def newest_whole_checkpoint(paths: Sequence[str]) -> str:
 
 def _is_whole(path: str) -> bool:
     try:
-        reader = tf.train.load_checkpoint(path)
-        for name in reader.get_variable_to_shape_map():
-            reader.get_tensor(name)
+        with _literal_path(path) as readable:
+            reader = tf.train.load_checkpoint(readable)
+            for name in reader.get_variable_to_shape_map():
+                reader.get_tensor(name)
     except _DAMAGES:
         return False
     return True
@@ -308,6 +310,13 @@ def make_checkpoint_manager(
     )
 
 
+def _delete_checkpoint(path: str) -> None:
+    """Deletes the files of a checkpoint; `path` is without ending. The index goes first, as it stands for the rest."""
+    Path(f"{path}.index").unlink(missing_ok=True)
+    for file in Path(path).parent.glob(f"{Path(path).name}.*"):
+        file.unlink(missing_ok=True)
+
+
 class _CheckpointManager(tf.train.CheckpointManager):
     """Saves at multiples of its interval; TensorFlow's own counts from wherever the first loop happens to end."""
 
@@ -320,6 +329,11 @@ class _CheckpointManager(tf.train.CheckpointManager):
             return None
         self._saved = number
         return super().save(number, check_interval=False, options=options)
+
+    def _sweep(self) -> None:
+        """Deletes the oldest checkpoints. TensorFlow's own takes a path for a pattern, which other runs may match."""
+        while len(self._maybe_delete) > self._max_to_keep:
+            _delete_checkpoint(self._maybe_delete.popitem(last=False)[0])
 
     def restore_or_initialize(self) -> str | None:
         """Does nothing, though Orbit asks for it: `train` has restored, and knows which checkpoints are damaged."""
@@ -401,7 +415,8 @@ def restore(checkpoint: tf.train.Checkpoint, path: str) -> None:
             f"use the config it was trained with{''.join(keys)}."
         )
     try:
-        checkpoint.read(path).expect_partial().assert_existing_objects_matched()
+        with _literal_path(path) as readable:
+            checkpoint.read(readable).expect_partial().assert_existing_objects_matched()
     except _DAMAGES as error:
         raise _damaged(path) from error
 
@@ -451,10 +466,18 @@ def load_what_fits(system: PanopticSystem, source: str | os.PathLike[str]) -> No
 def _read_shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of what a checkpoint holds, by their keys in it without ending."""
     try:
-        shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
+        with _literal_path(path) as readable:
+            shapes = tf.train.load_checkpoint(readable).get_variable_to_shape_map()
     except _DAMAGES as error:
         raise _damaged(path) from error
     return {name.removesuffix(_VALUE): tuple(shape) for name, shape in shapes.items() if name.endswith(_VALUE)}
+
+
+@contextlib.contextmanager
+def _literal_path(path: str) -> Iterator[str]:
+    """A path of a checkpoint, without ending, that TensorFlow reads as it is, see `literal_folder`."""
+    with literal_folder(os.path.dirname(path)) as folder:
+        yield str(folder / os.path.basename(path))
 
 
 def _tracked_variables(checkpoint: tf.train.Checkpoint) -> dict[str, tf.Variable]:

@@ -4,7 +4,9 @@ import contextlib
 import glob
 import json
 import os
-from collections.abc import Sequence
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +183,42 @@ def image_ids_of_names(names: Sequence[str]) -> list[int | str]:
     ids = [image_id_of_name(name) for name in names]
     all_numbers = all(isinstance(image_id, int) for image_id in ids)
     return ids if all_numbers and len(set(ids)) == len(ids) else list(names)
+
+
+# A letter alone is a drive of Windows. `Path` makes one slash of two.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+
+
+def require_local(path: str | os.PathLike[str]) -> None:
+    """Refuses addresses such as `gs://bucket/run`, which Python would take for a local folder `gs:`.
+
+    Raises:
+        UserError: If it is one.
+    """
+    text = os.fspath(path)
+    if found := _ADDRESS.match(text):
+        address = f"{found[1]}://{text[found.end() :]}"
+        raise UserError(
+            f"'{address}' is not a local path, and only local paths work; copy the data to a local folder, or mount "
+            "the bucket and give the folder it is mounted on."
+        )
+
+
+@contextlib.contextmanager
+def literal_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a folder to functions of TensorFlow that take a path for a pattern, such as those that read a checkpoint.
+
+    Args:
+        folder: The folder.
+
+    Yields:
+        The folder, or a link to it if its path has characters that stand for others in a pattern. Errors of TensorFlow
+        then name the link.
+    """
+    if not re.search(r"[][*?\\]", os.fspath(folder)):
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "folder"
+        link.symlink_to(os.path.abspath(folder), target_is_directory=True)
+        yield link

@@ -16,7 +16,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.image_files import list_images, read_image
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter, segments_info
-from deeplab2_like.files import distinct_names, image_ids_of_names, make_folder, write_png
+from deeplab2_like.files import distinct_names, image_ids_of_names, literal_folder, make_folder, write_png
 from deeplab2_like.visualize import draw_overlay, side_by_side
 
 
@@ -115,7 +115,8 @@ class Predictor:
         self.dataset_info = DatasetInfo.load(folder)
         # TensorFlow has no type of its own for the error that a damaged file gives.
         try:
-            self._model = tf.saved_model.load(str(folder))
+            with literal_folder(folder) as readable:
+                self._model = tf.saved_model.load(str(readable))
         except (OSError, ValueError, RuntimeError, LookupError, AttributeError, tf.errors.OpError) as error:
             raise UserError(
                 f"The exported model '{folder}' is damaged ({_first_line(error)}); export it again."

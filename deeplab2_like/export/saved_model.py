@@ -202,7 +202,8 @@ def _check(folder: Path, infer: tf.types.experimental.ConcreteFunction) -> None:
     Raises:
         RuntimeError: If they differ.
     """
-    loaded = tf.saved_model.load(str(folder)).signatures["serving_default"]
+    with files.literal_folder(folder) as readable:
+        loaded = tf.saved_model.load(str(readable)).signatures["serving_default"]
     noise = np.random.default_rng(0).integers(0, 256, (1, *_CHECK_SIZE, 3), np.uint8)
     expected = infer(tf.constant(noise))["panoptic"].numpy()
     received = loaded(images=tf.constant(noise))["panoptic"].numpy()
