@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; by default those of the command line.
 
     Returns:
-        Exit status: 0 for success, also of `--help`, 2 for wrong use or input, 1 for an internal failure, 143 for a
-        training that SIGTERM has stopped.
+        Exit status: 0 for success, also of `--help`, 2 for wrong use or input, 1 for an internal failure; after a
+        signal 128 + its number: 130 for Ctrl-C, and for a training that has saved and stopped also 129 (SIGHUP) and
+        143 (SIGTERM).
     """
     # TensorFlow's own messages would drown what the commands say; whoever looks for a fault sets the level to 0.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else INTERNAL_FAILURE
     except KeyboardInterrupt:
         print("deeplab2-like: stopped.", file=sys.stderr)
-        return INTERNAL_FAILURE
+        return 128 + signal.SIGINT
     except Exception:
         traceback.print_exc()
         print("deeplab2-like: this is a fault of the program, not of yours; please report it.", file=sys.stderr)

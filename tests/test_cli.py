@@ -557,4 +557,4 @@ def test_stopped_by_the_user(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_describe", stop)
-    assert run("describe", "--config", "x") == (1, "", "deeplab2-like: stopped.\n")
+    assert run("describe", "--config", "x") == (130, "", "deeplab2-like: stopped.\n")
