@@ -553,6 +553,7 @@ def _describe(options: argparse.Namespace) -> None:
     from deeplab2_like.files import write_atomically
     from deeplab2_like.model import build_system
     from deeplab2_like.model.describe import describe, print_description
+    from deeplab2_like.temporary import remove_leftovers
 
     config = load_config(options.config, options.set)
     info = None
@@ -563,4 +564,5 @@ def _describe(options: argparse.Namespace) -> None:
     description = describe(build_system(config, info), height, width)
     print_description(description)
     if options.json is not None:
+        remove_leftovers(options.json.parent, of=options.json.name)
         write_atomically(options.json, (json.dumps(description.to_dict(), indent=1) + "\n").encode())

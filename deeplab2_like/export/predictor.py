@@ -16,7 +16,8 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.image_files import list_images, read_image
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter, segments_info
-from deeplab2_like.files import distinct_names, image_ids_of_names, make_folder, write_png
+from deeplab2_like.files import distinct_names, image_ids_of_names, write_png
+from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.visualize import draw_overlay, side_by_side
 
 
@@ -240,9 +241,8 @@ def predict_files(
     for folder in (pictures_dir, writer.png_dir):
         if files[0].resolve().parent == folder.resolve():
             raise UserError(f"The output would replace the images in '{folder}'; choose another output folder.")
-    make_folder(output_dir)
-    # The JSON of an earlier run must not describe the PNG files of this one, should it end early.
-    writer.json_file.unlink(missing_ok=True)
+    writer.start()
+    remove_leftovers(pictures_dir)
 
     skipped: list[str] = []
     for done, (file, name, image_id) in enumerate(zip(files, names, image_ids, strict=True), start=1):

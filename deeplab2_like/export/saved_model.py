@@ -13,7 +13,6 @@ Signatures, all returning the dictionary of `PanopticSystem.postprocess`:
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.evaluate import compile_with_xla
 from deeplab2_like.model.layers import compiled_stages
 from deeplab2_like.model.system import PanopticSystem
+from deeplab2_like.temporary import TemporaryFolder, remove_leftovers
 
 _MODEL_FILE = "saved_model.pb"
 
@@ -175,23 +175,12 @@ def _folder_beside(folder: Path, *, name: str) -> Iterator[Path]:
     Raises:
         UserError: If nothing can be written there.
     """
-    beside = files.beside(folder)
-    replaced = beside.with_name(f"{beside.name}.replaced")
     try:
-        try:
-            beside.mkdir(parents=True)
-            yield beside
-            if folder.exists():
-                folder.rename(replaced)
-            try:
-                beside.rename(folder)
-            except OSError:
-                if replaced.exists():
-                    replaced.rename(folder)
-                raise
-        finally:
-            for leftover in (beside, replaced):
-                shutil.rmtree(leftover, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder.parent, of=folder.name)
+        with TemporaryFolder(folder) as temporary:
+            yield temporary.path
+            temporary.replace()
     except (OSError, tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError) as error:
         raise files.cannot_write(name, error) from error
 
