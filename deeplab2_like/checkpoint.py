@@ -18,8 +18,9 @@ import tensorflow as tf
 from deeplab2_like.configs import Config, load_config, save_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import beside, cannot_write, literal_folder, write_atomically
+from deeplab2_like.files import cannot_write, literal_folder, make_folder, write_atomically
 from deeplab2_like.model import PanopticSystem, build_system
+from deeplab2_like.temporary import TemporaryFolder, remove_leftovers
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -78,6 +79,9 @@ def prepare_model_folder(model_dir: str | os.PathLike[str], config: Config, data
         # The folder is used from wherever, so it cannot keep a path that counts from here.
         data = config.data.model_copy(update={"path": os.path.abspath(config.data.path)})
         config = config.model_copy(update={"data": data})
+    make_folder(folder)
+    for name in (CHECKPOINT_FOLDER, BEST_FOLDER):
+        remove_leftovers(folder / name)
     dataset_info.save(folder)
     save_config(config, folder / CONFIG_FILE)
 
@@ -257,10 +261,11 @@ def keep_best(model_dir: str | os.PathLike[str], system: PanopticSystem, *, step
     folder, name = Path(model_dir) / BEST_FOLDER, f"{CHECKPOINT_NAME}-{step}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        hidden = beside(folder / name)
-        make_checkpoint(system).write(str(hidden))
-        for file in sorted(folder.glob(f"{hidden.name}.*")):
-            file.replace(folder / file.name.replace(hidden.name, name, 1))
+        remove_leftovers(folder)
+        with TemporaryFolder(folder / name) as temporary:
+            make_checkpoint(system).write(str(temporary.path / name))
+            for file in sorted(temporary.path.iterdir()):
+                file.replace(folder / file.name)
         # The note comes last, as it names what is whole.
         write_atomically(folder / BEST_FILE, (json.dumps({"step": step, "pq": pq}) + "\n").encode())
         if best is not None and Path(best[0]).name != name:

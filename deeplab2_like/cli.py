@@ -155,14 +155,31 @@ def _make_parser() -> argparse.ArgumentParser:
 
     export = add("export", _export, "Export a trained model as a SavedModel.")
     export.add_argument("--model-dir", type=Path, required=True, help="folder that training wrote")
-    export.add_argument("--output-dir", type=Path, required=True, help="folder of the SavedModel")
+    export.add_argument(
+        "--output-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of versions, which gets the next number (DIR/1, DIR/2, ...), or a version such as DIR/3",
+    )
+    export.add_argument(
+        "--replace",
+        action="store_true",
+        help="replace the version that --output-dir names, or without a number the newest one",
+    )
     export.add_argument(
         "--checkpoint", default="last", metavar="last|best|STEP", help="which checkpoint (default: %(default)s)"
     )
     _add_set(export)
 
     predict = add("predict", _predict, "Run an exported model on images; write pictures and COCO panoptic files.")
-    predict.add_argument("--model", type=Path, required=True, metavar="EXPORTED_DIR", help="folder that export wrote")
+    predict.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="EXPORTED_DIR",
+        help="a version, or a folder of versions, of which the newest is taken",
+    )
     predict.add_argument("--input", type=Path, required=True, metavar="FILE_OR_DIR", help="an image, or a folder")
     predict.add_argument("--output-dir", type=Path, required=True, help="folder for the results")
     predict.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do with a bad image")
@@ -527,8 +544,14 @@ def _evaluate_files(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from deeplab2_like.export.saved_model import export_model_folder
 
-    export_model_folder(options.model_dir, options.output_dir, checkpoint=options.checkpoint, overrides=options.set)
-    print(f"SavedModel is in {options.output_dir}")
+    exported = export_model_folder(
+        options.model_dir,
+        options.output_dir,
+        checkpoint=options.checkpoint,
+        overrides=options.set,
+        replace=options.replace,
+    )
+    print(f"SavedModel is in {exported}")
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -555,6 +578,7 @@ def _describe(options: argparse.Namespace) -> None:
     from deeplab2_like.files import write_atomically
     from deeplab2_like.model import build_system
     from deeplab2_like.model.describe import describe, print_description
+    from deeplab2_like.temporary import remove_leftovers
 
     config = load_config(options.config, options.set)
     info = None
@@ -565,4 +589,5 @@ def _describe(options: argparse.Namespace) -> None:
     description = describe(build_system(config, info), height, width)
     print_description(description)
     if options.json is not None:
+        remove_leftovers(options.json.parent, of=options.json.name)
         write_atomically(options.json, (json.dumps(description.to_dict(), indent=1) + "\n").encode())

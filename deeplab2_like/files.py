@@ -1,7 +1,6 @@
 """Writing files so that they appear whole or not at all, and the names that outputs take from their images."""
 
 import contextlib
-import glob
 import json
 import os
 import re
@@ -14,31 +13,7 @@ import cv2
 import numpy as np
 
 from deeplab2_like.errors import UserError
-
-
-def beside(path: str | os.PathLike[str]) -> Path:
-    """The hidden name in the same folder under which a file or folder is written until it is whole."""
-    path = Path(path)
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
-def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Removes the hidden files that processes which were killed have left `beside` a file."""
-    for leftover in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*"):
-        number = leftover.suffix[1:]
-        if number.isascii() and number.isdigit() and not _is_running(int(number)):
-            with contextlib.suppress(OSError):  # A folder that may only be read keeps them.
-                leftover.unlink()
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # Signal 0 only looks.
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # Somebody else's, or no number of a process.
-        return True
-    return True
+from deeplab2_like.temporary import TemporaryFile, remove_leftovers
 
 
 def cannot_write(path: str | os.PathLike[str], error: Exception) -> UserError:
@@ -53,7 +28,9 @@ def cannot_write(path: str | os.PathLike[str], error: Exception) -> UserError:
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes a folder and its parents if they are missing.
+    """Makes a folder and its parents if they are missing, and removes what killed runs have left directly in it.
+
+    For the start of a run: it lists the folder, so it is not for every file that is written.
 
     Raises:
         UserError: If that is impossible.
@@ -63,23 +40,21 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
     except OSError as error:
         reason = "there is a file in its place" if isinstance(error, FileExistsError) else error.strerror
         raise UserError(f"Output folder '{folder}' cannot be made ({reason}); choose another.") from error
+    remove_leftovers(folder)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes `content` beside `path` under a hidden name, then renames it; makes missing folders.
+    """Writes `content` beside `path` under a temporary name, then renames it; makes missing folders.
 
     Raises:
         UserError: If the folder or the file cannot be written.
     """
     path = Path(path)
-    hidden = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            hidden.write_bytes(content)
-            hidden.replace(path)
-        finally:
-            hidden.unlink(missing_ok=True)
+        with TemporaryFile(path) as temporary:
+            temporary.file.write(content)
+            temporary.publish()
     except OSError as error:
         raise cannot_write(path, error) from error
 

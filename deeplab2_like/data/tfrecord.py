@@ -27,6 +27,7 @@ from deeplab2_like import files
 from deeplab2_like.data import exif, panoptic_label
 from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE
 from deeplab2_like.errors import UserError
+from deeplab2_like.temporary import TemporaryFolder
 
 _ENCODED = "image/encoded"
 _FILENAME = "image/filename"
@@ -548,13 +549,17 @@ class FileWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
-        self._hidden = files.beside(path)
-        self._writer: Any = None  # A tf.io.TFRecordWriter, once entered.
+        # Once entered. A folder, as TensorFlow opens the file itself, which some network file systems refuse if that
+        # file is locked.
+        self._temporary: TemporaryFolder
+        self._writer: Any = None  # A tf.io.TFRecordWriter.
         self.num_written = 0
 
     def __enter__(self) -> "FileWriter":
         with self._write_errors():
-            self._writer = tf.io.TFRecordWriter(str(self._hidden))
+            self._temporary = TemporaryFolder(self._path)
+            self._file = self._temporary.path / self._path.name
+            self._writer = tf.io.TFRecordWriter(str(self._file))
         return self
 
     def write(self, serialized: bytes) -> None:
@@ -570,12 +575,11 @@ class FileWriter:
             if kind is None:
                 with self._write_errors():
                     self._writer.close()
-                    self._hidden.replace(self._path)
+                    self._file.replace(self._path)
         finally:
             with contextlib.suppress(*_WRITE_ERRORS):  # Nobody needs the rest that cannot be written.
                 self._writer.close()
-            with contextlib.suppress(OSError):
-                self._hidden.unlink(missing_ok=True)
+            self._temporary.close()
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:

@@ -50,6 +50,7 @@ from deeplab2_like.model import PanopticSystem
 from deeplab2_like.model.layers import compiled_stages
 from deeplab2_like.parallel import map_in_order
 from deeplab2_like.progress import progress_bar
+from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.visualize import side_by_side
 
 Example = Mapping[str, tf.Tensor]
@@ -464,6 +465,8 @@ class ModelFolderEvaluation:
         info = self.system.dataset_info
         pictures = self.output_dir / "predictions"
         picture_names: set[str] = set()
+        if self._save_predictions:
+            remove_leftovers(pictures, recursive=True)
         with contextlib.ExitStack() as stack:
             submission = None
             if self._submission is not None:

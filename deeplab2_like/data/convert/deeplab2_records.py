@@ -12,6 +12,7 @@ from deeplab2_like.data import dataset_info, known_datasets, pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.temporary import remove_leftovers
 
 # Cityscapes has train ids and 255 for void; COCO has its 133 classes from 1 on, in their order, and 0 for void. Crowd
 # regions are void in either, unless DeepLab2 was told otherwise.
@@ -66,6 +67,7 @@ def describe_deeplab2_records(records: Path, data_set: str) -> dict[str, int]:
                 f"Split '{split}' in '{records}' cannot be read as DeepLab2's {data_set}; if it is of another data "
                 f"set, name that one ({others}). {str(error).removesuffix(' Convert the data set again.')}"
             ) from error
+    remove_leftovers(records, of=dataset_info.FILE_NAME)
     info.save(records)
     return counts
 
