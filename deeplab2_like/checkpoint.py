@@ -18,9 +18,14 @@ import tensorflow as tf
 from deeplab2_like.configs import Config, load_config, save_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import cannot_write, literal_folder, make_folder, write_atomically
+from deeplab2_like.files import cannot_write, literal_folder, make_folder, require_local, write_atomically
 from deeplab2_like.model import PanopticSystem, build_system
 from deeplab2_like.temporary import TemporaryFolder, remove_leftovers
+
+try:
+    import fcntl
+except ImportError:  # Windows.
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -49,7 +54,7 @@ def check_model_folder(model_dir: str | os.PathLike[str], config: Config, datase
     if not has_checkpoint and (folder / BEST_FOLDER).exists():
         raise UserError(
             f"Model folder '{folder}' holds the best checkpoint of an earlier run, but none to resume from; use "
-            f"another --model-dir, or delete '{folder / BEST_FOLDER}'."
+            f"another --model-dir, or move '{folder / BEST_FOLDER}' elsewhere."
         )
     if not has_checkpoint or not (folder / CONFIG_FILE).is_file():
         return
@@ -132,6 +137,7 @@ def build_from_model_folder(
     Raises:
         UserError: If this is no model folder.
     """
+    require_local(model_dir)
     folder = Path(model_dir)
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(
@@ -207,7 +213,7 @@ def newest_whole_checkpoint(paths: Sequence[str]) -> str:
         print(f"Warning: checkpoint '{path}' is damaged or incomplete; looking for one before it.", file=sys.stderr)
     raise UserError(
         f"No checkpoint in '{Path(paths[0]).parent}' is whole, the newest is '{Path(paths[-1]).name}'; restore them "
-        "from a copy, or delete them to start anew."
+        "from a copy, or train anew with another --model-dir."
     )
 
 
@@ -227,13 +233,15 @@ def read_best(model_dir: str | os.PathLike[str]) -> tuple[str, float] | None:
     file = Path(model_dir) / BEST_FOLDER / BEST_FILE
     if not file.is_file():
         return None
+    advice = f"move '{file.parent}' elsewhere, and the next evaluation during a training keeps a new one"
     try:
         content = json.loads(file.read_bytes())
-        path, quality = file.with_name(f"{CHECKPOINT_NAME}-{int(content['step'])}"), float(content["pq"])
+        default = f"{CHECKPOINT_NAME}-{int(content['step'])}"  # Older folders do not name it.
+        path, quality = file.with_name(str(content.get("checkpoint", default))), float(content["pq"])
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"'{file}' is damaged ({error!r}); delete the folder it is in.") from error
+        raise UserError(f"'{file}' is damaged ({error!r}); {advice}.") from error
     if not path.with_name(f"{path.name}.index").is_file():
-        raise UserError(f"'{file}' names checkpoint '{path.name}', which is not there; delete the folder it is in.")
+        raise UserError(f"'{file}' names checkpoint '{path.name}', which is not there; {advice}.")
     return str(path), quality
 
 
@@ -255,25 +263,48 @@ def keep_best(model_dir: str | os.PathLike[str], system: PanopticSystem, *, step
     Raises:
         UserError: If it cannot be written.
     """
-    best = read_best(model_dir)
-    if best is not None and pq < best[1]:
-        return False
-    folder, name = Path(model_dir) / BEST_FOLDER, f"{CHECKPOINT_NAME}-{step}"
+    folder = Path(model_dir) / BEST_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        with TemporaryFolder(folder / name) as temporary:
-            make_checkpoint(system).write(str(temporary.path / name))
-            for file in sorted(temporary.path.iterdir()):
-                file.replace(folder / file.name)
-        # The note comes last, as it names what is whole.
-        write_atomically(folder / BEST_FILE, (json.dumps({"step": step, "pq": pq}) + "\n").encode())
-        if best is not None and Path(best[0]).name != name:
-            for file in folder.glob(f"{Path(best[0]).name}.*"):
-                file.unlink(missing_ok=True)
+        with _lock_folder(folder):
+            best = read_best(model_dir)
+            if best is not None and pq < best[1]:
+                return False
+            remove_leftovers(folder)
+            # A training that was resumed may come to the step of the best one again, whose files must stay whole, too.
+            names = (f"{CHECKPOINT_NAME}-{step}", f"{CHECKPOINT_NAME}_again-{step}")
+            name = names[best is not None and Path(best[0]).name == names[0]]
+            with TemporaryFolder(folder / name) as temporary:
+                make_checkpoint(system).write(str(temporary.path / name))
+                for file in sorted(temporary.path.iterdir()):
+                    file.replace(folder / file.name)
+            # The note comes last, as it names what is whole.
+            content = {"step": step, "pq": pq, "checkpoint": name}
+            write_atomically(folder / BEST_FILE, (json.dumps(content) + "\n").encode())
+            for file in folder.glob(f"{CHECKPOINT_NAME}*"):
+                if file.name.partition(".")[0] != name:
+                    file.unlink(missing_ok=True)
     except (OSError, tf.errors.OpError) as error:
         raise cannot_write(folder, error) from error
     return True
+
+
+@contextlib.contextmanager
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Waits until no other process has the folder locked, as `evaluate --follow` may run beside a training.
+
+    Where there are no locks it does not wait.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # Some file systems have no locks, or none of folders.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def make_checkpoint_manager(
@@ -438,6 +469,7 @@ def load_what_fits(system: PanopticSystem, source: str | os.PathLike[str]) -> No
     Raises:
         UserError: If there is no such checkpoint, or nothing in it fits.
     """
+    require_local(source)
     path = str(source)
     if Path(source).is_dir():
         path = find_checkpoint(source)
@@ -520,4 +552,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _damaged(path: str) -> UserError:
-    return UserError(f"Checkpoint '{path}' is damaged or incomplete; delete it to use the one before.")
+    return UserError(
+        f"Checkpoint '{path}' is damaged or incomplete; use another one (`last` is the newest that is whole), or "
+        "restore its files from a copy."
+    )

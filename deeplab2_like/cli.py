@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deeplab2_like.errors import UserError
+from deeplab2_like.files import require_local
 from deeplab2_like.progress import progress_bar
 
 WRONG_USE = 2
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
         options = _make_parser().parse_args(arguments)
+        _require_local_paths(options)
         options.run(options)
     except UserError as error:
         print(f"deeplab2-like: {error}", file=sys.stderr)
@@ -122,7 +124,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--follow", action="store_true", help="evaluate each new checkpoint while training runs, and keep the best"
     )
     evaluate.add_argument(
-        "--timeout", type=float, metavar="MINUTES", help="end --follow if there is no new checkpoint for so long"
+        "--timeout", type=float, metavar="MINUTES", help="end --follow if nothing new appears in the folder for so long"
     )
     evaluate.add_argument("--save-predictions", action="store_true", help="write a picture per image")
     evaluate.add_argument("--submission", metavar="BENCHMARK", help="write files to submit: coco or cityscapes")
@@ -343,6 +345,14 @@ def _add_set(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _require_local_paths(options: argparse.Namespace) -> None:
+    """Raises `UserError` if a path among the options is an address such as gs://bucket/run."""
+    for value in vars(options).values():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path):
+                require_local(path)
+
+
 def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
@@ -490,8 +500,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError("--follow evaluates every new checkpoint on labels; leave out --images and --checkpoint.")
     if options.images and options.split:
         raise UserError("--images takes the place of a split of the records; leave out one of --images and --split.")
+    timeout_seconds = None if options.timeout is None else 60 * options.timeout
     if options.follow:
-        wait_for_model_folder(options.model_dir)
+        wait_for_model_folder(options.model_dir, timeout_seconds=timeout_seconds)
     evaluation = ModelFolderEvaluation(
         options.model_dir,
         split=options.split,
@@ -510,7 +521,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         count = evaluation.predict(options.images, options.checkpoint)
         print(f"{count} images predicted.")
     elif options.follow:
-        evaluation.follow(timeout_seconds=None if options.timeout is None else 60 * options.timeout)
+        evaluation.follow(timeout_seconds=timeout_seconds)
     else:
         evaluation.run(options.checkpoint)
     for what, wanted, folder in (

@@ -35,6 +35,7 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
     Raises:
         UserError: If that is impossible.
     """
+    require_local(folder)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -49,6 +50,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     Raises:
         UserError: If the folder or the file cannot be written.
     """
+    require_local(path)
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +71,7 @@ def read_file(path: str | os.PathLike[str], what: str) -> bytes:
     Raises:
         UserError: If it cannot be read.
     """
+    require_local(path)
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:

@@ -190,6 +190,12 @@ def test_following_leaves_out_what_is_damaged_and_ends(model: Path, run: Run) ->
     assert "Step 2 is left out: Checkpoint" in output.err
 
 
+def test_following_a_training_that_never_starts(refuse: Callable[..., str], tmp_path: Path) -> None:
+    message = refuse("evaluate", "--model-dir", tmp_path / "model", "--follow", "--timeout", 0)
+    assert f"No training has started in '{tmp_path / 'model'}' for 0 minutes; check --model-dir, or raise" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_oracle_is_better_than_nothing(model: Path, run: Run) -> None:
     parts = ("semantic", "centers", "offsets")
     assert run("evaluate", "--model-dir", model, "--oracle", *parts).status == 0

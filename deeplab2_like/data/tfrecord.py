@@ -360,8 +360,8 @@ def list_shards(folder: str | os.PathLike[str], split: str) -> list[str]:
     counts = sorted({int(match["count"]) for match in matches})
     if len(counts) > 1:
         raise UserError(
-            f"Split '{split}' in '{folder}' mixes files of {counts[0]} and of {counts[1]} parts; delete those of one "
-            "conversion."
+            f"Split '{split}' in '{folder}' mixes files of {counts[0]} and of {counts[1]} parts; move those of one "
+            "conversion to another folder, or convert the data set again into a new one."
         )
     names = shard_names(split, counts[0])
     present = {match[0] for match in matches}
@@ -373,6 +373,7 @@ def list_shards(folder: str | os.PathLike[str], split: str) -> list[str]:
 
 def _shard_matches(folder: str | os.PathLike[str]) -> list[re.Match[str]]:
     """Matches of `_SHARD_NAME` in the folder, sorted by file name."""
+    files.require_local(folder)
     if not Path(folder).is_dir():
         raise UserError(f"Record folder '{folder}' does not exist; give a folder that `deeplab2-like convert` wrote.")
     matches = (_SHARD_NAME.match(name) for name in sorted(os.listdir(folder)))

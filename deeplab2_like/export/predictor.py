@@ -17,7 +17,7 @@ from deeplab2_like.data.image_files import list_images, read_image
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter, segments_info
 from deeplab2_like.export.versions import MODEL_FILE, newest_export
-from deeplab2_like.files import distinct_names, image_ids_of_names, literal_folder, write_png
+from deeplab2_like.files import distinct_names, image_ids_of_names, literal_folder, require_local, write_png
 from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.visualize import draw_overlay, side_by_side
 
@@ -113,6 +113,7 @@ class Predictor:
     """
 
     def __init__(self, exported_dir: str | os.PathLike[str], *, compiled: bool = False) -> None:
+        require_local(exported_dir)
         folder = _find_export(Path(exported_dir))
         self.dataset_info = DatasetInfo.load(folder)
         # TensorFlow has no type of its own for the error that a damaged file gives.

@@ -63,6 +63,7 @@ def export_saved_model(
         RuntimeError: If the check fails.
     """
     _require_tensorflow()
+    files.require_local(output_dir)
     folder = Path(output_dir).resolve()
     _clean_up(folder)
     _require_free(folder, name=str(output_dir), replace=replace)
@@ -110,6 +111,7 @@ def export_model_folder(
 
 def _place(output_dir: Path, *, replace: bool) -> Path | None:
     """Decides where an export goes; None for a new version in `output_dir`. See `export_model_folder`."""
+    files.require_local(output_dir)
     # The name as it was typed, not that of what a link points to.
     is_version = version_number(Path(os.path.abspath(output_dir)).name) is not None
     versions_dir = output_dir.resolve()

@@ -209,7 +209,7 @@ def test_another_interrupted_conversion_is_refused(
     with pytest.raises(UserError, match="is bad"):
         conversion.run(tmp_path)
     before = contents(tmp_path)
-    expected = rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*delete this folder"
+    expected = rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*move this folder"
     with pytest.raises(UserError, match=expected):
         conversion.run(tmp_path, **changes)
     assert contents(tmp_path) == before

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,20 @@ def test_killed_again_and_again_it_ends_the_same(registered: None, records: Path
     assert not list(killed.rglob("*_temp*"))
 
 
+@pytest.fixture
+def noticed_signals() -> Iterator[None]:
+    """Signals that are not ignored, as SIGINT is in a process that a shell runs in the background."""
+
+    def fail(number: int, frame: Any) -> None:
+        raise AssertionError(f"signal {number} was not noted")
+
+    before = {number: signal.signal(number, fail) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("noticed_signals")
 def test_a_signal_saves_and_says_how_to_resume(
     registered: None,
     records: Path,
@@ -82,6 +97,7 @@ def test_a_signal_saves_and_says_how_to_resume(
     assert [name for name in straight if not np.array_equal(straight[name], resumed[name])] == []
 
 
+@pytest.mark.usefixtures("noticed_signals")
 def test_it_saves_though_its_terminal_is_gone(
     registered: None, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,7 @@ def describe_deeplab2_records(records: Path, data_set: str) -> dict[str, int]:
     if (records / dataset_info.FILE_NAME).is_file() and DatasetInfo.load(records) != info:
         raise UserError(
             f"'{records / dataset_info.FILE_NAME}' says something else than what is known of DeepLab2's {data_set}; "
-            "remove it if it is wrong."
+            "give --data-set the name of these records, or, if the file is wrong, move it elsewhere."
         )
     counts = {}
     for split in splits:

@@ -124,7 +124,7 @@ class UnfinishedSplit:
         elif plan != self._plan:
             raise UserError(
                 f"'{self._hidden}' holds an interrupted conversion with {self._difference(plan)}; repeat that one to "
-                "finish it, or delete this folder to start anew."
+                "finish it, convert into another folder, or move this folder elsewhere to start anew."
             )
         files.write_atomically(self._hidden / "plan.json", json.dumps(self._plan).encode())
         temporary.remove_leftovers(self._hidden)
