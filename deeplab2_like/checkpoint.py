@@ -73,6 +73,14 @@ def check_model_folder(model_dir: str | os.PathLike[str], config: Config, datase
         )
 
 
+def clean_model_folder(model_dir: str | os.PathLike[str]) -> None:
+    """Removes what killed trainings have left of checkpoints, for the one training that has the folder locked."""
+    for name in (CHECKPOINT_FOLDER, BEST_FOLDER):
+        remove_leftovers(Path(model_dir) / name)
+    for unfinished in (Path(model_dir) / CHECKPOINT_FOLDER).glob(f"{CHECKPOINT_NAME}-*_temp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def prepare_model_folder(model_dir: str | os.PathLike[str], config: Config, dataset_info: DatasetInfo) -> None:
     """Writes the config and the data set's facts into a model folder, over those of an earlier run.
 
@@ -85,8 +93,6 @@ def prepare_model_folder(model_dir: str | os.PathLike[str], config: Config, data
         data = config.data.model_copy(update={"path": os.path.abspath(config.data.path)})
         config = config.model_copy(update={"data": data})
     make_folder(folder)
-    for name in (CHECKPOINT_FOLDER, BEST_FOLDER):
-        remove_leftovers(folder / name)
     dataset_info.save(folder)
     save_config(config, folder / CONFIG_FILE)
 
@@ -326,13 +332,13 @@ def make_checkpoint_manager(
         keep: How many of the newest checkpoints stay.
     """
     folder = Path(model_dir) / CHECKPOINT_FOLDER
-    # What is left of a save that was cut short.
-    for unfinished in folder.glob(f"{CHECKPOINT_NAME}-*_temp"):
-        shutil.rmtree(unfinished, ignore_errors=True)
     names = [Path(path).name for path in list_checkpoints(model_dir)]
     if names:
         # TensorFlow's own list, see `list_checkpoints`, as a text protocol buffer.
-        lines = [f'model_checkpoint_path: "{names[-1]}"', *(f'all_model_checkpoint_paths: "{name}"' for name in names)]
+        lines = [f'model_checkpoint_path: "{names[-1]}"']
+        for number, name in enumerate(names, start=1):
+            # The manager counts only checkpoints with a time among those to keep; their order is what matters.
+            lines += [f'all_model_checkpoint_paths: "{name}"', f"all_model_checkpoint_timestamps: {number}"]
         write_atomically(folder / "checkpoint", ("\n".join(lines) + "\n").encode())
     else:
         (folder / "checkpoint").unlink(missing_ok=True)
@@ -347,10 +353,14 @@ def make_checkpoint_manager(
 
 
 def _delete_checkpoint(path: str) -> None:
-    """Deletes the files of a checkpoint; `path` is without ending. The index goes first, as it stands for the rest."""
-    Path(f"{path}.index").unlink(missing_ok=True)
+    """Deletes the files of a checkpoint; `path` is without ending.
+
+    The index goes last: as long as it is there, `list_checkpoints` finds the rest, should the process be killed.
+    """
     for file in Path(path).parent.glob(f"{Path(path).name}.*"):
-        file.unlink(missing_ok=True)
+        if file.suffix != ".index":
+            file.unlink(missing_ok=True)
+    Path(f"{path}.index").unlink(missing_ok=True)
 
 
 class _CheckpointManager(tf.train.CheckpointManager):

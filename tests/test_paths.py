@@ -85,7 +85,9 @@ def tiny_config() -> Config:
         lambda: Predictor(ADDRESS),
         lambda: convert_scenes(train=1, val=1, size=(32, 64), output_dir=Path(ADDRESS)),
         lambda: convert_labelme(root=Path(ADDRESS), output_dir=Path("records")),
-        lambda: evaluate_files(ADDRESS, "pngs", "prediction.json", "predictions"),
+        lambda: evaluate_files(
+            ground_truth=ADDRESS, ground_truth_dir="pngs", prediction="prediction.json", prediction_dir="predictions"
+        ),
         lambda: load_config(f"{ADDRESS}.yaml"),
         lambda: load_config(CONFIG, [f"data.path={ADDRESS}"]),
     ],
@@ -136,6 +138,8 @@ def test_old_checkpoints_are_deleted_by_name(tmp_path: Path) -> None:
     manager = make_checkpoint_manager(checkpoint, tmp_path / "a*", step=step, every=1, keep=1)
     step.assign(3)
     manager.save(3)
+    # Those of the run before count, too.
+    assert [Path(path).name for path in list_checkpoints(tmp_path / "a*")] == ["ckpt-3"]
     for name in ("ab", "c"):
         files = {path.name for path in (tmp_path / name / "checkpoints").glob("*-*")}
         assert files == {f"ckpt-{step}.{end}" for step in (1, 2) for end in ("index", "data-00000-of-00001")}

@@ -20,7 +20,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.data.panoptic_label import classes_of_values, ids_to_rgb
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import make_folder, read_json, write_atomically, write_png
+from deeplab2_like.files import make_folder, read_json, require_local, write_atomically, write_png
 from deeplab2_like.temporary import remove_leftovers
 
 
@@ -205,6 +205,8 @@ class CocoPanopticReader:
         Raises:
             UserError: If a file or folder is missing or damaged, or an image is annotated twice.
         """
+        for path in (json_file, png_dir):
+            require_local(path)
         self.json_file, self.png_dir = Path(json_file), Path(png_dir)
         if not self.json_file.is_file():
             raise UserError(f"COCO panoptic JSON '{json_file}' does not exist.")

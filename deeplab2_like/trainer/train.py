@@ -18,6 +18,7 @@ import tensorflow as tf
 from deeplab2_like.checkpoint import (
     CONFIG_FILE,
     check_model_folder,
+    clean_model_folder,
     list_checkpoints,
     load_what_fits,
     make_checkpoint,
@@ -76,7 +77,10 @@ def train(
     """
     # Early, as several workers must find each other before TensorFlow computes anything.
     strategy = make_strategy(config.trainer.strategy, tpu=config.trainer.tpu)
-    with run_lock(model_dir) if is_chief(strategy) else contextlib.nullcontext():
+    if not is_chief(strategy):
+        return _train(config, model_dir, strategy, init_from=init_from, profile=profile)
+    with run_lock(model_dir):
+        clean_model_folder(model_dir)
         return _train(config, model_dir, strategy, init_from=init_from, profile=profile)
 
 
@@ -88,7 +92,7 @@ def _train(
     init_from: str | os.PathLike[str] | None,
     profile: int,
 ) -> PanopticSystem:
-    """The rest of `train`, with the model folder locked."""
+    """The rest of `train`, with the model folder locked by the chief."""
     settings = config.trainer
     dataset_info = DatasetInfo.load(config.data.record_folder)
     files = tfrecord.list_shards(config.data.record_folder, config.data.train_split)
