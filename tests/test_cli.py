@@ -112,9 +112,23 @@ def test_what_the_chain_leaves(chain: Path) -> None:
     assert metrics["evaluation"] == {"model_dir": str(chain / "model"), "step": 2, "split": "val", "images": 2}
     assert 0 <= metrics["panoptic"]["all"]["pq"] <= 100
     assert {"saved_model.pb", "config.yaml", "dataset_info.json"} <= {
-        path.name for path in (chain / "exported").iterdir()
+        path.name for path in (chain / "exported" / "1").iterdir()
     }
     assert {path.name for path in hidden(chain)} == known
+
+
+def test_export_writes_versions(chain: Path, tmp_path: Path, run: Run, refuse: Callable[..., str]) -> None:
+    shutil.copytree(chain / "exported" / "1", tmp_path / "models" / "1")
+    arguments = ("export", "--model-dir", chain / "model", "--output-dir")
+    status, out, _ = run(*arguments, tmp_path / "models")
+    assert (status, out.splitlines()[-1]) == (0, f"SavedModel is in {tmp_path / 'models' / '2'}")
+    message = refuse(*arguments, tmp_path / "models" / "1")
+    assert message.startswith(f"'{tmp_path / 'models' / '1'}' holds an export already; give '{tmp_path / 'models'}' to")
+    (tmp_path / "models" / "2" / "notes.txt").write_text("of the replaced export")
+    status, out, _ = run(*arguments, tmp_path / "models", "--replace")
+    assert (status, out.splitlines()[-1]) == (0, f"SavedModel is in {tmp_path / 'models' / '2'}")
+    assert not (tmp_path / "models" / "2" / "notes.txt").exists()
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["1", "2"]
 
 
 def test_predictions_of_every_size(chain: Path) -> None:

@@ -560,7 +560,11 @@ class FileWriter:
         with self._write_errors():
             self._temporary = TemporaryFolder(self._path)
             self._file = self._temporary.path / self._path.name
-            self._writer = tf.io.TFRecordWriter(str(self._file))
+            try:
+                self._writer = tf.io.TFRecordWriter(str(self._file))
+            except BaseException:
+                self._temporary.close()
+                raise
         return self
 
     def write(self, serialized: bytes) -> None:

@@ -253,7 +253,8 @@ def _folder_beside(folder: Path, *, name: str, replace: bool = True) -> Iterator
 
 def _temporary_folder(folder: Path) -> TemporaryFolder:
     """Makes a temporary folder beside `folder`, whose parents are made if missing; raises `OSError`."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not folder.parent.exists():  # A file in its place is a clearer error below.
+        folder.parent.mkdir(parents=True, exist_ok=True)
     _clean_up(folder)
     return TemporaryFolder(folder)
 
