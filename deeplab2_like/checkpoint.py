@@ -3,11 +3,12 @@
 Once a training has been evaluated while it ran, `best/` holds the checkpoint of the highest PQ.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,14 @@ import tensorflow as tf
 from deeplab2_like.configs import Config, load_config, save_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import beside, cannot_write, write_atomically
+from deeplab2_like.files import cannot_write, literal_folder, make_folder, require_local, write_atomically
 from deeplab2_like.model import PanopticSystem, build_system
+from deeplab2_like.temporary import TemporaryFolder, remove_leftovers
+
+try:
+    import fcntl
+except ImportError:  # Windows.
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -47,7 +54,7 @@ def check_model_folder(model_dir: str | os.PathLike[str], config: Config, datase
     if not has_checkpoint and (folder / BEST_FOLDER).exists():
         raise UserError(
             f"Model folder '{folder}' holds the best checkpoint of an earlier run, but none to resume from; use "
-            f"another --model-dir, or delete '{folder / BEST_FOLDER}'."
+            f"another --model-dir, or move '{folder / BEST_FOLDER}' elsewhere."
         )
     if not has_checkpoint or not (folder / CONFIG_FILE).is_file():
         return
@@ -66,6 +73,14 @@ def check_model_folder(model_dir: str | os.PathLike[str], config: Config, datase
         )
 
 
+def clean_model_folder(model_dir: str | os.PathLike[str]) -> None:
+    """Removes what killed trainings have left of checkpoints, for the one training that has the folder locked."""
+    for name in (CHECKPOINT_FOLDER, BEST_FOLDER):
+        remove_leftovers(Path(model_dir) / name)
+    for unfinished in (Path(model_dir) / CHECKPOINT_FOLDER).glob(f"{CHECKPOINT_NAME}-*_temp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def prepare_model_folder(model_dir: str | os.PathLike[str], config: Config, dataset_info: DatasetInfo) -> None:
     """Writes the config and the data set's facts into a model folder, over those of an earlier run.
 
@@ -77,6 +92,7 @@ def prepare_model_folder(model_dir: str | os.PathLike[str], config: Config, data
         # The folder is used from wherever, so it cannot keep a path that counts from here.
         data = config.data.model_copy(update={"path": os.path.abspath(config.data.path)})
         config = config.model_copy(update={"data": data})
+    make_folder(folder)
     dataset_info.save(folder)
     save_config(config, folder / CONFIG_FILE)
 
@@ -127,6 +143,7 @@ def build_from_model_folder(
     Raises:
         UserError: If this is no model folder.
     """
+    require_local(model_dir)
     folder = Path(model_dir)
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(
@@ -202,15 +219,16 @@ def newest_whole_checkpoint(paths: Sequence[str]) -> str:
         print(f"Warning: checkpoint '{path}' is damaged or incomplete; looking for one before it.", file=sys.stderr)
     raise UserError(
         f"No checkpoint in '{Path(paths[0]).parent}' is whole, the newest is '{Path(paths[-1]).name}'; restore them "
-        "from a copy, or delete them to start anew."
+        "from a copy, or train anew with another --model-dir."
     )
 
 
 def _is_whole(path: str) -> bool:
     try:
-        reader = tf.train.load_checkpoint(path)
-        for name in reader.get_variable_to_shape_map():
-            reader.get_tensor(name)
+        with _literal_path(path) as readable:
+            reader = tf.train.load_checkpoint(readable)
+            for name in reader.get_variable_to_shape_map():
+                reader.get_tensor(name)
     except _DAMAGES:
         return False
     return True
@@ -221,13 +239,15 @@ def read_best(model_dir: str | os.PathLike[str]) -> tuple[str, float] | None:
     file = Path(model_dir) / BEST_FOLDER / BEST_FILE
     if not file.is_file():
         return None
+    advice = f"move '{file.parent}' elsewhere, and the next evaluation during a training keeps a new one"
     try:
         content = json.loads(file.read_bytes())
-        path, quality = file.with_name(f"{CHECKPOINT_NAME}-{int(content['step'])}"), float(content["pq"])
+        default = f"{CHECKPOINT_NAME}-{int(content['step'])}"  # Older folders do not name it.
+        path, quality = file.with_name(str(content.get("checkpoint", default))), float(content["pq"])
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"'{file}' is damaged ({error!r}); delete the folder it is in.") from error
+        raise UserError(f"'{file}' is damaged ({error!r}); {advice}.") from error
     if not path.with_name(f"{path.name}.index").is_file():
-        raise UserError(f"'{file}' names checkpoint '{path.name}', which is not there; delete the folder it is in.")
+        raise UserError(f"'{file}' names checkpoint '{path.name}', which is not there; {advice}.")
     return str(path), quality
 
 
@@ -249,24 +269,48 @@ def keep_best(model_dir: str | os.PathLike[str], system: PanopticSystem, *, step
     Raises:
         UserError: If it cannot be written.
     """
-    best = read_best(model_dir)
-    if best is not None and pq < best[1]:
-        return False
-    folder, name = Path(model_dir) / BEST_FOLDER, f"{CHECKPOINT_NAME}-{step}"
+    folder = Path(model_dir) / BEST_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        hidden = beside(folder / name)
-        make_checkpoint(system).write(str(hidden))
-        for file in sorted(folder.glob(f"{hidden.name}.*")):
-            file.replace(folder / file.name.replace(hidden.name, name, 1))
-        # The note comes last, as it names what is whole.
-        write_atomically(folder / BEST_FILE, (json.dumps({"step": step, "pq": pq}) + "\n").encode())
-        if best is not None and Path(best[0]).name != name:
-            for file in folder.glob(f"{Path(best[0]).name}.*"):
-                file.unlink(missing_ok=True)
+        with _lock_folder(folder):
+            best = read_best(model_dir)
+            if best is not None and pq < best[1]:
+                return False
+            remove_leftovers(folder)
+            # A training that was resumed may come to the step of the best one again, whose files must stay whole, too.
+            names = (f"{CHECKPOINT_NAME}-{step}", f"{CHECKPOINT_NAME}_again-{step}")
+            name = names[best is not None and Path(best[0]).name == names[0]]
+            with TemporaryFolder(folder / name) as temporary:
+                make_checkpoint(system).write(str(temporary.path / name))
+                for file in sorted(temporary.path.iterdir()):
+                    file.replace(folder / file.name)
+            # The note comes last, as it names what is whole.
+            content = {"step": step, "pq": pq, "checkpoint": name}
+            write_atomically(folder / BEST_FILE, (json.dumps(content) + "\n").encode())
+            for file in folder.glob(f"{CHECKPOINT_NAME}*"):
+                if file.name.partition(".")[0] != name:
+                    file.unlink(missing_ok=True)
     except (OSError, tf.errors.OpError) as error:
         raise cannot_write(folder, error) from error
     return True
+
+
+@contextlib.contextmanager
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Waits until no other process has the folder locked, as `evaluate --follow` may run beside a training.
+
+    Where there are no locks it does not wait.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # Some file systems have no locks, or none of folders.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def make_checkpoint_manager(
@@ -288,13 +332,13 @@ def make_checkpoint_manager(
         keep: How many of the newest checkpoints stay.
     """
     folder = Path(model_dir) / CHECKPOINT_FOLDER
-    # What is left of a save that was cut short.
-    for unfinished in folder.glob(f"{CHECKPOINT_NAME}-*_temp"):
-        shutil.rmtree(unfinished, ignore_errors=True)
     names = [Path(path).name for path in list_checkpoints(model_dir)]
     if names:
         # TensorFlow's own list, see `list_checkpoints`, as a text protocol buffer.
-        lines = [f'model_checkpoint_path: "{names[-1]}"', *(f'all_model_checkpoint_paths: "{name}"' for name in names)]
+        lines = [f'model_checkpoint_path: "{names[-1]}"']
+        for number, name in enumerate(names, start=1):
+            # The manager counts only checkpoints with a time among those to keep; their order is what matters.
+            lines += [f'all_model_checkpoint_paths: "{name}"', f"all_model_checkpoint_timestamps: {number}"]
         write_atomically(folder / "checkpoint", ("\n".join(lines) + "\n").encode())
     else:
         (folder / "checkpoint").unlink(missing_ok=True)
@@ -306,6 +350,17 @@ def make_checkpoint_manager(
         step_counter=step,
         checkpoint_interval=every,
     )
+
+
+def _delete_checkpoint(path: str) -> None:
+    """Deletes the files of a checkpoint; `path` is without ending.
+
+    The index goes last: as long as it is there, `list_checkpoints` finds the rest, should the process be killed.
+    """
+    for file in Path(path).parent.glob(f"{Path(path).name}.*"):
+        if file.suffix != ".index":
+            file.unlink(missing_ok=True)
+    Path(f"{path}.index").unlink(missing_ok=True)
 
 
 class _CheckpointManager(tf.train.CheckpointManager):
@@ -320,6 +375,11 @@ class _CheckpointManager(tf.train.CheckpointManager):
             return None
         self._saved = number
         return super().save(number, check_interval=False, options=options)
+
+    def _sweep(self) -> None:
+        """Deletes the oldest checkpoints. TensorFlow's own takes a path for a pattern, which other runs may match."""
+        while len(self._maybe_delete) > self._max_to_keep:
+            _delete_checkpoint(self._maybe_delete.popitem(last=False)[0])
 
     def restore_or_initialize(self) -> str | None:
         """Does nothing, though Orbit asks for it: `train` has restored, and knows which checkpoints are damaged."""
@@ -401,7 +461,8 @@ def restore(checkpoint: tf.train.Checkpoint, path: str) -> None:
             f"use the config it was trained with{''.join(keys)}."
         )
     try:
-        checkpoint.read(path).expect_partial().assert_existing_objects_matched()
+        with _literal_path(path) as readable:
+            checkpoint.read(readable).expect_partial().assert_existing_objects_matched()
     except _DAMAGES as error:
         raise _damaged(path) from error
 
@@ -418,6 +479,7 @@ def load_what_fits(system: PanopticSystem, source: str | os.PathLike[str]) -> No
     Raises:
         UserError: If there is no such checkpoint, or nothing in it fits.
     """
+    require_local(source)
     path = str(source)
     if Path(source).is_dir():
         path = find_checkpoint(source)
@@ -451,10 +513,18 @@ def load_what_fits(system: PanopticSystem, source: str | os.PathLike[str]) -> No
 def _read_shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of what a checkpoint holds, by their keys in it without ending."""
     try:
-        shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
+        with _literal_path(path) as readable:
+            shapes = tf.train.load_checkpoint(readable).get_variable_to_shape_map()
     except _DAMAGES as error:
         raise _damaged(path) from error
     return {name.removesuffix(_VALUE): tuple(shape) for name, shape in shapes.items() if name.endswith(_VALUE)}
+
+
+@contextlib.contextmanager
+def _literal_path(path: str) -> Iterator[str]:
+    """A path of a checkpoint, without ending, that TensorFlow reads as it is, see `literal_folder`."""
+    with literal_folder(os.path.dirname(path)) as folder:
+        yield str(folder / os.path.basename(path))
 
 
 def _tracked_variables(checkpoint: tf.train.Checkpoint) -> dict[str, tf.Variable]:
@@ -492,4 +562,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _damaged(path: str) -> UserError:
-    return UserError(f"Checkpoint '{path}' is damaged or incomplete; delete it to use the one before.")
+    return UserError(
+        f"Checkpoint '{path}' is damaged or incomplete; use another one (`last` is the newest that is whole), or "
+        "restore its files from a copy."
+    )

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deeplab2_like.errors import UserError
+from deeplab2_like.files import require_local
 from deeplab2_like.progress import progress_bar
 
 WRONG_USE = 2
@@ -27,8 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; by default those of the command line.
 
     Returns:
-        Exit status: 0 for success, also of `--help`, 2 for wrong use or input, 1 for an internal failure, 143 for a
-        training that SIGTERM has stopped.
+        Exit status: 0 for success, also of `--help`, 2 for wrong use or input, 1 for an internal failure; after a
+        signal 128 + its number: 130 for Ctrl-C, and for a training that has saved and stopped also 129 (SIGHUP) and
+        143 (SIGTERM).
     """
     # TensorFlow's own messages would drown what the commands say; whoever looks for a fault sets the level to 0.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -36,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     try:
         options = _make_parser().parse_args(arguments)
+        _require_local_paths(options)
         options.run(options)
     except UserError as error:
         print(f"deeplab2-like: {error}", file=sys.stderr)
@@ -47,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else INTERNAL_FAILURE
     except KeyboardInterrupt:
         print("deeplab2-like: stopped.", file=sys.stderr)
-        return INTERNAL_FAILURE
+        return 128 + signal.SIGINT
     except Exception:
         traceback.print_exc()
         print("deeplab2-like: this is a fault of the program, not of yours; please report it.", file=sys.stderr)
@@ -120,7 +124,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--follow", action="store_true", help="evaluate each new checkpoint while training runs, and keep the best"
     )
     evaluate.add_argument(
-        "--timeout", type=float, metavar="MINUTES", help="end --follow if there is no new checkpoint for so long"
+        "--timeout", type=float, metavar="MINUTES", help="end --follow if nothing new appears in the folder for so long"
     )
     evaluate.add_argument("--save-predictions", action="store_true", help="write a picture per image")
     evaluate.add_argument("--submission", metavar="BENCHMARK", help="write files to submit: coco or cityscapes")
@@ -153,14 +157,31 @@ def _make_parser() -> argparse.ArgumentParser:
 
     export = add("export", _export, "Export a trained model as a SavedModel.")
     export.add_argument("--model-dir", type=Path, required=True, help="folder that training wrote")
-    export.add_argument("--output-dir", type=Path, required=True, help="folder of the SavedModel")
+    export.add_argument(
+        "--output-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of versions, which gets the next number (DIR/1, DIR/2, ...), or a version such as DIR/3",
+    )
+    export.add_argument(
+        "--replace",
+        action="store_true",
+        help="replace the version that --output-dir names, or without a number the newest one",
+    )
     export.add_argument(
         "--checkpoint", default="last", metavar="last|best|STEP", help="which checkpoint (default: %(default)s)"
     )
     _add_set(export)
 
     predict = add("predict", _predict, "Run an exported model on images; write pictures and COCO panoptic files.")
-    predict.add_argument("--model", type=Path, required=True, metavar="EXPORTED_DIR", help="folder that export wrote")
+    predict.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="EXPORTED_DIR",
+        help="a version, or a folder of versions, of which the newest is taken",
+    )
     predict.add_argument("--input", type=Path, required=True, metavar="FILE_OR_DIR", help="an image, or a folder")
     predict.add_argument("--output-dir", type=Path, required=True, help="folder for the results")
     predict.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do with a bad image")
@@ -324,6 +345,14 @@ def _add_set(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _require_local_paths(options: argparse.Namespace) -> None:
+    """Raises `UserError` if a path among the options is an address such as gs://bucket/run."""
+    for value in vars(options).values():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path):
+                require_local(path)
+
+
 def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
@@ -471,8 +500,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError("--follow evaluates every new checkpoint on labels; leave out --images and --checkpoint.")
     if options.images and options.split:
         raise UserError("--images takes the place of a split of the records; leave out one of --images and --split.")
+    timeout_seconds = None if options.timeout is None else 60 * options.timeout
     if options.follow:
-        wait_for_model_folder(options.model_dir)
+        wait_for_model_folder(options.model_dir, timeout_seconds=timeout_seconds)
     evaluation = ModelFolderEvaluation(
         options.model_dir,
         split=options.split,
@@ -491,7 +521,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         count = evaluation.predict(options.images, options.checkpoint)
         print(f"{count} images predicted.")
     elif options.follow:
-        evaluation.follow(timeout_seconds=None if options.timeout is None else 60 * options.timeout)
+        evaluation.follow(timeout_seconds=timeout_seconds)
     else:
         evaluation.run(options.checkpoint)
     for what, wanted, folder in (
@@ -525,8 +555,14 @@ def _evaluate_files(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from deeplab2_like.export.saved_model import export_model_folder
 
-    export_model_folder(options.model_dir, options.output_dir, checkpoint=options.checkpoint, overrides=options.set)
-    print(f"SavedModel is in {options.output_dir}")
+    exported = export_model_folder(
+        options.model_dir,
+        options.output_dir,
+        checkpoint=options.checkpoint,
+        overrides=options.set,
+        replace=options.replace,
+    )
+    print(f"SavedModel is in {exported}")
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -553,6 +589,7 @@ def _describe(options: argparse.Namespace) -> None:
     from deeplab2_like.files import write_atomically
     from deeplab2_like.model import build_system
     from deeplab2_like.model.describe import describe, print_description
+    from deeplab2_like.temporary import remove_leftovers
 
     config = load_config(options.config, options.set)
     info = None
@@ -563,4 +600,5 @@ def _describe(options: argparse.Namespace) -> None:
     description = describe(build_system(config, info), height, width)
     print_description(description)
     if options.json is not None:
+        remove_leftovers(options.json.parent, of=options.json.name)
         write_atomically(options.json, (json.dumps(description.to_dict(), indent=1) + "\n").encode())

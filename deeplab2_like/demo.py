@@ -16,7 +16,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.evaluation.evaluate import evaluate_model_folder
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_model_folder
-from deeplab2_like.files import write_png
+from deeplab2_like.files import make_folder, write_png
 from deeplab2_like.model import find_system
 from deeplab2_like.progress import progress_bar
 from deeplab2_like.trainer.train import train
@@ -60,7 +60,8 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
     console.rule("3/5 Evaluating")
     metrics = evaluate_model_folder(model_dir, output_dir=output_dir)
     console.rule("4/5 Exporting")
-    export_model_folder(model_dir, exported)
+    # The demo's folder is its own, so a second run replaces the export of the first.
+    exported = export_model_folder(model_dir, exported, replace=True)
     console.rule("5/5 Predicting")
     _write_pictures(records, exported, output_dir / "pictures")
 
@@ -84,6 +85,7 @@ def _write_pictures(records: Path, exported: Path, folder: Path) -> None:
     info = DatasetInfo.load(records)
     predictor = Predictor(exported)
     sheet = []
+    make_folder(folder)
     examples = pipeline.make_eval_dataset(tfrecord.list_shards(records, "val"), dataset_info=info)
     for example in examples.take(PICTURES):
         image = example["image"].numpy()

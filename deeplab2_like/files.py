@@ -1,10 +1,11 @@
 """Writing files so that they appear whole or not at all, and the names that outputs take from their images."""
 
 import contextlib
-import glob
 import json
 import os
-from collections.abc import Sequence
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,7 @@ import cv2
 import numpy as np
 
 from deeplab2_like.errors import UserError
-
-
-def beside(path: str | os.PathLike[str]) -> Path:
-    """The hidden name in the same folder under which a file or folder is written until it is whole."""
-    path = Path(path)
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
-def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Removes the hidden files that processes which were killed have left `beside` a file."""
-    for leftover in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*"):
-        number = leftover.suffix[1:]
-        if number.isascii() and number.isdigit() and not _is_running(int(number)):
-            with contextlib.suppress(OSError):  # A folder that may only be read keeps them.
-                leftover.unlink()
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # Signal 0 only looks.
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # Somebody else's, or no number of a process.
-        return True
-    return True
+from deeplab2_like.temporary import TemporaryFile, remove_leftovers
 
 
 def cannot_write(path: str | os.PathLike[str], error: Exception) -> UserError:
@@ -51,33 +28,35 @@ def cannot_write(path: str | os.PathLike[str], error: Exception) -> UserError:
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes a folder and its parents if they are missing.
+    """Makes a folder and its parents if they are missing, and removes what killed runs have left directly in it.
+
+    For the start of a run: it lists the folder, so it is not for every file that is written.
 
     Raises:
         UserError: If that is impossible.
     """
+    require_local(folder)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = "there is a file in its place" if isinstance(error, FileExistsError) else error.strerror
         raise UserError(f"Output folder '{folder}' cannot be made ({reason}); choose another.") from error
+    remove_leftovers(folder)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes `content` beside `path` under a hidden name, then renames it; makes missing folders.
+    """Writes `content` beside `path` under a temporary name, then renames it; makes missing folders.
 
     Raises:
         UserError: If the folder or the file cannot be written.
     """
+    require_local(path)
     path = Path(path)
-    hidden = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            hidden.write_bytes(content)
-            hidden.replace(path)
-        finally:
-            hidden.unlink(missing_ok=True)
+        with TemporaryFile(path) as temporary:
+            temporary.file.write(content)
+            temporary.publish()
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -92,6 +71,7 @@ def read_file(path: str | os.PathLike[str], what: str) -> bytes:
     Raises:
         UserError: If it cannot be read.
     """
+    require_local(path)
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:
@@ -181,3 +161,42 @@ def image_ids_of_names(names: Sequence[str]) -> list[int | str]:
     ids = [image_id_of_name(name) for name in names]
     all_numbers = all(isinstance(image_id, int) for image_id in ids)
     return ids if all_numbers and len(set(ids)) == len(ids) else list(names)
+
+
+# A letter alone is a drive of Windows. `Path` makes one slash of two.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+
+
+def require_local(path: str | os.PathLike[str]) -> None:
+    """Refuses addresses such as `gs://bucket/run`, which Python would take for a local folder `gs:`.
+
+    Raises:
+        UserError: If it is one.
+    """
+    text = os.fspath(path)
+    if found := _ADDRESS.match(text):
+        address = f"{found[1]}://{text[found.end() :]}"
+        raise UserError(
+            f"'{address}' is not a local path, and only local paths work; copy the data to a local folder, or mount "
+            "the bucket and give the folder it is mounted on."
+        )
+
+
+@contextlib.contextmanager
+def literal_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a folder to functions of TensorFlow that take a path for a pattern, such as those that read a checkpoint.
+
+    Args:
+        folder: The folder.
+
+    Yields:
+        The folder, or a link to it if its path has characters that stand for others in a pattern. Errors of TensorFlow
+        then name the link.
+    """
+    if not re.search(r"[][*?\\]", os.fspath(folder)):
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "folder"
+        link.symlink_to(os.path.abspath(folder), target_is_directory=True)
+        yield link

@@ -1,11 +1,14 @@
 """What commands show while they run: a live bar on a terminal; for training, plain lines elsewhere."""
 
+import contextlib
+import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -46,6 +49,50 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+class LenientOutput(io.TextIOBase):
+    """Text output that drops what cannot be written, for what must go on when its terminal or reader has gone.
+
+    Args:
+        stream: Where to write. After a failure its descriptor leads to the null device, as the stream would try again
+            when the process ends, and change its exit status.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding of the stream."""
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """The descriptor of the stream."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Writes, or drops the text."""
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes, or drops what was to be written."""
+        with self._dropping():
+            self._stream.flush()
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            with contextlib.suppress(OSError), open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), self._stream.fileno())
+
+
 # What a training step reports beside its losses.
 _NO_LOSSES = ("learning_rate", "gradient_norm", "images_per_second", "waiting_for_data", "loss_scale", "skipped_steps")
 
@@ -62,8 +109,8 @@ class TrainingProgress:
     """
 
     def __init__(self, *, start_step: int, steps: int, is_shown: bool = True) -> None:
-        # Kept, so that it survives a redirected stdout.
-        self._console = Console(file=sys.stdout, quiet=not is_shown)
+        # Kept, so that it survives a redirected stdout. A training does not end because nobody reads what it prints.
+        self._console = Console(file=cast(TextIO, LenientOutput(sys.stdout)), quiet=not is_shown)
         self._steps = steps
         self._step = self._first_step = start_step
         self._started = time.perf_counter()

@@ -112,9 +112,23 @@ def test_what_the_chain_leaves(chain: Path) -> None:
     assert metrics["evaluation"] == {"model_dir": str(chain / "model"), "step": 2, "split": "val", "images": 2}
     assert 0 <= metrics["panoptic"]["all"]["pq"] <= 100
     assert {"saved_model.pb", "config.yaml", "dataset_info.json"} <= {
-        path.name for path in (chain / "exported").iterdir()
+        path.name for path in (chain / "exported" / "1").iterdir()
     }
     assert {path.name for path in hidden(chain)} == known
+
+
+def test_export_writes_versions(chain: Path, tmp_path: Path, run: Run, refuse: Callable[..., str]) -> None:
+    shutil.copytree(chain / "exported" / "1", tmp_path / "models" / "1")
+    arguments = ("export", "--model-dir", chain / "model", "--output-dir")
+    status, out, _ = run(*arguments, tmp_path / "models")
+    assert (status, out.splitlines()[-1]) == (0, f"SavedModel is in {tmp_path / 'models' / '2'}")
+    message = refuse(*arguments, tmp_path / "models" / "1")
+    assert message.startswith(f"'{tmp_path / 'models' / '1'}' holds an export already; give '{tmp_path / 'models'}' to")
+    (tmp_path / "models" / "2" / "notes.txt").write_text("of the replaced export")
+    status, out, _ = run(*arguments, tmp_path / "models", "--replace")
+    assert (status, out.splitlines()[-1]) == (0, f"SavedModel is in {tmp_path / 'models' / '2'}")
+    assert not (tmp_path / "models" / "2" / "notes.txt").exists()
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["1", "2"]
 
 
 def test_predictions_of_every_size(chain: Path) -> None:
@@ -188,6 +202,12 @@ def test_following_leaves_out_what_is_damaged_and_ends(model: Path, run: Run) ->
     output = run("evaluate", "--model-dir", model, "--follow", "--timeout", 0)
     assert output.status == 0
     assert "Step 2 is left out: Checkpoint" in output.err
+
+
+def test_following_a_training_that_never_starts(refuse: Callable[..., str], tmp_path: Path) -> None:
+    message = refuse("evaluate", "--model-dir", tmp_path / "model", "--follow", "--timeout", 0)
+    assert f"No training has started in '{tmp_path / 'model'}' for 0 minutes; check --model-dir, or raise" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_oracle_is_better_than_nothing(model: Path, run: Run) -> None:
@@ -557,4 +577,4 @@ def test_stopped_by_the_user(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "_describe", stop)
-    assert run("describe", "--config", "x") == (1, "", "deeplab2-like: stopped.\n")
+    assert run("describe", "--config", "x") == (130, "", "deeplab2-like: stopped.\n")

@@ -1,6 +1,5 @@
 """Files that appear whole or not at all, PNG files, and names of outputs."""
 
-import os
 from pathlib import Path
 
 import cv2
@@ -13,10 +12,6 @@ from deeplab2_like.errors import UserError
 
 IMAGE = np.zeros((2, 3, 3), np.uint8)
 IMAGE[0, 1] = 255, 128, 0
-
-
-def test_hidden_name_lies_in_the_same_folder(tmp_path):
-    assert files.beside(tmp_path / "a.png") == tmp_path / f".a.png.{os.getpid()}"
 
 
 def test_png_holds_red_green_blue():

@@ -11,7 +11,7 @@ import yaml
 
 from deeplab2_like.configs.schema import Config, StrictModel
 from deeplab2_like.errors import UserError, unknown_name
-from deeplab2_like.files import write_atomically
+from deeplab2_like.files import require_local, write_atomically
 
 _FOLDER = Path(__file__).parent
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -69,6 +69,7 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
 def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) -> dict[str, Any]:
     """Reads one YAML file and what it is based on, without checking keys."""
     name = str(name_or_file)
+    require_local(name_or_file)
     if name in asked_by:
         raise UserError(f"Config '{name}' is based on itself through {' -> '.join(asked_by)}; break the circle.")
     path = Path(name_or_file)
@@ -89,6 +90,7 @@ def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) ->
         return content
     if not isinstance(base, str):
         raise UserError(f"Key 'base' in '{path}' must be the name of a config or a YAML file, but is {base!r}.")
+    require_local(base)
     if Path(base).suffix in _YAML_SUFFIXES:
         base = str(path.parent / base)  # A file is named as seen from the file that asks for it.
     return _merge(_read(base, asked_by=(*asked_by, name)), content)

@@ -8,6 +8,7 @@ from typing import Literal
 import pydantic
 
 from deeplab2_like.errors import UserError
+from deeplab2_like.files import require_local
 
 
 class StrictModel(pydantic.BaseModel):
@@ -52,6 +53,16 @@ class DataConfig(StrictModel):
                 "--set data.path=DIR."
             )
         return self.path
+
+    @pydantic.field_validator("path")
+    @classmethod
+    def _local_path(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                require_local(value)
+            except UserError as error:
+                raise ValueError(str(error).removesuffix(".")) from error
+        return value
 
     @pydantic.field_validator("crop_size")
     @classmethod

@@ -8,6 +8,7 @@ import numpy as np
 from deeplab2_like.data.exif import find_orientation, turn
 from deeplab2_like.data.tfrecord import decode_image_bytes
 from deeplab2_like.errors import UserError
+from deeplab2_like.files import require_local
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -24,6 +25,7 @@ def list_images(path: Path, *, recursive: bool = False) -> list[Path]:
     Raises:
         UserError: If there is none.
     """
+    require_local(path)
     if path.is_file():
         return [path]
     if not path.is_dir():

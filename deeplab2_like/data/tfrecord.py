@@ -27,6 +27,7 @@ from deeplab2_like import files
 from deeplab2_like.data import exif, panoptic_label
 from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE
 from deeplab2_like.errors import UserError
+from deeplab2_like.temporary import TemporaryFolder
 
 _ENCODED = "image/encoded"
 _FILENAME = "image/filename"
@@ -359,8 +360,8 @@ def list_shards(folder: str | os.PathLike[str], split: str) -> list[str]:
     counts = sorted({int(match["count"]) for match in matches})
     if len(counts) > 1:
         raise UserError(
-            f"Split '{split}' in '{folder}' mixes files of {counts[0]} and of {counts[1]} parts; delete those of one "
-            "conversion."
+            f"Split '{split}' in '{folder}' mixes files of {counts[0]} and of {counts[1]} parts; move those of one "
+            "conversion to another folder, or convert the data set again into a new one."
         )
     names = shard_names(split, counts[0])
     present = {match[0] for match in matches}
@@ -372,6 +373,7 @@ def list_shards(folder: str | os.PathLike[str], split: str) -> list[str]:
 
 def _shard_matches(folder: str | os.PathLike[str]) -> list[re.Match[str]]:
     """Matches of `_SHARD_NAME` in the folder, sorted by file name."""
+    files.require_local(folder)
     if not Path(folder).is_dir():
         raise UserError(f"Record folder '{folder}' does not exist; give a folder that `deeplab2-like convert` wrote.")
     matches = (_SHARD_NAME.match(name) for name in sorted(os.listdir(folder)))
@@ -548,13 +550,21 @@ class FileWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
-        self._hidden = files.beside(path)
-        self._writer: Any = None  # A tf.io.TFRecordWriter, once entered.
+        # Once entered. A folder, as TensorFlow opens the file itself, which some network file systems refuse if that
+        # file is locked.
+        self._temporary: TemporaryFolder
+        self._writer: Any = None  # A tf.io.TFRecordWriter.
         self.num_written = 0
 
     def __enter__(self) -> "FileWriter":
         with self._write_errors():
-            self._writer = tf.io.TFRecordWriter(str(self._hidden))
+            self._temporary = TemporaryFolder(self._path)
+            self._file = self._temporary.path / self._path.name
+            try:
+                self._writer = tf.io.TFRecordWriter(str(self._file))
+            except BaseException:
+                self._temporary.close()
+                raise
         return self
 
     def write(self, serialized: bytes) -> None:
@@ -570,12 +580,11 @@ class FileWriter:
             if kind is None:
                 with self._write_errors():
                     self._writer.close()
-                    self._hidden.replace(self._path)
+                    self._file.replace(self._path)
         finally:
             with contextlib.suppress(*_WRITE_ERRORS):  # Nobody needs the rest that cannot be written.
                 self._writer.close()
-            with contextlib.suppress(OSError):
-                self._hidden.unlink(missing_ok=True)
+            self._temporary.close()
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:

@@ -20,7 +20,8 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.data.panoptic_label import classes_of_values, ids_to_rgb
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import read_json, write_atomically, write_png
+from deeplab2_like.files import make_folder, read_json, require_local, write_atomically, write_png
+from deeplab2_like.temporary import remove_leftovers
 
 
 def segments_info(
@@ -102,6 +103,19 @@ class CocoPanopticWriter:
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
         self._image_of_png: dict[str, int | str] = {}
+
+    def start(self) -> None:
+        """Makes the output folder, and removes what must not stay in it beside the files of this run.
+
+        That is the JSON of an earlier run, which would describe other PNG files should this one end early, and what
+        killed runs have left.
+
+        Raises:
+            UserError: If the folder cannot be made.
+        """
+        make_folder(self.json_file.parent)
+        remove_leftovers(self.png_dir, recursive=True)
+        self.json_file.unlink(missing_ok=True)
 
     def add(
         self,
@@ -191,6 +205,8 @@ class CocoPanopticReader:
         Raises:
             UserError: If a file or folder is missing or damaged, or an image is annotated twice.
         """
+        for path in (json_file, png_dir):
+            require_local(path)
         self.json_file, self.png_dir = Path(json_file), Path(png_dir)
         if not self.json_file.is_file():
             raise UserError(f"COCO panoptic JSON '{json_file}' does not exist.")

@@ -50,6 +50,7 @@ from deeplab2_like.model import PanopticSystem
 from deeplab2_like.model.layers import compiled_stages
 from deeplab2_like.parallel import map_in_order
 from deeplab2_like.progress import progress_bar
+from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.visualize import side_by_side
 
 Example = Mapping[str, tf.Tensor]
@@ -464,6 +465,8 @@ class ModelFolderEvaluation:
         info = self.system.dataset_info
         pictures = self.output_dir / "predictions"
         picture_names: set[str] = set()
+        if self._save_predictions:
+            remove_leftovers(pictures, recursive=True)
         with contextlib.ExitStack() as stack:
             submission = None
             if self._submission is not None:
@@ -485,12 +488,29 @@ class ModelFolderEvaluation:
             yield write
 
 
-def wait_for_model_folder(model_dir: str | os.PathLike[str], *, poll_seconds: float = 2.0) -> None:
-    """Waits until a training that is just starting has claimed its folder."""
+def wait_for_model_folder(
+    model_dir: str | os.PathLike[str], *, poll_seconds: float = 2.0, timeout_seconds: float | None = None
+) -> None:
+    """Waits until a training has started in a model folder.
+
+    Args:
+        model_dir: The folder; may be missing.
+        poll_seconds: Time between two looks at the folder.
+        timeout_seconds: The longest time to wait; None waits for ever.
+
+    Raises:
+        UserError: If no training has started after this time.
+    """
     file = Path(model_dir) / CONFIG_FILE
+    started = time.monotonic()
     if not file.is_file():
         print(f"Waiting for a training to start in '{model_dir}'.", flush=True)
     while not file.is_file():
+        if timeout_seconds is not None and time.monotonic() - started > timeout_seconds:
+            raise UserError(
+                f"No training has started in '{model_dir}' for {timeout_seconds / 60:g} minutes; check --model-dir, or "
+                "raise --timeout."
+            )
         time.sleep(poll_seconds)
 
 

@@ -20,7 +20,8 @@ from deeplab2_like.data import known_datasets
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter
-from deeplab2_like.files import image_id_of_name, make_folder, write_atomically, write_png
+from deeplab2_like.files import image_id_of_name, write_atomically, write_png
+from deeplab2_like.temporary import remove_leftovers
 
 # Name -> label id of the classes that Cityscapes evaluates.
 CITYSCAPES_LABEL_IDS = {category.name: category.id for category in known_datasets.CITYSCAPES}
@@ -78,8 +79,7 @@ class Submission(abc.ABC):
         self._image_ids = image_ids
         self._panoptic = CocoPanopticWriter(output_dir, dataset_info, name=stem)
         self._name_of_image_id: dict[int | str, str] = {}
-        make_folder(output_dir)
-        self._panoptic.json_file.unlink(missing_ok=True)
+        self._panoptic.start()
 
     def add(
         self,
@@ -209,6 +209,8 @@ class CityscapesSubmission(Submission):
         super().__init__(output_dir, dataclasses.replace(dataset_info, categories=categories), stem=stem)
         self.semantic_dir = self.output_dir / "semantic"
         self.instance_dir = self.output_dir / "instances"
+        for folder in (self.semantic_dir, self.instance_dir):
+            remove_leftovers(folder, recursive=True)
         # One entry more, for void.
         self._label_ids = np.array([category.id for category in categories] + [CITYSCAPES_UNLABELED], np.uint8)
 

@@ -16,7 +16,9 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.image_files import list_images, read_image
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter, segments_info
-from deeplab2_like.files import distinct_names, image_ids_of_names, make_folder, write_png
+from deeplab2_like.export.versions import MODEL_FILE, newest_export
+from deeplab2_like.files import distinct_names, image_ids_of_names, literal_folder, require_local, write_png
+from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.visualize import draw_overlay, side_by_side
 
 
@@ -93,7 +95,7 @@ class Predictor:
     """An exported model, ready to be called with images of any size.
 
     Example:
-        predictor = Predictor("exported")
+        predictor = Predictor("models/panoptic")
         prediction = predictor(image)  # uint8 [H, W, 3], RGB
         prediction.draw(image)
 
@@ -101,7 +103,8 @@ class Predictor:
         dataset_info: The meaning of the predicted maps.
 
     Args:
-        exported_dir: A folder that `deeplab2-like export` wrote.
+        exported_dir: An export, or a folder of versions that `deeplab2-like export` wrote, of which the highest
+            counts.
         compiled: Use the post-processing compiled by XLA: faster for many images of one size, but each new size is
             compiled first and stays in memory.
 
@@ -110,12 +113,13 @@ class Predictor:
     """
 
     def __init__(self, exported_dir: str | os.PathLike[str], *, compiled: bool = False) -> None:
-        folder = Path(exported_dir)
-        _require_export(folder)
+        require_local(exported_dir)
+        folder = _find_export(Path(exported_dir))
         self.dataset_info = DatasetInfo.load(folder)
         # TensorFlow has no type of its own for the error that a damaged file gives.
         try:
-            self._model = tf.saved_model.load(str(folder))
+            with literal_folder(folder) as readable:
+                self._model = tf.saved_model.load(str(readable))
         except (OSError, ValueError, RuntimeError, LookupError, AttributeError, tf.errors.OpError) as error:
             raise UserError(
                 f"The exported model '{folder}' is damaged ({_first_line(error)}); export it again."
@@ -215,7 +219,7 @@ def predict_files(
     nothing else. The image id in the JSON is NAME; if all names are different numbers, it is the number, as in COCO.
 
     Args:
-        model_dir: A folder that `deeplab2-like export` wrote.
+        model_dir: See `Predictor`.
         input_path: An image file, or a folder; see `image_files.list_images`.
         output_dir: Is made if missing.
         compiled: See `Predictor`.
@@ -240,9 +244,8 @@ def predict_files(
     for folder in (pictures_dir, writer.png_dir):
         if files[0].resolve().parent == folder.resolve():
             raise UserError(f"The output would replace the images in '{folder}'; choose another output folder.")
-    make_folder(output_dir)
-    # The JSON of an earlier run must not describe the PNG files of this one, should it end early.
-    writer.json_file.unlink(missing_ok=True)
+    writer.start()
+    remove_leftovers(pictures_dir)
 
     skipped: list[str] = []
     for done, (file, name, image_id) in enumerate(zip(files, names, image_ids, strict=True), start=1):
@@ -267,18 +270,24 @@ def predict_files(
     return PredictionSummary(len(files) - len(skipped), tuple(skipped), pictures_dir, writer.close())
 
 
-def _require_export(folder: Path) -> None:
-    """Raises `UserError`, with advice for folders of other kinds, unless `folder` is an export."""
+def _find_export(folder: Path) -> Path:
+    """Returns the folder itself or its newest version; raises `UserError`, with advice, if there is no export."""
     if not folder.is_dir():
         raise UserError(f"Exported model '{folder}' does not exist; give a folder that `deeplab2-like export` wrote.")
-    if not (folder / "saved_model.pb").is_file():
-        versions = sorted(file.parent.name for file in folder.glob("*/saved_model.pb"))
-        advice = "give a folder that `deeplab2-like export` wrote"
-        if versions:
-            advice = f"give the folder of a version, such as '{folder / versions[-1]}'"
-        elif (folder / "checkpoints").is_dir():
-            advice = "as it is a model folder, export it first with `deeplab2-like export`"
-        raise UserError(f"'{folder}' is no exported model, for it has no saved_model.pb; {advice}.")
+    if (folder / MODEL_FILE).is_file():
+        return folder
+    newest = newest_export(folder)
+    if newest is not None:
+        return newest
+    exports = sorted(
+        file.parent.name for file in folder.glob(f"*/{MODEL_FILE}") if not file.parent.name.startswith(".")
+    )
+    advice = "give a folder that `deeplab2-like export` wrote"
+    if exports:
+        advice = f"give the folder of one, such as '{folder / exports[-1]}'"
+    elif (folder / "checkpoints").is_dir():
+        advice = "as it is a model folder, export it first with `deeplab2-like export`"
+    raise UserError(f"'{folder}' is no exported model, for it has no {MODEL_FILE}; {advice}.")
 
 
 def _first_line(error: BaseException) -> str:

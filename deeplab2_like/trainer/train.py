@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import tensorflow as tf
 from deeplab2_like.checkpoint import (
     CONFIG_FILE,
     check_model_folder,
+    clean_model_folder,
     list_checkpoints,
     load_what_fits,
     make_checkpoint,
@@ -29,13 +31,14 @@ from deeplab2_like.configs import Config, load_config
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import cannot_write, make_folder
+from deeplab2_like.files import cannot_write
 from deeplab2_like.model import PanopticSystem, build_system
-from deeplab2_like.progress import TrainingProgress
+from deeplab2_like.progress import LenientOutput, TrainingProgress
 from deeplab2_like.trainer import failures
 from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.optimizer import freeze, learning_rate_multipliers, make_optimizer, make_schedule
-from deeplab2_like.trainer.stopping import STOPPED_STATUS, StopSignal, StopTraining
+from deeplab2_like.trainer.run_lock import run_lock
+from deeplab2_like.trainer.stopping import StopSignal, StopTraining, exit_status
 from deeplab2_like.trainer.strategy import is_chief, make_strategy, worker_of
 from deeplab2_like.trainer.summaries import StepProfiler, Summaries
 from deeplab2_like.trainer.trainer import NonFiniteError, Trainer, make_step_counter
@@ -51,13 +54,14 @@ def train(
 ) -> PanopticSystem:
     """Trains the system of a config, or resumes where an earlier run in the same model folder ended.
 
-    On SIGTERM it finishes the step, saves a checkpoint, says how to resume and ends the process with exit status 143,
-    as a shell reports of a process that SIGTERM has ended. An evaluation that was cut short is made up for at the next
+    On SIGINT (Ctrl-C), SIGTERM and SIGHUP it finishes the step, saves a checkpoint, says how to resume and ends the
+    process with the exit status 128 + the number of the signal, as a shell reports a process that the signal has
+    ended. A signal that was ignored before stays ignored. An evaluation that was cut short is made up for at the next
     start.
 
     Args:
         config: What to train, on which records, how long.
-        model_dir: Folder for checkpoints, config and TensorBoard events, of one training at a time; made if absent.
+        model_dir: Folder for checkpoints, config and TensorBoard events, of one training at a time; made if missing.
             Several workers need to see the same folder.
         init_from: A model folder, or a checkpoint's path without ending, to start from with all weights that fit by
             name and shape; without effect when resuming.
@@ -67,14 +71,29 @@ def train(
         The trained system, with the averaged weights if `trainer.ema_decay` is set.
 
     Raises:
-        UserError: If the records, the config and the model folder do not fit together, a loss is not finite, the
-            memory does not suffice, or another worker is lost.
-        SystemExit: After SIGTERM.
+        UserError: If the records, the config and the model folder do not fit together, another training runs in the
+            folder, a loss is not finite, the memory does not suffice, or another worker is lost.
+        SystemExit: After one of these signals.
     """
-    settings = config.trainer
-    _check_folder(model_dir)
     # Early, as several workers must find each other before TensorFlow computes anything.
-    strategy = make_strategy(settings.strategy, tpu=settings.tpu)
+    strategy = make_strategy(config.trainer.strategy, tpu=config.trainer.tpu)
+    if not is_chief(strategy):
+        return _train(config, model_dir, strategy, init_from=init_from, profile=profile)
+    with run_lock(model_dir):
+        clean_model_folder(model_dir)
+        return _train(config, model_dir, strategy, init_from=init_from, profile=profile)
+
+
+def _train(
+    config: Config,
+    model_dir: str | os.PathLike[str],
+    strategy: tf.distribute.Strategy,
+    *,
+    init_from: str | os.PathLike[str] | None,
+    profile: int,
+) -> PanopticSystem:
+    """The rest of `train`, with the model folder locked by the chief."""
+    settings = config.trainer
     dataset_info = DatasetInfo.load(config.data.record_folder)
     files = tfrecord.list_shards(config.data.record_folder, config.data.train_split)
     validation_files = _list_validation_files(config)
@@ -96,7 +115,7 @@ def train(
         return system
 
     dataset = _distribute_batches(config, files, system, strategy, start_step=start_step)
-    is_stopped = False
+    stopped_by: signal.Signals | None = None
     with contextlib.ExitStack() as stack:
         if is_chief(strategy):
             # Only now, as a start that fails must not claim the folder.
@@ -160,13 +179,14 @@ def train(
         def evaluate(values: Mapping[str, Any]) -> None:
             if not _is_evaluation_due(config, int(step)):
                 return
-            is_cut_short = False
+            cut_short_by = None
             if validation is not None:
                 found = validation.evaluate_and_keep(int(step))
-                is_cut_short = found is None
-                if found is not None:
+                if found is None:
+                    cut_short_by = stop.noted
+                else:
                     progress.note(f"step {int(step)}/{settings.steps}  {found}")
-            stop.raise_if_any(is_cut_short)
+            stop.raise_if_any(cut_short_by)
 
         intervals = [settings.log_every, settings.checkpoint_every, settings.pictures_every, settings.evaluate_every]
         user_errors = tfrecord.user_errors([*files, *validation_files])
@@ -184,13 +204,13 @@ def train(
                 if is_evaluation_missing:
                     evaluate({})
                 controller.train(settings.steps)
-            except StopTraining:
-                is_stopped = True
+            except StopTraining as request:
+                stopped_by = request.signal
                 trainer.check_values()
                 if int(step) > start_step:
                     manager.save(int(step), check_interval=False)
-    if is_stopped:
-        _exit_stopped(int(step), settings.steps, model_dir)
+    if stopped_by is not None:
+        _exit_stopped(stopped_by, int(step), settings.steps, model_dir)
     _use_average(state)
     return system
 
@@ -299,21 +319,15 @@ def _use_average(state: _State) -> None:
         state.average.copy_to_system()
 
 
-def _exit_stopped(step: int, steps: int, model_dir: str | os.PathLike[str]) -> NoReturn:
-    """Ends the process after SIGTERM."""
+def _exit_stopped(stopped_by: signal.Signals, step: int, steps: int, model_dir: str | os.PathLike[str]) -> NoReturn:
+    """Ends the process after a signal."""
     print(
-        f"Stopped by SIGTERM after step {step} of {steps}, which is saved; run the same command again to resume from "
-        f"'{model_dir}'.",
+        f"Stopped by {stopped_by.name} after step {step} of {steps}, which is saved; run the same command again to "
+        f"resume from '{model_dir}'.",
+        file=LenientOutput(sys.stdout),
         flush=True,
     )
-    raise SystemExit(STOPPED_STATUS)
-
-
-def _check_folder(model_dir: str | os.PathLike[str]) -> None:
-    """Raises `UserError` if there is a file in place of a folder or of one that it is in; makes nothing."""
-    folder = Path(model_dir).absolute()
-    if not next(path for path in (folder, *folder.parents) if os.path.exists(path)).is_dir():
-        make_folder(model_dir)  # Which says why it cannot.
+    raise SystemExit(exit_status(stopped_by))
 
 
 def _check_batch_size(batch_size: int, devices: int) -> None:
@@ -407,7 +421,7 @@ def _make_validation(
         average=state.average,
         model_dir=model_dir,
         split=config.data.val_split,
-        is_stopped=lambda: stop.noted,
+        is_stopped=lambda: stop.noted is not None,
     )
 
 
@@ -422,8 +436,8 @@ def _evaluate_finished(
     step, steps = int(state.step), config.trainer.steps
     with StopSignal(strategy) as stop, tfrecord.user_errors(files):
         found = _make_validation(config, state, files, model_dir, stop).evaluate_and_keep(step)
-    if found is None:
-        _exit_stopped(step, steps, model_dir)
+    if stop.noted is not None and found is None:
+        _exit_stopped(stop.noted, step, steps, model_dir)
     print(f"step {step}/{steps}  {found}")
 
 

@@ -15,6 +15,7 @@ from deeplab2_like.evaluation.evaluate import evaluate, make_inference_function,
 from deeplab2_like.evaluation.report import write_results
 from deeplab2_like.files import write_atomically
 from deeplab2_like.model import PanopticSystem
+from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.summaries import draw_predictions
 
@@ -104,6 +105,7 @@ class Validation:
         if metrics is None:
             return None
         folder = self._model_dir / self._split
+        remove_leftovers(folder)
         write_results(folder, metrics, model_dir=self._model_dir, step=step, split=self._split, images=self._images)
         quality = metrics["panoptic"]["all"]["pq"]
         with self.evaluated_weights():

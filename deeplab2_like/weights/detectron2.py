@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from deeplab2_like.errors import UserError
+from deeplab2_like.files import require_local
 from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab, PanopticDeepLabConfig
 from deeplab2_like.weights.assign import (
     assign_by_name,
@@ -70,6 +71,7 @@ def read_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: If the file is not there, is damaged, or holds anything but arrays (a pickle could run code).
     """
+    require_local(path)
     path = Path(path)
     if not path.is_file():
         raise UserError(f"Checkpoint '{path}' does not exist; give a .pkl, .npz or .pth file.")

@@ -234,7 +234,7 @@ PICTURE = base64.b64encode(encode_png(np.ones((2, 2), np.uint8))).decode()
         (damaged(imageHeight=None), "lacks 'imageHeight' or 'imageWidth'; save it again in labelme"),
         (damaged(imageHeight=6), "is 5x8 but its label is 6x8"),
         (damaged(imageHeight=10**9), "its height and width are given as 1000000000 and 8, which no image has"),
-        (no_json, "it has no JSON of its name beside it; label it in labelme, or remove it"),
+        (no_json, "it has no JSON of its name beside it; label it in labelme, or move it"),
         (no_image, r"the image '.*a\.png' cannot be read \(No such file"),
         (with_shape(shape("car", "line", [[0, 0], [1, 1]])), "shape 5, 'car', is a line, which has no inside; polygon"),
         (with_shape(shape("car", "polygon", [[0, 0], [1, 1]])), "shape 5, 'car', has a polygon that is no list x, y"),
@@ -271,7 +271,7 @@ def test_faulty_image_stops_or_is_skipped(source: Source, damage: Any, message: 
     ("text", "message"),
     [
         ("{", "is not a JSON file"),
-        ("[]", "has no list 'shapes', so it is no JSON of labelme; remove it from the folder"),
+        ("[]", "has no list 'shapes', so it is no JSON of labelme; move it to another folder"),
     ],
 )
 def test_foreign_json_is_named(source: Source, text: str, message: str) -> None:

@@ -1,5 +1,6 @@
 """One record and the files of a split."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from deeplab2_like import files
 from deeplab2_like.data import tfrecord
 from deeplab2_like.errors import UserError
 
@@ -232,13 +232,19 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_folder_that_cannot_be_written_is_named(tmp_path):
-    # The file cannot be made, as if somebody else's lay there.
-    blocked = files.beside(tmp_path / "a.tfrecord")
-    blocked.mkdir()
+    (tmp_path / "file").write_text("")
+    message = rf"^Cannot write '{tmp_path}/file' \(Not a directory\); choose a folder that can be written\.$"
+    with pytest.raises(UserError, match=message), tfrecord.FileWriter(tmp_path / "file" / "a.tfrecord"):
+        pass
+
+
+def test_file_that_tensorflow_cannot_make_is_named(tmp_path, monkeypatch):
+    open_writer = tf.io.TFRecordWriter
+    monkeypatch.setattr(tf.io, "TFRecordWriter", lambda path: open_writer(os.path.dirname(path)))
     message = rf"^Cannot write '{tmp_path}' \(Is a directory\); choose a folder that can be written\.$"
     with pytest.raises(UserError, match=message), tfrecord.FileWriter(tmp_path / "a.tfrecord"):
         pass
-    assert list(tmp_path.iterdir()) == [blocked]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_file_that_cannot_be_put_in_its_place_is_named(tmp_path):
@@ -250,8 +256,9 @@ def test_file_that_cannot_be_put_in_its_place_is_named(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 @pytest.mark.parametrize("size", [10, 10_000_000])  # Buffered until the end, and written at once.
-def test_full_disk_is_a_user_error(tmp_path, size):
-    files.beside(tmp_path / "train-00000-of-00001.tfrecord").symlink_to("/dev/full")
+def test_full_disk_is_a_user_error(tmp_path, monkeypatch, size):
+    open_writer = tf.io.TFRecordWriter
+    monkeypatch.setattr(tf.io, "TFRecordWriter", lambda path: open_writer("/dev/full"))
     with (
         pytest.raises(UserError, match=rf"^Cannot write '{tmp_path}' \(No space left on device\)"),
         tfrecord.FileWriter(tmp_path / "train-00000-of-00001.tfrecord") as writer,

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kills import killed_at_the_end
 
 from deeplab2_like.data import tfrecord
 from deeplab2_like.data.convert import common
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
+from deeplab2_like.temporary import TemporaryFile
 
 INFO = DatasetInfo.from_coco_categories([{"id": 1, "name": "thing", "isthing": 1}], name="made up")
 COUNT, SHARDS = 7, 3
@@ -75,7 +77,7 @@ def before_each_change(action: Callable[[str], None]) -> Iterator[None]:
 
         for name in ("replace", "unlink", "rmdir"):
             watch(os, name)
-        watch(Path, "write_bytes")
+        watch(TemporaryFile, "publish")
         watch(tfrecord.tf.io.TFRecordWriter, "write")
         yield
 
@@ -209,7 +211,7 @@ def test_another_interrupted_conversion_is_refused(
     with pytest.raises(UserError, match="is bad"):
         conversion.run(tmp_path)
     before = contents(tmp_path)
-    expected = rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*delete this folder"
+    expected = rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*move this folder"
     with pytest.raises(UserError, match=expected):
         conversion.run(tmp_path, **changes)
     assert contents(tmp_path) == before
@@ -281,7 +283,7 @@ def test_full_disk_leaves_no_broken_file(conversion: Conversion, tmp_path: Path)
     changes: list[str] = []
     with before_each_change(changes.append):
         conversion.run(tmp_path / "counted")
-    fails = [number for number, name in enumerate(changes) if name in ("replace", "write", "write_bytes")]
+    fails = [number for number, name in enumerate(changes) if name in ("replace", "write", "publish")]
     assert len(fails) > 20
     for failing in fails:
         folder = tmp_path / f"full_{failing}"
@@ -335,15 +337,16 @@ def test_what_killed_processes_have_left_is_removed(conversion: Conversion, tmp_
     conversion.run(tmp_path / "straight")
     folder = tmp_path / "records"
     folder.mkdir()
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for name in ("dataset_info.json", ".train.conversion.json", "errors.jsonl"):
-        (folder / f".{name}.{ended.pid}").touch()
-    in_use = folder / f".dataset_info.json.{os.getppid()}"
-    in_use.touch()
-    conversion.run(folder)
-    assert in_use.exists()
-    in_use.unlink()
+
+    def write() -> None:
+        for name in ("dataset_info.json", ".train.conversion.json", "errors.jsonl"):
+            TemporaryFile(folder / name)
+
+    killed_at_the_end(write)
+    assert len(list(folder.iterdir())) == 3
+    with TemporaryFile(folder / "dataset_info.json") as in_use:
+        conversion.run(folder)
+        assert in_use.path.exists()
     assert contents(folder) == contents(tmp_path / "straight")
 
 

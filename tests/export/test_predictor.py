@@ -175,9 +175,23 @@ def test_refuses_folders_that_are_no_export(export_dir, tmp_path):
     with pytest.raises(UserError, match="as it is a model folder, export it first with `deeplab2-like export`"):
         Predictor(tmp_path / "model")
     (tmp_path / "served").mkdir()
-    (tmp_path / "served" / "1").symlink_to(export_dir)
-    with pytest.raises(UserError, match=r"give the folder of a version, such as '.*served/1'"):
+    (tmp_path / "served" / "first").symlink_to(export_dir)
+    with pytest.raises(UserError, match=r"give the folder of one, such as '.*served/first'"):
         Predictor(tmp_path / "served")
+
+
+def test_takes_the_newest_version_that_is_whole(export_dir, tmp_path):
+    for name in ("2", "1", "first"):
+        (tmp_path / name / "variables").mkdir(parents=True)
+        (tmp_path / name / "saved_model.pb").write_bytes(b"damaged")
+        shutil.copy(export_dir / "dataset_info.json", tmp_path / name)
+    (tmp_path / "10").symlink_to(export_dir)
+    (tmp_path / "11").mkdir()
+    shutil.copy(export_dir / "dataset_info.json", tmp_path / "11")
+    assert Predictor(tmp_path).dataset_info == scenes_info()
+    (tmp_path / "10").unlink()
+    with pytest.raises(UserError, match=r"/2' is damaged .*; export it again"):
+        Predictor(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
         Path(f"{path}.index").write_bytes(b"nothing")
     # Asked for by its step, it is an error.
     with pytest.raises(
-        UserError, match=r"Checkpoint '.*ckpt-6' is damaged or incomplete; delete it to use the one before"
+        UserError,
+        match=r"Checkpoint '.*ckpt-6' is damaged or incomplete; use another one \(`last` is the newest that is",
     ):
         load_model_folder(folder, checkpoint="6")
     # The newest is the one before, with a warning.
@@ -125,13 +126,16 @@ def test_the_best_is_kept(folder: Path) -> None:
     assert (config.system, step) == ("one_convolution", 4)
     for weight, expected in zip(loaded.weights, system.weights, strict=True):
         np.testing.assert_array_equal(weight, expected)
-    # A better one takes its place.
+    # A better one takes its place, also one of the same step, whose files are never mixed with those of the other.
     _, better, _ = load_model_folder(folder)
-    assert keep_best(folder, better, step=6, pq=13.0)
-    assert {path.name.partition(".")[0] for path in (folder / "best").iterdir()} == {"best", "ckpt-6"}
+    for step, name in ((6, "ckpt-6"), (6, "ckpt_again-6"), (6, "ckpt-6")):
+        assert keep_best(folder, better, step=step, pq=13.0)
+        assert {path.name.partition(".")[0] for path in (folder / "best").iterdir()} == {"best", name}
+        assert find_checkpoint(folder, "best") == str(folder / "best" / name)
+        assert checkpoint_step(find_checkpoint(folder, "best")) == step
     np.testing.assert_array_equal(load_model_folder(folder, checkpoint="best")[1].weights[0], better.weights[0])
     (folder / "best" / "best.json").write_text("{}")
-    with pytest.raises(UserError, match=r"best.json' is damaged .*; delete the folder it is in"):
+    with pytest.raises(UserError, match=r"best.json' is damaged .*; move '.*best' elsewhere, and the next evaluation"):
         read_best(folder)
 
 

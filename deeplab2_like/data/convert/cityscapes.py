@@ -131,7 +131,7 @@ def _list_panoptic(images: Path, panoptic: Path, info: DatasetInfo) -> list[_Exa
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"'{json_file}' is not what Cityscapes' own tools write ({error!r}); make it again with "
-            "csCreatePanopticImgs, or remove it, so that the PNGs of instance ids are used."
+            "csCreatePanopticImgs, or move it elsewhere, so that the PNGs of instance ids are used."
         ) from error
     json_info = dataclasses.replace(info, categories=categories)
     image_ids = {path.name.removesuffix(_IMAGE_ENDING) for path in images.glob(f"*/*{_IMAGE_ENDING}")}

@@ -213,7 +213,7 @@ def _list_examples(content: Mapping[str, Any]) -> list[_Example]:
         examples.append(example)
     for image_id, name in file_names.items():
         if image_id not in seen:
-            fault = f"'annotations' has none for image_id {image_id!r}; add it, or remove the image."
+            fault = f"'annotations' has none for image_id {image_id!r}; add it, or leave the image out of 'images'."
             examples.append(_Example(name, fault=fault))
     return examples
 

@@ -13,7 +13,7 @@ from deeplab2_like.data import dataset_info, tfrecord
 from deeplab2_like.data.convert.unfinished import UnfinishedSplit, fingerprint, make_plan
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import make_folder
+from deeplab2_like.files import make_folder, require_local
 from deeplab2_like.parallel import map_in_order
 
 Item = TypeVar("Item")
@@ -250,6 +250,7 @@ def _first_difference(existing: DatasetInfo, info: DatasetInfo) -> str:
 
 def require_folder(folder: Path, what: str) -> None:
     """Raises `UserError` unless `folder`, described by `what`, exists."""
+    require_local(folder)
     if not folder.is_dir():
         raise UserError(f"The {what} '{folder}' does not exist or is no folder; check the path.")
     if not os.access(folder, os.R_OK | os.X_OK):

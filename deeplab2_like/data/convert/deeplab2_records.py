@@ -12,6 +12,7 @@ from deeplab2_like.data import dataset_info, known_datasets, pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.temporary import remove_leftovers
 
 # Cityscapes has train ids and 255 for void; COCO has its 133 classes from 1 on, in their order, and 0 for void. Crowd
 # regions are void in either, unless DeepLab2 was told otherwise.
@@ -51,7 +52,7 @@ def describe_deeplab2_records(records: Path, data_set: str) -> dict[str, int]:
     if (records / dataset_info.FILE_NAME).is_file() and DatasetInfo.load(records) != info:
         raise UserError(
             f"'{records / dataset_info.FILE_NAME}' says something else than what is known of DeepLab2's {data_set}; "
-            "remove it if it is wrong."
+            "give --data-set the name of these records, or, if the file is wrong, move it elsewhere."
         )
     counts = {}
     for split in splits:
@@ -66,6 +67,7 @@ def describe_deeplab2_records(records: Path, data_set: str) -> dict[str, int]:
                 f"Split '{split}' in '{records}' cannot be read as DeepLab2's {data_set}; if it is of another data "
                 f"set, name that one ({others}). {str(error).removesuffix(' Convert the data set again.')}"
             ) from error
+    remove_leftovers(records, of=dataset_info.FILE_NAME)
     info.save(records)
     return counts
 

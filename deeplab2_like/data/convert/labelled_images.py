@@ -1,6 +1,7 @@
 """What converters of images and label maps share: reading files, giving pixel values a meaning, making records."""
 
 import dataclasses
+import glob
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -312,7 +313,7 @@ def pair_images(images: Path, labels: Path, *, ending: str = ".png") -> list[Pai
         stem = image.relative_to(images).with_suffix("").as_posix()
         stems.add(stem)
         pairs.append(Pair(image.relative_to(images).as_posix(), image, labels / f"{stem}{ending}"))
-    for label in labels.rglob(f"*{ending}"):
+    for label in labels.rglob(f"*{glob.escape(ending)}"):
         stem = label.relative_to(labels).as_posix().removesuffix(ending)
         if stem not in stems:
             pairs.append(Pair(stem, images / stem, label))

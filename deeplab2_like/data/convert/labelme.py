@@ -91,7 +91,7 @@ def convert_labelme(
 
     def load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         if example.json_file is None:
-            raise UserError("it has no JSON of its name beside it; label it in labelme, or remove it.")
+            raise UserError("it has no JSON of its name beside it; label it in labelme, or move it to another folder.")
         content = _read_json(example.json_file)
         # labelme turns an image before anything is drawn on it.
         image = labelled_images.upright(_read_image(content, example.json_file), example.name)
@@ -155,7 +155,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     content = files.read_json(path, "the labelme JSON")
     found = content.get("shapes") if isinstance(content, dict) else None
     if not isinstance(found, list) or not all(isinstance(shape, dict) for shape in found):
-        raise UserError(f"'{path}' has no list 'shapes', so it is no JSON of labelme; remove it from the folder.")
+        raise UserError(f"'{path}' has no list 'shapes', so it is no JSON of labelme; move it to another folder.")
     return content
 
 

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deeplab2_like import files
-from deeplab2_like.data import dataset_info, tfrecord
+from deeplab2_like import files, temporary
+from deeplab2_like.data import tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 
@@ -124,12 +124,10 @@ class UnfinishedSplit:
         elif plan != self._plan:
             raise UserError(
                 f"'{self._hidden}' holds an interrupted conversion with {self._difference(plan)}; repeat that one to "
-                "finish it, or delete this folder to start anew."
+                "finish it, convert into another folder, or move this folder elsewhere to start anew."
             )
         files.write_atomically(self._hidden / "plan.json", json.dumps(self._plan).encode())
-        with self._write_errors():
-            for path in self._hidden.glob(".*"):  # Of a run that was killed.
-                path.unlink()
+        temporary.remove_leftovers(self._hidden)
         states: list[dict[str, Any] | None] = []
         for number, name in enumerate(self.names):
             state = _read(self._hidden / f"{name}.json", *_STATE_KEYS)
@@ -222,8 +220,6 @@ class UnfinishedSplit:
             # The plan first: what a killed run leaves without it is not taken up.
             (self._hidden / "plan.json").unlink(missing_ok=True)
             shutil.rmtree(self._hidden)
-        for path in (self._record, self._folder / ERRORS_NAME, self._folder / dataset_info.FILE_NAME):
-            files.remove_leftovers(path)
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
