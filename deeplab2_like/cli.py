@@ -3,6 +3,7 @@
 import argparse
 import functools
 import importlib
+import io
 import json
 import logging
 import os
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    # Names of classes and files may have letters that the terminal lacks.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         options = _make_parser().parse_args(arguments)
         options.run(options)

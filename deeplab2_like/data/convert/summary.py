@@ -29,9 +29,8 @@ def print_summary(
             note = " It was there already, from the same files and options: nothing was done."
         elif report.kept_files:
             note = f" Of {report.files} files, {report.kept_files} were there from an interrupted run."
-        _print_line(
-            console, f"Split '{report.split}': {report.examples} examples, {len(report.skipped)} skipped.{note}"
-        )
+        counts = f"{report.examples} examples, {len(report.skipped)} skipped."
+        _print_line(console, f"Split '{report.split}': {counts}{note}")
         for fault in report.skipped:
             _print_line(console, f"  skipped: {fault}")
     _print_line(console, f"Records are in {output_dir}")
@@ -60,7 +59,7 @@ def _print_classes(console: Console, report: ConversionReport, info: DatasetInfo
     if table.row_count:
         console.print(table, highlight=False)
     if absent:
-        _print_line(console, f"Without a pixel: {', '.join(absent)}")
+        _print_line(console, f"Without a pixel: {'; '.join(absent)}")
 
 
 def _percent(part: int, total: int) -> str:
@@ -76,6 +75,6 @@ def _print_line(console: Console, line: str) -> None:
 
 
 def _printable(text: str, console: Console) -> str:
-    """Replaces control characters, and what the terminal's encoding lacks, by escapes such as `\\u8eca`."""
+    """Replaces control characters, and letters that the terminal's encoding lacks, by escapes."""
     plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return plain.encode(console.encoding, "backslashreplace").decode(console.encoding)
