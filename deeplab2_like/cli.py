@@ -3,6 +3,7 @@
 import argparse
 import functools
 import importlib
+import io
 import json
 import logging
 import os
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    # Names of classes and files may have letters that the terminal lacks.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         options = _make_parser().parse_args(arguments)
         _require_local_paths(options)
@@ -81,7 +85,7 @@ def _make_parser() -> argparse.ArgumentParser:
     coco.add_argument("--images", type=Path, required=True, help="folder of the images")
     coco.add_argument("--panoptic", type=Path, required=True, help="folder of the panoptic PNGs")
     coco.add_argument("--json", type=Path, required=True, help="the panoptic JSON")
-    coco.add_argument("--split", help="name of the split (default: train, val or test, by the JSON's name)")
+    _add_split(coco, "the JSON")
     _add_label_options(coco)
     scenes = add("scenes", _convert_scenes, "The built-in procedural street scenes.", sources)
     scenes.add_argument("--train", type=int, required=True, help="number of training scenes")
@@ -207,6 +211,16 @@ def _add_writing(source: argparse.ArgumentParser, run: Callable[[argparse.Namesp
     source.add_argument("--shards", type=int, help="number of files (default: one per 500 examples)")
     source.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="examples converted at once")
     source.add_argument("--check", action="store_true", help=_CHECK_HELP)
+    source.add_argument(
+        "--replace", action="store_true", help="replace a split of the same name that was made from other files"
+    )
+
+
+def _add_split(source: argparse.ArgumentParser, named: str) -> None:
+    source.add_argument(
+        "--split",
+        help=f"name of the split (default: train, val or test, by the name of {named} or of the folder above)",
+    )
 
 
 def _add_label_options(source: argparse.ArgumentParser) -> None:
@@ -255,7 +269,7 @@ def _add_sources(sources: Any) -> None:
     instances = add("coco-instances", "A COCO instance JSON: polygons and run lengths, as CVAT and others export it.")
     instances.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
     instances.add_argument("--json", type=Path, required=True, dest="json_file", metavar="FILE", help="the JSON")
-    instances.add_argument("--split", help="name of the split (default: train, val or test, by the JSON's name)")
+    _add_split(instances, "the JSON")
     add_shapes(instances)
     instances.add_argument(
         "--crowds-are-objects",
@@ -280,7 +294,7 @@ def _add_sources(sources: Any) -> None:
     semantic.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the images")
     semantic.add_argument("--labels", type=Path, required=True, metavar="DIR", help="folder of the label PNGs")
     semantic.add_argument("--classes", type=Path, required=True, metavar="FILE", help="which value is which class")
-    semantic.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
+    _add_split(semantic, "the folders")
     semantic.add_argument(
         "--ignore", type=int, nargs="*", default=[255], metavar="VALUE", help="values that are void (default: 255)"
     )
@@ -293,13 +307,13 @@ def _add_sources(sources: Any) -> None:
 
     cvat = add("cvat-masks", 'CVAT\'s export "Segmentation mask".')
     cvat.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the unpacked export")
-    cvat.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
+    _add_split(cvat, "the folder")
     cvat.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: JPEGImages)")
     add_classes(cvat)
 
     labelme = add("labelme", "A folder of labelme, with a JSON per image.")
     labelme.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the JSONs")
-    labelme.add_argument("--split", default="train", help="name of the split (default: %(default)s)")
+    _add_split(labelme, "the folder")
     labelme.add_argument(
         "--classes", nargs="+", metavar="NAME", help="all classes, in their order (default: those that occur)"
     )
@@ -327,11 +341,13 @@ def _describe_deeplab2_records(options: argparse.Namespace) -> None:
 
 
 def _convert_source(name: str, options: argparse.Namespace) -> None:
+    from deeplab2_like.data.convert.summary import print_summary
+
     module = importlib.import_module(f"deeplab2_like.data.convert.{name}")
     arguments = {key: value for key, value in vars(options).items() if key not in ("run", "check")}
     with progress_bar("convert") as progress:
         reports = getattr(module, f"convert_{name}")(**arguments, progress=progress)
-    _print_reports(reports, options.output_dir)
+    print_summary(reports, options.output_dir)
 
 
 def _add_set(command: argparse.ArgumentParser) -> None:
@@ -417,6 +433,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _convert_coco_panoptic(options: argparse.Namespace) -> Sequence[Any] | None:
     from deeplab2_like.data.convert.coco_panoptic import check_segments, convert_coco_panoptic
+    from deeplab2_like.data.convert.summary import print_summary
 
     with progress_bar("convert") as progress:
         report = convert_coco_panoptic(
@@ -431,8 +448,9 @@ def _convert_coco_panoptic(options: argparse.Namespace) -> Sequence[Any] | None:
             max_side=options.max_side,
             on_error=options.on_error,
             progress=progress,
+            replace=options.replace,
         )
-    _print_reports([report], options.output_dir)
+    print_summary([report], options.output_dir)
     if not options.check:
         return None
     with progress_bar("check PNGs") as progress:
@@ -443,6 +461,7 @@ def _convert_coco_panoptic(options: argparse.Namespace) -> Sequence[Any] | None:
 
 def _convert_scenes(options: argparse.Namespace) -> None:
     from deeplab2_like.data.convert.scenes import convert_scenes
+    from deeplab2_like.data.convert.summary import print_summary
 
     with progress_bar("convert") as progress:
         reports = convert_scenes(
@@ -454,33 +473,9 @@ def _convert_scenes(options: argparse.Namespace) -> None:
             shards=options.shards,
             workers=options.workers,
             progress=progress,
+            replace=options.replace,
         )
-    _print_reports(reports, options.output_dir)
-
-
-def _print_reports(reports: Sequence[Any], output_dir: Path) -> None:
-    for report in reports:
-        note = ""
-        if report.is_unchanged:
-            note = " It was there already, from the same files and options: nothing was done."
-        elif report.kept_files:
-            note = f" Of {report.files} files, {report.kept_files} were there from an interrupted run."
-        print(f"Split '{report.split}': {report.examples} examples, {len(report.skipped)} skipped.{note}")
-        for fault in report.skipped:
-            print(f"  skipped: {fault}")
-    print(f"Records are in {output_dir}")
-    _print_classes(output_dir)
-
-
-def _print_classes(records: Path) -> None:
-    """Prints the names of things and stuff, where a misspelt one shows."""
-    from deeplab2_like.data.dataset_info import DatasetInfo
-
-    info = DatasetInfo.load(records)
-    for kind, class_ids in (("things", info.thing_classes), ("stuff", info.stuff_classes)):
-        if class_ids:
-            names = "; ".join(info.categories[class_id].name for class_id in class_ids)
-            print(f"{kind} ({len(class_ids)}): {names}")
+    print_summary(reports, options.output_dir)
 
 
 def _train(options: argparse.Namespace) -> None:

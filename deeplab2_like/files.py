@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def read_file(path: str | os.PathLike[str], what: str) -> bytes:
-    """Reads a whole file.
+    """Reads a whole file; a pipe or a device, which may never end, is not opened.
 
     Args:
         path: The file; a name that no file can have, say with a null character, counts as missing.
@@ -73,7 +74,12 @@ def read_file(path: str | os.PathLike[str], what: str) -> bytes:
     """
     require_local(path)
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # A folder fails by itself.
+            raise UserError(f"{what} '{path}' is a pipe or a device; give a regular file.")
         return Path(path).read_bytes()
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{what} '{path}' cannot be read ({reason}); check the path.") from error

@@ -490,7 +490,12 @@ def test_conversion(coco: Path, run: Run) -> None:
     status, out, err = run(*coco_arguments(coco))
     assert (status, err) == (0, "")
     assert out.splitlines()[:2] == ["Split 'val': 2 examples, 0 skipped.", f"Records are in {coco / 'records'}"]
-    assert out.splitlines()[2:] == ["stuff (1): road"]
+    assert out.splitlines()[2:4] == ["", "val: 2 images, 0.0% of the pixels void"]
+    words = [line.split() for line in out.splitlines()[4:]]
+    assert [line for line in words if line and "─" not in line[0]] == [
+        ["class", "kind", "objects", "pixels"],
+        ["road", "stuff", "100.0%"],
+    ]
     names = {path.name for path in (coco / "records").iterdir()}
     assert names == {"dataset_info.json", "val-00000-of-00001.tfrecord", ".val.conversion.json"}
     # Again: nothing is done.

@@ -21,6 +21,7 @@ from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.data.panoptic_label import classes_of_values, ids_to_rgb
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import make_folder, read_json, require_local, write_atomically, write_png
+from deeplab2_like.paths import path_inside
 from deeplab2_like.temporary import remove_leftovers
 
 
@@ -280,7 +281,7 @@ class CocoPanopticReader:
             return read_segment_ids(self._png_of(image_id)), segments
 
     def _png_of(self, image_id: int | str) -> Path:
-        return self.png_dir / self.annotations[image_id]["file_name"]
+        return path_inside(self.png_dir, self.annotations[image_id]["file_name"])
 
     @contextlib.contextmanager
     def _naming(self, image_id: int | str) -> Iterator[None]:

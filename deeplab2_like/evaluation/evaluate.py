@@ -523,7 +523,7 @@ def evaluate_model_folder(
 
 def _picture_name(image_name: str, taken: set[str]) -> str:
     """Names a picture after its image, within the folder of pictures, and unlike all before, which are in `taken`."""
-    path = PurePosixPath(*(part for part in PurePosixPath(image_name).parts if part not in ("/", "..")))
+    path = PurePosixPath(*(part for part in PurePosixPath(image_name).parts if part not in ("/", "//", "..")))
     is_file_name = path.suffix.lower() in IMAGE_SUFFIXES
     plain = str(path.with_suffix("")) if is_file_name else str(path)
     candidates = itertools.chain([plain, str(path)], (f"{path}-{number}" for number in itertools.count(2)))

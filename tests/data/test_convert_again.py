@@ -82,7 +82,7 @@ def labelme(root: Path) -> tuple[list[str], Path]:
     shape = {"label": "car", "points": [[0, 0], [2, 0], [2, 2], [0, 2]], "shape_type": "polygon"}
     content = {"shapes": [shape], "imagePath": "a.png", "imageHeight": HEIGHT, "imageWidth": WIDTH}
     label.write_text(json.dumps(content))
-    return ["labelme", "--root", str(root)], label
+    return ["labelme", "--root", str(root), "--split", "train"], label
 
 
 def cvat_masks(root: Path) -> tuple[list[str], Path]:
@@ -91,7 +91,7 @@ def cvat_masks(root: Path) -> tuple[list[str], Path]:
     label = root / "SegmentationObject" / "a.png"
     write_png(label, colors(0, 0, 9))
     (root / "labelmap.txt").write_text("car:255,0,0::\n")
-    return ["cvat-masks", "--root", str(root)], label
+    return ["cvat-masks", "--root", str(root), "--split", "train"], label
 
 
 def semantic_pngs(root: Path) -> tuple[list[str], Path]:
@@ -100,7 +100,7 @@ def semantic_pngs(root: Path) -> tuple[list[str], Path]:
     write_png(label, grey(0))
     (root / "classes.txt").write_text("road\n")
     words = ["semantic-pngs", "--images", str(root / "images"), "--labels", str(root / "labels")]
-    return [*words, "--classes", str(root / "classes.txt")], label
+    return [*words, "--classes", str(root / "classes.txt"), "--split", "train"], label
 
 
 SOURCES = (cityscapes, mapillary, ade20k, coco_instances, labelme, cvat_masks, semantic_pngs)

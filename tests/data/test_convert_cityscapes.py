@@ -225,13 +225,46 @@ def test_command(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     records = source.folder / "records"
     arguments = ["convert", "cityscapes", "--root", source.root, "--splits", "train", "--output-dir", records]
     assert main([str(argument) for argument in arguments]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "Split 'train': 2 examples, 0 skipped.",
-        f"Records are in {records}",
-        "things (8): person; rider; car; truck; bus; train; motorcycle; bicycle",
-        "stuff (11): road; sidewalk; building; wall; fence; pole; traffic light; traffic sign; vegetation; "
-        "terrain; sky",
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["Split 'train': 2 examples, 0 skipped.", f"Records are in {records}"]
+    # Of 12 pixels per image: 2 road, 1 sky, 3 of cars, of which two are single, 3 of two bicycles, and 3 void.
+    assert lines[3] == "train: 2 images, 25.0% of the pixels void"
+    assert [line.split() for line in lines[5:11] if "─" not in line] == [
+        ["class", "kind", "objects", "pixels"],
+        ["road", "stuff", "16.7%"],
+        ["sky", "stuff", "8.3%"],
+        ["car", "thing", "4", "25.0%"],
+        ["bicycle", "thing", "4", "25.0%"],
     ]
+    assert lines[12].startswith("Without a pixel: sidewalk (stuff); building (stuff); wall (stuff); fence (stuff);")
+    assert lines[12].endswith(
+        "; person (thing); rider (thing); truck (thing); bus (thing); train (thing); motorcycle (thing)"
+    )
+    assert len(lines) == 13
+
+
+@pytest.mark.parametrize("field", ["file_name", "image_id"])
+def test_a_json_does_not_lead_out_of_its_folder(source: Source, field: str) -> None:
+    folder = source.root / "gtFine" / "cityscapes_panoptic_train"
+    folder.mkdir()
+    ids = np.full((3, 4), 7)
+    values: dict[str, Any] = {"image_id": "ulm_000001_000019", "file_name": "a.png"}
+    for path in (folder / "a.png", source.folder / "outside.png"):
+        cv2.imwrite(str(path), panoptic_label.ids_to_rgb(ids)[..., ::-1])
+    cv2.imwrite(str(source.folder / "x_leftImg8bit.png"), np.zeros((3, 4, 3), np.uint8))
+    values |= {"file_name": "../../../outside.png"} if field == "file_name" else {"image_id": "../../../../x"}
+    annotation = {**values, "segments_info": [{"id": 7, "category_id": 7}]}
+    categories = [{"id": i, "name": name} for name, i in LABEL_IDS.items()]
+    content = {"images": [], "annotations": [annotation], "categories": categories}
+    folder.with_suffix(".json").write_text(json.dumps(content))
+    source.image("train", NAMES[0]).unlink()
+    source.image("train", NAMES[1]).unlink(missing_ok=field == "image_id")
+    if field == "file_name":
+        source.add("train", names=NAMES[1:])
+    with pytest.raises(
+        UserError, match=rf"The file name '{values[field]}.*' leads outside of '.*train'; give the fold"
+    ):
+        source.convert(splits=["train"])
 
 
 # What all sources with label PNGs share.

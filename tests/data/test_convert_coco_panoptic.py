@@ -154,13 +154,29 @@ def test_there_are_no_more_shards_than_images(source):
         ("panoptic_val2017.json", "val"),
         ("my-Validation.json", "val"),
         ("test.json", "test"),
-        ("valuable.json", "train"),  # No word of it is the name of a split.
-        ("labels.json", "train"),
+        ("instances_valid.json", "val"),
+        ("panoptic_minival2014.json", "val"),
+        ("dev.json", "val"),
+        ("training.v2.json", "train"),
+        ("image_info_test-dev2017.json", "test"),  # The first word counts.
+        ("Testing/labels.json", "test"),
+        ("valid/_annotations.coco.json", "val"),
+        ("train/val.json", "val"),  # The file's name counts before the folder's.
     ],
 )
 def test_split_is_guessed_from_the_file_name(source, json_name, split):
+    (source.folder / json_name).parent.mkdir(exist_ok=True)
     assert source.convert(json_name).split == split
     assert tfrecord.available_splits(source.folder / "records") == [split]
+
+
+@pytest.mark.parametrize("json_name", ["a/valuable.json", "a/labels.json", "trainer/trainval2017.json", "a/devé.json"])
+def test_split_must_be_given_if_no_word_tells_it(source, json_name):
+    (source.folder / json_name).parent.mkdir()
+    message = r"neither the name nor that of the folder above has one of the words train, training, val.*with --split"
+    with pytest.raises(UserError, match=message):
+        source.convert(json_name)
+    assert not (source.folder / "records").exists()
 
 
 def test_split_name_can_be_given(source):
@@ -450,7 +466,9 @@ def test_workers_are_checked(source):
 def test_default_number_of_shards_grows_with_the_data(tmp_path):
     info = DatasetInfo.from_coco_categories(CATEGORIES, name="x")
     for split, count in (("small", 3), ("large", 1100)):
-        common.write_split(range(count), lambda i: b"%d" % i, info=info, output_dir=tmp_path, split=split)
+        common.write_split(
+            range(count), lambda i: common.Record(b"%d" % i), info=info, output_dir=tmp_path, split=split
+        )
     assert len(tfrecord.list_shards(tmp_path, "small")) == 1
     assert len(tfrecord.list_shards(tmp_path, "large")) == 2
 

@@ -46,6 +46,7 @@ def semantic(tmp_path: Path) -> dict[str, Any]:
         "labels": tmp_path / "labels",
         "classes": tmp_path / "classes.txt",
         "output_dir": tmp_path / "records",
+        "split": "train",
     }
 
 
@@ -134,6 +135,47 @@ def test_semantic_command(semantic: dict[str, Any], capsys: pytest.CaptureFixtur
     assert "Split 'val': 2 examples, 0 skipped." in capsys.readouterr().out
 
 
+def test_split_is_guessed_from_the_folders(semantic: dict[str, Any]) -> None:
+    del semantic["split"]
+
+    def move(images: str, labels: str) -> None:
+        for key, name in (("images", images), ("labels", labels)):
+            new = semantic["classes"].parent / name
+            new.parent.mkdir(exist_ok=True)
+            semantic[key] = semantic[key].rename(new)
+
+    for images, labels, split in (
+        ("images_valid", "labels", "val"),  # One of the two tells it.
+        ("train/images", "train/labels", "train"),
+        ("val/test", "train/labels", "test"),  # Their own names count first.
+    ):
+        move(images, labels)
+        assert convert_semantic_pngs(**semantic)[0].split == split
+    move("a/train", "a/val")
+    with pytest.raises(
+        UserError, match=r"a/train' and '.*a/val' tell different splits \(train, val\); name it with --sp"
+    ):
+        convert_semantic_pngs(**semantic)
+    move("a/images", "a/labels")
+    with pytest.raises(
+        UserError, match=r"a/labels' is not known, as neither the name nor that of the folder above has"
+    ):
+        convert_semantic_pngs(**semantic)
+
+
+def test_other_folders_do_not_replace_a_split(semantic: dict[str, Any]) -> None:
+    convert_semantic_pngs(**semantic)
+    before = {path.name: path.read_bytes() for path in semantic["output_dir"].iterdir()}
+    other = {"labels": semantic["labels"].rename(semantic["labels"].with_name("others"))}
+    with pytest.raises(UserError, match=r"was made from '.*images' and '.*labels', not from '.*images' and '.*others'"):
+        convert_semantic_pngs(**(semantic | other))
+    assert {path.name: path.read_bytes() for path in semantic["output_dir"].iterdir()} == before
+    assert convert_semantic_pngs(**(semantic | other), replace=True)[0].examples == 2
+    # Of two images of 6 pixels: 4 road, 6 sky, 2 void; classes without objects.
+    (report,) = convert_semantic_pngs(**(semantic | other), max_side=3)
+    assert (report.is_unchanged, report.objects, report.pixels) == (False, (0, 0), (4, 6, 2))
+
+
 # CVAT's masks.
 
 BLACK, RED, GREEN, BLUE = (0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -148,7 +190,7 @@ def cvat(tmp_path: Path) -> dict[str, Any]:
     write_png(root / "SegmentationObject" / "a.png", [[RED, GREEN, GREEN, BLACK], [BLUE, BLACK, BLACK, BLACK]])
     lines = ["# label:color_rgb:parts:actions", "background:0,0,0::", "grass:0,255,0::", "car:255,0,0::"]
     (root / "labelmap.txt").write_text("\n".join(lines))
-    return {"root": root, "output_dir": tmp_path / "records", "stuff": ["grass"]}
+    return {"root": root, "output_dir": tmp_path / "records", "stuff": ["grass"], "split": "train"}
 
 
 def test_cvat_masks(cvat: dict[str, Any]) -> None:
@@ -194,6 +236,7 @@ def test_cvat_faults_are_named(cvat: dict[str, Any]) -> None:
 
 def test_cvat_command(cvat: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     (cvat["root"] / "JPEGImages").rename(cvat["root"] / "pictures")
+    cvat["root"] = cvat["root"].rename(cvat["root"].with_name("export_train"))
     arguments = ["--root", cvat["root"], "--output-dir", cvat["output_dir"], "--images", cvat["root"] / "pictures"]
     assert main([str(word) for word in ("convert", "cvat-masks", *arguments, "--stuff", "grass")]) == 0
     assert "Split 'train': 1 examples, 0 skipped." in capsys.readouterr().out

@@ -74,7 +74,7 @@ class Source:
         (self.root / f"{name}.json").write_text(json.dumps({**content, **changes}))
 
     def convert(self, **changes: Any) -> Any:
-        arguments = {"root": self.root, "output_dir": self.folder / "records", "stuff": ["road"]}
+        arguments = {"root": self.root, "output_dir": self.folder / "records", "stuff": ["road"], "split": "train"}
         (report,) = convert_labelme(**(arguments | changes))
         return report
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import pytest
 from kills import killed_at_the_end
 
 from deeplab2_like.data import tfrecord
-from deeplab2_like.data.convert import common
+from deeplab2_like.data.convert import common, unfinished
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.temporary import TemporaryFile
@@ -38,12 +39,12 @@ class Conversion:
             path.write_text(f"contents {number}")
         self.made: list[str] = []
 
-    def make_record(self, path: Path) -> bytes:
+    def make_record(self, path: Path) -> common.Record:
         self.made.append(path.stem)
         content = path.read_bytes()
         if b"bad" in content:
             raise UserError(f"'{path.name}' is bad.")
-        return content
+        return common.Record(content)
 
     def run(self, output_dir: Path, **changes: Any) -> common.ConversionReport:
         self.made.clear()
@@ -117,6 +118,139 @@ def test_killed_at_any_moment_it_ends_the_same(conversion: Conversion, tmp_path:
         assert not hidden.exists()
 
 
+def kill_before_each_change(inputs: Path, folder: Path, moments: Path) -> None:
+    """Converts `inputs` into copies of `folder`, each time in a process that is killed a change later."""
+    conversion = Conversion(inputs)
+    for moment in itertools.count():
+        copy = moments / f"{moment:03d}"
+        shutil.copytree(folder, copy)
+        if process := os.fork():
+            if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) != -signal.SIGKILL:
+                break
+            continue
+        num_changes = itertools.count()
+
+        def count_changes(event: str, arguments: tuple[Any, ...]) -> None:
+            is_writing = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            is_change = is_writing or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+            if is_change and next(num_changes) == moment:  # noqa: B023 (this process has one moment)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count_changes)
+        conversion.run(copy, source=[inputs], replace=True)
+        os._exit(0)
+
+
+def test_killed_while_it_replaces_another_source(conversion: Conversion, tmp_path: Path) -> None:
+    inputs = conversion.inputs[0].parent
+    old = Conversion(tmp_path / "old", count=9)
+    old_options = {"source": [tmp_path / "old"], "shards": 4}
+    old.run(tmp_path / "records", **old_options)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    arguments = [inputs, tmp_path / "records", tmp_path / "moments"]
+    subprocess.run([sys.executable, __file__, *map(str, arguments)], env=environment, check=True)
+    conversion.run(tmp_path / "straight", source=[inputs])
+    straight = contents(tmp_path / "straight")
+
+    *moments, last = sorted((tmp_path / "moments").iterdir())
+    assert contents(last) == straight
+    # A plan, three files and their notes, four moves out of the folder, three into it, the facts, ...
+    assert len(moments) > 30
+    found = set()
+    for moment in moments:
+        is_published = (moment / ".train.conversion" / "publish.json").exists()
+        try:
+            counts = tfrecord.count_examples(tfrecord.list_shards(moment, "train"))
+        except UserError:
+            counts = None
+            assert is_published  # All new files are there, and wait for the next run.
+        found.add(counts)
+        again = shutil.copytree(moment, tmp_path / "again" / moment.name)
+        conversion.run(moment, source=[inputs], replace=True)
+        assert contents(moment) == straight
+        # The run of the old source neither replaces the new one, nor removes what is unfinished of it.
+        with contextlib.suppress(UserError):
+            assert old.run(again, **old_options).is_unchanged
+        is_new = is_published or counts == COUNT
+        assert tfrecord.count_examples(tfrecord.list_shards(again, "train")) == (COUNT if is_new else 9)
+        assert not (again / ".train.conversion" / "publish.json").exists()
+    assert found == {9, None, COUNT}
+
+
+def test_another_source_does_not_replace_a_split(conversion: Conversion, tmp_path: Path) -> None:
+    folder, first, second = tmp_path / "records", tmp_path / "inputs", tmp_path / "other.json"
+    conversion.run(folder, source=[first])
+    before = contents(folder)
+    other = Conversion(tmp_path / "other", count=2)
+    message = (
+        rf"^Split 'train' in '{folder}' was made from '{first}', not from '{second}'; name another split with --split "
+        r"or another folder with --output-dir, or replace it with --replace\.$"
+    )
+    with pytest.raises(UserError, match=message):
+        other.run(folder, source=[second])
+    assert contents(folder) == before
+    # The same source, by another name and with other contents and options, replaces it.
+    (tmp_path / "link").symlink_to(first)
+    conversion.inputs[0].write_text("other")
+    assert conversion.run(folder, source=[tmp_path / "link"], shards=2).examples == COUNT
+    # Neither does a faulty one that may.
+    before = contents(folder)
+    other.inputs[1].write_text("bad")
+    with pytest.raises(UserError, match="is bad"):
+        other.run(folder, source=[second], shards=1, replace=True)
+    assert contents(folder) == before
+    other.inputs[1].write_text("good")
+    assert other.run(folder, source=[second], replace=True).examples == 2
+    assert tfrecord.count_examples(tfrecord.list_shards(folder, "train")) == 2
+    with pytest.raises(UserError, match=rf"was made from '{second}', not from no files \(by `convert scenes`\)"):
+        conversion.run(folder)
+
+
+def test_records_of_unknown_origin_are_not_replaced(conversion: Conversion, tmp_path: Path) -> None:
+    with tfrecord.FileWriter(tmp_path / "train-00000-of-00001.tfrecord") as writer:
+        writer.write(b"precious")
+    before = contents(tmp_path)
+    with pytest.raises(
+        UserError, match=r"was made from an unknown source \(by another program, or by an older version\)"
+    ):
+        conversion.run(tmp_path, source=[tmp_path / "inputs"])
+    assert contents(tmp_path) == before
+    assert conversion.run(tmp_path, source=[tmp_path / "inputs"], replace=True).examples == COUNT
+    assert not (tmp_path / "train-00000-of-00001.tfrecord").exists()
+
+
+def test_another_source_does_not_remove_an_interrupted_conversion(conversion: Conversion, tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    conversion.inputs[6].write_text("bad")
+    with pytest.raises(UserError, match="is bad"):
+        conversion.run(folder, source=[tmp_path / "inputs"])
+    before = contents(folder)
+    other = Conversion(tmp_path / "other")
+    message = rf"^An interrupted conversion of split 'train' in '{folder}' is from '.*inputs', not from '.*other'; name"
+    with pytest.raises(UserError, match=message):
+        other.run(folder, source=[tmp_path / "other"])
+    assert contents(folder) == before
+    assert other.run(folder, source=[tmp_path / "other"], replace=True).kept_files == 0
+    assert not (folder / ".train.conversion").exists()
+
+
+def test_a_split_is_not_put_beside_others_of_other_classes(
+    conversion: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished.UnfinishedSplit, "_move_into_place", stop)
+        with pytest.raises(KeyboardInterrupt):
+            conversion.run(tmp_path)
+    other = INFO.from_coco_categories(INFO.to_coco_categories(), name="x", label_divisor=5000)
+    conversion.run(tmp_path, split="val", info=other)
+    with pytest.raises(UserError, match=r"does not go with the splits made since \(val\): .*label_divisor 1000 differ"):
+        conversion.run(tmp_path)
+    assert DatasetInfo.load(tmp_path) == other
+
+
 def test_what_is_finished_is_not_made_again(conversion: Conversion, tmp_path: Path) -> None:
     conversion.run(tmp_path / "straight")
     conversion.inputs[4].write_text("bad")
@@ -188,7 +322,10 @@ def test_a_damaged_note_of_an_earlier_run_is_ignored(conversion: Conversion, tmp
     conversion.run(tmp_path)
     (tmp_path / ".train.conversion.json").write_bytes(content)
     assert tfrecord.count_examples(tfrecord.list_shards(tmp_path, "train")) == COUNT
-    assert not conversion.run(tmp_path).is_unchanged
+    # What the split was made from is not known any more.
+    with pytest.raises(UserError, match=r"was made from an unknown source"):
+        conversion.run(tmp_path)
+    assert not conversion.run(tmp_path, replace=True).is_unchanged
     assert conversion.run(tmp_path).is_unchanged
 
 
@@ -211,10 +348,15 @@ def test_another_interrupted_conversion_is_refused(
     with pytest.raises(UserError, match="is bad"):
         conversion.run(tmp_path)
     before = contents(tmp_path)
-    expected = rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*move this folder"
+    expected = (
+        rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*start anew with --replace"
+    )
     with pytest.raises(UserError, match=expected):
         conversion.run(tmp_path, **changes)
     assert contents(tmp_path) == before
+    conversion.inputs[6].write_text("good")
+    assert conversion.run(tmp_path, **changes, replace=True).kept_files == 0
+    assert not (tmp_path / ".train.conversion").exists()
 
 
 def test_what_another_version_has_begun_is_begun_anew(conversion: Conversion, tmp_path: Path) -> None:
@@ -255,7 +397,7 @@ def test_faults_of_finished_files_are_reported_after_a_kill(conversion: Conversi
     conversion.inputs[0].write_text("bad")
     original = conversion.make_record
 
-    def stopped(path: Path) -> bytes:
+    def stopped(path: Path) -> common.Record:
         if path.stem == "5":
             raise KeyboardInterrupt
         return original(path)
@@ -274,7 +416,8 @@ def test_without_inputs_every_run_begins_anew(conversion: Conversion, tmp_path: 
         assert not conversion.run(tmp_path, inputs_of=None).is_unchanged
         assert len(conversion.made) == COUNT
     assert tfrecord.count_examples(tfrecord.list_shards(tmp_path, "train")) == COUNT
-    assert not list(tmp_path.glob(".*"))
+    # What the split was made from.
+    assert list(tmp_path.glob(".*")) == [tmp_path / ".train.conversion.json"]
 
 
 def test_full_disk_leaves_no_broken_file(conversion: Conversion, tmp_path: Path) -> None:
@@ -355,3 +498,7 @@ def test_fingerprint_sees_names_that_are_no_names(tmp_path: Path) -> None:
     names = [np.str_("a\0b"), "\udcff"]
     report = conversion.run(tmp_path / "records", inputs_of=lambda path: [Path(name) for name in names])
     assert report.examples == COUNT
+
+
+if __name__ == "__main__":
+    kill_before_each_change(*map(Path, sys.argv[1:]))

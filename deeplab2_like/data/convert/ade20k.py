@@ -116,7 +116,7 @@ def _convert_annotations(
         labelled_images.pair_images(images, root / "annotations" / images.name),
         load,
         inputs_of=lambda pair: [pair.image, pair.label, instances / pair.label.name],
-        source=images,
+        source=[images],
         info=DatasetInfo.from_coco_categories(categories, name="ade20k"),
         output_dir=output_dir,
         split=split,

@@ -17,6 +17,7 @@ from deeplab2_like.data.coco_segments import ids_to_panoptic, parse_segments, re
 from deeplab2_like.data.convert import common, labelled_images
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
+from deeplab2_like.paths import require_inside
 
 _IMAGE_ENDING = "_leftImg8bit.png"
 # Ids 0 to 33, of which those that are no class of the benchmark are void. The licence plate's, -1, is in no PNG.
@@ -34,6 +35,7 @@ class _Example:
         label: The PNG of instance ids, or the panoptic PNG.
         json_info: For a panoptic PNG, the data set's facts with the category ids of its JSON.
         segments: For a panoptic PNG, its `segments_info`, not yet checked.
+        fault: What is already known to be wrong with it, or None.
     """
 
     name: str
@@ -41,6 +43,7 @@ class _Example:
     label: Path
     json_info: DatasetInfo | None = None
     segments: Any = None
+    fault: str | None = None
 
 
 def convert_cityscapes(
@@ -91,7 +94,7 @@ def convert_cityscapes(
                 examples,
                 _load,
                 inputs_of=lambda example: [example.image, example.label],
-                source=images,
+                source=[images, labels],
                 info=info,
                 output_dir=Path(output_dir),
                 split=f"{split}_coarse" if coarse else split,
@@ -139,14 +142,22 @@ def _list_panoptic(images: Path, panoptic: Path, info: DatasetInfo) -> list[_Exa
     for image_id in sorted(image_ids | set(annotations)):
         name = f"{image_id}{_IMAGE_ENDING}"
         annotation = annotations.get(image_id, {})
-        png = panoptic / str(annotation.get("file_name", f"{image_id}_{panoptic.parent.name}_panoptic.png"))
-        image = images / name.partition("_")[0] / name
-        examples.append(_Example(name, image, png, json_info, annotation.get("segments_info")))
+        png_name = str(annotation.get("file_name", f"{image_id}_{panoptic.parent.name}_panoptic.png"))
+        image, png, fault = images / name.partition("_")[0] / name, panoptic / png_name, None
+        try:
+            require_inside(png, panoptic, png_name)
+            if image_id not in image_ids:
+                require_inside(image, images, name)
+        except UserError as error:
+            fault = str(error)
+        examples.append(_Example(name, image, png, json_info, annotation.get("segments_info"), fault))
     return examples
 
 
 def _load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
     """Reads the image file's bytes, and the panoptic map, int32 [H, W]."""
+    if example.fault is not None:
+        raise UserError(example.fault)
     image = files.read_file(example.image, "the image")
     if example.json_info is not None:
         segments = parse_segments(example.segments, example.json_info)

@@ -16,9 +16,9 @@ from pycocotools import mask as coco_mask
 from deeplab2_like import files
 from deeplab2_like.data.convert import common, labelled_images, shapes
 from deeplab2_like.data.convert.class_lists import read_class_list
-from deeplab2_like.data.convert.coco_panoptic import guess_split
 from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
 from deeplab2_like.errors import UserError
+from deeplab2_like.paths import path_inside
 
 
 @dataclasses.dataclass
@@ -61,7 +61,7 @@ def convert_coco_instances(
         images: Folder of the images.
         json_file: The JSON, with `images`, `annotations` and `categories`.
         output_dir: The record folder.
-        split: The split's name; None: as the JSON's file name says, see `guess_split`.
+        split: The split's name; None: as the name of the JSON or of its folder says, see `common.guess_split`.
         overlap: Who owns a pixel of several annotations.
         stuff: Names of categories that are stuff. All others are things, unless the JSON has `"isthing": 0`.
         background: Name of the class of pixels that nothing covers; None: they are void.
@@ -103,15 +103,16 @@ def convert_coco_instances(
 
     def inputs_of(example: _Example) -> list[Path]:
         image = images / example.name
-        return [image] if stuff_pngs is None else [image, _stuff_png(Path(stuff_pngs), example)]
+        return [image] if stuff_pngs is None else [image, Path(stuff_pngs) / _stuff_name(example)]
 
     def load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         if example.fault is not None:
             raise UserError(example.fault)
-        image = files.read_file(images / example.name, "the image")
+        image = files.read_file(path_inside(images, example.name), "the image")
         below = shapes.empty_map(example.size, info, background)
         if stuff_pngs is not None:
-            below = _draw_stuff(_stuff_png(Path(stuff_pngs), example), class_names_of_values, below, info)
+            png = path_inside(Path(stuff_pngs), _stuff_name(example))
+            below = _draw_stuff(png, class_names_of_values, below, info)
         found = [_read_shape(annotation, example.size, info) for annotation in example.annotations]
         if crowds_are_objects:
             found = [dataclasses.replace(shape, is_crowd=False) for shape in found]
@@ -129,10 +130,10 @@ def convert_coco_instances(
             "crowds_are_objects": crowds_are_objects,
             "stuff_values": class_names_of_values,
         },
-        source=json_file,
+        source=[json_file, images],
         info=info,
         output_dir=Path(output_dir),
-        split=split if split is not None else guess_split(json_file),
+        split=split if split is not None else common.guess_split(json_file),
         max_instances=max((count for counter in counts for count in counter.values()), default=0),
         **options,
     )
@@ -236,9 +237,9 @@ def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], name: str) -
         raise UserError(f"{name} has run lengths that cannot be read ({error}).") from error
 
 
-def _stuff_png(folder: Path, example: _Example) -> Path:
-    """Where the stuff PNG of an image is."""
-    return folder / f"{os.path.splitext(example.name)[0]}.png"
+def _stuff_name(example: _Example) -> str:
+    """The name of an image's stuff PNG."""
+    return f"{os.path.splitext(example.name)[0]}.png"
 
 
 def _draw_stuff(png: Path, name_of_value: dict[int, str], below: np.ndarray, info: DatasetInfo) -> np.ndarray:

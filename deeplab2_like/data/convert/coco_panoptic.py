@@ -4,22 +4,19 @@ The JSON says everything about the classes, so any data set in this format conve
 """
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 from deeplab2_like import files
-from deeplab2_like.data import tfrecord
 from deeplab2_like.data.coco_segments import compare_measures, ids_to_panoptic, parse_segments, read_segment_ids
 from deeplab2_like.data.convert import common, labelled_images
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.faults import Fault
 from deeplab2_like.errors import UserError
 from deeplab2_like.parallel import map_in_order
-
-_SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
+from deeplab2_like.paths import path_inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +49,7 @@ def convert_coco_panoptic(
     max_side: int | None = None,
     on_error: common.OnError = "stop",
     progress: common.Progress | None = None,
+    replace: bool = False,
 ) -> common.ConversionReport:
     """Converts one split of a COCO panoptic data set.
 
@@ -63,7 +61,7 @@ def convert_coco_panoptic(
         panoptic: Folder of the PNGs.
         json_file: The JSON, with `images`, `annotations` and `categories`.
         output_dir: The record folder; several splits of a data set go to one folder.
-        split: The split's name; None: "train", "val" or "test", whichever is in the JSON's file name, else "train".
+        split: The split's name; None: as the name of the JSON or of its folder says, see `common.guess_split`.
         shards: Number of files; None: about one per 500 images.
         workers: Images converted at once.
         label_divisor: Factor between class and instance ids; None: the folder's, if it holds records, or else the
@@ -71,6 +69,7 @@ def convert_coco_panoptic(
         max_side: Larger images are shrunk until their longer side has this many pixels; None: they stay as they are.
         on_error: "stop" at the first faulty image, or "skip" it and report it.
         progress: Called after each image with the numbers of images done and of all.
+        replace: Whether a split that was made from other files is replaced.
 
     Returns:
         What was written and skipped.
@@ -82,7 +81,7 @@ def convert_coco_panoptic(
     common.require_folder(images, "image folder")
     common.require_folder(panoptic, "folder of panoptic PNGs")
     content = _read_json(json_file)
-    split = split if split is not None else guess_split(json_file)
+    split = split if split is not None else common.guess_split(json_file)
     info = common.agree_on_dataset_info(
         DatasetInfo.from_coco_categories(content["categories"], name=json_file.stem),
         output_dir=output_dir,
@@ -91,7 +90,7 @@ def convert_coco_panoptic(
         label_divisor=label_divisor,
     )
 
-    def make_record(example: _Example) -> bytes:
+    def make_record(example: _Example) -> common.Record:
         try:
             return _make_record(example, images=images, panoptic=panoptic, info=info, max_side=max_side)
         except UserError as error:
@@ -107,6 +106,8 @@ def convert_coco_panoptic(
         workers=workers,
         on_error=on_error,
         progress=progress,
+        replace=replace,
+        source=[json_file, images, panoptic],
         inputs_of=lambda example: [images / example.name, panoptic / example.panoptic_name],
         options={"max_side": max_side},
     )
@@ -130,7 +131,7 @@ def check_segments(
 
     def check(example: _Example) -> list[Fault]:
         try:
-            ids = read_segment_ids(Path(panoptic) / example.panoptic_name)
+            ids = read_segment_ids(path_inside(Path(panoptic), example.panoptic_name))
         except UserError:
             return []
         kind, where = "segment differs from JSON", f"'{example.panoptic_name}' of '{json_file}'"
@@ -156,12 +157,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not content["annotations"]:
         raise UserError(f"'{path}' has no annotations, so there is nothing to convert; give a JSON with labels.")
     return content
-
-
-def guess_split(json_file: Path) -> str:
-    """Finds the split's name in a file name such as `panoptic_val2017.json`."""
-    words = re.findall("[a-z]+", json_file.stem.lower())
-    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train")
 
 
 def _max_instances(annotations: list[dict[str, Any]]) -> int:
@@ -218,15 +213,17 @@ def _list_examples(content: Mapping[str, Any]) -> list[_Example]:
     return examples
 
 
-def _make_record(example: _Example, *, images: Path, panoptic: Path, info: DatasetInfo, max_side: int | None) -> bytes:
+def _make_record(
+    example: _Example, *, images: Path, panoptic: Path, info: DatasetInfo, max_side: int | None
+) -> common.Record:
     """Reads the files of one example and makes its record; every fault is a `UserError`."""
     if example.fault is not None:
         raise UserError(example.fault)
     segments = parse_segments(example.segments, info)
-    content = files.read_file(images / example.name, "the image")
-    png = panoptic / example.panoptic_name
+    content = files.read_file(path_inside(images, example.name), "the image")
+    png = path_inside(panoptic, example.panoptic_name)
     label = ids_to_panoptic(read_segment_ids(png), segments, info, png=f"'{png}'")
     content = labelled_images.turn_like_label(content, label.shape, name=example.name)
     if max_side is not None:
         content, label = labelled_images.shrink(content, label, max_side, name=example.name)
-    return tfrecord.serialize_example(image=content, panoptic=label, filename=example.name)
+    return common.make_labelled_record(image=content, panoptic=label, filename=example.name, info=info)

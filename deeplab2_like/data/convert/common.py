@@ -4,14 +4,18 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
+
+import numpy as np
 
 from deeplab2_like import errors
 from deeplab2_like.data import dataset_info, tfrecord
 from deeplab2_like.data.convert.unfinished import UnfinishedSplit, fingerprint, make_plan
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import make_folder, require_local
 from deeplab2_like.parallel import map_in_order
@@ -24,6 +28,18 @@ EXAMPLES_PER_SHARD = 500
 # Tried in this order if the user does not say: the smallest that holds all instances of a class.
 LABEL_DIVISORS = (1000, 10_000)
 
+_SPLIT_OF_WORD = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "minival": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+
 
 class WriteOptions(TypedDict, total=False):
     """Arguments of `write_split` that converters hand on as they are."""
@@ -32,6 +48,22 @@ class WriteOptions(TypedDict, total=False):
     workers: int
     on_error: OnError
     progress: Progress | None
+    replace: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One example as it is written, with what it adds to the statistics of its split.
+
+    Attributes:
+        serialized: The serialized example.
+        objects: Number of objects of each class; crowd regions and stuff do not count. Empty if unknown.
+        pixels: Number of pixels of each class and, last, of void. Empty if unknown.
+    """
+
+    serialized: bytes
+    objects: Sequence[int] = ()
+    pixels: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +74,8 @@ class ConversionReport:
         split: Its name.
         examples: Number of examples written.
         skipped: For each example left out, what was wrong with it; `errors.jsonl` has the same.
+        objects: Number of objects of each class; crowd regions and stuff do not count.
+        pixels: Number of pixels of each class and, last, of void.
         kept_files: Number of files that an earlier run had already made.
         files: Number of files; 0 if unknown.
         is_unchanged: Whether an earlier run had finished the same conversion, so that nothing was done.
@@ -50,6 +84,8 @@ class ConversionReport:
     split: str
     examples: int
     skipped: tuple[str, ...] = ()
+    objects: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    pixels: tuple[int, ...] = dataclasses.field(default=(), compare=False)
     kept_files: int = dataclasses.field(default=0, compare=False)
     files: int = dataclasses.field(default=0, compare=False)
     is_unchanged: bool = dataclasses.field(default=False, compare=False)
@@ -57,15 +93,17 @@ class ConversionReport:
 
 def write_split(
     items: Sequence[Item],
-    make_record: Callable[[Item], bytes],
+    make_record: Callable[[Item], Record],
     *,
     info: DatasetInfo,
     output_dir: Path,
     split: str,
+    source: Sequence[Path] = (),
     shards: int | None = None,
     workers: int = 1,
     on_error: OnError = "stop",
     progress: Progress | None = None,
+    replace: bool = False,
     inputs_of: Callable[[Item], Sequence[Path]] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
@@ -73,19 +111,24 @@ def write_split(
 
     Each file holds a stretch of the items. The split appears in the folder when all files are whole. With `inputs_of`,
     files that an interrupted run has finished are not made again if their inputs are the same, and a split that is
-    already there, made from the same inputs in the same way, is left as it is.
+    already there, made from the same inputs in the same way, is left as it is. A split that was made from the same
+    source in another way, or from files that have changed since, is replaced; one from another source only if the user
+    says so.
 
     Args:
         items: One per example, in the order of the records.
-        make_record: Makes an item's serialized example; raises `UserError` if the item is faulty. Called from several
-            threads: decoding and encoding of images, which take nearly all of the time, run side by side in them.
+        make_record: Makes an item's record; raises `UserError` if the item is faulty. Called from several threads:
+            decoding and encoding of images, which take nearly all of the time, run side by side in them.
         info: What the labels mean, as `agree_on_dataset_info` returns it.
         output_dir: The record folder; made if it is missing.
         split: The split's name.
+        source: The files or folders that the user has given; together they identify the source. Empty: the examples
+            are generated.
         shards: Number of files, at most one per item; None: about one per `EXAMPLES_PER_SHARD` items.
         workers: Number of threads.
         on_error: "stop" at the first faulty item, or "skip" it and report it, also in `errors.jsonl` of the folder.
         progress: Called after each item with the numbers of items done and of all.
+        replace: Whether a split, or an interrupted conversion of it, that was made from another source is replaced.
         inputs_of: The files that an item's record is made from, the image first; what else decides the record must show
             in the item's `repr` or in `options`. None: every run begins anew.
         options: What else decides the records, by name; must be fit for JSON.
@@ -95,8 +138,8 @@ def write_split(
 
     Raises:
         UserError: If an argument is wrong, an item is faulty and `on_error` is "stop", no example is left, or the
-            folder has an interrupted conversion of something else. What the folder had is as it was; files that are
-            finished wait, hidden, for the next run.
+            folder has the split from another source or an interrupted conversion of something else. What the folder
+            had is as it was; files that are finished wait, hidden, for the next run.
     """
     if on_error not in ("stop", "skip"):
         raise errors.unknown_name("value of on_error", on_error, ("stop", "skip"))
@@ -112,16 +155,19 @@ def write_split(
         fingerprints = [
             fingerprint(items[first:end], [inputs_of(item) for item in items[first:end]]) for first, end in stretches
         ]
-    plan = make_plan(info, examples=len(items), shards=shards, options=options or {})
+    plan = make_plan(info, source=source, examples=len(items), shards=shards, options=options or {})
     unfinished = UnfinishedSplit(output_dir, split, plan=plan, fingerprints=fingerprints)
     is_new = not output_dir.exists()
     make_folder(output_dir)
     may_skip = on_error == "skip"
+    was_completed = unfinished.complete_publication()
+    if not replace:
+        unfinished.require_same_source()
     found = unfinished.finished(allow_skipped=may_skip)
     if found is not None:
-        return _make_report(split, found, kept_files=shards, is_unchanged=True)
+        return _make_report(split, found, kept_files=shards, is_unchanged=not was_completed)
 
-    def attempt(item: Item) -> bytes | UserError:
+    def attempt(item: Item) -> Record | UserError:
         try:
             return make_record(item)
         except UserError as error:
@@ -129,29 +175,37 @@ def write_split(
 
     keep_finished = True
     try:
-        states = unfinished.begin(allow_skipped=may_skip)
+        states = unfinished.begin(allow_skipped=may_skip, replace=replace)
         to_do = [number for number, state in enumerate(states) if state is None]
         num_to_do = sum(end - first for first, end in (stretches[number] for number in to_do))
         done = itertools.count(len(items) - num_to_do + 1)
         to_convert = (item for number in to_do for item in items[slice(*stretches[number])])
 
-        def records_of(number: int, skipped: list[dict[str, str]]) -> Iterator[bytes]:
+        def records_of(number: int, contents: dict[str, list[Any]]) -> Iterator[bytes]:
             # The items come first, so that this ends without taking the next file's first outcome.
             for item, outcome in zip(items[slice(*stretches[number])], outcomes, strict=False):
-                if isinstance(outcome, bytes):
-                    yield outcome
+                if isinstance(outcome, Record):
+                    for counted, counts in (("objects", outcome.objects), ("pixels", outcome.pixels)):
+                        for class_id, count in enumerate(counts):
+                            contents[counted][class_id] += count
+                    yield outcome.serialized
                 elif on_error == "stop":
                     raise outcome
                 else:
                     paths = inputs_of(item) if inputs_of is not None else ()
-                    skipped.append({"file": str(paths[0] if paths else item), "reason": str(outcome)})
+                    contents["skipped"].append({"file": str(paths[0] if paths else item), "reason": str(outcome)})
                 if progress is not None:
                     progress(next(done), len(items))
 
         with contextlib.closing(map_in_order(attempt, to_convert, workers=workers)) as outcomes:
             for number in to_do:
-                skipped: list[dict[str, str]] = []
-                states[number] = unfinished.write(number, records_of(number, skipped), skipped)
+                num_classes = info.num_classes
+                contents: dict[str, list[Any]] = {
+                    "skipped": [],
+                    "objects": [0] * num_classes,
+                    "pixels": [0] * (num_classes + 1),
+                }
+                states[number] = unfinished.write(number, records_of(number, contents), contents)
         whole = [state for state in states if state is not None]
         report = _make_report(split, whole, kept_files=shards - len(to_do))
         if not report.examples:
@@ -176,9 +230,67 @@ def _make_report(
         split,
         examples=sum(state["examples"] for state in states),
         skipped=tuple(fault["reason"] for state in states for fault in state["skipped"]),
+        objects=tuple(map(sum, zip(*(state["objects"] for state in states), strict=True))),
+        pixels=tuple(map(sum, zip(*(state["pixels"] for state in states), strict=True))),
         kept_files=kept_files,
         files=len(states),
         is_unchanged=is_unchanged,
+    )
+
+
+def make_labelled_record(
+    *, image: bytes | np.ndarray, panoptic: np.ndarray, filename: str, info: DatasetInfo
+) -> Record:
+    """Makes the record of an image and its label, see `tfrecord.serialize_example`, and counts what the label holds.
+
+    Args:
+        image: A whole image file's bytes, or the pixels, uint8 [H, W, 3] RGB.
+        panoptic: int32 [H, W], panoptic map.
+        filename: The image's file name.
+        info: What the label means.
+
+    Raises:
+        UserError: If the image cannot be read, or image and label do not fit each other.
+    """
+    serialized = tfrecord.serialize_example(image=image, panoptic=panoptic, filename=filename)
+    table = list_segments(panoptic)
+    classes = np.minimum(table.values // info.label_divisor, info.num_classes)
+    instances = table.values % info.label_divisor
+    is_object = np.isin(classes, info.thing_classes) & (instances > 0)
+    pixels = np.zeros(info.num_classes + 1, np.int64)
+    np.add.at(pixels, classes, table.areas)
+    objects = np.bincount(classes[is_object], minlength=info.num_classes)
+    return Record(serialized, tuple(objects.tolist()), tuple(pixels.tolist()))
+
+
+def guess_split(*paths: Path) -> str:
+    """Finds the name of a split in the names of files or folders, or else in those of the folders that hold them.
+
+    Only whole words count, which anything but letters separates: `panoptic_val2017.json` is of the split val,
+    `trainer.json` of none. The first word of a name counts.
+
+    Args:
+        paths: The files or folders of one split.
+
+    Returns:
+        "train", "val" or "test".
+
+    Raises:
+        UserError: If there is no such word, or different ones in names of the same level.
+    """
+    listed = " and ".join(f"'{path}'" for path in paths)
+    absolute = [Path(os.path.abspath(path)) for path in paths]
+    for names in ([path.name for path in absolute], [path.parent.name for path in absolute]):
+        words = [re.findall(r"[^\W\d_]+", name.casefold()) for name in names]
+        known = [[_SPLIT_OF_WORD[word] for word in of_name if word in _SPLIT_OF_WORD] for of_name in words]
+        found = sorted({of_name[0] for of_name in known if of_name})
+        if len(found) > 1:
+            raise UserError(f"The names of {listed} tell different splits ({', '.join(found)}); name it with --split.")
+        if found:
+            return found[0]
+    raise UserError(
+        f"The split of {listed} is not known, as neither the name nor that of the folder above has one of the words "
+        f"{', '.join(_SPLIT_OF_WORD)}; name it with --split."
     )
 
 

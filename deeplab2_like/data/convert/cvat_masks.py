@@ -20,7 +20,7 @@ def convert_cvat_masks(
     *,
     root: Path,
     output_dir: Path,
-    split: str = "train",
+    split: str | None = None,
     images: Path | None = None,
     stuff: Sequence[str] = (),
     background: str | None = None,
@@ -34,7 +34,7 @@ def convert_cvat_masks(
     Args:
         root: The unpacked export, with `labelmap.txt`, `SegmentationClass` and `SegmentationObject`.
         output_dir: The record folder.
-        split: The split's name.
+        split: The split's name; None: as the name of `root` or of its folder says, see `common.guess_split`.
         images: Folder of the images; None: `JPEGImages` of the export, which has them if they were exported, too.
         stuff: Names of the classes that are stuff; all others are things.
         background: Name of the class of pixels without a shape, `background` for instance; None: they are void.
@@ -47,6 +47,7 @@ def convert_cvat_masks(
         UserError: If an input is missing or faulty; the output folder is then as it was.
     """
     root = Path(root)
+    split = split if split is not None else common.guess_split(root)
     images = root / "JPEGImages" if images is None else Path(images)
     classes, objects = root / "SegmentationClass", root / "SegmentationObject"
     common.require_folder(objects, "folder of object PNGs")
@@ -97,7 +98,7 @@ def convert_cvat_masks(
         load,
         inputs_of=lambda pair: [pair.image, pair.label, object_png_of(pair)],
         choices={"background": background, "labelmap": color_and_name},
-        source=root,
+        source=[root, images],
         info=info,
         output_dir=Path(output_dir),
         split=split,

@@ -50,7 +50,7 @@ def write_labelled_images(
     *,
     inputs_of: Callable[[NamedItem], Sequence[Path]],
     choices: Mapping[str, Any] | None = None,
-    source: Path,
+    source: Sequence[Path],
     info: DatasetInfo,
     output_dir: Path,
     split: str,
@@ -67,7 +67,7 @@ def write_labelled_images(
             raises `UserError` if the image or its label is faulty.
         inputs_of: The files that `load` reads for an item, the image first; see `common.write_split`.
         choices: What else decides what `load` returns, by name; must be fit for JSON. The classes need not be in it.
-        source: Where the images come from, for messages.
+        source: The files or folders that the user has given, see `common.write_split`; messages name the first.
         info: The data set's facts; its label divisor does not count.
         output_dir: The record folder; several splits of a data set go to one folder.
         split: The split's name.
@@ -88,15 +88,15 @@ def write_labelled_images(
         info, output_dir=output_dir, split=split, max_instances=max_instances, label_divisor=label_divisor
     )
 
-    def make_record(item: NamedItem) -> bytes:
+    def make_record(item: NamedItem) -> common.Record:
         try:
             image, panoptic = load(item, agreed)
             image = turn_like_label(image, panoptic.shape, name=item.name)
             if max_side is not None:
                 image, panoptic = shrink(image, panoptic, max_side, name=item.name)
-            return tfrecord.serialize_example(image=image, panoptic=panoptic, filename=item.name)
+            return common.make_labelled_record(image=image, panoptic=panoptic, filename=item.name, info=agreed)
         except UserError as error:
-            raise UserError(f"Image '{item.name}' of '{source}': {error}") from error
+            raise UserError(f"Image '{item.name}' of '{source[0]}': {error}") from error
 
     return common.write_split(
         items,
@@ -104,6 +104,7 @@ def write_labelled_images(
         info=agreed,
         output_dir=output_dir,
         split=split,
+        source=source,
         inputs_of=inputs_of,
         options={"max_side": max_side, **(choices or {})},
         **options,

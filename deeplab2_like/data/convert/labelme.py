@@ -22,6 +22,7 @@ from deeplab2_like.data.convert import common, labelled_images, shapes
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.image_files import IMAGE_SUFFIXES, list_files
 from deeplab2_like.errors import UserError
+from deeplab2_like.paths import is_inside, require_inside
 
 # labelme's own name for what shall not be learnt.
 _IGNORED = "__ignore__"
@@ -46,7 +47,7 @@ def convert_labelme(
     *,
     root: Path,
     output_dir: Path,
-    split: str = "train",
+    split: str | None = None,
     classes: Sequence[str] | None = None,
     stuff: Sequence[str] = (),
     background: str | None = None,
@@ -58,10 +59,14 @@ def convert_labelme(
     Polygons, rectangles, circles and masks count. Shapes of a thing class with the same `group_id` are one object.
     Shapes named `__ignore__` become void.
 
+    Images lie where the JSONs say, in `root` or in the folder that holds it: labels and images in folders side by side,
+    with `"imagePath": "../images/a.jpg"`, are usual. A JSON that names a file elsewhere, and holds no image itself, is
+    refused.
+
     Args:
-        root: Folder of the JSONs; images are where these say, or inside of them.
+        root: Folder of the JSONs.
         output_dir: The record folder.
-        split: The split's name.
+        split: The split's name; None: as the name of `root` or of its folder says, see `common.guess_split`.
         classes: All names, in the order of the class ids. None: those of the record folder, if it holds another split
             that has all names, or else the names that occur, by the alphabet.
         stuff: Names that are stuff; all others are things.
@@ -77,6 +82,7 @@ def convert_labelme(
     """
     root, output_dir = Path(root), Path(output_dir)
     common.require_folder(root, "labelme folder")
+    split = split if split is not None else common.guess_split(root)
     examples, names, max_instances = _scan(root)
     if not any(example.json_file for example in examples):
         raise UserError(f"'{root}' holds no JSON of labelme; give the folder in which labelme saves them.")
@@ -94,7 +100,7 @@ def convert_labelme(
             raise UserError("it has no JSON of its name beside it; label it in labelme, or move it to another folder.")
         content = _read_json(example.json_file)
         # labelme turns an image before anything is drawn on it.
-        image = labelled_images.upright(_read_image(content, example.json_file), example.name)
+        image = labelled_images.upright(_read_image(content, example.json_file, root), example.name)
         height, width = content.get("imageHeight"), content.get("imageWidth")
         if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
             raise UserError(f"'{example.json_file}' lacks 'imageHeight' or 'imageWidth'; save it again in labelme.")
@@ -107,7 +113,7 @@ def convert_labelme(
         load,
         inputs_of=lambda example: [path for path in (example.image, example.json_file) if path is not None],
         choices={"background": background, "overlap": overlap},
-        source=root,
+        source=[root],
         info=info,
         output_dir=output_dir,
         split=split,
@@ -167,14 +173,16 @@ def _image_path(content: dict[str, Any]) -> PurePosixPath:
     return PurePosixPath(path.replace("\\", "/"))
 
 
-def _read_image(content: dict[str, Any], json_file: Path) -> bytes:
+def _read_image(content: dict[str, Any], json_file: Path, root: Path) -> bytes:
     """Reads the image's file, or if there is none, what the JSON holds of it."""
-    path = json_file.parent / _image_path(content)
-    if not path.is_file() and content.get("imageData"):
+    name = _image_path(content)
+    path, tree = json_file.parent / name, Path(os.path.realpath(root)).parent
+    if content.get("imageData") and not (path.is_file() and is_inside(path, tree)):
         try:
             return _decode_base64(content["imageData"], "'imageData'")
         except UserError as error:
             raise UserError(f"its JSON {error}; save it again in labelme.") from error
+    require_inside(path, tree, str(name))
     return files.read_file(path, "the image")
 
 

@@ -69,13 +69,13 @@ def convert_mapillary(
     for split in splits or _FOLDERS:
         if split not in _FOLDERS:
             raise unknown_name("split of Mapillary Vistas", split, _FOLDERS)
-        images = root / _FOLDERS[split] / "images"
+        images, label_pngs = root / _FOLDERS[split] / "images", root / _FOLDERS[split] / labels_folder
         reports.append(
             labelled_images.write_labelled_images(
-                labelled_images.pair_images(images, root / _FOLDERS[split] / labels_folder),
+                labelled_images.pair_images(images, label_pngs),
                 load,
                 inputs_of=lambda pair: [pair.image, pair.label],
-                source=images,
+                source=[images, label_pngs],
                 info=info,
                 output_dir=Path(output_dir),
                 split=split,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deeplab2_like.data import scenes, tfrecord
+from deeplab2_like.data import scenes
 from deeplab2_like.data.convert import common
 from deeplab2_like.errors import UserError
 
@@ -20,6 +20,7 @@ def convert_scenes(
     shards: int | None = None,
     workers: int = 1,
     progress: common.Progress | None = None,
+    replace: bool = False,
 ) -> tuple[common.ConversionReport, ...]:
     """Renders a training and a validation split.
 
@@ -32,12 +33,13 @@ def convert_scenes(
         shards: Number of files per split; None: about one per 500 scenes.
         workers: Scenes rendered at once.
         progress: Called after each scene with the numbers of scenes done and of all, for each split.
+        replace: Whether splits that were made from something else are replaced.
 
     Returns:
         A report per split written.
 
     Raises:
-        UserError: If an argument is wrong, or the folder holds another data set.
+        UserError: If an argument is wrong, or the folder holds another data set, or one of the splits from elsewhere.
     """
     if train < 0 or val < 0 or train + val == 0 or train > FIRST_VAL_INDEX:
         raise UserError(
@@ -47,9 +49,9 @@ def convert_scenes(
     height, width = size
     info = scenes.scenes_info()
 
-    def make_record(index: int) -> bytes:
+    def make_record(index: int) -> common.Record:
         image, panoptic = scenes.render_scene(index, height=height, width=width, seed=seed)
-        return tfrecord.serialize_example(image=image, panoptic=panoptic, filename=f"scene_{index:07d}.png")
+        return common.make_labelled_record(image=image, panoptic=panoptic, filename=f"scene_{index:07d}.png", info=info)
 
     reports = []
     for split, first, count in (("train", 0, train), ("val", FIRST_VAL_INDEX, val)):
@@ -67,6 +69,7 @@ def convert_scenes(
                     shards=shards,
                     workers=workers,
                     progress=progress,
+                    replace=replace,
                     inputs_of=lambda _: (),
                     options={"seed": seed, "size": size},
                 )

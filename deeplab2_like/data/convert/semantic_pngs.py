@@ -19,7 +19,7 @@ def convert_semantic_pngs(
     labels: Path,
     classes: Path,
     output_dir: Path,
-    split: str = "train",
+    split: str | None = None,
     ignore: Sequence[int] = (255,),
     label_ending: str = ".png",
     **options: Unpack[labelled_images.Options],
@@ -31,7 +31,8 @@ def convert_semantic_pngs(
         labels: Folder of the PNGs, in the same folders: grey of 8 or 16 bits, or with a palette.
         classes: Which value is which class, see `class_lists.read_class_list`.
         output_dir: The record folder.
-        split: The split's name.
+        split: The split's name; None: as the names of the two folders, or of those that hold them, say, see
+            `common.guess_split`.
         ignore: Values that become void.
         label_ending: What a PNG's name has in place of the image's ending, such as `_mask.png`.
         **options: See `labelled_images.Options`.
@@ -43,6 +44,7 @@ def convert_semantic_pngs(
         UserError: If an input is missing or faulty; the output folder is then as it was.
     """
     images, labels, classes = Path(images), Path(labels), Path(classes)
+    split = split if split is not None else common.guess_split(images, labels)
     categories = [{**entry, "isthing": 0} for entry in read_class_list(classes) if entry["id"] not in ignore]
     info = DatasetInfo.from_coco_categories(categories, name=classes.stem)
 
@@ -66,7 +68,7 @@ def convert_semantic_pngs(
         load,
         inputs_of=lambda pair: [pair.image, pair.label],
         choices={"ignore": list(ignore)},
-        source=images,
+        source=[images, labels],
         info=info,
         output_dir=Path(output_dir),
         split=split,

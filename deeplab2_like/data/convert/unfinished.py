@@ -2,9 +2,13 @@
 
 While a split is converted its files lie in the hidden folder `.SPLIT.conversion` of the record folder: first
 `plan.json`, which says what is converted and how, then file by file, each followed by a JSON that says what went into
-it. Both are renamed into place, so whatever has its JSON is whole. When all files are there, those of an earlier
-conversion are deleted and the new ones moved: at no moment do the two lie mixed in the record folder. At last comes
-`.SPLIT.conversion.json`, by which a later run knows that there is nothing to do.
+it. Both are renamed into place, so whatever has its JSON is whole.
+
+When all files are there, `publish.json` says so. From then on the new split counts: those of an earlier conversion are
+moved out of the record folder and the new ones into it, by renames alone, so that the two never lie mixed there and the
+moment without either is short. Whoever converts the split next completes what was cut off in between, whatever the
+source of that run. At last comes `.SPLIT.conversion.json`, by which a later run knows what the split was made from, and
+whether there is anything to do.
 """
 
 import contextlib
@@ -24,16 +28,19 @@ from deeplab2_like.errors import UserError
 ERRORS_NAME = "errors.jsonl"
 
 # What is known of a finished file.
-_STATE_KEYS = ("fingerprint", "bytes", "examples", "skipped")
+_STATE_KEYS = ("fingerprint", "bytes", "examples", "skipped", "objects", "pixels")
 
-# Raised whenever equal inputs and options give other bytes than before, so that old and new files do not mix.
-_FORMAT = 3
+# Raised whenever equal inputs and options give other bytes or notes than before, so that old and new files do not mix.
+_FORMAT = 4
 
 
-def make_plan(info: DatasetInfo, *, examples: int, shards: int, options: Mapping[str, Any]) -> dict[str, Any]:
+def make_plan(
+    info: DatasetInfo, *, source: Sequence[Path], examples: int, shards: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Everything but the inputs themselves that decides what the files hold, as it is in `plan.json`."""
     plan = {
         "format": _FORMAT,
+        "source": [os.path.realpath(path) for path in source],
         "examples": examples,
         "shards": shards,
         "label_divisor": info.label_divisor,
@@ -85,6 +92,49 @@ class UnfinishedSplit:
         self._fingerprints = fingerprints
         self._hidden = folder / f".{split}.conversion"
         self._record = folder / f".{split}.conversion.json"
+        self._publication = self._hidden / "publish.json"
+
+    def complete_publication(self) -> bool:
+        """Completes what a killed run was moving into the record folder; returns whether there was anything to move."""
+        publication = _read(self._publication, "plan", "files")
+        if publication is None:
+            return False
+        with self._write_errors():
+            if _read(self._record) == publication:
+                self._remove()
+                return False
+            info = DatasetInfo.load(self._hidden)
+            others = [name for name in tfrecord.available_splits(self._folder) if name != self._split]
+            if others and DatasetInfo.load(self._folder) != info:
+                raise UserError(
+                    f"'{self._hidden}' holds a finished conversion that was interrupted when it was moved, and that "
+                    f"does not go with the splits made since ({', '.join(others)}): its classes or its label_divisor "
+                    f"{info.label_divisor} differ; convert those into another folder."
+                )
+            self._move_into_place(publication, info)
+        return True
+
+    def require_same_source(self) -> None:
+        """Checks that whatever there is of the split was made from this source.
+
+        Raises:
+            UserError: If the split, or an interrupted conversion of it, was made from other files, or from which ones
+                is not known.
+        """
+        here = f"in '{self._folder}'"
+        found = []
+        if self._has_finished() and (plan := _read(self._hidden / "plan.json")) is not None:
+            found.append((f"An interrupted conversion of split '{self._split}' {here} is", plan))
+        if tfrecord.present_shards(self._folder, self._split):
+            note = _read(self._record, "plan")
+            found.append((f"Split '{self._split}' {here} was made", note["plan"] if note else None))
+        for what, plan in found:
+            source = plan.get("source") if isinstance(plan, dict) else None
+            if source != self._plan["source"]:
+                raise UserError(
+                    f"{what} from {_describe_source(source)}, not from {_describe_source(self._plan['source'])}; name "
+                    "another split with --split or another folder with --output-dir, or replace it with --replace."
+                )
 
     def finished(self, *, allow_skipped: bool) -> list[dict[str, Any]] | None:
         """What went into each file if an earlier run has finished the very same conversion, else None."""
@@ -104,11 +154,12 @@ class UnfinishedSplit:
             self._remove()  # A run that was killed at the very end has left it.
         return states
 
-    def begin(self, *, allow_skipped: bool) -> list[dict[str, Any] | None]:
+    def begin(self, *, allow_skipped: bool, replace: bool = False) -> list[dict[str, Any] | None]:
         """Starts, or takes up what an earlier run has left.
 
         Args:
             allow_skipped: Whether files count from which faulty examples were left out.
+            replace: Whether an interrupted conversion of something else is removed.
 
         Returns:
             For each file what went into it if it is finished, else None.
@@ -118,13 +169,14 @@ class UnfinishedSplit:
         """
         plan = _read(self._hidden / "plan.json")
         is_ours = plan is not None and plan.get("format") == _FORMAT
-        if self._fingerprints is None or not is_ours or not self._has_finished():
+        is_other = plan != self._plan
+        if self._fingerprints is None or not is_ours or not self._has_finished() or (is_other and replace):
             with self._write_errors():
                 self._remove()
-        elif plan != self._plan:
+        elif is_other:
             raise UserError(
                 f"'{self._hidden}' holds an interrupted conversion with {self._difference(plan)}; repeat that one to "
-                "finish it, convert into another folder, or move this folder elsewhere to start anew."
+                "finish it, or start anew with --replace."
             )
         files.write_atomically(self._hidden / "plan.json", json.dumps(self._plan).encode())
         temporary.remove_leftovers(self._hidden)
@@ -138,13 +190,14 @@ class UnfinishedSplit:
             states.append(state if is_whole else None)
         return states
 
-    def write(self, number: int, records: Iterable[bytes], skipped: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    def write(self, number: int, records: Iterable[bytes], contents: Mapping[str, Any]) -> dict[str, Any]:
         """Writes a file.
 
         Args:
             number: Which one.
             records: The serialized examples; may be made one by one.
-            skipped: What is left out of the file; may be filled while the records are made.
+            contents: What else is to be known of it, fit for JSON: `skipped`, `objects` and `pixels`; may be filled
+                while the records are made.
 
         Returns:
             What went into it.
@@ -159,30 +212,41 @@ class UnfinishedSplit:
             "fingerprint": None if self._fingerprints is None else self._fingerprints[number],
             "bytes": _size(path),
             "examples": writer.num_written,
-            "skipped": list(skipped),
+            **contents,
         }
         files.write_atomically(path.with_name(f"{path.name}.json"), json.dumps(state).encode())
         return state
 
     def publish(self, info: DatasetInfo, states: Sequence[Mapping[str, Any]]) -> None:
-        """Moves all files into the record folder; killed at any moment, it can be repeated."""
+        """Moves all files into the record folder; killed at any moment, the next run completes it."""
+        publication = {"plan": self._plan, "files": list(states)}
         with self._write_errors():
-            self._record.unlink(missing_ok=True)
-            for name in tfrecord.present_shards(self._folder, self._split):
-                if name not in self.names or (self._hidden / name).exists():
-                    (self._folder / name).unlink()
-            info.save(self._folder)
-            for name in self.names:
-                if (self._hidden / name).exists():
-                    (self._hidden / name).replace(self._folder / name)
-            self._report_errors([fault for state in states for fault in state["skipped"]])
-            if self._fingerprints is not None:
-                record = {"plan": self._plan, "files": list(states)}
-                files.write_atomically(self._record, json.dumps(record).encode())
-            self._remove()
+            info.save(self._hidden)
+            files.write_atomically(self._publication, json.dumps(publication).encode())
+            self._move_into_place(publication, info)
+
+    def _move_into_place(self, publication: Mapping[str, Any], info: DatasetInfo) -> None:
+        """Replaces the split in the record folder by the one that is finished; can be repeated."""
+        names = tfrecord.shard_names(self._split, publication["plan"]["shards"])
+        self._record.unlink(missing_ok=True)
+        replaced = self._hidden / "replaced"
+        replaced.mkdir(exist_ok=True)
+        for name in tfrecord.present_shards(self._folder, self._split):
+            if name not in names or (self._hidden / name).exists():
+                # Deleting a large file takes longer.
+                (self._folder / name).replace(replaced / name)
+        info.save(self._folder)
+        for name in names:
+            if (self._hidden / name).exists():
+                (self._hidden / name).replace(self._folder / name)
+        self._report_errors([fault for state in publication["files"] for fault in state["skipped"]])
+        files.write_atomically(self._record, json.dumps(publication).encode())
+        self._remove()
 
     def abandon(self, *, keep_finished: bool) -> None:
         """Leaves the files that are finished for the next run; without any, all traces are removed."""
+        if self._publication.exists():
+            return  # The record folder may lack files that are still here.
         if not keep_finished or self._fingerprints is None or not self._has_finished():
             shutil.rmtree(self._hidden, ignore_errors=True)
 
@@ -217,7 +281,8 @@ class UnfinishedSplit:
 
     def _remove(self) -> None:
         if self._hidden.exists():
-            # The plan first: what a killed run leaves without it is not taken up.
+            # These first: what a killed run leaves without them is not taken up.
+            self._publication.unlink(missing_ok=True)
             (self._hidden / "plan.json").unlink(missing_ok=True)
             shutil.rmtree(self._hidden)
 
@@ -227,6 +292,13 @@ class UnfinishedSplit:
             yield
         except OSError as error:
             raise files.cannot_write(self._folder, error) from error
+
+
+def _describe_source(source: Any) -> str:
+    """Says in words what a split was made from."""
+    if not isinstance(source, list):
+        return "an unknown source (by another program, or by an older version)"
+    return " and ".join(f"'{path}'" for path in source) or "no files (by `convert scenes`)"
 
 
 def _read(path: Path, *keys: str) -> Any:
