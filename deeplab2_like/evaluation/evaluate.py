@@ -34,14 +34,10 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.image_files import IMAGE_SUFFIXES, list_images, read_image
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation import report
+from deeplab2_like.evaluation.checks import check_maps
 from deeplab2_like.evaluation.instance_ap import InstanceAP
-from deeplab2_like.evaluation.panoptic_quality import (
-    ClassifiedOverlaps,
-    Matches,
-    PanopticQuality,
-    check_maps,
-    overlap_panoptic,
-)
+from deeplab2_like.evaluation.overlaps import ClassifiedOverlaps, count_panoptic_overlaps
+from deeplab2_like.evaluation.panoptic_quality import Matches, PanopticQuality
 from deeplab2_like.evaluation.semantic_iou import SemanticIoU
 from deeplab2_like.evaluation.submission import Instances, make_submission
 from deeplab2_like.evaluation.test_time import check_views, infer_views
@@ -181,10 +177,10 @@ def evaluate(
         number, example, found = item
         (label,), (prediction,) = check_maps(example["panoptic"].numpy(), found["panoptic"])
         # Counted once for PQ and mIoU, unless the system tells classes apart before.
-        overlaps = overlap_panoptic(label, prediction, info)
+        overlaps = count_panoptic_overlaps(label, prediction, info)
         of_classes = overlaps
         if "semantic" in found:
-            of_classes = overlap_panoptic(label // info.label_divisor, found["semantic"], info, divisor=1)
+            of_classes = count_panoptic_overlaps(label // info.label_divisor, found["semantic"], info, divisor=1)
         instances = InstanceAP(info)
         # Numbered, as records from other sources may repeat a name.
         name = f"{number}/{example['image_id'].numpy().decode()}"

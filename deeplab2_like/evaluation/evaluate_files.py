@@ -8,7 +8,8 @@ from typing import Any
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation import report
 from deeplab2_like.evaluation.coco_format import CocoPanopticReader
-from deeplab2_like.evaluation.panoptic_quality import ClassifiedOverlaps, Matches, PanopticQuality, overlap_segments
+from deeplab2_like.evaluation.overlaps import ClassifiedOverlaps, count_segment_overlaps
+from deeplab2_like.evaluation.panoptic_quality import Matches, PanopticQuality
 from deeplab2_like.evaluation.semantic_iou import SemanticIoU
 from deeplab2_like.files import make_folder
 from deeplab2_like.parallel import map_in_order
@@ -70,7 +71,7 @@ def evaluate_files(
         truth_ids, truth_segments = truth.read_segments(image_id)
         predicted_ids, predicted_segments = predicted.read_segments(image_id)
         try:
-            found = overlap_segments(truth_ids, truth_segments, predicted_ids, predicted_segments, info)
+            found = count_segment_overlaps(truth_ids, truth_segments, predicted_ids, predicted_segments, info)
             return quality.match_segments(found, truth_segments), found
         except UserError as error:
             raise UserError(f"Image '{image_id}': {error}") from error

@@ -22,10 +22,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import find_runs
 from deeplab2_like.data.panoptic_label import classes_of_values
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.panoptic_quality import (
-    check_maps,
-    require_same_categories,
-)
+from deeplab2_like.evaluation.checks import check_maps, require_same_categories
 
 # pycocotools' form of a run-length encoded mask: {"size": [H, W], "counts": bytes}.
 Rle = dict[str, Any]

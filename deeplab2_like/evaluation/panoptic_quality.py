@@ -12,8 +12,6 @@ The rules for the special cases:
 * **In a prediction, instance 0 of a thing class is a segment like any other**: predictions have no crowds.
 * Stuff segments carry instance 0; other instance ids of a stuff class are separate segments.
 * Averages run over the classes with TP + FP + FN > 0, so a class that is only hallucinated counts with PQ 0.
-
-The pairs of ground truth and prediction are counted in runs (`data/label_runs.py`), not pixels: only runs are sorted.
 """
 
 import dataclasses
@@ -22,13 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deeplab2_like.data.coco_segments import Segment, check_ids
-from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE, DatasetInfo
-from deeplab2_like.data.label_runs import find_run_values
-from deeplab2_like.data.panoptic_label import classes_of_values
-from deeplab2_like.errors import UserError
-
-_MAX_RUN = 2**16 - 1
+from deeplab2_like.data.coco_segments import Segment
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.evaluation.checks import check_maps, require_same_categories
+from deeplab2_like.evaluation.overlaps import ClassifiedOverlaps, count_panoptic_overlaps, count_segment_overlaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,38 +81,6 @@ class PanopticQualityResult:
     per_class: dict[str, ClassQuality]
 
 
-class Overlaps(NamedTuple):
-    """The pairs of values that two maps take at the same pixels.
-
-    Attributes:
-        first_values: int64 [N], the distinct values of the first map, ascending.
-        second_values: int64 [M], the distinct values of the second map, ascending.
-        first_index: int64 [P], per pair the position in `first_values`.
-        second_index: int64 [P], per pair the position in `second_values`.
-        pixels: int64 [P], number of pixels of each pair.
-    """
-
-    first_values: np.ndarray
-    second_values: np.ndarray
-    first_index: np.ndarray
-    second_index: np.ndarray
-    pixels: np.ndarray
-
-
-class ClassifiedOverlaps(NamedTuple):
-    """The pairs of ground-truth and predicted values of an image, and the classes of the values.
-
-    Attributes:
-        overlaps: Pairs of N ground-truth and M predicted values.
-        truth_classes: int64 [N], class ids, -1 for void.
-        predicted_classes: int64 [M], class ids, -1 for void.
-    """
-
-    overlaps: Overlaps
-    truth_classes: np.ndarray
-    predicted_classes: np.ndarray
-
-
 class Matches(NamedTuple):
     """What panoptic quality counts in one image.
 
@@ -132,183 +95,6 @@ class Matches(NamedTuple):
     iou: np.ndarray
     missed: np.ndarray
     spurious: np.ndarray
-
-
-def count_overlaps(first: np.ndarray, second: np.ndarray) -> Overlaps:
-    """Counts the pixels of each pair of values, in time that grows with the boundaries rather than with the areas.
-
-    Args:
-        first: Integers of any shape, values 0..2**24 - 1, which is what a panoptic PNG can hold.
-        second: Integers of the same shape and range.
-
-    Returns:
-        The pairs that occur, each once, ordered by the first value and then by the second.
-
-    Raises:
-        UserError: If a value is out of range.
-    """
-    first, second = first.reshape(-1), second.reshape(-1)  # [H*W]
-    if first.size == 0:
-        empty = np.zeros(0, np.int64)
-        return Overlaps(empty, empty, empty, empty, empty)
-    lengths, (first_runs, second_runs) = find_run_values(first, second)
-    if lengths.max() > _MAX_RUN:
-        lengths, pieces = _split_long_runs(lengths)
-        first_runs, second_runs = np.repeat(first_runs, pieces), np.repeat(second_runs, pieces)
-    # Value, value and length in 24 + 24 + 16 bits: one sort brings equal pairs together and takes the lengths along.
-    runs = _checked(first_runs)
-    runs <<= 24
-    runs |= _checked(second_runs)
-    runs <<= 16
-    runs |= lengths.view(np.uint64)
-    runs.sort()
-    keys = runs >> 16
-    is_start = np.ones(keys.size, bool)
-    np.not_equal(keys[1:], keys[:-1], out=is_start[1:])
-    (starts,) = is_start.nonzero()  # [P]
-    runs &= _MAX_RUN
-    pixels = np.add.reduceat(runs.view(np.int64), starts)
-    pairs = keys[starts].view(np.int64)
-    first_values, first_index = _distinct(pairs >> 24)
-    second_values, second_index = _distinct(pairs & MAX_PANOPTIC_VALUE)
-    return Overlaps(first_values, second_values, first_index, second_index, pixels)
-
-
-def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same as `np.unique` with `return_inverse`, at half its cost for some dozens of values."""
-    ordered = np.sort(values)
-    is_new = np.ones(ordered.size, bool)
-    np.not_equal(ordered[1:], ordered[:-1], out=is_new[1:])
-    distinct = ordered[is_new]
-    return distinct, distinct.searchsorted(values)
-
-
-def _split_long_runs(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Splits runs of these lengths, int64 [R], so that none is longer than 16 bits hold.
-
-    Returns:
-        The lengths of all pieces, int64, and the number of pieces of each run, int64 [R].
-    """
-    pieces = -(-lengths // _MAX_RUN)
-    last = np.cumsum(pieces) - 1
-    split = np.full(last[-1] + 1, _MAX_RUN)
-    split[last] = lengths - (pieces - 1) * _MAX_RUN
-    return split, pieces
-
-
-def _checked(values: np.ndarray) -> np.ndarray:
-    """Returns the values of the runs, [R], as uint64 after checking that they fit 24 bits."""
-    unsigned = values.astype(np.uint64)  # Negative values become very large.
-    if unsigned.max() > MAX_PANOPTIC_VALUE:
-        wrong = int(values.min() if values.min() < 0 else values.max())
-        raise UserError(
-            f"A label map holds value {wrong}; values must be 0..{MAX_PANOPTIC_VALUE} (24 bits): check how it was read."
-        )
-    return unsigned
-
-
-def check_maps(ground_truth: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Checks a pair of label maps and gives both a batch axis.
-
-    Args:
-        ground_truth: Integers [H, W] or [B, H, W].
-        prediction: Integers of the same shape.
-
-    Returns:
-        Both maps as [B, H, W].
-
-    Raises:
-        UserError: If the shapes differ, have another rank, or the values are not integers.
-    """
-    ground_truth, prediction = np.asarray(ground_truth), np.asarray(prediction)
-    for name, labels in (("ground-truth", ground_truth), ("predicted", prediction)):
-        if labels.dtype.kind not in "iu":
-            raise UserError(f"The {name} map has type {labels.dtype}; label maps hold integers, convert it to int32.")
-    if ground_truth.shape != prediction.shape:
-        raise UserError(
-            f"The ground-truth map has shape {ground_truth.shape} but the predicted map {prediction.shape}; resize the "
-            "prediction to the size of the ground truth."
-        )
-    if ground_truth.ndim not in (2, 3):
-        raise UserError(f"Label maps must be [H, W] or [B, H, W], got shape {ground_truth.shape}.")
-    if ground_truth.ndim == 2:
-        ground_truth, prediction = ground_truth[None], prediction[None]  # [1, H, W]
-    return ground_truth, prediction
-
-
-def overlap_panoptic(
-    ground_truth: np.ndarray, prediction: np.ndarray, dataset_info: DatasetInfo, *, divisor: int | None = None
-) -> ClassifiedOverlaps:
-    """Counts the overlaps of two maps whose values are `class * divisor + instance`.
-
-    Args:
-        ground_truth: Integers [H, W].
-        prediction: Integers [H, W].
-        dataset_info: The meaning of the classes.
-        divisor: The data set's label_divisor if not given; 1 for class maps.
-
-    Raises:
-        UserError: If a map holds an unknown class.
-    """
-    overlaps = count_overlaps(ground_truth, prediction)
-    return ClassifiedOverlaps(
-        overlaps,
-        classes_of_values(overlaps.first_values, dataset_info, name="ground-truth", divisor=divisor),
-        classes_of_values(overlaps.second_values, dataset_info, name="predicted", divisor=divisor),
-    )
-
-
-def overlap_segments(
-    ground_truth: np.ndarray,
-    ground_truth_segments: Sequence[Segment],
-    prediction: np.ndarray,
-    predicted_segments: Sequence[Segment],
-    dataset_info: DatasetInfo,
-) -> ClassifiedOverlaps:
-    """Counts the overlaps of two maps of segment ids, as in COCO panoptic files; id 0 is void.
-
-    Args:
-        ground_truth: Integers [H, W], segment ids.
-        ground_truth_segments: The meaning of its ids.
-        prediction: Integers [H, W], segment ids.
-        predicted_segments: The meaning of its ids.
-        dataset_info: The meaning of the classes.
-
-    Raises:
-        UserError: If the shapes differ, a class is unknown, or an id occurs only in the map or only in the list.
-    """
-    (truth_map,), (predicted_map,) = check_maps(ground_truth, prediction)
-    overlaps = count_overlaps(truth_map, predicted_map)
-    return ClassifiedOverlaps(
-        overlaps,
-        _classes_of_ids(overlaps.first_values, ground_truth_segments, dataset_info, name="ground-truth"),
-        _classes_of_ids(overlaps.second_values, predicted_segments, dataset_info, name="predicted"),
-    )
-
-
-def _classes_of_ids(
-    values: np.ndarray, segments: Sequence[Segment], dataset_info: DatasetInfo, *, name: str
-) -> np.ndarray:
-    """Returns the class, int64 [N], of each id, int64 [N], -1 for id 0; map and list must name the same ids."""
-    check_ids(values, segments, png=f"the {name} map")
-    class_of_id = {0: -1}
-    for segment in segments:
-        if not 0 <= segment.class_id < dataset_info.num_classes:
-            raise UserError(
-                f"The {name} segment {segment.id} has class {segment.class_id}; data set '{dataset_info.name}' has "
-                f"classes 0..{dataset_info.num_classes - 1}."
-            )
-        class_of_id[segment.id] = segment.class_id
-    return np.array([class_of_id[value] for value in values.tolist()], np.int64)
-
-
-def require_same_categories(metric: str, first: DatasetInfo, second: DatasetInfo) -> None:
-    """Raises `UserError` unless two metrics, named by what they measure, are for the same classes."""
-    if first.categories != second.categories:
-        raise UserError(
-            f"Cannot merge the {metric} of data sets '{first.name}' and '{second.name}': their categories differ; "
-            "evaluate both with the same ones."
-        )
 
 
 class PanopticQuality:
@@ -368,7 +154,7 @@ class PanopticQuality:
             UserError: If the shapes differ or a map holds an unknown class.
         """
         for truth_map, predicted_map in zip(*check_maps(ground_truth, prediction), strict=True):
-            self.add(self.match_panoptic(overlap_panoptic(truth_map, predicted_map, self.dataset_info)))
+            self.add(self.match_panoptic(count_panoptic_overlaps(truth_map, predicted_map, self.dataset_info)))
 
     def update_from_segments(
         self,
@@ -388,14 +174,16 @@ class PanopticQuality:
         Raises:
             UserError: If the shapes differ, a class is unknown, or an id occurs only in the map or only in the list.
         """
-        found = overlap_segments(ground_truth, ground_truth_segments, prediction, predicted_segments, self.dataset_info)
-        self.add(self.match_segments(found, ground_truth_segments))
+        overlaps = count_segment_overlaps(
+            ground_truth, ground_truth_segments, prediction, predicted_segments, self.dataset_info
+        )
+        self.add(self.match_segments(overlaps, ground_truth_segments))
 
     def match_panoptic(self, found: ClassifiedOverlaps) -> Matches:
         """Matches the segments of one image without counting it yet; `add` does.
 
         Args:
-            found: What `overlap_panoptic` returned.
+            found: What `count_panoptic_overlaps` returned.
         """
         crowd = found.overlaps.first_values % self.dataset_info.label_divisor == 0
         crowd &= self._is_thing_or_void[found.truth_classes]
@@ -405,7 +193,7 @@ class PanopticQuality:
         """Matches the segments of one image without counting it yet; `add` does.
 
         Args:
-            found: What `overlap_segments` returned.
+            found: What `count_segment_overlaps` returned.
             ground_truth_segments: The list that it was given.
         """
         values = found.overlaps.first_values

@@ -5,12 +5,8 @@ import dataclasses
 import numpy as np
 
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.evaluation.panoptic_quality import (
-    ClassifiedOverlaps,
-    check_maps,
-    overlap_panoptic,
-    require_same_categories,
-)
+from deeplab2_like.evaluation.checks import check_maps, require_same_categories
+from deeplab2_like.evaluation.overlaps import ClassifiedOverlaps, count_panoptic_overlaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,4 +103,4 @@ class SemanticIoU:
     def _update(self, ground_truth: np.ndarray, prediction: np.ndarray, *, divisor: int) -> None:
         """Adds the pixels of maps whose values are `class * divisor + instance`."""
         for truth_map, predicted_map in zip(*check_maps(ground_truth, prediction), strict=True):
-            self.add(overlap_panoptic(truth_map, predicted_map, self.dataset_info, divisor=divisor))
+            self.add(count_panoptic_overlaps(truth_map, predicted_map, self.dataset_info, divisor=divisor))
