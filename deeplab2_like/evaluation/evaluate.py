@@ -34,13 +34,13 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.image_files import IMAGE_SUFFIXES, list_images, read_image
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation import report
+from deeplab2_like.evaluation.augmented_inference import check_views, infer_views
 from deeplab2_like.evaluation.checks import check_maps
 from deeplab2_like.evaluation.instance_ap import InstanceAP
 from deeplab2_like.evaluation.overlaps import ClassifiedOverlaps, count_panoptic_overlaps
 from deeplab2_like.evaluation.panoptic_quality import Matches, PanopticQuality
 from deeplab2_like.evaluation.semantic_iou import SemanticIoU
 from deeplab2_like.evaluation.submission import Instances, make_submission
-from deeplab2_like.evaluation.test_time import check_views, infer_views
 from deeplab2_like.files import make_folder, write_png
 from deeplab2_like.model import PanopticSystem
 from deeplab2_like.model.layers import compiled_stages
