@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from deeplab2_like.configs.schema import ColorJitterConfig
+from deeplab2_like.configs.schema import ColorJitterConfig, DataConfig
 from deeplab2_like.data.augment import augment
 
 VOID = 255_000
@@ -21,8 +21,9 @@ def example_of(height, width, rng_seed=0):
     }
 
 
-def run(example, seed, crop_size, **arguments):
+def run(example, seed, crop_size, flip=False, **settings):
     """Augments in a graph of unknown image size, as the pipeline does; returns NumPy arrays."""
+    config = DataConfig(crop_size=crop_size, flip=flip, **settings)
     signature = {
         "image": tf.TensorSpec([None, None, 3], tf.uint8),
         "panoptic": tf.TensorSpec([None, None], tf.int32),
@@ -31,7 +32,7 @@ def run(example, seed, crop_size, **arguments):
 
     @tf.function(input_signature=[signature, tf.TensorSpec([2], tf.int64)])
     def function(example, seed):
-        result = augment(example, seed=seed, crop_size=crop_size, void=VOID, pad_value=PAD, **arguments)
+        result = augment(example, config, seed=seed, void=VOID, pad_value=PAD)
         assert result["image"].shape == (*crop_size, 3)
         assert result["panoptic"].shape == crop_size
         return result
