@@ -68,12 +68,12 @@ def test_batches_have_static_shapes(files):
     }
     (batch,) = take(dataset, 1)
     for image_id, label, pixels in zip(batch["image_id"], *batch["targets"].values(), strict=True):
-        labelled = label[label != INFO.void]
-        assert (labelled == int(image_id) + 1).all()
-        assert pixels == labelled.size > 0
+        labeled = label[label != INFO.void]
+        assert (labeled == int(image_id) + 1).all()
+        assert pixels == labeled.size > 0
 
 
-def test_padding_has_the_given_colour(files):
+def test_padding_has_the_given_color(files):
     # Every image is 12 wide and at most 14 high, so that at most 14 * 12 of 20 * 20 pixels are not padding.
     (batch,) = take(train(files, crop_size=(20, 20), scale_range=(1.0, 1.0)), 1)
     for image, label in zip(batch["image"], batch["targets"]["label"], strict=True):
