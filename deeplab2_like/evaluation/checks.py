@@ -36,7 +36,7 @@ def check_maps(ground_truth: np.ndarray, prediction: np.ndarray) -> tuple[np.nda
 
 
 def require_same_categories(metric: str, first: DatasetInfo, second: DatasetInfo) -> None:
-    """Raises `UserError` unless two metrics, named by what they measure, are for the same classes."""
+    """Raises `UserError` unless two metrics are for the same classes; `metric` is their name in the message."""
     if first.categories != second.categories:
         raise UserError(
             f"Cannot merge the {metric} of data sets '{first.name}' and '{second.name}': their categories differ; "

@@ -1,7 +1,7 @@
-"""Evaluates a system on records: the same function of images that is exported, then the metrics.
+"""Evaluates a system on records: the inference function that is also exported, then the metrics.
 
-`evaluate` is the core: a system, examples, numbers. `ModelFolderEvaluation` is what the command line does with a model
-folder around it.
+`evaluate` computes the metrics of a system on examples. `ModelFolderEvaluation` evaluates the checkpoints of a model
+folder, for the command line.
 """
 
 import contextlib
@@ -49,15 +49,15 @@ from deeplab2_like.progress import progress_bar
 from deeplab2_like.visualize import side_by_side
 
 Example = Mapping[str, tf.Tensor]
-# What inference gives for one image, without the batch axis.
-Found = Mapping[str, np.ndarray]
+# The outputs of inference for one image, without the batch axis.
+Outputs = Mapping[str, np.ndarray]
 InferenceFunction = Callable[[tf.Tensor], dict[str, tf.Tensor]]
-# The same for a batch of one, made of an example.
+# From an example to the outputs for a batch of one.
 ExampleFunction = Callable[[Example], dict[str, tf.Tensor]]
 
 _FREE_SIZE = tf.TensorSpec([None, None, None, 3], tf.uint8)
 
-# One object, so that stages compiled for one system are found again for the next.
+# One object for all callers, because compiled stages are cached by it.
 compile_with_xla = functools.partial(tf.function, jit_compile=True)
 
 
@@ -70,22 +70,22 @@ def make_inference_function(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> InferenceFunction:
-    """Makes a graph of a system's inference, for images of any size.
+    """Makes the inference function of a system, a TensorFlow graph for images of any size.
 
     Args:
         system: The system.
-        compiled: Whether the stages of the post-processing are compiled with XLA: faster after the first image of each
-            size, for which it takes some seconds.
+        compiled: Whether to compile the stages of the post-processing with XLA: faster, but compilation takes some
+            seconds for the first image of each size.
         with_instances: See `PanopticSystem.infer`.
-        ensemble: Other systems, of the same kind and classes, whose raw outputs are averaged with the system's.
-        scales: Factors of the image size at which the network looks; outputs are averaged.
-        flip: Whether it looks at the mirror images, too.
+        ensemble: Other systems of the same type and classes; their raw outputs are averaged with the system's.
+        scales: Factors of the image size; the network sees the image at each of them, and its outputs are averaged.
+        flip: Whether the network sees the mirror images, too.
 
     Returns:
         A function from uint8 [B, H, W, 3] to the dictionary of `PanopticSystem.postprocess`.
 
     Raises:
-        UserError: If systems or scales do not fit together.
+        UserError: If the outputs of these systems at these scales cannot be averaged.
     """
     systems = [system, *ensemble]
     check_views(systems, scales)
@@ -98,7 +98,7 @@ def make_inference_function(
     if not compiled:
         return tf.function(infer, input_signature=[_FREE_SIZE], autograph=False)
 
-    # Without AutoGraph, as it would wrap the system's own errors.
+    # Without AutoGraph, which would wrap the system's errors.
     @tf.function(autograph=False)
     def infer_in_compiled_stages(images: tf.Tensor) -> dict[str, tf.Tensor]:
         with compiled_stages(compile_with_xla):
@@ -107,23 +107,23 @@ def make_inference_function(
     return infer_in_compiled_stages
 
 
-def of_example(infer: InferenceFunction) -> ExampleFunction:
-    """Turns a function of a batch of images into one of an example of `pipeline.make_eval_dataset`."""
+def make_example_function(infer: InferenceFunction) -> ExampleFunction:
+    """Makes a function of an example of `pipeline.make_eval_dataset` from an inference function."""
     return lambda example: infer(example["image"][tf.newaxis])
 
 
 def make_oracle_function(system: PanopticSystem, parts: Sequence[str]) -> ExampleFunction:
-    """Makes a function like inference that is told a part of the truth.
+    """Makes an inference function in which the ground truth replaces parts of the network's outputs.
 
     Args:
         system: The system.
-        parts: What to replace by the ground truth, some of the system's `oracle_parts`.
+        parts: The parts to replace, some of the system's `oracle_parts`.
 
     Returns:
         A function from an example of `pipeline.make_eval_dataset` to the dictionary of `PanopticSystem.postprocess`.
 
     Raises:
-        UserError: If the system does not have such a part.
+        UserError: If the system has no such part.
     """
     for part in parts:
         if part not in system.oracle_parts:
@@ -134,7 +134,7 @@ def make_oracle_function(system: PanopticSystem, parts: Sequence[str]) -> Exampl
     network = tf.function(lambda images: system(images, training=False), input_signature=[_FREE_SIZE], autograph=False)
 
     def infer(example: Example) -> dict[str, tf.Tensor]:
-        # Not in the graph: targets have static shapes, so every image size would be a graph of its own.
+        # Outside the graph, because targets have static shapes: every image size would need a graph of its own.
         targets = {name: value[tf.newaxis] for name, value in system.make_targets(example["panoptic"]).items()}
         size = tuple(example["panoptic"].shape)
         return system.postprocess_with_truth(network(example["image"][tf.newaxis]), targets, size, parts)
@@ -147,72 +147,72 @@ def evaluate(
     examples: Iterable[Example],
     *,
     infer: ExampleFunction | None = None,
-    after_image: Callable[[Example, Found], None] | None = None,
+    after_image: Callable[[Example, Outputs], None] | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Computes PQ, mIoU and AP over a data set.
 
-    Images go through the network one by one, at their own size, while other threads measure those before them.
+    The network sees one image at a time, at its own size, while other threads measure the outputs for earlier images.
 
     Args:
         system: The trained system.
-        examples: What `pipeline.make_eval_dataset` yields.
-        infer: From an example to the dictionary of `PanopticSystem.postprocess` with a batch of one, as `of_example`
-            and `make_oracle_function` return; by default what `make_inference_function` makes of the image.
-        after_image: Called in order with each example and what was found in it.
-        workers: Number of threads that measure; by default that of the cores.
+        examples: Examples of `pipeline.make_eval_dataset`.
+        infer: From an example to the dictionary of `PanopticSystem.postprocess` with a batch of one, as
+            `make_example_function` and `make_oracle_function` return; by default plain inference.
+        after_image: Called in order with each example and its outputs.
+        workers: Number of threads that measure; by default the number of cores.
 
     Returns:
         The content of `metrics.json`, in percent.
     """
     info = system.dataset_info
-    infer_example = infer or of_example(make_inference_function(system, with_instances=True))
+    infer_example = infer or make_example_function(make_inference_function(system, with_instances=True))
     quality, iou, precision = PanopticQuality(info), SemanticIoU(info), InstanceAP(info)
 
-    def inferred() -> Iterator[tuple[int, Example, Found]]:
+    def predict_all() -> Iterator[tuple[int, Example, Outputs]]:
         for number, example in enumerate(examples):
             yield number, example, {name: value.numpy()[0] for name, value in infer_example(example).items()}
 
-    def measure(item: tuple[int, Example, Found]) -> _Measured:
-        number, example, found = item
-        (label,), (prediction,) = check_maps(example["panoptic"].numpy(), found["panoptic"])
-        # Counted once for PQ and mIoU, unless the system tells classes apart before.
+    def measure(item: tuple[int, Example, Outputs]) -> _Measurement:
+        number, example, outputs = item
+        (label,), (prediction,) = check_maps(example["panoptic"].numpy(), outputs["panoptic"])
+        # PQ and mIoU share these counts, unless the system has a semantic map that differs from its panoptic map.
         overlaps = count_panoptic_overlaps(label, prediction, info)
-        of_classes = overlaps
-        if "semantic" in found:
-            of_classes = count_panoptic_overlaps(label // info.label_divisor, found["semantic"], info, divisor=1)
+        class_overlaps = overlaps
+        if "semantic" in outputs:
+            class_overlaps = count_panoptic_overlaps(label // info.label_divisor, outputs["semantic"], info, divisor=1)
         instances = InstanceAP(info)
-        # Numbered, as records from other sources may repeat a name.
+        # Numbered, because images of different folders may have the same name.
         name = f"{number}/{example['image_id'].numpy().decode()}"
-        if "instance_masks" in found:
-            own = {key: found[f"instance_{key}"] for key in ("masks", "scores", "classes", "boxes")}
+        if "instance_masks" in outputs:
+            own = {key: outputs[f"instance_{key}"] for key in ("masks", "scores", "classes", "boxes")}
             instances.update_from_instances(name, label, **own)
         else:
-            table = {key: found[key] for key in ("segment_id", "segment_class", "segment_score")}
+            table = {key: outputs[key] for key in ("segment_id", "segment_class", "segment_score")}
             instances.update_from_panoptic(name, label, prediction, **table)
-        return _Measured(example, found, of_classes, quality.match_panoptic(overlaps), instances)
+        return _Measurement(example, outputs, class_overlaps, quality.match_panoptic(overlaps), instances)
 
-    for measured in map_in_order(measure, inferred(), workers=workers or os.cpu_count() or 1):
-        quality.add(measured.matches)
-        iou.add(measured.of_classes)
-        precision.merge(measured.instances)
+    for measurement in map_in_order(measure, predict_all(), workers=workers or os.cpu_count() or 1):
+        quality.add(measurement.matches)
+        iou.add(measurement.class_overlaps)
+        precision.merge(measurement.instances)
         if after_image is not None:
-            after_image(measured.example, measured.found)
+            after_image(measurement.example, measurement.outputs)
     return report.metrics_dict(panoptic=quality.result(), semantic=iou.result(), instance=precision.result())
 
 
-class _Measured(NamedTuple):
-    """One image, and what the metrics count in it."""
+class _Measurement(NamedTuple):
+    """One image, its outputs, and the counts of the metrics."""
 
     example: Example
-    found: Found
-    of_classes: ClassifiedOverlaps
+    outputs: Outputs
+    class_overlaps: ClassifiedOverlaps
     matches: Matches
     instances: InstanceAP
 
 
 class ModelFolderEvaluation:
-    """Evaluates checkpoints of a model folder. What they share is made once: records, network, graph.
+    """Evaluates checkpoints of a model folder, all with the same network and inference function.
 
     Args:
         model_dir: A folder that training wrote.
@@ -223,14 +223,14 @@ class ModelFolderEvaluation:
         flip: See `make_inference_function`, as for the next two.
         scales: Factors of the image size.
         ensemble: Other model folders, of which the newest checkpoints are used.
-        oracle: What to replace by the ground truth, see `make_oracle_function`.
+        oracle: Parts of the outputs to replace by the ground truth, see `make_oracle_function`.
         save_predictions: Whether to write a picture per image to `predictions/`.
         submission: A key of `submission.SUBMISSIONS`, to write files for a benchmark's server to `submission/`.
         image_ids: File name -> image id for the submission, see `make_submission`.
         overrides: Changes to the config.
 
     Raises:
-        UserError: If folders, records and options do not fit together.
+        UserError: If folders, records or options do not match.
     """
 
     def __init__(
@@ -260,7 +260,7 @@ class ModelFolderEvaluation:
                 f"An oracle looks at one view of one model, uncompiled; leave out {' and '.join(conflicting)}, or the "
                 "oracle."
             )
-        # What else the numbers depend on; without any, they are those of the model, and may say which one is best.
+        # Options that change the numbers. Only without any of them do the numbers decide which checkpoint is best.
         options: dict[str, Any] = {
             "flip": flip,
             "scales": list(scales) if given["scales"] else [],
@@ -279,7 +279,7 @@ class ModelFolderEvaluation:
         if oracle:
             self._infer = make_oracle_function(self.system, oracle)
             return
-        self._infer = of_example(
+        self._infer = make_example_function(
             make_inference_function(
                 self.system,
                 compiled=compiled,
@@ -291,7 +291,7 @@ class ModelFolderEvaluation:
         )
 
     def run(self, checkpoint: str = "last") -> dict[str, Any]:
-        """Evaluates a checkpoint, prints the table, and writes `metrics.json` and TensorBoard's numbers.
+        """Evaluates a checkpoint, prints the table, and writes `metrics.json` and TensorBoard events.
 
         Args:
             checkpoint: See `find_checkpoint`.
@@ -300,18 +300,18 @@ class ModelFolderEvaluation:
             The content of `metrics.json`.
 
         Raises:
-            UserError: If there is no such checkpoint, or records or output folder cannot be used.
+            UserError: If there is no such checkpoint, or the records or the output folder cannot be used.
         """
         return self._evaluate(self._restore(checkpoint))
 
     def _evaluate(self, step: int) -> dict[str, Any]:
-        """The rest of `run`, for the variables that the system has; `step` is what they are of."""
-        files, total = self._records()
+        """Does the work of `run` with the current variables of the system, which are those of `step`."""
+        files, total = self._list_records()
         examples = pipeline.make_eval_dataset(files, dataset_info=self.system.dataset_info)
-        with self._writers() as write, _shown(examples, total, files) as shown:
+        with self._writers() as write, _with_progress(examples, total, files) as examples:
             make_folder(self.output_dir)  # Now, as the evaluation may take hours.
-            metrics = evaluate(self.system, shown, infer=self._infer, after_image=write)
-        options = "".join(f", {name} {_in_words(value)}" for name, value in self._options.items())
+            metrics = evaluate(self.system, examples, infer=self._infer, after_image=write)
+        options = "".join(f", {name} {_format_option(value)}" for name, value in self._options.items())
         report.print_table(metrics, title=f"{self.model_dir}, step {step}, split {self.split}, {total} images{options}")
         metrics = report.write_results(
             self.output_dir,
@@ -326,13 +326,13 @@ class ModelFolderEvaluation:
         return metrics
 
     def follow(self, *, poll_seconds: float = 10.0, timeout_seconds: float | None = None) -> dict[str, Any] | None:
-        """Evaluates every checkpoint while a training saves them, until that of the last step.
+        """Evaluates every checkpoint that a training saves, until that of the last step.
 
-        It keeps the best one, unless options or the split make the numbers other than those of the training's own
-        validation. Checkpoints that are damaged, or that training deletes before their turn comes, are left out.
+        It keeps the best checkpoint, unless the options or the split differ from those of the training's own
+        validation. It skips checkpoints that are damaged, or that the training deletes before they are evaluated.
 
         Args:
-            poll_seconds: Time between two looks at the folder.
+            poll_seconds: Seconds between two checks of the folder.
             timeout_seconds: Ends if there is no new checkpoint for so long; None waits for ever.
 
         Returns:
@@ -369,12 +369,12 @@ class ModelFolderEvaluation:
         return metrics
 
     def _last_step(self) -> int:
-        """The step at which the training ends; it may have been started anew with another one."""
+        """Returns the last step of the training, read again because a restart may have changed it."""
         return load_config(self.model_dir / CONFIG_FILE).trainer.steps
 
     def _folder_name(self) -> str:
-        """The folder in the model folder that results go to by default."""
-        # These hold other things.
+        """Returns the name of the default output folder in the model folder."""
+        # The training writes folders of these names.
         is_taken = self.split in ("train", "checkpoints", "best", "images")
         parts = [f"{self.split}_split" if is_taken else self.split]
         for name, value in self._options.items():
@@ -383,18 +383,19 @@ class ModelFolderEvaluation:
         return re.sub(r"[^\w.=-]+", "_", "_".join(parts))
 
     def predict(self, images: str | os.PathLike[str], checkpoint: str = "last") -> int:
-        """Writes pictures and submission for images without labels.
+        """Writes pictures or a submission for images without labels.
 
         Args:
-            images: An image file, or a folder, whose folders are searched, too. Given image ids, only the images that
-                they name count: COCO's test-dev is a part of its folder of test images.
+            images: An image file, or a folder, whose subfolders are searched, too. With image ids, only the images that
+                have one are used: COCO's test-dev is a part of its folder of test images.
             checkpoint: See `find_checkpoint`.
 
         Returns:
             The number of images.
 
         Raises:
-            UserError: If nothing was asked for, an image cannot be read, or one that has an image id is missing.
+            UserError: If neither pictures nor a submission are requested, an image cannot be read, or an image of the
+                ids is missing.
         """
         if "oracle" in self._options:
             raise UserError("Images without labels have no truth for an oracle; leave out one of the two.")
@@ -404,20 +405,19 @@ class ModelFolderEvaluation:
                 "submit with --submission."
             )
         self._restore(checkpoint)
-        files = self._named_images(Path(images))
+        files = self._list_images(Path(images))
 
-        def examples() -> Iterator[Example]:
+        def read_examples() -> Iterator[Example]:
             for name, file in files.items():
                 yield {"image": tf.constant(read_image(file)), "image_id": tf.constant(name)}
 
-        with self._writers(files) as write, _shown(examples(), len(files)) as shown:
-            for example in shown:
-                found = self._infer(example)
-                write(example, {name: value.numpy()[0] for name, value in found.items()})
+        with self._writers(files) as write, _with_progress(read_examples(), len(files)) as examples:
+            for example in examples:
+                write(example, {name: value.numpy()[0] for name, value in self._infer(example).items()})
         return len(files)
 
-    def _named_images(self, path: Path) -> dict[str, Path]:
-        """Lists images by their names, with folders, see `predict`."""
+    def _list_images(self, path: Path) -> dict[str, Path]:
+        """Returns the images of `predict` by name, relative to the folder."""
         folder = path if path.is_dir() else path.parent
         files = {file.relative_to(folder).as_posix(): file for file in list_images(path, recursive=True)}
         if self._image_ids is None:
@@ -431,13 +431,13 @@ class ModelFolderEvaluation:
         return {name: files[name] for name in self._image_ids}
 
     def _restore(self, checkpoint: str) -> int:
-        """Loads a checkpoint into the system; returns its step."""
+        """Restores a checkpoint into the system and returns its step."""
         path = find_checkpoint(self.model_dir, checkpoint)
         restore_system(self.system, path)
         return checkpoint_step(path)
 
-    def _records(self) -> tuple[list[str], int]:
-        """Returns the files of the split and the number of their examples; raises `UserError` if they do not fit."""
+    def _list_records(self) -> tuple[list[str], int]:
+        """Returns the files of the split and their number of examples; raises `UserError` if their classes differ."""
         folder = self.config.data.record_folder
         if DatasetInfo.load(folder) != self.system.dataset_info:
             raise UserError(
@@ -451,11 +451,11 @@ class ModelFolderEvaluation:
         return files, total
 
     @contextlib.contextmanager
-    def _writers(self, image_names: Iterable[str] = ()) -> Iterator[Callable[[Example, Found], None]]:
-        """What to do with each example and what was found in it: pictures, submission.
+    def _writers(self, image_names: Iterable[str] = ()) -> Iterator[Callable[[Example, Outputs], None]]:
+        """Opens the requested outputs; yields a function that writes an example's picture and submission.
 
         Args:
-            image_names: The names of all images, as far as they are known beforehand.
+            image_names: The names of all images, if they are known beforehand.
         """
         info = self.system.dataset_info
         pictures = self.output_dir / "predictions"
@@ -469,13 +469,13 @@ class ModelFolderEvaluation:
                 )
                 submission.check_names(image_names)
 
-            def write(example: Example, found: Found) -> None:
+            def write(example: Example, outputs: Outputs) -> None:
                 name = example["image_id"].numpy().decode()
                 if submission is not None:
-                    submission.add(name, found["panoptic"], _scores(found), _instances(found))
+                    submission.add(name, outputs["panoptic"], _get_scores(outputs), _get_instances(outputs))
                 if self._save_predictions:
                     truth = example["panoptic"].numpy() if "panoptic" in example else None
-                    picture = side_by_side(example["image"].numpy(), truth, found["panoptic"], info)
+                    picture = side_by_side(example["image"].numpy(), truth, outputs["panoptic"], info)
                     write_png(pictures / _picture_name(name, picture_names), picture)
 
             yield write
@@ -498,7 +498,7 @@ def evaluate_model_folder(
 
 
 def _picture_name(image_name: str, taken: set[str]) -> str:
-    """Names a picture after its image, within the folder of pictures, and unlike all before, which are in `taken`."""
+    """Returns a file name for the picture of an image, without `..` and not in `taken`, and adds it to `taken`."""
     path = PurePosixPath(*(part for part in PurePosixPath(image_name).parts if part not in ("/", "..")))
     is_file_name = path.suffix.lower() in IMAGE_SUFFIXES
     plain = str(path.with_suffix("")) if is_file_name else str(path)
@@ -508,38 +508,42 @@ def _picture_name(image_name: str, taken: set[str]) -> str:
     return f"{name}.png"
 
 
-def _in_words(value: Any) -> str:
+def _format_option(value: Any) -> str:
+    """Formats an option for the title of the table."""
     return "on" if value is True else " ".join(str(part) for part in value)
 
 
-def _scores(found: Found) -> dict[int, float]:
-    """Panoptic value -> score of the segments of one image."""
-    rows = zip(found["segment_id"].tolist(), found["segment_score"].tolist(), strict=True)
+def _get_scores(outputs: Outputs) -> dict[int, float]:
+    """Returns panoptic value -> score of the segments of one image."""
+    rows = zip(outputs["segment_id"].tolist(), outputs["segment_score"].tolist(), strict=True)
     return {segment: score for segment, score in rows if score > 0}
 
 
-def _instances(found: Found) -> Instances | None:
-    """The overlapping instances of one image, if the system has any."""
-    if "instance_masks" not in found:
+def _get_instances(outputs: Outputs) -> Instances | None:
+    """Returns the overlapping instances of one image, None if the system has none."""
+    if "instance_masks" not in outputs:
         return None
-    return Instances(found["instance_masks"], found["instance_classes"], found["instance_scores"])
+    return Instances(outputs["instance_masks"], outputs["instance_classes"], outputs["instance_scores"])
 
 
 @contextlib.contextmanager
-def _shown(examples: Iterable[Example], total: int, record_files: Sequence[str] = ()) -> Iterator[Iterable[Example]]:
-    """Shows a progress bar that moves while the examples are taken, and turns faults of records into `UserError`."""
+def _with_progress(
+    examples: Iterable[Example], total: int, record_files: Sequence[str] = ()
+) -> Iterator[Iterable[Example]]:
+    """Yields the examples with a progress bar, and turns damaged records and lack of memory into `UserError`."""
     with progress_bar("evaluate") as progress, tfrecord.user_errors(record_files), _memory_errors():
 
-        def counted() -> Iterator[Example]:
+        def count() -> Iterator[Example]:
             for done, example in enumerate(examples, start=1):
                 yield example
                 progress(done, total)
 
-        yield counted()
+        yield count()
 
 
 @contextlib.contextmanager
 def _memory_errors() -> Iterator[None]:
+    """Turns lack of memory into a `UserError` that names the options to leave out."""
     try:
         yield
     except tf.errors.ResourceExhaustedError as error:

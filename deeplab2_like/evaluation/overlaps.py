@@ -1,7 +1,7 @@
-"""Counting of the overlaps between two label maps: how many pixels each pair of segments has in common.
+"""Counts the overlaps between two label maps: the number of pixels that each pair of segments has in common.
 
-All that panoptic quality and semantic IoU need of an image are these counts. They are counted in runs
-(`data/label_runs.py`), not in pixels, as only the runs have to be sorted.
+Panoptic quality and semantic IoU need nothing else of an image. The counts are made from runs (`data/label_runs.py`)
+rather than pixels, so that only runs have to be sorted.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ _MAX_RUN = 2**16 - 1
 
 
 class Overlaps(NamedTuple):
-    """The pairs of values that two maps take at the same pixels.
+    """The pairs of values that two maps have at the same pixels.
 
     Attributes:
         first_values: int64 [N], the distinct values of the first map, ascending.
         second_values: int64 [M], the distinct values of the second map, ascending.
-        first_index: int64 [P], per pair the position in `first_values`.
-        second_index: int64 [P], per pair the position in `second_values`.
+        first_index: int64 [P], position of each pair's first value in `first_values`.
+        second_index: int64 [P], position of each pair's second value in `second_values`.
         pixels: int64 [P], number of pixels of each pair.
     """
 
@@ -41,12 +41,12 @@ class ClassifiedOverlaps(NamedTuple):
     """The pairs of ground-truth and predicted values of an image, and the classes of the values.
 
     Attributes:
-        overlaps: Pairs of N ground-truth and M predicted values.
+        pairs: Pairs of N ground-truth and M predicted values.
         truth_classes: int64 [N], class ids, -1 for void.
         predicted_classes: int64 [M], class ids, -1 for void.
     """
 
-    overlaps: Overlaps
+    pairs: Overlaps
     truth_classes: np.ndarray
     predicted_classes: np.ndarray
 
@@ -65,11 +65,11 @@ def count_panoptic_overlaps(
     Raises:
         UserError: If a map holds an unknown class.
     """
-    overlaps = count_overlaps(ground_truth, prediction)
+    pairs = count_overlaps(ground_truth, prediction)
     return ClassifiedOverlaps(
-        overlaps,
-        classes_of_values(overlaps.first_values, dataset_info, name="ground-truth", divisor=divisor),
-        classes_of_values(overlaps.second_values, dataset_info, name="predicted", divisor=divisor),
+        pairs,
+        classes_of_values(pairs.first_values, dataset_info, name="ground-truth", divisor=divisor),
+        classes_of_values(pairs.second_values, dataset_info, name="predicted", divisor=divisor),
     )
 
 
@@ -93,11 +93,11 @@ def count_segment_overlaps(
         UserError: If the shapes differ, a class is unknown, or an id occurs only in the map or only in the list.
     """
     (truth_map,), (predicted_map,) = check_maps(ground_truth, prediction)
-    overlaps = count_overlaps(truth_map, predicted_map)
+    pairs = count_overlaps(truth_map, predicted_map)
     return ClassifiedOverlaps(
-        overlaps,
-        _classes_of_ids(overlaps.first_values, ground_truth_segments, dataset_info, name="ground-truth"),
-        _classes_of_ids(overlaps.second_values, predicted_segments, dataset_info, name="predicted"),
+        pairs,
+        _classes_of_ids(pairs.first_values, ground_truth_segments, dataset_info, name="ground-truth"),
+        _classes_of_ids(pairs.second_values, predicted_segments, dataset_info, name="predicted"),
     )
 
 
@@ -105,7 +105,7 @@ def count_overlaps(first: np.ndarray, second: np.ndarray) -> Overlaps:
     """Counts the pixels of each pair of values, in time that grows with the boundaries rather than with the areas.
 
     Args:
-        first: Integers of any shape, values 0..2**24 - 1, which is what a panoptic PNG can hold.
+        first: Integers of any shape, values 0..2**24 - 1, the range of a panoptic PNG.
         second: Integers of the same shape and range.
 
     Returns:
@@ -122,7 +122,7 @@ def count_overlaps(first: np.ndarray, second: np.ndarray) -> Overlaps:
     if lengths.max() > _MAX_RUN:
         lengths, pieces = _split_long_runs(lengths)
         first_runs, second_runs = np.repeat(first_runs, pieces), np.repeat(second_runs, pieces)
-    # Value, value and length in 24 + 24 + 16 bits: one sort brings equal pairs together and takes the lengths along.
+    # Value, value and length in 24 + 24 + 16 bits of one integer: a single sort groups equal pairs with their lengths.
     runs = _check_range(first_runs)
     runs <<= 24
     runs |= _check_range(second_runs)
@@ -142,7 +142,7 @@ def count_overlaps(first: np.ndarray, second: np.ndarray) -> Overlaps:
 
 
 def _unique_with_inverse(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same as `np.unique` with `return_inverse`, at half its cost for some dozens of values."""
+    """Does the same as `np.unique` with `return_inverse`, at half its cost for some dozens of values."""
     ordered = np.sort(values)
     is_new = np.ones(ordered.size, bool)
     np.not_equal(ordered[1:], ordered[:-1], out=is_new[1:])
@@ -151,7 +151,7 @@ def _unique_with_inverse(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _split_long_runs(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Splits runs of these lengths, int64 [R], so that none is longer than 16 bits hold.
+    """Splits runs of these lengths, int64 [R], so that each length fits 16 bits.
 
     Returns:
         The lengths of all pieces, int64, and the number of pieces of each run, int64 [R].
@@ -167,9 +167,9 @@ def _check_range(values: np.ndarray) -> np.ndarray:
     """Returns the values of the runs, [R], as uint64 after checking that they fit 24 bits."""
     unsigned = values.astype(np.uint64)  # Negative values become very large.
     if unsigned.max() > MAX_PANOPTIC_VALUE:
-        wrong = int(values.min() if values.min() < 0 else values.max())
+        value = int(values.min() if values.min() < 0 else values.max())
         raise UserError(
-            f"A label map holds value {wrong}; values must be 0..{MAX_PANOPTIC_VALUE} (24 bits): check how it was read."
+            f"A label map holds value {value}; values must be 0..{MAX_PANOPTIC_VALUE} (24 bits): check how it was read."
         )
     return unsigned
 
@@ -177,7 +177,7 @@ def _check_range(values: np.ndarray) -> np.ndarray:
 def _classes_of_ids(
     values: np.ndarray, segments: Sequence[Segment], dataset_info: DatasetInfo, *, name: str
 ) -> np.ndarray:
-    """Returns the class, int64 [N], of each id, int64 [N], -1 for id 0; map and list must name the same ids."""
+    """Returns the class of each id, int64 [N], -1 for id 0; checks that map and list have the same ids."""
     check_ids(values, segments, png=f"the {name} map")
     class_of_id = {0: -1}
     for segment in segments:
