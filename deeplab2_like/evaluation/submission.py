@@ -155,8 +155,8 @@ class CocoSubmission(Submission):
 
     COCO's server takes a zip file of the two, with STEM `panoptic_test-dev2017_ALGORITHM_results`.
 
-    The id of an image is looked up in `image_ids`. Without `image_ids` it is the name without folder and suffix, converted
-    to a number where possible.
+    The id of an image is looked up in `image_ids`. Without `image_ids` it is the name without folder and suffix, as a
+    number where possible.
     """
 
     def _image_id(self, image_name: str) -> int | str:

@@ -1,4 +1,4 @@
-"""The evaluation of a system: it sees whole images, counts what comes out, and sees what an export gives."""
+"""The evaluation of a system: whole images, the metrics, and the same outputs as an export."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ SIZES = ((16, 32), (24, 16), (16, 32))
 
 
 class Oracle:
-    """Stands for a system that knows the label: an image holds its own label, as colours."""
+    """Stands for a system that knows the label: an image is its own label, as colors."""
 
     def __init__(self, info: DatasetInfo) -> None:
         self.dataset_info = info
@@ -49,7 +49,7 @@ class Oracle:
 
 
 def examples(*, shown: Any = lambda label: label) -> Iterator[dict[str, tf.Tensor]]:
-    """Three scenes whose images are `shown(label)` as colours."""
+    """Three scenes whose images are `shown(label)` as colors."""
     for number, (height, width) in enumerate(SIZES):
         label = render_scene(number, height=height, width=width)[1]
         seen = shown(label)
