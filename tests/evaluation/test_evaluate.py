@@ -13,12 +13,9 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.evaluate import (
-    _picture_name,
-    evaluate,
-    make_inference_function,
-    make_oracle_function,
-)
+from deeplab2_like.evaluation.evaluate import evaluate
+from deeplab2_like.evaluation.inference import make_inference_function, make_oracle_function
+from deeplab2_like.evaluation.model_folder import _picture_name
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import build_system
