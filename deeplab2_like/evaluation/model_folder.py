@@ -206,7 +206,7 @@ class ModelFolderEvaluation:
 
     def _folder_name(self) -> str:
         """Returns the name of the default output folder in the model folder."""
-        # The training writes folders of these names.
+        # The model folder uses these names for other folders.
         is_taken = self.split in ("train", "checkpoints", "best", "images")
         parts = [f"{self.split}_split" if is_taken else self.split]
         for name, value in self._options.items():

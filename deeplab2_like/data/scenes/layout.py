@@ -150,7 +150,7 @@ class _Layout:
         """Finds a free spot in view and occupies it.
 
         Returns:
-            x of its center and z of its near edge; None if some tries found no spot.
+            x of its center and z of its near edge; None if a few tries find none.
         """
         rng = self._rng
         left, right = self._street.curbs
