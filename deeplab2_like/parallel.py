@@ -27,7 +27,7 @@ def map_in_order(
         pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
         for item in items:
             pending.append(pool.submit(function, item))
-            if len(pending) > 2 * workers:
+            if len(pending) > 2 * workers:  # One item in work and one waiting per thread.
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -196,7 +196,7 @@ def _write_names(picture: np.ndarray, panoptic: np.ndarray, dataset_info: Datase
     for row in np.argsort(-table.areas, kind="stable"):
         if table.areas[row] < max(_MIN_NAMED_FRACTION * panoptic.size, 1):
             break
-        if classes[row] < 0:
+        if classes[row] < 0:  # Void.
             continue
         category = dataset_info.categories[classes[row]]
         crowd = category.is_thing and table.values[row] % dataset_info.label_divisor == 0

@@ -138,7 +138,7 @@ def ids_to_panoptic(
                 f"'{dataset_info.categories[segment.class_id].name}'; use a label_divisor above {instance}."
             )
         value_of_id[segment.id] = panoptic_label.encode(segment.class_id, instance, dataset_info.label_divisor)
-    if ids.size == 0:
+    if ids.size == 0:  # An empty map has no runs.
         return np.zeros(ids.shape, np.int32)
     lengths, (id_of_run,) = find_run_values(ids.reshape(-1))
     present, index = np.unique(id_of_run, return_inverse=True)
@@ -162,6 +162,7 @@ def compare_measures(ids: np.ndarray, segments: Any) -> list[str]:
     rows = {value: row for row, value in enumerate(table.values.tolist())}
     differences = []
     for segment in segments if isinstance(segments, list) else ():
+        # This list has not been checked yet, so any part of it may be anything.
         row = rows.get(segment.get("id")) if isinstance(segment, dict) and _is_number(segment.get("id")) else None
         if row is None:
             continue

@@ -94,7 +94,7 @@ def _find_ends(maps: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]
     blocks, so that the data is still in the cache when it is read again.
     """
     size = maps[0].size
-    block = min(_BLOCK, -(-size // 4) * 4)
+    block = min(_BLOCK, -(-size // 4) * 4)  # A multiple of 4, for the view as groups below.
     is_end, differs = np.zeros(block, bool), np.empty(block, bool)
     groups = is_end.view(np.uint32)  # [block / 4]
     parts = []

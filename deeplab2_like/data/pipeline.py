@@ -85,6 +85,7 @@ def make_train_dataset(
         }
 
     part_size = batch_size // num_parts
+    # The examples of other parts are skipped before they are read, so each worker reads and augments its own only.
     dataset = _numbered_records(len(index), seed=seed, start=start_step * batch_size)
     if len(parts) < num_parts:
         own_parts = tf.constant(list(parts), tf.int64)
@@ -135,7 +136,7 @@ def _cached_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tens
     for path in index.files:
         with tfrecord.user_errors([path]):
             contents.extend(tf.data.TFRecordDataset(path).as_numpy_iterator())
-    with tf.device("CPU:0"):
+    with tf.device("CPU:0"):  # GPUs cannot hold strings.
         records = tf.constant(contents)
     return lambda position: tf.gather(records, position)
 

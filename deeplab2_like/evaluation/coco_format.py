@@ -125,7 +125,7 @@ class CocoPanopticWriter:
             UserError: If the name leaves the folder or was used before, the map has an unknown class, or the file
                 cannot be written.
         """
-        image_id = image_id.item() if isinstance(image_id, np.generic) else image_id
+        image_id = image_id.item() if isinstance(image_id, np.generic) else image_id  # JSON takes no NumPy numbers.
         png_name = png_name or str(PurePosixPath(file_name).with_suffix(".png"))
         if PurePosixPath(png_name).is_absolute() or ".." in PurePosixPath(png_name).parts:
             raise UserError(
@@ -139,6 +139,7 @@ class CocoPanopticWriter:
         panoptic = np.asarray(panoptic)
         segments = segments_info(panoptic, self.dataset_info, scores=scores, ground_truth=self.ground_truth)
         write_png(self.png_dir / png_name, ids_to_rgb(panoptic_to_ids(panoptic, self.dataset_info)))
+        # After the PNG, so that the JSON lists no image whose PNG could not be written.
         height, width = panoptic.shape
         self._image_of_png[png_name] = image_id
         self._images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})

@@ -67,6 +67,7 @@ def evaluate_files(
         make_folder(output_dir)  # Before the evaluation, which may take long, so that an error comes early.
     quality, iou = PanopticQuality(info, reference_crowd_rule=reference_crowd_rule), SemanticIoU(info)
 
+    # Runs in several threads: it reads files and changes no state. The sums below are added in order.
     def match(image_id: int | str) -> tuple[Matches, ClassifiedOverlaps]:
         truth_ids, truth_segments = truth.read_segments(image_id)
         predicted_ids, predicted_segments = predicted.read_segments(image_id)

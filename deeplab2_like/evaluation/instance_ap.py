@@ -126,7 +126,7 @@ class InstanceAP:
             for rle, row_class, row_score in zip(
                 segments_to_rle(prediction, values), class_id[used], score[used], strict=True
             )
-            if mask_utils.area(rle) > 0
+            if mask_utils.area(rle) > 0  # Segments may lose all their pixels to others.
         ]
         self._add(image_id, ground_truth, predictions)
 
@@ -264,7 +264,7 @@ def segments_to_rle(panoptic: np.ndarray, values: Sequence[int] | np.ndarray) ->
         start = stop - lengths[runs]
         bounds = np.stack([start, stop], axis=1).reshape(-1)  # [2 * runs]
         counts = np.diff(bounds, prepend=0, append=flat.size)  # background, segment, background, ...
-        if counts[-1] == 0:
+        if counts[-1] == 0:  # The segment reaches the last pixel, so no background follows.
             counts = counts[:-1]
         encoded.append(mask_utils.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width))
     return encoded

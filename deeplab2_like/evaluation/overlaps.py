@@ -115,11 +115,11 @@ def count_overlaps(first: np.ndarray, second: np.ndarray) -> Overlaps:
         UserError: If a value is out of range.
     """
     first, second = first.reshape(-1), second.reshape(-1)  # [H*W]
-    if first.size == 0:
+    if first.size == 0:  # An empty map has no runs.
         empty = np.zeros(0, np.int64)
         return Overlaps(empty, empty, empty, empty, empty)
     lengths, (first_runs, second_runs) = find_run_values(first, second)
-    if lengths.max() > _MAX_RUN:
+    if lengths.max() > _MAX_RUN:  # A region that fills many whole rows, such as the sky.
         lengths, pieces = _split_long_runs(lengths)
         first_runs, second_runs = np.repeat(first_runs, pieces), np.repeat(second_runs, pieces)
     # Value, value and length in 24 + 24 + 16 bits of one integer: a single sort groups equal pairs with their lengths.

@@ -101,7 +101,7 @@ class Submission(abc.ABC):
                 does not match the data set, or a file cannot be written.
         """
         image_id = self._image_id(image_name)
-        self._check_new(image_id, image_name, self._name_of_image_id)
+        self._check_new(image_id, image_name, self._name_of_image_id)  # Before any file is written.
         self._panoptic.add(image_id, image_name, panoptic, scores, png_name=self._png_name(image_name))
         self._name_of_image_id[image_id] = image_name
 

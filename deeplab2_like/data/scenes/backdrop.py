@@ -75,6 +75,7 @@ def _make_sky(rng: np.random.Generator, view: View) -> Backdrop:
         top = view.horizon * band / num_bands
         whiter = 0.45 * band / num_bands
         red, green, blue = (c * (1 - whiter) + 235 * whiter for c in view.sky_color)
+        # Each band reaches down to the ground, where the next one covers it: no gap can open between two bands.
         sky.append((Patch([(-1, top), (3, top), (3, 1), (-1, 1)], (red, green, blue)), SKY))
     for _ in range(int(rng.integers(0, 5))):
         x, y = rng.uniform(0, 2), rng.uniform(0, 0.8 * view.horizon)
@@ -94,7 +95,7 @@ def _make_lawn(rng: np.random.Generator, view: View) -> Backdrop:
 
     skyline_class = BUILDING if chance(rng, 0.5) else VEGETATION
     palette = DISTANT_BUILDING_COLORS if skyline_class == BUILDING else DISTANT_TREE_COLORS
-    x = -0.2
+    x = -0.2  # From beyond the left edge of the picture to beyond the right one.
     while x < 2.2:
         step = rng.uniform(0.08, 0.25)
         height = rng.uniform(0.02, 0.09)
@@ -157,7 +158,7 @@ def _make_roadside(
         blocks.append((z, z + length))
         z += length + (rng.uniform(0.5, 3) if chance(rng, 0.4) else 0.0)
     patches: Backdrop = []
-    for z0, z1 in reversed(blocks):
+    for z0, z1 in reversed(blocks):  # From far to near, as near ones hide far ones.
         make = _make_house if chance(rng, 0.6) else _make_park
         patches += make(rng, view, front, sign, z0, z1)
     if not chance(rng, 0.4):

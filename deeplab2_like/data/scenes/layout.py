@@ -119,6 +119,7 @@ class _Layout:
                 jitter = rng.uniform(-0.15, 0.15, 2).tolist()
                 place = (x - width / 2 + step + jitter[0], 0.0, z + 0.8 * row + jitter[1])
                 members.append(make(rng, view, *place, color=pick_color(rng, palette, 14)))
+        # A crowd is one item, painted at once, so its members are sorted from far to near here.
         members.sort(key=lambda item: -item.depth)
         patches = [patch for item in members for patch in item.patches]
         shadow = view.shadow(x - width / 2, x + width / 2, z, z + length)
@@ -186,7 +187,7 @@ class _Layout:
         z = rng.uniform(5.0, 7.5)
         x = self._street.curbs[is_right] + (-1.15 if is_right else 1.15)
         if not self._occupy(x - 0.9, x + 0.9, z - 0.5, z + 4.6 * num_cars):
-            return []
+            return []  # No second try: `add_things` draws another group.
         cars = []
         for color in pick_distinct_colors(rng, CAR_COLORS, num_cars, 14):
             cars.append(make_car(rng, self._view, x + rng.uniform(-0.12, 0.12), z, along=True, color=color))
@@ -255,8 +256,9 @@ class _Layout:
             for position in range(num_members):
                 offset = size * (0.98 * (position - (num_members - 1) / 2)) + rng.uniform(-0.04, 0.04)
                 near = z + rng.uniform(0, 0.25) * (layer == 0)
+                # A layer of boxes is 0.88 high; balls sink a little between those below.
                 item = make(rng, self._view, x + offset, 0.88 * size * layer, near, size=size, color=next(colors))
                 if layer:
-                    item.supports = pile[position : position + 2]
+                    item.supports = pile[position : position + 2]  # It lies on the gap between two of the lower layer.
                 pile.append(item)
         return pile

@@ -73,6 +73,7 @@ def make_car(rng: np.random.Generator, view: View, x: float, z: float, *, along:
     hip = 0.56 * height
     half, depth = (width / 2, length) if along else (length / 2, width)
     x0, x1, z1 = x - half, x + half, z + depth
+    # Underbody, body, cabin, then the parts on them.
     patches = view.cuboid((x0 + 0.06, x1 - 0.06), (0.0, 0.34), (z + 0.06, z1 - 0.06), dark)
     patches += view.cuboid((x0, x1), (0.26, hip), (z, z1), color)
     inset_x, inset_z = (0.16, 0.2 * length) if along else (0.2 * length, 0.14)
@@ -147,7 +148,7 @@ def make_box(
 ) -> Item:
     """Makes a cardboard box with a strip of tape and a sticker."""
     half = 0.49 * size * rng.uniform(0.9, 1.0)
-    height = 0.88 * size if size > 0.6 else size
+    height = 0.88 * size if size > 0.6 else size  # The larger boxes are those of piles, whose layers have this height.
     patches = view.cuboid((x - half, x + half), (y, y + height), (z, z + 2 * half), color)
     tape = view.shade((226, 208, 168), 0.95, z)
     patches.append(view.facing(x - 0.09 * size, x + 0.09 * size, y, y + height, z, tape, labeled=False))

@@ -96,6 +96,7 @@ class _Canvas:
 
     def sample_segments(self) -> np.ndarray:
         """Returns the segment numbers, uint8 [height, width]."""
+        # Numbers cannot be averaged as colors are.
         return np.ascontiguousarray(self.segments[::_OVERSAMPLING, ::_OVERSAMPLING])
 
     def reduce_colors(self) -> np.ndarray:
@@ -112,6 +113,7 @@ def _select_visible(scene: Scene, canvas: _Canvas) -> list[Item]:
     own_area = np.zeros(len(items) + 2)
     for number, item in enumerate(items, start=1):
         outline = np.concatenate([canvas.corners(patch.points) for patch in item.patches if patch.labeled])
+        # Estimated from the convex hull, of which an object fills about three quarters.
         own_area[number] = 0.75 * cv2.contourArea(cv2.convexHull(outline)) / (1 << _FRACTION_BITS) ** 2
         for patch in item.patches:
             if patch.labeled:

@@ -58,7 +58,7 @@ class View:
 
     def shade(self, color: Color, factor: float, z: float) -> Color:
         """Brightens a color by a factor and fades it into the sky with the distance z."""
-        haze = min(0.45, z / 130)
+        haze = min(0.45, z / 130)  # Distant objects stay visible.
         red, green, blue = (
             min(255.0, max(0.0, c * factor * (1 - haze) + s * haze)) for c, s in zip(color, self.sky_color, strict=True)
         )
@@ -66,6 +66,7 @@ class View:
 
     def side_light(self, *, left: bool) -> float:
         """Returns the brightness of faces that look to the left or to the right."""
+        # A lit side is brighter, and a shaded side darker, than the front (0.88, see `cuboid`).
         return 1.05 if left == self.light_from_left else 0.66
 
     def ground(self, x0: float, x1: float, z0: float, z1: float, color: Color) -> Patch:
