@@ -33,6 +33,7 @@ from plain_targets import make_example, plain_targets
 from rich.console import Console
 from rich.table import Table
 
+from deeplab2_like.configs.schema import DataConfig
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.files import encode_png, write_atomically
@@ -98,12 +99,11 @@ def run_pipeline(folder: Path, way: str, size: tuple[int, int], batches: int) ->
     """Takes batches in this process; the first, which traces and compiles, does not count."""
     dataset = pipeline.make_train_dataset(
         tfrecord.list_shards(folder, "train"),
+        DataConfig(crop_size=size, scale_range=(0.5, 2.0)),
         make_targets=WAYS[way],
         dataset_info=scenes_info(),
         batch_size=BATCH_SIZE,
-        crop_size=size,
         pad_value=(127, 127, 127),
-        scale_range=(0.5, 2.0),
     )
     iterator = iter(dataset)
     for _ in range(2):

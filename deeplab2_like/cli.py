@@ -488,7 +488,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from deeplab2_like.evaluation.evaluate import ModelFolderEvaluation, wait_for_model_folder
+    from deeplab2_like.evaluation.model_folder import ModelFolderEvaluation, wait_for_model_folder
     from deeplab2_like.evaluation.submission import read_image_ids
 
     if options.follow and (options.images or options.checkpoint != "last"):

@@ -13,7 +13,7 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.convert.scenes import convert_scenes
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.evaluation.evaluate import evaluate_model_folder
+from deeplab2_like.evaluation.model_folder import evaluate_model_folder
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_model_folder
 from deeplab2_like.files import make_folder, write_png

@@ -13,7 +13,7 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.evaluate import make_inference_function, make_oracle_function
+from deeplab2_like.evaluation.inference import make_inference_function, make_oracle_function
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import PanopticSystem

@@ -16,8 +16,8 @@ from deeplab2_like.data.convert.coco_panoptic import check_segments, convert_coc
 from deeplab2_like.data.convert.labelme import convert_labelme
 from deeplab2_like.data.panoptic_label import ids_to_rgb
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.evaluate import _picture_name
 from deeplab2_like.evaluation.evaluate_files import evaluate_files
+from deeplab2_like.evaluation.model_folder import _picture_name
 from deeplab2_like.paths import path_inside
 
 SIZE = (4, 6)

@@ -1,4 +1,4 @@
-"""What an inspection counts, finds and leaves behind."""
+"""Inspection of records: statistics, faults and output files."""
 
 import json
 from collections.abc import Mapping
@@ -132,10 +132,10 @@ def test_all_void(tmp_path: Path) -> None:
     assert "'train_1.png'" in where
 
 
-def test_classes_of_one_colour(tmp_path: Path) -> None:
+def test_classes_of_one_color(tmp_path: Path) -> None:
     categories = [{**category, "color": [1, 2, 3]} for category in INFO.to_coco_categories()]
     write(tmp_path, {"train": [LARGE]}, DatasetInfo.from_coco_categories(categories, name="x"))
-    expected = ("two classes of one colour", "dataset_info.json", "cat, sky all have colour [1, 2, 3].")
+    expected = ("two classes of one colour", "dataset_info.json", "cat, sky all have color [1, 2, 3].")
     assert faults(tmp_path) == [expected]
 
 
@@ -184,7 +184,7 @@ def test_damaged_records_are_listed_and_the_rest_counted(tmp_path: Path, capsys:
 
 
 def test_listed_faults_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "LISTED_FAULTS", 2)
+    monkeypatch.setattr(inspection, "MAX_LISTED_FAULTS", 2)
     write(tmp_path, {"train": [np.full((2, 2), VOID, np.int32)] * 3, "val": [LARGE]})
     found = inspect(tmp_path)
     assert found.statistics["fault_counts"] == {"image without labels": 3}

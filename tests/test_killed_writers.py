@@ -14,7 +14,7 @@ from deeplab2_like.checkpoint import prepare_model_folder
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.evaluation import report
-from deeplab2_like.evaluation.evaluate import ModelFolderEvaluation
+from deeplab2_like.evaluation.model_folder import ModelFolderEvaluation
 from deeplab2_like.export import predictor as predictor_module
 from deeplab2_like.export.predictor import PanopticPrediction, predict_files
 

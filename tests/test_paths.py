@@ -14,8 +14,8 @@ from deeplab2_like.configs.schema import Config
 from deeplab2_like.data.convert.labelme import convert_labelme
 from deeplab2_like.data.convert.scenes import convert_scenes
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.evaluate import evaluate_model_folder
 from deeplab2_like.evaluation.evaluate_files import evaluate_files
+from deeplab2_like.evaluation.model_folder import evaluate_model_folder
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_model_folder
 from deeplab2_like.files import literal_folder, require_local

@@ -1,4 +1,4 @@
-"""Pictures: sizes, colours and what must not be painted."""
+"""Pictures: sizes, colors and unpainted areas."""
 
 import colorsys
 
@@ -25,7 +25,7 @@ def test_colors_of_classes_instances_and_void():
     picture = colorize_panoptic(np.array([[1000, 1000, VOID], [0, 1, 2]]), INFO)
     assert picture.dtype == np.uint8
     np.testing.assert_array_equal(picture[0], [[60, 120, 220], [60, 120, 220], [0, 0, 0]])
-    assert picture[1, 0].tolist() == [200, 40, 40]  # A crowd has the plain colour of its class.
+    assert picture[1, 0].tolist() == [200, 40, 40]  # A crowd has the plain color of its class.
     with pytest.raises(UserError, match="panoptic map holds value 3000, which is class 3"):
         colorize_panoptic(np.array([[3000]]), INFO)
     assert colorize_panoptic(np.zeros((0, 4), np.int32), INFO).shape == (0, 4, 3)
@@ -110,7 +110,7 @@ def test_side_by_side():
 def test_contact_sheet():
     images = [np.full((4, 6, 3), 10, np.uint8), np.full((2, 2, 3), 20, np.uint8), np.full((4, 4, 3), 30, np.uint8)]
     sheet = contact_sheet(images, columns=2, gap=1)
-    # Rows of height 4 and 4, columns of width 6 and 2; the small picture is centred in its cell.
+    # Rows of height 4 and 4, columns of width 6 and 2; the small picture is centered in its cell.
     assert sheet.shape == (11, 11, 3)
     assert (sheet[1:5, 1:7] == 10).all()
     assert (sheet[2:4, 8:10] == 20).all()

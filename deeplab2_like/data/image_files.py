@@ -1,4 +1,4 @@
-"""Image files that a user points at."""
+"""Lists and reads the image files that a user names."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,16 +14,16 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".we
 
 
 def list_images(path: Path, *, recursive: bool = False) -> list[Path]:
-    """Lists the images of a folder, by name, or the one file.
+    """Lists the images of a folder, sorted by name, or the one file.
 
-    Hidden files and those without one of `IMAGE_SUFFIXES` are left out.
+    Hidden files and files without one of `IMAGE_SUFFIXES` are left out.
 
     Args:
         path: An image file or a folder.
-        recursive: Whether to look into folders of the folder, too.
+        recursive: Whether to search subfolders, too.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is no image.
     """
     require_local(path)
     if path.is_file():
@@ -40,7 +40,7 @@ def list_images(path: Path, *, recursive: bool = False) -> list[Path]:
 
 
 def list_files(folder: Path, suffixes: Sequence[str], *, recursive: bool = False) -> list[Path]:
-    """Lists the files of a folder that end in one of `suffixes` (lower case) and are not hidden, by name."""
+    """Lists the files of a folder that end in one of `suffixes` (lower case) and are not hidden, sorted by name."""
     files = [
         file
         for file in (folder.rglob("*") if recursive else folder.iterdir())
@@ -52,7 +52,7 @@ def list_files(folder: Path, suffixes: Sequence[str], *, recursive: bool = False
 
 
 def read_image(file: Path) -> np.ndarray:
-    """Reads an image file as viewers show it, uint8 [H, W, 3]; raises `UserError` if that is impossible."""
+    """Reads an image file in its EXIF orientation, uint8 [H, W, 3]; raises `UserError` if it cannot be read."""
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -23,7 +23,7 @@ import tensorflow as tf
 from deeplab2_like import files
 from deeplab2_like.configs import Config, save_config
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.evaluate import compile_with_xla
+from deeplab2_like.evaluation.inference import compile_with_xla
 from deeplab2_like.export.versions import MODEL_FILE, is_export, list_versions, newest_export, version_number
 from deeplab2_like.model.layers import compiled_stages
 from deeplab2_like.model.system import PanopticSystem

@@ -361,13 +361,9 @@ def _make_batches(
     red, green, blue = (round(value) for value in system.image_mean)
     return pipeline.make_train_dataset(
         files,
+        config=config.data,
         make_targets=make_targets if with_label else system.make_targets,
         dataset_info=system.dataset_info,
-        crop_size=config.data.crop_size,
-        scale_range=config.data.scale_range,
-        flip=config.data.flip,
-        dihedral=config.data.dihedral,
-        color_jitter=config.data.color_jitter,
         pad_value=(red, green, blue),
         seed=config.trainer.seed,
         **options,

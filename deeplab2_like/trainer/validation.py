@@ -11,7 +11,8 @@ import tensorflow as tf
 
 from deeplab2_like.checkpoint import keep_best
 from deeplab2_like.data import pipeline
-from deeplab2_like.evaluation.evaluate import evaluate, make_inference_function, of_example
+from deeplab2_like.evaluation.evaluate import evaluate
+from deeplab2_like.evaluation.inference import make_example_function, make_inference_function
 from deeplab2_like.evaluation.report import write_results
 from deeplab2_like.files import write_atomically
 from deeplab2_like.model import PanopticSystem
@@ -88,7 +89,7 @@ class Validation:
 
         with self.evaluated_weights():
             try:
-                return evaluate(self._system, until_stopped(), infer=of_example(self.infer))
+                return evaluate(self._system, until_stopped(), infer=make_example_function(self.infer))
             except _StoppedError:
                 return None
 

@@ -58,7 +58,7 @@ def test_fields_of_a_segment():
             [{"id": 1, "category_id": 8}],
             r"segment 1 has category_id 8, which 'categories' does not list \(those of 'toy'",
         ),
-        ([{"id": 0, "category_id": 7}], "a segment has id 0, which stands for unlabelled pixels"),
+        ([{"id": 0, "category_id": 7}], "a segment has id 0, which stands for unlabeled pixels"),
         ([{"id": 1, "category_id": 7}] * 2, "'segments_info' lists id 1 more than once"),
     ],
 )

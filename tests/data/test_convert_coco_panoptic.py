@@ -345,7 +345,7 @@ IMAGE_FAULTS = [
     (id_not_in_png, r"'segments_info' lists id 77, of which '.*panoptic.b\.png' has no pixels"),
     (unknown_category, r"segment 300 has category_id 8, which 'categories' does not list"),
     (doubled_segment, r"'segments_info' lists id 300 more than once"),
-    (segment_zero, r"a segment has id 0, which stands for unlabelled pixels"),
+    (segment_zero, r"a segment has id 0, which stands for unlabeled pixels"),
     (segment_without_category, r"entry 0 of 'segments_info' lacks a whole number 'id' or 'category_id'"),
     (segment_with_half_an_id, r"entry 0 of 'segments_info' lacks a whole number 'id' or 'category_id'"),
     (segment_that_is_half_a_crowd, r"or an 'iscrowd' that is not 0 or 1"),

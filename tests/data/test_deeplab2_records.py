@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from deeplab2_like.cli import main
+from deeplab2_like.configs.schema import DataConfig
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.convert import common
 from deeplab2_like.data.convert.deeplab2_records import describe_deeplab2_records
@@ -68,12 +69,11 @@ def test_training_sees_the_same_labels(tmp_path: Path) -> None:
     describe_deeplab2_records(tmp_path / "records", "coco")
     dataset = pipeline.make_train_dataset(
         tfrecord.list_shards(tmp_path / "records", "train"),
+        DataConfig(crop_size=(2, 4), flip=False),
         make_targets=lambda panoptic: {"panoptic": panoptic},
         dataset_info=DatasetInfo.load(tmp_path / "records"),
         batch_size=1,
-        crop_size=(2, 4),
         pad_value=(0, 0, 0),
-        flip=False,
     )
     label = next(dataset.as_numpy_iterator())["targets"]["panoptic"][0]
     # A column is added to reach the crop size, on either side, and is void.

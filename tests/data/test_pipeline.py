@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from deeplab2_like.configs.schema import ColorJitterConfig
+from deeplab2_like.configs.schema import ColorJitterConfig, DataConfig
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
@@ -39,18 +39,11 @@ def make_targets(panoptic):
     return {"label": panoptic, "pixels": tf.reduce_sum(tf.cast(panoptic != INFO.void, tf.int32))}
 
 
-def train(files, **changes):
-    arguments = {
-        "make_targets": make_targets,
-        "dataset_info": INFO,
-        "batch_size": 3,
-        "crop_size": (10, 11),
-        "pad_value": PAD,
-        "scale_range": (0.5, 2.0),
-        "color_jitter": ColorJitterConfig(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1),
-        "seed": 5,
-    }
-    return pipeline.make_train_dataset(files, **(arguments | changes))
+def train(files, *, crop_size=(10, 11), scale_range=(0.5, 2.0), **changes):
+    jitter = ColorJitterConfig(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
+    config = DataConfig(crop_size=crop_size, scale_range=scale_range, color_jitter=jitter)
+    arguments = {"make_targets": make_targets, "dataset_info": INFO, "batch_size": 3, "pad_value": PAD, "seed": 5}
+    return pipeline.make_train_dataset(files, config, **(arguments | changes))
 
 
 def take(dataset, count):
@@ -75,12 +68,12 @@ def test_batches_have_static_shapes(files):
     }
     (batch,) = take(dataset, 1)
     for image_id, label, pixels in zip(batch["image_id"], *batch["targets"].values(), strict=True):
-        labelled = label[label != INFO.void]
-        assert (labelled == int(image_id) + 1).all()
-        assert pixels == labelled.size > 0
+        labeled = label[label != INFO.void]
+        assert (labeled == int(image_id) + 1).all()
+        assert pixels == labeled.size > 0
 
 
-def test_padding_has_the_given_colour(files):
+def test_padding_has_the_given_color(files):
     # Every image is 12 wide and at most 14 high, so that at most 14 * 12 of 20 * 20 pixels are not padding.
     (batch,) = take(train(files, crop_size=(20, 20), scale_range=(1.0, 1.0)), 1)
     for image, label in zip(batch["image"], batch["targets"]["label"], strict=True):

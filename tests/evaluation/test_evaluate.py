@@ -1,4 +1,4 @@
-"""The evaluation of a system: it sees whole images, counts what comes out, and sees what an export gives."""
+"""The evaluation of a system: whole images, the metrics, and the same outputs as an export."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -13,12 +13,9 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.evaluate import (
-    _picture_name,
-    evaluate,
-    make_inference_function,
-    make_oracle_function,
-)
+from deeplab2_like.evaluation.evaluate import evaluate
+from deeplab2_like.evaluation.inference import make_inference_function, make_oracle_function
+from deeplab2_like.evaluation.model_folder import _picture_name
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import build_system
@@ -27,7 +24,7 @@ SIZES = ((16, 32), (24, 16), (16, 32))
 
 
 class Oracle:
-    """Stands for a system that knows the label: an image holds its own label, as colours."""
+    """Stands for a system that knows the label: an image is its own label, as colors."""
 
     def __init__(self, info: DatasetInfo) -> None:
         self.dataset_info = info
@@ -49,7 +46,7 @@ class Oracle:
 
 
 def examples(*, shown: Any = lambda label: label) -> Iterator[dict[str, tf.Tensor]]:
-    """Three scenes whose images are `shown(label)` as colours."""
+    """Three scenes whose images are `shown(label)` as colors."""
     for number, (height, width) in enumerate(SIZES):
         label = render_scene(number, height=height, width=width)[1]
         seen = shown(label)

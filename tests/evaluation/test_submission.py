@@ -49,7 +49,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _read(path: Path) -> np.ndarray:
-    """Reads an image as it is, uint8 [H, W] if it is grey."""
+    """Reads an image as it is, uint8 [H, W] if it is gray."""
     image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     assert image.dtype == np.uint8
     return image

@@ -20,6 +20,7 @@ from one_convolution import one_convolution_config
 
 from deeplab2_like.checkpoint import list_checkpoints, load_model_folder
 from deeplab2_like.configs import load_config
+from deeplab2_like.configs.schema import DataConfig
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
@@ -93,6 +94,7 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
 from deeplab2_like.configs import load_config
+from deeplab2_like.configs.schema import DataConfig
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import build_system
 from deeplab2_like.trainer.train import train
@@ -252,10 +254,10 @@ def test_the_first_value_that_is_not_finite_stops(
     info = DatasetInfo.load(records)
     batches = pipeline.make_train_dataset(
         tfrecord.list_shards(records, "train"),
+        DataConfig(crop_size=(16, 24)),
         make_targets=lambda panoptic: {},
         dataset_info=info,
         batch_size=2,
-        crop_size=(16, 24),
         pad_value=(128, 128, 128),
         seed=config.trainer.seed,
         start_step=6,

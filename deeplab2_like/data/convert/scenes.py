@@ -1,4 +1,4 @@
-"""Writes the synthetic scenes of `data/scenes.py` as records, for the demo, for tests and for trying things out."""
+"""Writes the synthetic scenes of `data/scenes` as records, for the demo, for tests and for trying things out."""
 
 from pathlib import Path
 

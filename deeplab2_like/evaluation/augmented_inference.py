@@ -1,7 +1,8 @@
-"""Test-time options of the papers: mirror images, several scales, ensembles of models.
+"""Test-time augmentation, as the papers report it: mirror images, several scales, ensembles of models.
 
-Every view has a size that is a multiple of what the network needs, and covers the padded image exactly; so outputs of
-all views lie on one another without any cropping. The systems themselves say how outputs are averaged.
+The network sees several views of an image, and their raw outputs are averaged before post-processing. Every view covers
+the padded image exactly and has a size that is a multiple of what the network needs, so the outputs of all views align
+without cropping. Each system defines how its outputs are averaged (`PanopticSystem.merge_views`).
 """
 
 import math
@@ -18,10 +19,14 @@ from deeplab2_like.model.system import View
 
 
 def check_views(systems: Sequence[PanopticSystem], scales: Sequence[float]) -> None:
-    """Checks that outputs of these systems at these scales can be averaged.
+    """Checks that the outputs of these systems at these scales can be averaged.
+
+    Args:
+        systems: One or more systems.
+        scales: Factors of the image size.
 
     Raises:
-        UserError: If the systems are of different kinds or for different classes, or a scale is not positive.
+        UserError: If the systems are of different types or for different classes, or a scale is not positive.
     """
     if not scales or not all(math.isfinite(scale) and scale > 0 for scale in scales):
         raise UserError(f"Scales must be numbers above 0, got {list(scales)}; 1 is the image's own size.")
@@ -46,36 +51,37 @@ def infer_views(
     flip: bool = False,
     with_instances: bool = False,
 ) -> dict[str, tf.Tensor]:
-    """Runs every system on every view, averages their raw outputs, and post-processes them as the first system does.
+    """Runs every system on every view, averages their raw outputs, and applies the first system's post-processing.
 
     Args:
         systems: One or more, see `check_views`.
         images: uint8 [B, H, W, 3], any size.
         scales: Factors of the image size.
-        flip: Whether to add the mirror image of each.
+        flip: Whether to add the mirror image of each scale.
         with_instances: See `PanopticSystem.infer`.
 
     Returns:
-        The dictionary of `PanopticSystem.infer`.
+        The dictionary that `PanopticSystem.infer` returns.
     """
     first = systems[0]
     multiple = math.lcm(*(system.size_multiple for system in systems))
     height, width = ops.shape(images)[1:3]
+    # The network sees the mean color as zero; padding with it equals the padding of normalized images.
     mean = tf.constant(first.image_mean)
     padded = pad_to_multiple(tf.cast(images, tf.float32) - mean, multiple) + mean
     padded_size = tuple(ops.shape(padded)[1:3])
     views = []
     for scale in scales:
-        view_size = tuple(_scaled(side, scale, multiple) for side in padded_size)
+        view_size = tuple(_scale_side(side, scale, multiple) for side in padded_size)
         resized = padded if scale == 1 else resize_bilinear(padded, *view_size)
         for mirrored in (False, True) if flip else (False,):
-            shown = resized[:, :, ::-1] if mirrored else resized
-            views += [View(system(shown, training=False), view_size, mirrored) for system in systems]
+            view_images = resized[:, :, ::-1] if mirrored else resized
+            views += [View(system(view_images, training=False), view_size, mirrored) for system in systems]
     outputs = first.merge_views(views, padded_size)
     return first.finish(outputs, (height, width), with_instances=with_instances)
 
 
-def _scaled(side: Any, scale: float, multiple: int) -> Any:
-    """A side, int32 scalar, times a scale, rounded to a multiple, but not to zero."""
-    multiples = tf.cast(tf.round(tf.cast(side, tf.float32) * scale / multiple), tf.int32)
-    return tf.maximum(multiples, 1) * multiple
+def _scale_side(side: Any, scale: float, multiple: int) -> Any:
+    """Scales a side, int32 scalar, and rounds it to a positive multiple."""
+    num_multiples = tf.cast(tf.round(tf.cast(side, tf.float32) * scale / multiple), tf.int32)
+    return tf.maximum(num_multiples, 1) * multiple
