@@ -264,10 +264,10 @@ def make_labelled_record(
 
 
 def guess_split(*paths: Path) -> str:
-    """Finds the name of a split in the names of files or folders, or else in those of the folders that hold them.
+    """Guesses the split from the names of files or folders, or else from the names of their parent folders.
 
-    Only whole words count, which anything but letters separates: `panoptic_val2017.json` is of the split val,
-    `trainer.json` of none. The first word of a name counts.
+    Only whole words count; anything but a letter separates words. `panoptic_val2017.json` is val, `trainer.json` has no
+    such word. If a name has several such words, the first one counts.
 
     Args:
         paths: The files or folders of one split.
@@ -276,7 +276,7 @@ def guess_split(*paths: Path) -> str:
         "train", "val" or "test".
 
     Raises:
-        UserError: If there is no such word, or different ones in names of the same level.
+        UserError: If there is no such word, or the names tell different splits.
     """
     listed = " and ".join(f"'{path}'" for path in paths)
     absolute = [Path(os.path.abspath(path)) for path in paths]

@@ -4,11 +4,11 @@ While a split is converted its files lie in the hidden folder `.SPLIT.conversion
 `plan.json`, which says what is converted and how, then file by file, each followed by a JSON that says what went into
 it. Both are renamed into place, so whatever has its JSON is whole.
 
-When all files are there, `publish.json` says so. From then on the new split counts: those of an earlier conversion are
-moved out of the record folder and the new ones into it, by renames alone, so that the two never lie mixed there and the
-moment without either is short. Whoever converts the split next completes what was cut off in between, whatever the
-source of that run. At last comes `.SPLIT.conversion.json`, by which a later run knows what the split was made from, and
-whether there is anything to do.
+When all files are complete, `publish.json` is written, and from then on the new split counts. Renames move the files of
+an earlier conversion out of the record folder, then the new ones into it: the two are never mixed, and the folder lacks
+both for a short time only. If a run is killed in between, the next conversion of the split completes the move, even if
+its source is another one. At last comes `.SPLIT.conversion.json`, which tells a later run what the split was made from,
+and whether there is anything to do.
 """
 
 import contextlib
@@ -95,7 +95,7 @@ class UnfinishedSplit:
         self._publication = self._hidden / "publish.json"
 
     def complete_publication(self) -> bool:
-        """Completes what a killed run was moving into the record folder; returns whether there was anything to move."""
+        """Completes the move of a killed run; returns whether there was anything to move."""
         publication = _read(self._publication, "plan", "files")
         if publication is None:
             return False
@@ -115,11 +115,10 @@ class UnfinishedSplit:
         return True
 
     def require_same_source(self) -> None:
-        """Checks that whatever there is of the split was made from this source.
+        """Checks that the split in the folder, if any, and an interrupted conversion of it are from this source.
 
         Raises:
-            UserError: If the split, or an interrupted conversion of it, was made from other files, or from which ones
-                is not known.
+            UserError: If one of them is from another source, or its source is unknown.
         """
         here = f"in '{self._folder}'"
         found = []
@@ -233,7 +232,7 @@ class UnfinishedSplit:
         replaced.mkdir(exist_ok=True)
         for name in tfrecord.present_shards(self._folder, self._split):
             if name not in names or (self._hidden / name).exists():
-                # Deleting a large file takes longer.
+                # A rename, as deleting a large file takes longer.
                 (self._folder / name).replace(replaced / name)
         info.save(self._folder)
         for name in names:
