@@ -6,6 +6,7 @@ Once a training has been evaluated while it ran, `best/` holds the checkpoint of
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -287,8 +288,9 @@ def keep_best(model_dir: str | os.PathLike[str], system: PanopticSystem, *, step
             # The note comes last, as it names what is whole.
             content = {"step": step, "pq": pq, "checkpoint": name}
             write_atomically(folder / BEST_FILE, (json.dumps(content) + "\n").encode())
-            for file in folder.glob(f"{CHECKPOINT_NAME}*"):
-                if file.name.partition(".")[0] != name:
+            for file in folder.iterdir():
+                other = file.name.partition(".")[0]
+                if other != name and re.fullmatch(rf"{CHECKPOINT_NAME}(_again)?-\d+", other):
                     file.unlink(missing_ok=True)
     except (OSError, tf.errors.OpError) as error:
         raise cannot_write(folder, error) from error
