@@ -34,6 +34,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf
+from deeplab2_like.model.merge import best_class
 from rich.console import Console
 from rich.table import Table
 
@@ -41,11 +42,10 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.files import write_atomically
 from deeplab2_like.model import SYSTEMS, PanopticSystem, build_system
-from deeplab2_like.model.layers import compiled_stages
 from deeplab2_like.model.lpsnet import LPSNet, PanopticHead
-from deeplab2_like.model.merge import best_class
 from deeplab2_like.model.panoptic_fcn import PanopticFCN
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
+from deeplab2_like.model.stages import compiled_stages
 from deeplab2_like.model.unifying import Unifying
 
 compile_with_xla = functools.partial(tf.function, jit_compile=True)

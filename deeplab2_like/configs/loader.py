@@ -10,6 +10,7 @@ import pydantic
 import yaml
 
 from deeplab2_like.configs.schema import Config, StrictModel
+from deeplab2_like.configs.systems import find_config_class
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.files import write_atomically
 
@@ -39,16 +40,14 @@ def load_config(name_or_file: str | os.PathLike[str], overrides: Sequence[str] =
     Raises:
         UserError: If the config does not exist, a key is unknown, or a value is not allowed.
     """
-    from deeplab2_like.model import find_system
-
     content = _read(name_or_file, asked_by=())
     for override in overrides:
         _apply_override(content, override)
     source = f"config '{name_or_file}'"
     if "system" not in content:
         raise UserError(f"{source[0].upper()}{source[1:]} has no key 'system'; add the name of the system to train.")
-    system = find_system(str(content["system"]))
-    model, faults = _check(system.config_class, content.get("model") or {}, prefix=("model",))
+    config_class = find_config_class(str(content["system"]))
+    model, faults = _check(config_class, content.get("model") or {}, prefix=("model",))
     # With faults there, an empty section in its place lets the other ones be found as well.
     config, more_faults = _check(Config, {**content, "model": model or StrictModel()}, prefix=())
     if config is None or faults or more_faults:

@@ -47,7 +47,7 @@ from deeplab2_like.evaluation.submission import Instances, make_submission
 from deeplab2_like.evaluation.test_time import check_views, infer_views
 from deeplab2_like.files import make_folder, write_png
 from deeplab2_like.model import PanopticSystem
-from deeplab2_like.model.layers import compiled_stages
+from deeplab2_like.model.stages import compiled_stages
 from deeplab2_like.parallel import map_in_order
 from deeplab2_like.progress import progress_bar
 from deeplab2_like.visualize import side_by_side

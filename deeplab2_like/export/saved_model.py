@@ -26,8 +26,8 @@ from deeplab2_like.configs import Config, save_config
 from deeplab2_like.data import dataset_info as dataset_info_module
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.evaluate import compile_with_xla
-from deeplab2_like.model.layers import compiled_stages
-from deeplab2_like.model.system import PanopticSystem
+from deeplab2_like.model.base import PanopticSystem
+from deeplab2_like.model.stages import compiled_stages
 
 _MODEL_FILE = "saved_model.pb"
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from keras import ops
 
-from deeplab2_like.model.layers import Tensor, stage
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.stages import stage
 
 # Largest log scale of a predicted side: from an anchor of 16 pixels to a side of 1000.
 _MAX_LOG_SCALE = math.log(1000.0 / 16.0)

@@ -1,38 +1,14 @@
 """Feature pyramid network (Lin et al., "Feature pyramid networks for object detection", CVPR 2017)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import keras
-import pydantic
 from keras import ops
 
-from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.layers import ConvNorm, Norm, Tensor
-
-
-class FpnConfig(StrictModel):
-    """The feature pyramid."""
-
-    channels: int = pydantic.Field(256, ge=2)
-    finest_level: Literal["p1", "p2"] = pydantic.Field(
-        "p2", description="`p2` has stride 4, as in the paper; `p1`, stride 2, is for objects of a few pixels."
-    )
-    norm: Norm | None = pydantic.Field(None, description="Normalisation after each convolution; null, as in the paper.")
-
-
-def backbone_features(finest_level: str) -> dict[str, str]:
-    """Names of the backbone's features by the levels that are made of them, from the finest level to p5."""
-    features = {"p1": "stem", "p2": "res2", "p3": "res3", "p4": "res4", "p5": "res5"}
-    return {level: feature for level, feature in features.items() if level >= finest_level}
-
-
-def are_consecutive_levels(names: Sequence[str]) -> bool:
-    """Whether these are names of levels of a pyramid, one after the other, fine to coarse."""
-    known = ["p1", "p2", "p3", "p4", "p5", "p6", "p7"]
-    first = known.index(names[0]) if names and names[0] in known else 0
-    return bool(names) and list(names) == known[first : first + len(names)]
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.layers import ConvNorm, Tensor
 
 
 class FeaturePyramid(keras.layers.Layer):

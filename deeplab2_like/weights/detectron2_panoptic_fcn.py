@@ -48,7 +48,7 @@ def panoptic_fcn_config(*, depth: Literal[50, 101] = 50, enhanced: bool = False)
             "image_std": (1.0, 1.0, 1.0),
             "encoder": {"channels": 256, "deformable": True} if enhanced else {},
             "postprocess": {"resize": {"short_side": 800, "long_side": 1333}},
-            "reference_behaviour": True,
+            "reference_behavior": True,
         }
     )
 

@@ -11,27 +11,10 @@ from keras import ops
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.model.boxes import decode_boxes
-from deeplab2_like.model.detection import (
-    BoxHead,
-    Detector,
-    MaskHead,
-    RoiConfig,
-    RpnConfig,
-    RpnHead,
-    box_losses,
-    detect,
-    instance_targets,
-    make_anchors,
-    mask_loss,
-    mask_targets,
-    masks_of_classes,
-    paste_masks,
-    propose,
-    roi_align,
-    rpn_losses,
-    sample_anchors,
-    sample_rois,
-)
+from deeplab2_like.model.detection.config import RoiConfig, RpnConfig
+from deeplab2_like.model.detection.detector import Detector
+from deeplab2_like.model.detection.instances import instance_targets
+from deeplab2_like.model.detection.masks import mask_targets, paste_masks
 from deeplab2_like.model.detection.matching import (
     crowd_share,
     match_boxes,
@@ -39,8 +22,18 @@ from deeplab2_like.model.detection.matching import (
     sample_balanced,
     top_k_padded,
 )
-from deeplab2_like.model.detection.roi_pooling import assign_levels
-from deeplab2_like.model.layers import compiled_stages
+from deeplab2_like.model.detection.roi_heads import (
+    BoxHead,
+    MaskHead,
+    box_losses,
+    detect,
+    mask_loss,
+    masks_of_classes,
+    sample_rois,
+)
+from deeplab2_like.model.detection.roi_pooling import assign_levels, roi_align
+from deeplab2_like.model.detection.rpn import RpnHead, make_anchors, propose, rpn_losses, sample_anchors
+from deeplab2_like.model.stages import compiled_stages
 
 SEED = np.array([3, 5], np.int32)
 

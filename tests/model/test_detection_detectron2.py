@@ -8,18 +8,11 @@ import pytest
 import tensorflow as tf
 
 from deeplab2_like.model.boxes import encode_boxes
-from deeplab2_like.model.detection import (
-    box_losses,
-    detect,
-    make_anchors,
-    mask_targets,
-    paste_masks,
-    propose,
-    roi_align,
-    rpn_losses,
-)
+from deeplab2_like.model.detection.masks import mask_targets, paste_masks
 from deeplab2_like.model.detection.matching import match_boxes
-from deeplab2_like.model.detection.rpn import label_anchors
+from deeplab2_like.model.detection.roi_heads import box_losses, detect
+from deeplab2_like.model.detection.roi_pooling import roi_align
+from deeplab2_like.model.detection.rpn import label_anchors, make_anchors, propose, rpn_losses
 
 FILE = Path(__file__).parents[1] / "data" / "detectron2_detection" / "stages.npz"
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}

@@ -7,13 +7,13 @@ from system_contract import INFO, hand_made_label
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.layers import Norm
+from deeplab2_like.model.config import Norm
 from deeplab2_like.model.lpsnet import PanopticHead
 from deeplab2_like.model.lpsnet.detection import boxes_of_distances, find_boxes, read_at_points
 from deeplab2_like.model.lpsnet.losses import border_ness_loss, box_loss
 from deeplab2_like.model.lpsnet.network import PyramidPooling
 from deeplab2_like.model.lpsnet.targets import border_ness, make_targets, mask_borders
-from deeplab2_like.model.semantic_subnet import SemanticSubnet
+from deeplab2_like.model.semantic import SemanticSubnet
 
 # --- border-ness ------------------------------------------------------------------------------------------------------
 

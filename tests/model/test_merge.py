@@ -5,23 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from deeplab2_like.model.merge import resized_argmax, semantic_argmax
 
-from deeplab2_like.model.detection import paste_masks
-from deeplab2_like.model.layers import resize_bilinear, upsample_bilinear
-from deeplab2_like.model.merge import (
-    claim_pixels,
-    count_pixels,
-    look_up,
-    mean_probability,
-    merge,
-    number_within_class,
-    resized_argmax,
-    semantic_argmax,
-)
+from deeplab2_like.model.detection.masks import paste_masks
+from deeplab2_like.model.overlaps import resolve_mask_overlaps
+from deeplab2_like.model.resampling import resize_bilinear, upsample_bilinear
+from deeplab2_like.model.segments import count_pixels, look_up, mean_probability, merge, number_within_class
 
 
 def full_boxes(*boxes: tuple[float, float, float, float]) -> dict[str, tf.Tensor]:
-    """Instances that fill their boxes, as arguments of `claim_pixels`."""
+    """Instances that fill their boxes, as arguments of `resolve_mask_overlaps`."""
     return {
         "used": tf.ones((1, len(boxes)), bool),
         "boxes": tf.constant([boxes], tf.float32),
@@ -36,24 +29,24 @@ def test_earlier_instances_win_and_covered_ones_are_dropped() -> None:
     #   instance 2 wants   x x x x x . . .   of them: all 5 columns are taken, so it is dropped;
     #   instance 3 wants columns 0 to 3 of rows 2 to 5, of which exactly half is taken: it gets rows 4 and 5.
     instances = full_boxes((0, 0, 4, 4), (0, 2, 4, 8), (0, 0, 4, 5), (2, 0, 6, 4))
-    owner = claim_pixels(**instances, height=8, width=8, overlap_threshold=0.5)
+    owner = resolve_mask_overlaps(**instances, height=8, width=8, overlap_threshold=0.5)
     expected = np.full((8, 8), 4)
     expected[:4, :4] = 0
     expected[:4, 4:] = 1
     expected[4:6, :4] = 3
     np.testing.assert_array_equal(owner[0], expected)
     # With a little less allowed, the last one is dropped, too.
-    owner = claim_pixels(**instances, height=8, width=8, overlap_threshold=0.49)
+    owner = resolve_mask_overlaps(**instances, height=8, width=8, overlap_threshold=0.49)
     assert set(np.unique(owner)) == {0, 1, 4}
 
 
 def test_unused_rows_claim_nothing() -> None:
     instances = full_boxes((0, 0, 4, 4), (4, 4, 8, 8))
     instances["used"] = tf.constant([[True, False]])
-    owner = claim_pixels(**instances, height=8, width=8, overlap_threshold=0.5)
+    owner = resolve_mask_overlaps(**instances, height=8, width=8, overlap_threshold=0.5)
     assert set(np.unique(owner)) == {0, 2}
     instances["used"] = tf.constant([[False, False]])
-    assert (claim_pixels(**instances, height=8, width=8, overlap_threshold=0.5).numpy() == 2).all()
+    assert (resolve_mask_overlaps(**instances, height=8, width=8, overlap_threshold=0.5).numpy() == 2).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(61, 40), (16, 33), (5, 7)])
@@ -80,9 +73,9 @@ def test_claims_are_those_of_a_plain_loop(height: int, width: int) -> None:
                 dropped += 1
     arguments = (tf.constant(used), tf.constant(boxes), tf.constant(masks))
     options: dict[str, Any] = {"height": height, "width": width, "overlap_threshold": 0.4}
-    np.testing.assert_array_equal(claim_pixels(*arguments, **options), expected)
+    np.testing.assert_array_equal(resolve_mask_overlaps(*arguments, **options), expected)
     assert dropped > 3  # Else this would show little.
-    compiled = tf.function(lambda *tensors: claim_pixels(*tensors, **options), jit_compile=True)
+    compiled = tf.function(lambda *tensors: resolve_mask_overlaps(*tensors, **options), jit_compile=True)
     np.testing.assert_array_equal(compiled(*arguments), expected)
 
 

@@ -57,7 +57,7 @@ VARIANTS = {
     "fusion of any class": ["model.postprocess.class_aware=false"],
     "levels to p7": ["model.size_ranges={p3: [1, 64], p4: [32, 128], p5: [64, 256], p6: [128, 512], p7: [256, 2048]}"],
     "pyramid from stride 2": ["model.fpn.finest_level=p1", "model.size_ranges={p1: [1, 32], p2: [16, 256]}"],
-    "as the released code": ["model.reference_behaviour=true"],
+    "as the released code": ["model.reference_behavior=true"],
     "other size": ["model.postprocess.resize={short_side: 96, long_side: 128}"],
 }
 

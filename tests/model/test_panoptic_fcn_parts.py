@@ -5,7 +5,6 @@ import pytest
 import tensorflow as tf
 from system_contract import INFO
 
-from deeplab2_like.model.merge import enlarging_matrix
 from deeplab2_like.model.panoptic_fcn import losses
 from deeplab2_like.model.panoptic_fcn.losses import dice_loss, first_of, focal_loss, pick_kernels, pool_regions
 from deeplab2_like.model.panoptic_fcn.postprocess import (
@@ -16,6 +15,7 @@ from deeplab2_like.model.panoptic_fcn.postprocess import (
     measure_masks,
 )
 from deeplab2_like.model.panoptic_fcn.targets import four_samples, is_of_size, level_shares, make_targets
+from deeplab2_like.model.resampling import upsampling_matrix
 
 # --- targets ---------------------------------------------------------------------------------------------------------
 
@@ -209,21 +209,21 @@ def test_fusion_of_a_chain() -> None:
     weights = tf.constant(np.stack([np.cos(angle), np.sin(angle)], axis=-1)[None], tf.float32)
     scores, classes = tf.constant([[0.9, 0.8, 0.7, 0.6]]), tf.constant([[1, 1, 1, 1]])
     options = {"similarity": 0.9, "class_aware": True}
-    fused, kept = fuse_things(weights, scores, classes, reference_behaviour=False, **options)
+    fused, kept = fuse_things(weights, scores, classes, reference_behavior=False, **options)
     # The second joins the first; the third is like the second alone, which has gone, so it stays.
     np.testing.assert_allclose(kept[0], [0.9, 0, 0.7, 0.6])
     np.testing.assert_allclose(fused[0, 0], (weights[0, 0] + weights[0, 1]) / 2)
     np.testing.assert_allclose(fused[0, 2], weights[0, 2])
-    fused, kept = fuse_things(weights, scores, classes, reference_behaviour=True, **options)
+    fused, kept = fuse_things(weights, scores, classes, reference_behavior=True, **options)
     # There, the third goes, as the second is like it, and is lost.
     np.testing.assert_allclose(kept[0], [0.9, 0, 0, 0.6])
     np.testing.assert_allclose(fused[0, 0], (weights[0, 0] + weights[0, 1]) / 2)
     # Of another class, the second is another object, unless classes do not matter.
     other = tf.constant([[1, 0, 1, 1]])
-    _, kept = fuse_things(weights, scores, other, reference_behaviour=False, **options)
+    _, kept = fuse_things(weights, scores, other, reference_behavior=False, **options)
     np.testing.assert_allclose(kept[0], [0.9, 0.8, 0.7, 0.6])
     options["class_aware"] = False
-    _, kept = fuse_things(weights, scores, other, reference_behaviour=False, **options)
+    _, kept = fuse_things(weights, scores, other, reference_behavior=False, **options)
     np.testing.assert_allclose(kept[0], [0.9, 0, 0.7, 0.6])
 
 
@@ -235,7 +235,7 @@ def test_unused_rows_fuse_with_nothing() -> None:
         tf.zeros((1, 3), tf.int32),
         similarity=0.9,
         class_aware=True,
-        reference_behaviour=False,
+        reference_behavior=False,
     )
     np.testing.assert_allclose(kept[0], [0.9, 0, 0])
     np.testing.assert_allclose(fused[0, 0], [1, 1])
@@ -262,7 +262,7 @@ def test_enlarging_is_bilinear_in_two_steps(size: int | None) -> None:
     expected = tf.image.resize(values, (16, 1))[:, :seen]
     if size is not None:
         expected = tf.image.resize(expected, (size, 1))
-    matrix = enlarging_matrix(4, None if size is None else seen, size or seen, stride=4)
+    matrix = upsampling_matrix(4, None if size is None else seen, size or seen, stride=4)
     np.testing.assert_allclose(matrix @ values[0, :, :, 0], expected[0, :, :, 0], atol=1e-6)
 
 

@@ -10,7 +10,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 from deeplab2_like.model import PanopticSystem, build_system
-from deeplab2_like.model.detection import mask_targets
+from deeplab2_like.model.detection.masks import mask_targets
 
 SMALL = [
     "model.fpn.channels=32",

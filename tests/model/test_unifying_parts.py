@@ -6,12 +6,12 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from deeplab2_like.model.merge import upsampling_matrices
 from system_contract import INFO
 
-from deeplab2_like.model.merge import enlarging_matrices
 from deeplab2_like.model.unifying.matching import match_detections, matching_loss, slot_targets
 from deeplab2_like.model.unifying.network import AffinityHead, SqueezeExcitation
-from deeplab2_like.model.unifying.panoptic import best_slot, dynamic_potential, handed_on
+from deeplab2_like.model.unifying.panoptic import affinity_update, best_slot, dynamic_potential
 
 # --- dynamic potential ------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ def test_best_slot_is_that_of_all_planes(variant: str, with_masks: bool, with_af
         *(tf.constant(x) for x in (logits, boxes, scores, classes)),
         tf.constant(masks) if with_masks else None,
         tf.constant(handed) if with_affinities else None,
-        *enlarging_matrices((3, 4), None, (9, 14), stride=4),
+        *upsampling_matrices((3, 4), None, (9, 14), stride=4),
         stuff_classes=(0, 2),
         potential=variant,
     )
@@ -117,7 +117,7 @@ def test_affinities_equal_the_explicit_product() -> None:
     psi = random.random((2, 7, 4, 5)).astype(np.float32)
     affinity = hand_out.reshape(2, 20, 6) @ gather.reshape(2, 20, 6).transpose(0, 2, 1)  # [B, pixels, pixels]
     expected = np.einsum("bpq,bkq->bkp", affinity, psi.reshape(2, 7, 20)).reshape(psi.shape)
-    found = handed_on(*map(tf.constant, (psi, hand_out, gather)))
+    found = affinity_update(*map(tf.constant, (psi, hand_out, gather)))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -126,7 +126,7 @@ def test_affinities_reach_beyond_a_box() -> None:
     psi = np.array([[0.9, 0.0, 0.1], [0.0, 0.0, 0.2], [0.0, 0.9, 0.1], [0.0, 0.9, 0.1]], np.float32)
     feature = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)  # The object of each pixel.
     factors = (tf.constant(x[None, None]) for x in (feature, feature / 2))
-    found = psi + handed_on(tf.constant(psi.T[None, :, None]), *factors).numpy()[0, :, 0].T
+    found = psi + affinity_update(tf.constant(psi.T[None, :, None]), *factors).numpy()[0, :, 0].T
     np.testing.assert_array_equal(psi.argmax(axis=-1), [0, 2, 1, 1])
     np.testing.assert_array_equal(found.argmax(axis=-1), [0, 0, 1, 1])
     # The second pixel: 0 + (0.9 + 0) / 2 of the object, 0.2 + (0.1 + 0.2) / 2 of stuff.
@@ -137,14 +137,14 @@ def test_affinities_never_hold_all_pairs() -> None:
     """At 800x1300, stride 4, all pairs of pixels would take 17 GB; the growth of the peak stays below one."""
     program = (
         "import tensorflow as tf\n"
-        "from deeplab2_like.model.unifying.panoptic import handed_on\n"
+        "from deeplab2_like.model.unifying.panoptic import affinity_update\n"
         "def peak():\n"
         "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) / 2**20\n"
         "psi, phi = tf.random.uniform((1, 153, 200, 325)), tf.random.uniform((1, 200, 325, 128))\n"
         "before = peak()\n"
         "with tf.GradientTape() as tape:\n"
         "    tape.watch(phi)\n"
-        "    total = tf.reduce_sum(handed_on(psi, phi, phi))\n"
+        "    total = tf.reduce_sum(affinity_update(psi, phi, phi))\n"
         "tape.gradient(total, phi)\n"
         "print(peak() - before)\n"
     )

@@ -39,7 +39,7 @@ def build_system(depth: Literal[50, 101] = 50, enhanced: bool = False, **postpro
     config = panoptic_fcn_config(depth=depth, enhanced=enhanced)
     # The reference image is as small as it is.
     changed = config.postprocess.model_copy(update={"resize": None, **postprocess})
-    return PanopticFCN.from_model_config(config.model_copy(update={"postprocess": changed}), INFO)
+    return PanopticFCN(config.model_copy(update={"postprocess": changed}), INFO)
 
 
 @pytest.fixture(scope="module")

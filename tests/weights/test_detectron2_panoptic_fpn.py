@@ -14,19 +14,13 @@ from reference_state import read_reference_state
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
+from deeplab2_like.model.base import Loss
 from deeplab2_like.model.boxes import encode_boxes
-from deeplab2_like.model.detection import (
-    box_losses,
-    make_anchors,
-    mask_loss,
-    mask_targets,
-    masks_of_classes,
-    rpn_losses,
-)
-from deeplab2_like.model.detection.rpn import label_anchors
+from deeplab2_like.model.detection.masks import mask_targets
+from deeplab2_like.model.detection.roi_heads import box_losses, mask_loss, masks_of_classes
+from deeplab2_like.model.detection.rpn import label_anchors, make_anchors, rpn_losses
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
-from deeplab2_like.model.semantic_fpn import semantic_loss
-from deeplab2_like.model.system import Loss
+from deeplab2_like.model.semantic import semantic_loss
 from deeplab2_like.weights.detectron2_panoptic_fpn import load_panoptic_fpn, panoptic_fpn_config, panoptic_fpn_name
 
 DATA = Path(__file__).parents[1] / "data" / "detectron2_panoptic_fpn"
@@ -47,7 +41,7 @@ def build_system(depth: Literal[50, 101] = 50, **postprocess: Any) -> PanopticFP
     config = panoptic_fpn_config(depth=depth)
     # The reference image is as small as it is.
     changed = config.postprocess.model_copy(update={"resize": None, **postprocess})
-    return PanopticFPN.from_model_config(config.model_copy(update={"postprocess": changed}), INFO)
+    return PanopticFPN(config.model_copy(update={"postprocess": changed}), INFO)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ from typing import Any
 import keras
 from keras import ops
 
+from deeplab2_like.model.base import Loss
 from deeplab2_like.model.boxes import take_rows
+from deeplab2_like.model.detection.config import RoiConfig, RpnConfig
 from deeplab2_like.model.detection.masks import mask_targets
 from deeplab2_like.model.detection.roi_heads import (
     BoxHead,
     MaskHead,
-    RoiConfig,
     box_losses,
     detect,
     mask_loss,
@@ -19,9 +20,8 @@ from deeplab2_like.model.detection.roi_heads import (
     sample_rois,
 )
 from deeplab2_like.model.detection.roi_pooling import roi_align
-from deeplab2_like.model.detection.rpn import RpnConfig, RpnHead, make_anchors, propose, rpn_losses, sample_anchors
+from deeplab2_like.model.detection.rpn import RpnHead, make_anchors, propose, rpn_losses, sample_anchors
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.system import Loss
 
 
 class Detector(keras.layers.Layer):

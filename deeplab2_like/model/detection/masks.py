@@ -7,6 +7,7 @@ from keras import ops
 from deeplab2_like.model.boxes import take_rows
 from deeplab2_like.model.detection.roi_pooling import axis_samples
 from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.overlaps import paste_weights
 
 
 def mask_targets(
@@ -65,24 +66,6 @@ def mask_targets(
             total = total + inside * line(y_share)[..., :, None] * line(x_share)[..., None, :]
     total = ops.reshape(total, (batch, rois, output_size, samples, output_size, samples))
     return ops.sum(total, axis=(3, 5)) >= 0.5
-
-
-def paste_weights(start: Tensor, end: Tensor, *, bins: int, size: Any) -> Tensor:
-    """The matrix that interpolates a mask along one axis, from its bins to the pixels of the image.
-
-    Args:
-        start: float32 [B, N], where the boxes start along the axis, in image pixels.
-        end: float32 [B, N], where they end.
-        bins: Values of a mask along the axis, P.
-        size: Pixels of the image along the axis, S.
-
-    Returns:
-        float32 [B, N, S, P]. The centre of each pixel reads the two nearest bins, with zeros beyond the outer ones.
-    """
-    pixel = ops.cast(ops.arange(size), "float32") + 0.5
-    length = ops.maximum(end - start, 1e-6)[..., None]
-    position = (pixel - start[..., None]) / length * bins - 0.5  # [B, N, S]
-    return ops.maximum(1.0 - ops.abs(position[..., None] - ops.arange(bins, dtype="float32")), 0.0)
 
 
 def paste_masks(probabilities: Tensor, boxes: Tensor, height: Any, width: Any, *, threshold: float = 0.5) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 from keras import ops
 
 from deeplab2_like.model.boxes import box_area
-from deeplab2_like.model.layers import Tensor, once_there_is, stage
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.stages import compute_after, stage
 
 # A box of this side belongs to level 4 (Lin et al. 2017, section 4.2).
 _CANONICAL_SIDE = 224.0
@@ -95,7 +96,7 @@ def _pool_samples(
         pooled = ops.zeros((*ops.shape(rows)[:2], bins, bins, table.shape[-1]), "float32")
         for i in range(taps):
             for j in range(taps):
-                index = once_there_is(pooled, rows)[..., :, None, i] + columns[..., None, :, j]  # [B, R, P, P]
+                index = compute_after(pooled, rows)[..., :, None, i] + columns[..., None, :, j]  # [B, R, P, P]
                 weight = row_weights[..., :, None, i] * column_weights[..., None, :, j]
                 features = ops.cast(ops.take(table, index, axis=0), "float32")  # [B, R, P, P, C]
                 pooled = pooled + features * weight[..., None]
@@ -104,7 +105,7 @@ def _pool_samples(
             pooled = ops.cast(args[0] if upstream is None else upstream, "float32")
             total = ops.zeros(ops.shape(table), "float32")
             for i in range(taps):
-                row = once_there_is(total, rows)[..., :, None, None, i]  # [B, R, P, 1, 1]
+                row = compute_after(total, rows)[..., :, None, None, i]  # [B, R, P, 1, 1]
                 index = row + columns[..., None, :, :]  # [B, R, P, P, 2 G]
                 weight = row_weights[..., :, None, None, i] * column_weights[..., None, :, :]
                 values = pooled[..., None, :] * weight[..., None]  # [B, R, P, P, 2 G, C]

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import keras
-import pydantic
 from keras import ops
 
-from deeplab2_like.configs.schema import StrictModel
+from deeplab2_like.model.base import Loss
 from deeplab2_like.model.boxes import (
     box_area,
     clip_boxes,
@@ -22,37 +21,8 @@ from deeplab2_like.model.boxes import (
 )
 from deeplab2_like.model.detection.matching import crowd_share, match_boxes, sample_balanced, top_k_padded
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.system import Loss
 
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)
-
-
-class RpnConfig(StrictModel):
-    """The region proposal network."""
-
-    anchor_sizes: tuple[pydantic.PositiveFloat, ...] = pydantic.Field(
-        (32.0, 64.0, 128.0, 256.0, 512.0), description="Square root of the anchors' area, one per level, in pixels."
-    )
-    anchor_ratios: tuple[pydantic.PositiveFloat, ...] = pydantic.Field(
-        (0.5, 1.0, 2.0), description="Height over width of the anchors."
-    )
-    channels: int = pydantic.Field(256, ge=1)
-    positive_iou: float = pydantic.Field(
-        0.7, ge=0, le=1, description="Anchors with at least this overlap are positive."
-    )
-    negative_iou: float = pydantic.Field(0.3, ge=0, le=1, description="Anchors with less overlap are negative.")
-    crowd_share: float = pydantic.Field(
-        0.5, ge=0, le=1, description="Unmatched anchors that are crowd to more than this share teach nothing."
-    )
-    samples: int = pydantic.Field(256, ge=1, description="Anchors per image that enter the losses.")
-    positive_share: float = pydantic.Field(0.5, gt=0, le=1, description="Largest share of positives among them.")
-    normalizer: Literal["fixed", "sampled"] = pydantic.Field(
-        "fixed", description="What the losses are divided by: `samples` per image (Detectron2), or those really drawn."
-    )
-    train_candidates: int = pydantic.Field(2000, ge=1, description="Best boxes of each level before suppression.")
-    test_candidates: int = pydantic.Field(1000, ge=1)
-    nms_iou: float = pydantic.Field(0.7, ge=0, le=1)
-    proposals: int = pydantic.Field(1000, ge=1, description="Best boxes of all levels after suppression.")
 
 
 class RpnHead(keras.layers.Layer):

@@ -36,20 +36,29 @@ from keras import ops
 from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.backbone import BackboneConfig, build_backbone
+from deeplab2_like.model.backbone import build_backbone
+from deeplab2_like.model.base import Loss, PanopticSystem
 from deeplab2_like.model.boxes import take_rows
-from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, are_consecutive_levels, backbone_features
-from deeplab2_like.model.layers import Norm, Tensor, stage
+from deeplab2_like.model.config import (
+    BackboneConfig,
+    FpnConfig,
+    Norm,
+    ResizeConfig,
+    are_consecutive_levels,
+    backbone_features,
+)
+from deeplab2_like.model.fpn import FeaturePyramid
+from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.lpsnet.detection import Detections, find_boxes, masks_of_boxes
 from deeplab2_like.model.lpsnet.losses import border_ness_loss, box_loss
 from deeplab2_like.model.lpsnet.network import BoxHead, make_context
 from deeplab2_like.model.lpsnet.panoptic_head import Conflicts, PanopticHead
 from deeplab2_like.model.lpsnet.targets import border_ness, distances_to_boxes, make_targets, mask_borders
-from deeplab2_like.model.merge import best_class, described_segments, enlarge, enlarging_matrices, region_scores
-from deeplab2_like.model.seen_size import ResizeConfig, boxes_in_map, seen_images
-from deeplab2_like.model.semantic_fpn import SemanticClasses, semantic_loss
-from deeplab2_like.model.semantic_subnet import SemanticSubnet
-from deeplab2_like.model.system import Loss, PanopticSystem
+from deeplab2_like.model.merge import best_class, enlarge, upsampling_matrices
+from deeplab2_like.model.seen_size import boxes_in_map, seen_images
+from deeplab2_like.model.segments import region_scores, segment_outputs
+from deeplab2_like.model.semantic import SemanticClasses, SemanticSubnet, semantic_loss
+from deeplab2_like.model.stages import stage
 
 _SIZE_MULTIPLE = 32
 
@@ -435,7 +444,7 @@ class LPSNet(PanopticSystem):
                 stride=self.stride,
                 seen_size=outputs.get("seen_size"),
             )
-        return described_segments(merged, found.scores, of_regions)
+        return segment_outputs(merged, found.scores, of_regions)
 
     def _detections(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Detections:
         """The best boxes, in pixels of the map."""
@@ -464,7 +473,7 @@ class LPSNet(PanopticSystem):
         levels = []
         for level, stride in self.level_strides.items():
             logits = outputs[f"border_ness_{level}"]
-            matrices = enlarging_matrices(tuple(ops.shape(logits)[1:3]), seen_size, image_size, stride=stride)
+            matrices = upsampling_matrices(tuple(ops.shape(logits)[1:3]), seen_size, image_size, stride=stride)
             levels.append(_enlarge_in_stage(ops.sigmoid(logits), *matrices))
         scale: Any = 1.0
         if seen_size is not None:

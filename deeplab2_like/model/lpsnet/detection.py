@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from deeplab2_like.model.boxes import box_area, clip_boxes, non_maximum_suppression, take_rows
-from deeplab2_like.model.layers import Tensor, stage
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.stages import stage
 
 
 class Detections(NamedTuple):

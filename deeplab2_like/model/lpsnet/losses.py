@@ -2,8 +2,8 @@
 
 from keras import ops
 
+from deeplab2_like.model.base import Loss
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.system import Loss
 
 
 def box_loss(predicted: Tensor, true: Tensor, weight: Tensor) -> Loss:

@@ -6,7 +6,9 @@ from typing import Any, Literal
 import keras
 from keras import ops
 
-from deeplab2_like.model.layers import ConvNorm, Norm, Tensor, linear_matrix
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.layers import ConvNorm, Tensor
+from deeplab2_like.model.resampling import linear_matrix
 
 # Largest logarithm of a distance in strides: more than any object of a level has.
 _MAX_LOG_DISTANCE = 6.0

@@ -14,9 +14,11 @@ from keras import ops
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.boxes import box_area, take_rows
-from deeplab2_like.model.layers import Tensor, stage
+from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.lpsnet.targets import border_ratio, level_of
-from deeplab2_like.model.merge import Merged, claim_in_order, described_segments, lines_of_boxes, merge
+from deeplab2_like.model.overlaps import line_ranges, resolve_overlaps
+from deeplab2_like.model.segments import SegmentTable, merge, segment_outputs
+from deeplab2_like.model.stages import stage
 
 Conflicts = Literal["closest_border_ness", "smallest_area", "highest_score"]
 
@@ -107,11 +109,11 @@ class PanopticHead:
         order = ops.argsort(-scores, axis=-1)
         scores = take_rows(scores, order)
         merged = self.paste(semantic, take_rows(boxes, order), scores, take_rows(classes, order), predicted)
-        return described_segments(merged, scores, ops.ones((ops.shape(scores)[0], self.dataset_info.num_classes)))
+        return segment_outputs(merged, scores, ops.ones((ops.shape(scores)[0], self.dataset_info.num_classes)))
 
     def paste(
         self, semantic: Tensor, boxes: Tensor, scores: Tensor, classes: Tensor, predicted: Tensor | None = None
-    ) -> Merged:
+    ) -> SegmentTable:
         """The map and its table of segments, of boxes whose best ones come first; see `__call__`."""
         if predicted is None and self.conflicts == "closest_border_ness":
             raise UserError(
@@ -224,9 +226,9 @@ def paste_boxes(
             here = ops.where(level == index, lines_of_level, here)
         return ops.abs(ops.sqrt(of_rows(ratio_of_rows, n, rows) * of_columns(ratio_of_columns, n)) - here)
 
-    return claim_in_order(
+    return resolve_overlaps(
         used,
-        *lines_of_boxes(boxes, height),
+        *line_ranges(boxes, height),
         mask_in_window,
         height=height,
         width=width,

@@ -11,7 +11,7 @@ from keras import ops
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model.boxes import box_area
-from deeplab2_like.model.detection import instance_targets
+from deeplab2_like.model.detection.instances import instance_targets
 from deeplab2_like.model.layers import Tensor
 
 

@@ -15,7 +15,7 @@ Where the paper leaves a choice, and where this differs from the released code:
   better one is like it, and is lost if that one goes, too: of three kernels in a chain only the first is left.
 - The kernel of a region is the mean over the region, as the paper says. The released code divides by the size of the
   whole map, so that a kernel depends on the size of the image and the padding.
-- `reference_behaviour` brings back these three, for released weights.
+- `reference_behavior` brings back these three, for released weights.
 - An object that fills no position of a level is predicted from the position of its centre; there, it is left out.
 - At most twice `loss.max_instances` pairs of object and level of an image are trained on.
 - Deformable convolutions start as plain ones; there, their offsets start at random.
@@ -34,18 +34,20 @@ from keras import ops
 from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.backbone import BackboneConfig, build_backbone
+from deeplab2_like.model.backbone import build_backbone
+from deeplab2_like.model.base import Loss, PanopticSystem
 from deeplab2_like.model.boxes import take_rows
-from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, are_consecutive_levels, backbone_features
-from deeplab2_like.model.layers import Norm, Tensor
-from deeplab2_like.model.merge import (
-    best_class,
-    described_segments,
-    enlarging_matrices,
-    look_up,
-    merge,
-    region_scores,
+from deeplab2_like.model.config import (
+    BackboneConfig,
+    FpnConfig,
+    Norm,
+    ResizeConfig,
+    are_consecutive_levels,
+    backbone_features,
 )
+from deeplab2_like.model.fpn import FeaturePyramid
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.merge import best_class, upsampling_matrices
 from deeplab2_like.model.panoptic_fcn.losses import dice_loss, first_of, focal_loss, pick_kernels, pool_regions
 from deeplab2_like.model.panoptic_fcn.network import FeatureEncoder, KernelHead, PositionHead
 from deeplab2_like.model.panoptic_fcn.postprocess import (
@@ -59,9 +61,9 @@ from deeplab2_like.model.panoptic_fcn.postprocess import (
     measure_masks,
 )
 from deeplab2_like.model.panoptic_fcn.targets import four_samples, is_of_size, level_shares, make_targets
-from deeplab2_like.model.seen_size import ResizeConfig, read_at_cells, seen_images, seen_scale
-from deeplab2_like.model.semantic_fpn import SemanticClasses
-from deeplab2_like.model.system import Loss, PanopticSystem
+from deeplab2_like.model.seen_size import read_at_cells, seen_images, seen_scale
+from deeplab2_like.model.segments import look_up, merge, region_scores, segment_outputs
+from deeplab2_like.model.semantic import SemanticClasses
 
 _SIZE_MULTIPLE = 32
 
@@ -140,7 +142,7 @@ class PanopticFCNConfig(StrictModel):
     encoder: EncoderConfig = EncoderConfig()
     loss: LossConfig = LossConfig()
     postprocess: PostprocessConfig = PostprocessConfig()
-    reference_behaviour: bool = pydantic.Field(False, description="Do as the released code does, for its weights.")
+    reference_behavior: bool = pydantic.Field(False, description="Do as the released code does, for its weights.")
 
     @pydantic.field_validator("size_ranges")
     @classmethod
@@ -183,7 +185,7 @@ class PanopticFCN(PanopticSystem):
         encoder: Feature encoder.
         loss: Weights and targets.
         postprocess: Thresholds.
-        reference_behaviour: Whether to do as the released code does where this differs on purpose.
+        reference_behavior: Whether to do as the released code does where this differs on purpose.
 
     Raises:
         UserError: If the backbone has another output stride, the data set has no things or no stuff, or
@@ -207,7 +209,7 @@ class PanopticFCN(PanopticSystem):
         encoder: EncoderConfig,
         loss: LossConfig,
         postprocess: PostprocessConfig,
-        reference_behaviour: bool,
+        reference_behavior: bool,
     ) -> None:
         super().__init__(
             dataset_info=dataset_info,
@@ -220,7 +222,7 @@ class PanopticFCN(PanopticSystem):
         self.size_ranges = dict(size_ranges)
         self.loss_config = loss
         self.postprocess_config = postprocess
-        self.reference_behaviour = reference_behaviour
+        self.reference_behavior = reference_behavior
         self.classes = SemanticClasses.of(dataset_info, things="other", paint_things=False)
         self.loss_weights = {
             "center": loss.position_weight,
@@ -392,7 +394,7 @@ class PanopticFCN(PanopticSystem):
             things["label"].append(ops.cumsum(ops.ones_like(targets["classes"]), axis=1))
 
             masks = ops.cast(region_targets > 0, "float32")
-            pooled = pool_regions(kernels, masks, over_map=self.reference_behaviour)
+            pooled = pool_regions(kernels, masks, over_map=self.reference_behavior)
             stuff["weights"].append(self.kernel_head.embed_stuff(pooled)[:, :, None])  # [B, S, 1, E]
             stuff["used"].append(ops.any(masks > 0, axis=(1, 2)))
 
@@ -430,13 +432,13 @@ class PanopticFCN(PanopticSystem):
 
     def _is_counted(self, unknown: Tensor) -> Tensor:
         """1 for cells of which most is known, float32 [B, h, w], from bool [B, h, w, 4]."""
-        if self.reference_behaviour:
+        if self.reference_behavior:
             return ops.ones_like(unknown[..., 0], "float32")
         return ops.cast(ops.sum(ops.cast(unknown, "float32"), axis=-1) < 2, "float32")
 
     def _level_weight(self, shares: Sequence[tuple[Tensor, Tensor]], *, unknown: int) -> Tensor:
         """1 for positions of a level of which most is known, float32 [B, h, w], from what `level_shares` returned."""
-        if self.reference_behaviour:
+        if self.reference_behavior:
             return ops.ones_like(shares[0][0], "float32")
         share: Tensor = 0.0
         for label, part in shares:
@@ -492,7 +494,7 @@ class PanopticFCN(PanopticSystem):
             *things,
             similarity=config.similarity,
             class_aware=config.class_aware,
-            reference_behaviour=self.reference_behaviour,
+            reference_behavior=self.reference_behavior,
         )
         return Things(weights, scores, things.classes)
 
@@ -511,7 +513,7 @@ class PanopticFCN(PanopticSystem):
         total: Tensor = 0.0
         number: Tensor = 0.0
         for level, level_regions, is_counted in zip(self.level_strides, regions, counts, strict=True):
-            pooled = pool_regions(outputs[f"kernel_{level}"], level_regions, over_map=self.reference_behaviour)
+            pooled = pool_regions(outputs[f"kernel_{level}"], level_regions, over_map=self.reference_behavior)
             share = ops.cast(is_counted, "float32")[..., None]  # [B, S, 1]
             total, number = total + share * self.kernel_head.embed_stuff(pooled), number + share
         return total / ops.maximum(number, 1.0), number[..., 0] > 0
@@ -559,12 +561,12 @@ class PanopticFCN(PanopticSystem):
             void=self.dataset_info.void,
         )
         of_regions = region_scores(probability, merged, self.classes.of_class, stride=self.stride, seen_size=seen_size)
-        return described_segments(merged, things.scores, of_regions)
+        return segment_outputs(merged, things.scores, of_regions)
 
     def _enlarging_matrices(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
         """From the cells of the feature to the pixels of the map, along the rows and along the columns."""
         cells = tuple(ops.shape(outputs["feature"])[1:3])
-        return enlarging_matrices(cells, outputs.get("seen_size"), image_size, stride=self.stride)
+        return upsampling_matrices(cells, outputs.get("seen_size"), image_size, stride=self.stride)
 
     # --- upper bounds ------------------------------------------------------------------------------------------------
 
@@ -682,4 +684,4 @@ class PanopticFCN(PanopticSystem):
             void=self.dataset_info.void,
         )
         scores = ops.cast(targets["valid"], "float32")
-        return described_segments(merged, scores, ops.ones_like(merged.kept[:, number:], "float32"))
+        return segment_outputs(merged, scores, ops.ones_like(merged.kept[:, number:], "float32"))

@@ -6,9 +6,11 @@ from typing import Any, Literal
 import keras
 from keras import ops
 
+from deeplab2_like.model.config import Norm
 from deeplab2_like.model.deformable import DeformableConvNorm
-from deeplab2_like.model.layers import ConvNorm, Norm, Tensor, upsample_bilinear
-from deeplab2_like.model.semantic_fpn import SemanticBranch
+from deeplab2_like.model.layers import ConvNorm, Tensor
+from deeplab2_like.model.resampling import upsample_bilinear
+from deeplab2_like.model.semantic import SemanticBranch
 
 # Logit of the probability that each position has before training: 0.1, as in CenterNet.
 _PRIOR_LOGIT = -2.19

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from deeplab2_like.model.boxes import keep_best, take_rows
-from deeplab2_like.model.layers import Tensor, stage
-from deeplab2_like.model.merge import claim_in_order
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.overlaps import resolve_overlaps
+from deeplab2_like.model.stages import stage
 
 # Lines of the feature whose masks are made at the same time when they are measured.
 _BAND_LINES = 8
@@ -94,7 +95,7 @@ def fuse_things(
     *,
     similarity: float,
     class_aware: bool,
-    reference_behaviour: bool,
+    reference_behavior: bool,
 ) -> tuple[Tensor, Tensor]:
     """Makes one of all that stand for the same object: those whose weights point in the same direction (section 3.2).
 
@@ -104,7 +105,7 @@ def fuse_things(
         classes: int32 [B, N].
         similarity: Cosine from which two are the same object.
         class_aware: Whether they must be of one class, too.
-        reference_behaviour: Whether a row goes if any better one is like it, even one that has gone itself; what is
+        reference_behavior: Whether a row goes if any better one is like it, even one that has gone itself; what is
             like the latter alone is lost then. Else it goes only if it is like one that stays, to which it is added.
 
     Returns:
@@ -119,10 +120,10 @@ def fuse_things(
     same = same & (rank[:, None] < rank[None, :])  # [B, better, worse]
     if class_aware:
         same = same & (classes[:, :, None] == classes[:, None, :])
-    keep = used & ~ops.any(same, axis=1) if reference_behaviour else keep_best(same, used)
+    keep = used & ~ops.any(same, axis=1) if reference_behavior else keep_best(same, used)
 
     # Each joins the first that it is like.
-    to_join = same if reference_behaviour else same & keep[:, :, None]
+    to_join = same if reference_behavior else same & keep[:, :, None]
     first = ops.argmax(ops.cast(to_join, "int32"), axis=1)  # [B, worse]
     leader = ops.where(ops.any(to_join, axis=1), first, rank)
     member = ops.cast((leader[:, None, :] == rank[:, None]) & used[:, None, :], "float32")  # [B, leader, member]
@@ -187,14 +188,14 @@ def claim_masks(
     threshold: float,
     overlap_threshold: float,
 ) -> Tensor:
-    """Gives pixels to things in the order of their rows, see `deeplab2_like.model.merge.claim_pixels`.
+    """Gives pixels to things in the order of their rows, see `deeplab2_like.model.merge.resolve_mask_overlaps`.
 
     Args:
         used: bool [B, N], true for the first rows of each image, those that take part.
         weights: float32 [B, N, E].
         has_part: bool [B, N, h], the lines of cells that each mask has a part of.
         feature: float32 [B, h, w, E].
-        enlarge_rows: float32 [H, h], see `deeplab2_like.model.merge.enlarging_matrix`.
+        enlarge_rows: float32 [H, h], see `deeplab2_like.model.merge.upsampling_matrix`.
         enlarge_columns: float32 [W, w].
         threshold: Probability above which a pixel belongs to a mask.
         overlap_threshold: A thing of which a larger share is claimed already is dropped.
@@ -214,7 +215,7 @@ def claim_masks(
         rows = ops.take(enlarge_rows, top[:, None] + ops.arange(lines), axis=0)  # [B, L, h]
         return mask_of(feature, ops.take(weights, n, axis=1), rows, enlarge_columns, threshold=threshold)
 
-    return claim_in_order(
+    return resolve_overlaps(
         used, first_line, last_line, mask_in_window, height=height, width=width, overlap_threshold=overlap_threshold
     )
 

@@ -6,7 +6,7 @@ from typing import Literal
 from keras import ops
 
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.model.detection import class_and_instance_targets
+from deeplab2_like.model.detection.instances import class_and_instance_targets
 from deeplab2_like.model.layers import Tensor
 
 

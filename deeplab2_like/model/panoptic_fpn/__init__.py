@@ -30,14 +30,20 @@ from keras import ops
 from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.backbone import BackboneConfig, build_backbone
-from deeplab2_like.model.detection import Detector, RoiConfig, RpnConfig, class_and_instance_targets, paste_masks
-from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, backbone_features, split_channels
-from deeplab2_like.model.layers import Norm, Tensor
-from deeplab2_like.model.merge import best_class, claim_pixels, described_segments, merge, region_scores
-from deeplab2_like.model.seen_size import ResizeConfig, boxes_in_map, seen_images
-from deeplab2_like.model.semantic_fpn import SemanticBranch, SemanticClasses, semantic_loss
-from deeplab2_like.model.system import Loss, PanopticSystem
+from deeplab2_like.model.backbone import build_backbone
+from deeplab2_like.model.base import Loss, PanopticSystem
+from deeplab2_like.model.config import BackboneConfig, FpnConfig, Norm, ResizeConfig, backbone_features
+from deeplab2_like.model.detection.config import RoiConfig, RpnConfig
+from deeplab2_like.model.detection.detector import Detector
+from deeplab2_like.model.detection.instances import class_and_instance_targets
+from deeplab2_like.model.detection.masks import paste_masks
+from deeplab2_like.model.fpn import FeaturePyramid, split_channels
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.merge import best_class
+from deeplab2_like.model.overlaps import resolve_mask_overlaps
+from deeplab2_like.model.seen_size import boxes_in_map, seen_images
+from deeplab2_like.model.segments import merge, region_scores, segment_outputs
+from deeplab2_like.model.semantic import SemanticBranch, SemanticClasses, semantic_loss
 
 
 class GroupedFpnConfig(FpnConfig):
@@ -348,7 +354,7 @@ class PanopticFPN(PanopticSystem):
             classes, scores = self.thing_class_ids(targets["classes"]), ops.cast(targets["valid"], "float32")
         else:
             scores, classes = outputs["scores"], self.thing_class_ids(outputs["thing_classes"])
-            owner = claim_pixels(
+            owner = resolve_mask_overlaps(
                 (scores >= self.postprocess_config.score_threshold) & (scores > 0),
                 boxes_in_map(outputs["boxes"], outputs.get("seen_size"), image_size),
                 outputs["masks"],
@@ -377,4 +383,4 @@ class PanopticFPN(PanopticSystem):
                 stride=self.stride,
                 seen_size=outputs.get("seen_size"),
             )
-        return described_segments(merged, scores, of_regions)
+        return segment_outputs(merged, scores, of_regions)

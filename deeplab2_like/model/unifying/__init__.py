@@ -39,38 +39,28 @@ from keras import ops
 from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.backbone import BackboneConfig, build_backbone
-from deeplab2_like.model.detection import (
-    Detector,
-    RoiConfig,
-    RpnConfig,
-    class_and_instance_targets,
-    mask_targets,
-    paste_masks,
-)
-from deeplab2_like.model.fpn import FeaturePyramid, FpnConfig, backbone_features
-from deeplab2_like.model.layers import Norm, Tensor
-from deeplab2_like.model.merge import (
-    Merged,
-    best_class,
-    best_of_planes,
-    claim_pixels,
-    described_segments,
-    enlarging_matrices,
-    merge,
-    region_scores,
-)
-from deeplab2_like.model.seen_size import ResizeConfig, boxes_in_map, read_at_cells, seen_images, seen_scale
-from deeplab2_like.model.semantic_fpn import SemanticClasses, semantic_loss
-from deeplab2_like.model.semantic_subnet import SemanticSubnet
-from deeplab2_like.model.system import Loss, PanopticSystem
+from deeplab2_like.model.backbone import build_backbone
+from deeplab2_like.model.base import Loss, PanopticSystem
+from deeplab2_like.model.config import BackboneConfig, FpnConfig, Norm, ResizeConfig, backbone_features
+from deeplab2_like.model.detection.config import RoiConfig, RpnConfig
+from deeplab2_like.model.detection.detector import Detector
+from deeplab2_like.model.detection.instances import class_and_instance_targets
+from deeplab2_like.model.detection.masks import mask_targets, paste_masks
+from deeplab2_like.model.fpn import FeaturePyramid
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.merge import best_class, upsampling_matrices
+from deeplab2_like.model.overlaps import resolve_mask_overlaps
+from deeplab2_like.model.resampling import running_argmax
+from deeplab2_like.model.seen_size import boxes_in_map, read_at_cells, seen_images, seen_scale
+from deeplab2_like.model.segments import SegmentTable, merge, region_scores, segment_outputs
+from deeplab2_like.model.semantic import SemanticClasses, SemanticSubnet, semantic_loss
 from deeplab2_like.model.unifying.matching import match_detections, matching_loss, slot_targets
 from deeplab2_like.model.unifying.network import AffinityHead, SqueezeExcitation
 from deeplab2_like.model.unifying.panoptic import (
     Potential,
+    affinity_update,
     best_slot,
     dynamic_potential,
-    handed_on,
 )
 
 _SIZE_MULTIPLE = 32
@@ -400,7 +390,7 @@ class Unifying(PanopticSystem):
     def postprocess(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess`: rows 0 to D - 1 are detections by score, row D + c is class c."""
         merged, of_regions = self._merge(outputs, image_size)
-        return described_segments(merged, outputs["scores"], of_regions)
+        return segment_outputs(merged, outputs["scores"], of_regions)
 
     def instances(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> dict[str, Tensor]:
         """See `PanopticSystem.instances`: all detections; without masks, with their segments in the panoptic map."""
@@ -439,7 +429,7 @@ class Unifying(PanopticSystem):
         """What affinities add to the potential, float32 [B, D + S, h, w]; None without them."""
         if self.affinity_head is None:
             return None
-        return handed_on(potential, outputs["hand_out"], outputs["gather"])
+        return affinity_update(potential, outputs["hand_out"], outputs["gather"])
 
     def _best_slot(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> Tensor:
         """The best slot of each pixel, int32 [B, H, W]."""
@@ -451,12 +441,12 @@ class Unifying(PanopticSystem):
             self.thing_class_ids(outputs["thing_classes"]),
             outputs.get("masks"),
             self._handed(outputs, self._potential(outputs)),
-            *enlarging_matrices(tuple(ops.shape(logits)[1:3]), seen_size, image_size, stride=self.stride),
+            *upsampling_matrices(tuple(ops.shape(logits)[1:3]), seen_size, image_size, stride=self.stride),
             stuff_classes=self.dataset_info.stuff_classes,
             potential=self.panoptic_config.potential,
         )
 
-    def _merge(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> tuple[Merged, Tensor]:
+    def _merge(self, outputs: Mapping[str, Tensor], image_size: tuple[Any, Any]) -> tuple[SegmentTable, Tensor]:
         """The panoptic map, and the scores of the regions of the classes, float32 [B, C]."""
         config, seen_size = self.postprocess_config, outputs.get("seen_size")
         is_strong = outputs["scores"] >= config.score_threshold
@@ -464,7 +454,7 @@ class Unifying(PanopticSystem):
         if config.merge == "heuristic":
             semantic = self.semantic_map(outputs, image_size)
             class_of_semantic = self.classes.painted_class
-            owner = claim_pixels(
+            owner = resolve_mask_overlaps(
                 is_strong & (outputs["scores"] > 0),
                 boxes_in_map(outputs["boxes"], seen_size, image_size),
                 outputs["masks"],
@@ -489,7 +479,7 @@ class Unifying(PanopticSystem):
 
     def _paint(
         self, semantic: Tensor, owner: Tensor, thing_classes: Tensor, class_of_semantic: Sequence[int]
-    ) -> Merged:
+    ) -> SegmentTable:
         """Makes the map, see `deeplab2_like.model.merge.merge`."""
         return merge(
             semantic,
@@ -527,12 +517,12 @@ class Unifying(PanopticSystem):
             return ops.cast(ops.where(slot < number, is_thing, is_stuff), "float32")
 
         slots, size = number + len(stuff_classes), tuple(ops.shape(class_map))
-        _, slot = best_of_planes(plane, 0, slots, (ops.zeros(size, "float32"), ops.full(size, slots, "int32")))
+        _, slot = running_argmax(plane, 0, slots, (ops.zeros(size, "float32"), ops.full(size, slots, "int32")))
         semantic, owner = ops.maximum(slot - number, 0), ops.minimum(slot, number)
         # What has no slot is void.
         merged = self._paint(semantic, owner, targets["classes"], (*stuff_classes, -1))
         scores = ops.cast(targets["valid"], "float32")
-        return described_segments(merged, scores, ops.ones_like(merged.kept[:, number:], "float32"))
+        return segment_outputs(merged, scores, ops.ones_like(merged.kept[:, number:], "float32"))
 
     def postprocess_with_truth(
         self,

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from keras import ops
 
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.model.base import Loss
 from deeplab2_like.model.boxes import pairwise_iou, take_rows
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.system import Loss
 
 
 def match_detections(

@@ -6,8 +6,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from deeplab2_like.model.layers import ConvNorm, Norm, Tensor
-from deeplab2_like.model.semantic_subnet import SemanticSubnet
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.layers import ConvNorm, Tensor
+from deeplab2_like.model.semantic import SemanticSubnet
 
 
 class SqueezeExcitation(keras.layers.Layer):

@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from keras import ops
 
-from deeplab2_like.model.detection import paste_weights
-from deeplab2_like.model.layers import Tensor, stage
-from deeplab2_like.model.merge import best_of_planes, enlarge
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.merge import enlarge
+from deeplab2_like.model.overlaps import paste_weights
+from deeplab2_like.model.resampling import running_argmax
+from deeplab2_like.model.stages import stage
 
 Potential = Literal["a", "b", "c"]
 
@@ -111,7 +113,7 @@ def thing_potential(of_class: Tensor, boxes: Tensor, scores: Tensor, masks: Tens
 
 
 @stage
-def handed_on(potential: Tensor, hand_out: Tensor, gather: Tensor) -> Tensor:
+def affinity_update(potential: Tensor, hand_out: Tensor, gather: Tensor) -> Tensor:
     """What each pixel gets from the pixels of its instance (equation 4), `phi_0 (phi_1^T psi)`.
 
     In this order no affinity of two pixels is ever held: what is gathered has C numbers per slot.
@@ -156,8 +158,8 @@ def best_slot(
         scores: float32 [B, D], the best detections first; zero for those that are not used.
         classes: int32 [B, D], class ids.
         masks: float32 [B, D, P, P], or None for boxes alone.
-        handed: float32 [B, D + S, h, w], what `handed_on` returned, or None for no affinities.
-        rows: float32 [H, h], of `enlarging_matrices`.
+        handed: float32 [B, D + S, h, w], what `affinity_update` returned, or None for no affinities.
+        rows: float32 [H, h], of `upsampling_matrices`.
         columns: float32 [W, w].
         stuff_classes: Class ids of stuff, S of them.
         potential: See `thing_potential`.
@@ -188,5 +190,5 @@ def best_slot(
     # Detections that are not used come last, and take no time.
     used = ops.max(ops.where(scores > 0, ops.arange(number) + 1, 0))
     nothing = ops.full(size, _NOTHING, "float32"), ops.full(size, number, "int32")
-    best = best_of_planes(thing, 0, used, nothing)
-    return best_of_planes(region, number, number + len(stuff_classes), best)[1]
+    best = running_argmax(thing, 0, used, nothing)
+    return running_argmax(region, number, number + len(stuff_classes), best)[1]
