@@ -202,7 +202,7 @@ class SemanticSubnet(keras.layers.Layer):
         )
 
     def build(self, input_shape: object) -> None:
-        """Does nothing: layers build themselves when called, and Keras would trace all deformable convolutions first."""
+        """Does nothing: layers build themselves when called, and Keras would trace all convolutions first."""
 
     def call(self, pyramid: Mapping[str, Tensor], training: bool = False) -> Tensor:
         """Applies the head; see the class."""
