@@ -14,7 +14,9 @@ _BAND_SIZE = 2**21
 
 
 def dice_loss(features: Tensor, weights: Tensor, labels: Tensor, samples: Tensor, counted: Tensor) -> Tensor:
-    """Dice loss of masks (equation 6): `1 - 2 sum(p t) / (sum(p p) + sum(t t))`, p being the sigmoid of weights * feature.
+    """Dice loss of masks (equation 6): `1 - 2 sum(p t) / (sum(p p) + sum(t t))`.
+
+    The predicted mask p is the sigmoid of the product of weights and features; the true mask t is one label.
 
     Args:
         features: float32 [B, h, w, E].
