@@ -70,6 +70,11 @@ def are_consecutive_levels(names: Sequence[str]) -> bool:
     return bool(names) and list(names) == known[first : first + len(names)]
 
 
+def level_stride(level: str) -> int:
+    """Stride of a pyramid level by its name: 8 for `p3`."""
+    return int(2 ** int(level.removeprefix("p")))
+
+
 class ResizeConfig(StrictModel):
     """The network size outside of training; images keep their proportions."""
 
