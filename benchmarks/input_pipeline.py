@@ -37,6 +37,7 @@ from deeplab2_like.configs.schema import DataConfig
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.files import encode_png, write_atomically
+from deeplab2_like.model.panoptic_deeplab.config import LossConfig
 from deeplab2_like.model.panoptic_deeplab.targets import make_targets
 
 # Name -> height, width, instances, and the ending of image files.
@@ -49,7 +50,7 @@ TARGETS_BOUND, PIPELINE_BOUND = 5.0, 3.0
 
 
 def library_targets(panoptic: tf.Tensor) -> dict[str, tf.Tensor]:
-    return make_targets(panoptic, dataset_info=scenes_info(), **OPTIONS)
+    return make_targets(panoptic, LossConfig(**OPTIONS), scenes_info())
 
 
 def usual_targets(panoptic: tf.Tensor) -> dict[str, tf.Tensor]:

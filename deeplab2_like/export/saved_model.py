@@ -25,8 +25,8 @@ from deeplab2_like.configs import Config, save_config
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.inference import compile_with_xla
 from deeplab2_like.export.versions import MODEL_FILE, is_export, list_versions, newest_export, version_number
-from deeplab2_like.model.layers import compiled_stages
-from deeplab2_like.model.system import PanopticSystem
+from deeplab2_like.model.base import PanopticSystem
+from deeplab2_like.model.stages import compiled_stages
 from deeplab2_like.temporary import TemporaryFolder, remove_leftovers
 
 # The image, odd-sized, on which a new export must agree with the system, and the least share of pixels that do. It is

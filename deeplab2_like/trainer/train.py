@@ -358,7 +358,7 @@ def _make_batches(
     def make_targets(panoptic: tf.Tensor) -> dict[str, tf.Tensor]:
         return {"panoptic": panoptic, **system.make_targets(panoptic)}
 
-    red, green, blue = (round(value) for value in system.image_mean)
+    red, green, blue = (round(value) for value in system.config.image_mean)
     return pipeline.make_train_dataset(
         files,
         config=config.data,

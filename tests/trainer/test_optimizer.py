@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from one_convolution import OneConvolution
+from one_convolution import OneConvolution, OneConvolutionConfig
 
 from deeplab2_like.configs.schema import OptimizerConfig, ScheduleConfig, TrainerConfig
 from deeplab2_like.data.scenes import scenes_info
@@ -124,7 +124,7 @@ def step_of(
 ) -> tuple[list[np.ndarray], float]:
     """How far one step of SGD, learning rate 1, moves the weights, and the norm of the gradient that it reports."""
     keras.utils.set_random_seed(4)
-    system = OneConvolution(dataset_info=scenes_info(), channels=4).create_variables()
+    system = OneConvolution(OneConvolutionConfig(), scenes_info()).create_variables()
     optimizer = make_optimizer("sgd", learning_rate=1.0, momentum=0.0)
     optimizer.build(system.trainable_variables)
     trainer = Trainer(
@@ -176,7 +176,7 @@ def test_clipping_by_value_cuts_each_element() -> None:
 
 def one_convolution() -> OneConvolution:
     keras.utils.set_random_seed(4)
-    return OneConvolution(dataset_info=scenes_info(), channels=4).create_variables()
+    return OneConvolution(OneConvolutionConfig(), scenes_info()).create_variables()
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])

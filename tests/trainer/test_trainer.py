@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import ops
-from one_convolution import OneConvolution
+from one_convolution import OneConvolution, OneConvolutionConfig
 
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.model import Loss
@@ -23,7 +23,7 @@ class WithoutNorm(OneConvolution):
     """No batch normalisation and no dropout, so that a batch may be cut without changing anything."""
 
     def __init__(self) -> None:
-        super().__init__(dataset_info=INFO, channels=4)
+        super().__init__(OneConvolutionConfig(), INFO)
         for layer in self.stages[1:3]:
             self.stages.remove(layer)
 
