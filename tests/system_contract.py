@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from deeplab2_like.checkpoint import make_checkpoint, restore
 from deeplab2_like.configs import load_config
+from deeplab2_like.configs.schema import TrainerConfig
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.errors import UserError
@@ -19,7 +20,7 @@ from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import PanopticSystem
 from deeplab2_like.model.base import View
 from deeplab2_like.model.geometry import Geometry
-from deeplab2_like.trainer.train import Trainer
+from deeplab2_like.trainer.trainer import Trainer
 
 # Two stuff classes (0, 1) and two thing classes (2, 3).
 INFO = DatasetInfo.from_coco_categories(
@@ -31,6 +32,11 @@ INFO = DatasetInfo.from_coco_categories(
     ],
     name="contract",
 )
+
+
+def trainer_config(**changes: Any) -> TrainerConfig:
+    """A trainer section for a single step."""
+    return TrainerConfig.model_validate({"steps": 1, "batch_size": 1, "learning_rate": 0.01, **changes})
 
 
 def hand_made_label(size: int = 64) -> np.ndarray:
@@ -97,12 +103,10 @@ class SystemContract:
         optimizer.build(system.trainable_variables)
         trainer = Trainer(
             None,
+            trainer_config(optimizer={"weight_decay": 1e-4, "clip_norm": 10.0}),
             system=system,
             optimizer=optimizer,
             strategy=tf.distribute.get_strategy(),
-            weight_decay=1e-4,
-            clip_norm=10.0,
-            after_step=lambda: None,
         )
         return trainer.replica_step, optimizer
 

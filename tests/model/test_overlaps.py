@@ -1,5 +1,7 @@
 """Resolution of overlaps: by hand, and against a plain loop over masks."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf

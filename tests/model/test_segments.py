@@ -55,7 +55,8 @@ def test_argmax_of_a_resized_image() -> None:
 
 
 def test_mean_probability_reads_where_the_network_looked() -> None:
-    # Two probabilities side by side at stride 4 of a network size of 4x8, for an image of 2x4: each covers 2 columns of it.
+    # Two probabilities side by side at stride 4 of a network size of 4x8, for an image of
+    # 2x4: each covers 2 columns.
     probability = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
     rows = tf.constant([[[0, 0, 0, 1], [0, 0, 1, 1]]])
     found = mean_probability(

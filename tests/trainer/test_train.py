@@ -24,9 +24,10 @@ from deeplab2_like.configs.schema import DataConfig
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.trainer import train as train_module
+from deeplab2_like.trainer import run as run_module
 from deeplab2_like.trainer.summaries import StepProfiler
-from deeplab2_like.trainer.train import Trainer, train
+from deeplab2_like.trainer.train import train
+from deeplab2_like.trainer.trainer import Trainer
 from deeplab2_like.trainer.validation import Validation
 
 # Panoptic-DeepLab with few channels, for a few steps. Dropout has a state, which resuming must restore.
@@ -512,7 +513,7 @@ def test_changes_that_cannot_be_resumed_name_their_key(
         train(one_convolution_config(data=data, steps=2, pictures_every=None, **now), tmp_path)
     # They are refused because they do not work.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "_check_changes", lambda *arguments: None)
+        patch.setattr(run_module, "_check_changes", lambda *arguments: None)
         with pytest.raises(UserError, match="does not fit the config"):
             train(one_convolution_config(data=data, steps=2, pictures_every=None, **now), tmp_path)
 
