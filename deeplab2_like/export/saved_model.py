@@ -99,7 +99,7 @@ def export_model_folder(
         UserError: If the model folder cannot be loaded, there is an export already that is not to be replaced, or the
             export cannot be written.
     """
-    from deeplab2_like.checkpoint import load_model_folder
+    from deeplab2_like.model_folder import load_model_folder
 
     _require_tensorflow()
     folder = _place(Path(output_dir), replace=replace)

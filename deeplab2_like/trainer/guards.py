@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import tensorflow as tf
 
-from deeplab2_like.checkpoint import list_checkpoints
+from deeplab2_like.checkpoint_files import list_checkpoints
 from deeplab2_like.data import tfrecord
 from deeplab2_like.files import cannot_write
 from deeplab2_like.progress import LenientOutput

@@ -11,20 +11,14 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from deeplab2_like.checkpoint import (
-    CONFIG_FILE,
-    check_model_folder,
-    list_checkpoints,
-    load_what_fits,
-    make_checkpoint,
-    newest_whole_checkpoint,
-    restore,
-)
+from deeplab2_like.checkpoint import load_fitting_weights, make_checkpoint, restore
+from deeplab2_like.checkpoint_files import find_initial_checkpoint, list_checkpoints, newest_whole_checkpoint
 from deeplab2_like.configs import Config, load_config
 from deeplab2_like.data import tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem, build_system
+from deeplab2_like.model_folder import CONFIG_FILE, check_model_folder
 from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.optimizer import freeze, learning_rate_multipliers, make_optimizer, make_schedule
 from deeplab2_like.trainer.strategy import is_chief
@@ -154,7 +148,7 @@ def restore_or_initialize(run: Run, init_from: str | os.PathLike[str] | None) ->
             if init_from is not None:
                 print(f"Resuming from step {int(run.step)} of '{run.model_dir}'; '{init_from}' is not used.")
         elif init_from is not None:
-            load_what_fits(run.system, init_from)
+            load_fitting_weights(run.system, find_initial_checkpoint(init_from))
             if run.average is not None:
                 run.average.copy_from_system()
         elif frozen := [part for part, factor in run.config.trainer.optimizer.multipliers.items() if factor == 0]:

@@ -18,12 +18,13 @@ import pytest
 import tensorflow as tf
 from one_convolution import one_convolution_config
 
-from deeplab2_like.checkpoint import list_checkpoints, load_model_folder
+from deeplab2_like.checkpoint_files import list_checkpoints
 from deeplab2_like.configs import load_config
 from deeplab2_like.configs.schema import DataConfig
 from deeplab2_like.data import pipeline, tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
+from deeplab2_like.model_folder import load_model_folder
 from deeplab2_like.trainer import run as run_module
 from deeplab2_like.trainer.summaries import StepProfiler
 from deeplab2_like.trainer.train import train
