@@ -1,11 +1,10 @@
 """One training: its config, records, variables and checkpoint, built and restored."""
 
-import contextlib
 import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
@@ -18,6 +17,7 @@ from deeplab2_like.data import tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem, build_system
+from deeplab2_like.model.base import dtype_policy
 from deeplab2_like.model_folder import CONFIG_FILE, check_model_folder
 from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.optimizer import freeze, learning_rate_multipliers, make_optimizer, make_schedule
@@ -196,14 +196,3 @@ def _list_validation_files(config: Config) -> list[str]:
         if config.trainer.evaluate_every is None:
             return []
         raise UserError(f"{error} Key trainer.evaluate_every needs it; leave that key out to do without.") from error
-
-
-@contextlib.contextmanager
-def dtype_policy(name: str) -> Iterator[None]:
-    """Layers made inside compute in this precision; what the process makes later does not."""
-    before = keras.config.dtype_policy()
-    keras.config.setdtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.setdtype_policy(before)
