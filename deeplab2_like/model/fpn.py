@@ -21,7 +21,7 @@ class FeaturePyramid(keras.layers.Layer):
     Levels coarser than the backbone's features are made from the coarsest level:
 
     - `subsample`: every second pixel of the previous level (Mask R-CNN);
-    - `convolve`: a 3x3 convolution of stride 2 of the previous level, with a ReLU in between (RetinaNet, FCOS).
+    - `convolve`: a 3x3 convolution of stride 2 of the previous level, with a ReLU between two levels (RetinaNet, FCOS).
 
     Args:
         strides: Stride of each backbone feature, by its name; those of `features` must double from one to the next.
