@@ -421,7 +421,8 @@ def test_head_refuses_wrong_arguments() -> None:
     with pytest.raises(UserError, match="needs the predicted border-ness of each pixel; give it, or choose conflicts"):
         paste(np.zeros((2, 2)), [[0, 0, 1, 1]], [0.5], [CAR], conflicts="closest_border_ness")
     with pytest.raises(
-        UserError, match=r"Unknown rule of conflicts 'nearest'\. Known: closest_border_ness, highest_score, smallest_area"
+        UserError,
+        match=r"Unknown rule of conflicts 'nearest'\. Known: closest_border_ness, highest_score, smallest_area",
     ):
         PanopticHead(INFO, conflicts="nearest")
     with pytest.raises(UserError, match=r"overlap_threshold is a share, 0 to 1, but it is 30"):
