@@ -10,13 +10,15 @@ import cv2
 from rich.console import Console
 
 from deeplab2_like.configs import load_config
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.convert.scenes import convert_scenes
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import write_png
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.evaluation.model_folder import evaluate_model_folder
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_model_folder
-from deeplab2_like.files import make_folder, write_png
+from deeplab2_like.files import make_folder
 from deeplab2_like.model import find_system
 from deeplab2_like.progress import progress_bar
 from deeplab2_like.trainer.train import train
@@ -86,7 +88,7 @@ def _write_pictures(records: Path, exported: Path, folder: Path) -> None:
     predictor = Predictor(exported)
     sheet = []
     make_folder(folder)
-    examples = pipeline.make_eval_dataset(tfrecord.list_shards(records, "val"), dataset_info=info)
+    examples = pipeline.make_eval_dataset(list_shards(records, "val"), dataset_info=info)
     for example in examples.take(PICTURES):
         image = example["image"].numpy()
         picture = side_by_side(image, example["panoptic"].numpy(), predictor(image).panoptic, info)

@@ -10,9 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-
 from deeplab2_like.errors import UserError
 from deeplab2_like.temporary import TemporaryFile, remove_leftovers
 
@@ -100,39 +97,22 @@ def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
         raise UserError(f"'{path}' is not a JSON file ({error}); check the path, or make it again.") from error
 
 
-def encode_png(image: np.ndarray, *, is_label: bool = False) -> bytes:
-    """Encodes an image, uint8 [H, W, 3] in the order red, green, blue or grey [H, W], as a PNG file's bytes.
+def list_files(folder: Path, suffixes: Sequence[str], *, recursive: bool = False) -> list[Path]:
+    """Lists the files in a folder that have one of some suffixes (in lower case) and are not hidden, sorted by name.
 
     Args:
-        image: The image.
-        is_label: Whether it is a label map. Large areas of one colour need no filter, and are decoded three times as
-            fast without; of the filters that photographs need, this one is decoded fastest.
-
-    Raises:
-        UserError: If the array is not such an image, or larger than a PNG file can be.
+        folder: The folder, which exists.
+        suffixes: Suffixes in lower case, such as `.json`; those of the files may be in upper case.
+        recursive: Whether to search subfolders, too.
     """
-    is_rgb = image.ndim == 3 and image.shape[2] == 3
-    if (is_rgb or image.ndim == 2) and image.size and image.dtype == np.uint8:
-        # OpenCV's order is blue, green, red.
-        image_in_order = np.ascontiguousarray(image[..., ::-1] if is_rgb else image)
-        filtering = cv2.IMWRITE_PNG_FILTER_NONE if is_label else cv2.IMWRITE_PNG_FILTER_UP
-        strategy = cv2.IMWRITE_PNG_STRATEGY_DEFAULT if is_label else cv2.IMWRITE_PNG_STRATEGY_RLE
-        options = [cv2.IMWRITE_PNG_FILTER, filtering, cv2.IMWRITE_PNG_STRATEGY, strategy]
-        encoded, content = cv2.imencode(".png", image_in_order, options)
-        if encoded:
-            return content.tobytes()
-    raise UserError(
-        f"An array of shape {image.shape} and type {image.dtype} is not an image; give uint8 [H, W, 3] or [H, W]."
-    )
-
-
-def write_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Writes an image, see `encode_png`, as a PNG file, whole or not at all; makes missing folders.
-
-    Raises:
-        UserError: If the array is not an image, or the file cannot be written.
-    """
-    write_atomically(path, encode_png(image))
+    files = [
+        file
+        for file in (folder.rglob("*") if recursive else folder.iterdir())
+        if file.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    ]
+    return sorted(files, key=lambda file: (str(file).lower(), str(file)))
 
 
 def distinct_names(files: Sequence[Path]) -> list[str]:

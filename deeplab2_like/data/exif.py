@@ -39,7 +39,7 @@ def without_orientation(tiff: bytes) -> bytes:
     return tiff[:position] + (1).to_bytes(2, _BYTE_ORDERS[tiff[:4]]) + tiff[position + 2 :]
 
 
-def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Rotates and mirrors `pixels`, [H, W, C] as stored, to the given EXIF orientation."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)

@@ -13,11 +13,11 @@ import numpy as np
 import tensorflow as tf
 
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.image_files import list_images, read_image
+from deeplab2_like.data.images import list_images, read_image, write_png
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter, segments_info
 from deeplab2_like.export.versions import MODEL_FILE, newest_export
-from deeplab2_like.files import distinct_names, image_ids_of_names, literal_folder, require_local, write_png
+from deeplab2_like.files import distinct_names, image_ids_of_names, literal_folder, require_local
 from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.visualize import draw_overlay, side_by_side
 
@@ -220,7 +220,7 @@ def predict_files(
 
     Args:
         model_dir: See `Predictor`.
-        input_path: An image file, or a folder; see `image_files.list_images`.
+        input_path: An image file, or a folder; see `images.list_images`.
         output_dir: Is made if missing.
         compiled: See `Predictor`.
         on_error: "stop" at the first image that cannot be read, or "skip" it and report it.

@@ -28,8 +28,10 @@ from deeplab2_like.checkpoint import (
     restore,
 )
 from deeplab2_like.configs import Config, load_config
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.record_errors import report_bad_records
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import cannot_write
 from deeplab2_like.model import PanopticSystem, build_system
@@ -95,7 +97,7 @@ def _train(
     """The rest of `train`, with the model folder locked by the chief."""
     settings = config.trainer
     dataset_info = DatasetInfo.load(config.data.record_folder)
-    files = tfrecord.list_shards(config.data.record_folder, config.data.train_split)
+    files = list_shards(config.data.record_folder, config.data.train_split)
     validation_files = _list_validation_files(config)
     check_model_folder(model_dir, config, dataset_info)
     _check_batch_size(settings.batch_size, strategy.num_replicas_in_sync)
@@ -189,7 +191,7 @@ def _train(
             stop.raise_if_any(cut_short_by)
 
         intervals = [settings.log_every, settings.checkpoint_every, settings.pictures_every, settings.evaluate_every]
-        user_errors = tfrecord.user_errors([*files, *validation_files])
+        user_errors = report_bad_records([*files, *validation_files])
         with progress, _quiet(), user_errors, _clear_errors(config, model_dir, files, system, strategy):
             controller = orbit.Controller(
                 trainer=trainer,
@@ -343,7 +345,7 @@ def _list_validation_files(config: Config) -> list[str]:
     if config.trainer.pictures_every is None and config.trainer.evaluate_every is None:
         return []
     try:
-        return tfrecord.list_shards(config.data.record_folder, config.data.val_split)
+        return list_shards(config.data.record_folder, config.data.val_split)
     except UserError as error:
         if config.trainer.evaluate_every is None:
             return []
@@ -430,7 +432,7 @@ def _evaluate_finished(
 ) -> None:
     """Makes up for the evaluation after the last step; to be called by the chief alone."""
     step, steps = int(state.step), config.trainer.steps
-    with StopSignal(strategy) as stop, tfrecord.user_errors(files):
+    with StopSignal(strategy) as stop, report_bad_records(files):
         found = _make_validation(config, state, files, model_dir, stop).evaluate_and_keep(step)
     if stop.noted is not None and found is None:
         _exit_stopped(stop.noted, step, steps, model_dir)

@@ -10,10 +10,12 @@ import pytest
 from PIL import Image
 
 from deeplab2_like.cli import main
-from deeplab2_like.data import panoptic_label, pipeline, tfrecord
-from deeplab2_like.data.convert import labelled_images
+from deeplab2_like.data import panoptic_label, pipeline
+from deeplab2_like.data.convert import labeled_images
 from deeplab2_like.data.convert.cityscapes import convert_cityscapes
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.data.images import decode_image, read_value_png
+from deeplab2_like.data.shards import list_shards, list_splits
 from deeplab2_like.errors import UserError
 
 # 7 is the road, 26 a car; 26001 and 26004 are single cars, 26 alone is a group of them; 29001 is a caravan, which is no
@@ -72,7 +74,7 @@ class Source:
 
     def examples(self, split: str) -> list[dict[str, Any]]:
         folder = self.folder / "records"
-        dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
+        dataset = pipeline.make_eval_dataset(list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
         return list(dataset.as_numpy_iterator())
 
 
@@ -112,7 +114,7 @@ def test_coarse_labels_are_a_split_of_their_own(source: Source) -> None:
     source.convert(splits=["train"])
     assert [report.split for report in source.convert(coarse=True)] == ["train_extra_coarse"]
     np.testing.assert_array_equal(source.examples("train_extra_coarse")[0]["panoptic"], PANOPTIC)
-    assert tfrecord.available_splits(source.folder / "records") == ["train", "train_extra_coarse"]
+    assert list_splits(source.folder / "records") == ["train", "train_extra_coarse"]
 
 
 # Label ids, and the train ids that csCreatePanopticImgs writes on request.
@@ -288,9 +290,9 @@ def test_large_images_are_shrunk(source: Source) -> None:
 
 def test_a_shrunk_jpeg_stays_a_jpeg() -> None:
     _, jpeg = cv2.imencode(".jpg", np.full((10, 20, 3), 90, np.uint8))
-    shrunk, panoptic = labelled_images.shrink(jpeg.tobytes(), np.zeros((10, 20), np.int32), 10, name="a.jpg")
+    shrunk, panoptic = labeled_images.downscale(jpeg.tobytes(), np.zeros((10, 20), np.int32), 10, name="a.jpg")
     assert shrunk[:3] == b"\xff\xd8\xff"
-    assert tfrecord.decode_image_bytes(shrunk, "a.jpg")[0].shape == (5, 10, 3)
+    assert decode_image(shrunk, "a.jpg").shape == (5, 10, 3)
     assert panoptic.shape == (5, 10)
 
 
@@ -302,13 +304,13 @@ def test_max_side_is_checked(source: Source) -> None:
 def test_too_many_instances_ask_for_a_divisor() -> None:
     values = np.arange(1000).reshape(10, 100)
     with pytest.raises(UserError, match=r"more than 999 instances of 'car'; use a label_divisor above 1000"):
-        labelled_images.values_to_panoptic(values, lambda _: (1, True), INFO)
+        labeled_images.values_to_panoptic(values, lambda _: (1, True), INFO)
 
 
 def test_random_map_equals_a_pass_per_value() -> None:
     values = np.random.default_rng(0).integers(0, 40, (30, 50))
     # Odd values are cars, those that four divides sky, the others void.
-    found = labelled_images.values_to_panoptic(
+    found = labeled_images.values_to_panoptic(
         values, lambda v: (1, True) if v % 2 else (0, False) if v % 4 == 0 else None, INFO
     )
     expected = np.full(values.shape, 255_000)
@@ -323,4 +325,4 @@ def test_a_palette_is_not_turned_into_colours(tmp_path: Path) -> None:
     image = Image.frombytes("P", (2, 2), values.tobytes())
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 1, 2, 3])
     image.save(tmp_path / "palette.png")
-    np.testing.assert_array_equal(labelled_images.read_value_png(tmp_path / "palette.png", "PNG"), values)
+    np.testing.assert_array_equal(read_value_png(tmp_path / "palette.png", "PNG"), values)

@@ -10,11 +10,12 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from deeplab2_like.cli import main
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.convert import shapes
 from deeplab2_like.data.convert.class_lists import read_class_list
 from deeplab2_like.data.convert.coco_instances import convert_coco_instances
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 
 # Class ids are the positions: 0 car, 1 road, 2 person.
@@ -82,7 +83,7 @@ class Source:
 
     def labels(self) -> list[np.ndarray]:
         folder = self.folder / "records"
-        dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, "val"), dataset_info=DatasetInfo.load(folder))
+        dataset = pipeline.make_eval_dataset(list_shards(folder, "val"), dataset_info=DatasetInfo.load(folder))
         return [example["panoptic"] for example in dataset.as_numpy_iterator()]
 
 

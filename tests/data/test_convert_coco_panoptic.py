@@ -6,10 +6,11 @@ import cv2
 import numpy as np
 import pytest
 
-from deeplab2_like.data import panoptic_label, pipeline, tfrecord
+from deeplab2_like.data import panoptic_label, pipeline
 from deeplab2_like.data.convert import coco_panoptic, common
 from deeplab2_like.data.convert.scenes import convert_scenes
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards, list_splits
 from deeplab2_like.errors import UserError
 
 # Ids with gaps and out of order; class ids are the positions: 0 sky, 1 person, 2 car.
@@ -66,7 +67,7 @@ class Source:
 
     def examples(self, split="train"):
         folder = self.folder / "records"
-        dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
+        dataset = pipeline.make_eval_dataset(list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
         return list(dataset.as_numpy_iterator())
 
 
@@ -144,7 +145,7 @@ def test_files_do_not_depend_on_workers(tmp_path):
 
 def test_there_are_no_more_shards_than_images(source):
     source.convert(shards=50)
-    assert len(tfrecord.list_shards(source.folder / "records", "train")) == 3
+    assert len(list_shards(source.folder / "records", "train")) == 3
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_there_are_no_more_shards_than_images(source):
 def test_split_is_guessed_from_the_file_name(source, json_name, split):
     (source.folder / json_name).parent.mkdir(exist_ok=True)
     assert source.convert(json_name).split == split
-    assert tfrecord.available_splits(source.folder / "records") == [split]
+    assert list_splits(source.folder / "records") == [split]
 
 
 @pytest.mark.parametrize("json_name", ["a/valuable.json", "a/labels.json", "trainer/trainval2017.json", "a/devé.json"])
@@ -469,8 +470,8 @@ def test_default_number_of_shards_grows_with_the_data(tmp_path):
         common.write_split(
             range(count), lambda i: common.Record(b"%d" % i), info=info, output_dir=tmp_path, split=split
         )
-    assert len(tfrecord.list_shards(tmp_path, "small")) == 1
-    assert len(tfrecord.list_shards(tmp_path, "large")) == 2
+    assert len(list_shards(tmp_path, "small")) == 1
+    assert len(list_shards(tmp_path, "large")) == 2
 
 
 # Scenes.
@@ -484,7 +485,7 @@ def test_scenes_are_written_as_rendered(tmp_path):
     info = DatasetInfo.load(tmp_path)
     assert info == scenes.scenes_info()
     for split, first in (("train", 0), ("val", 1_000_000)):
-        dataset = pipeline.make_eval_dataset(tfrecord.list_shards(tmp_path, split), dataset_info=info)
+        dataset = pipeline.make_eval_dataset(list_shards(tmp_path, split), dataset_info=info)
         for number, example in enumerate(dataset.as_numpy_iterator()):
             image, panoptic = scenes.render_scene(first + number, height=48, width=64, seed=4)
             np.testing.assert_array_equal(example["image"], image)

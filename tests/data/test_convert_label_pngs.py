@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from deeplab2_like.cli import main
-from deeplab2_like.data import known_datasets, panoptic_label, pipeline, tfrecord
+from deeplab2_like.data import known_datasets, panoptic_label, pipeline
 from deeplab2_like.data.convert.ade20k import convert_ade20k
 from deeplab2_like.data.convert.cvat_masks import convert_cvat_masks
 from deeplab2_like.data.convert.semantic_pngs import convert_semantic_pngs
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 
 
@@ -27,7 +28,7 @@ def write_png(path: Path, values: Any) -> None:
 
 
 def examples(folder: Path, split: str = "train") -> list[dict[str, Any]]:
-    dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
+    dataset = pipeline.make_eval_dataset(list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
     return list(dataset.as_numpy_iterator())
 
 

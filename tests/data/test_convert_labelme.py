@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from deeplab2_like.cli import main
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.convert.labelme import convert_labelme
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import encode_png
 
@@ -80,7 +81,7 @@ class Source:
 
     def examples(self, split: str = "train") -> list[dict[str, Any]]:
         folder = self.folder / "records"
-        dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
+        dataset = pipeline.make_eval_dataset(list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
         return list(dataset.as_numpy_iterator())
 
     def label_of(self, shapes: list[dict[str, Any]], **changes: Any) -> np.ndarray:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from deeplab2_like.cli import main
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.convert.mapillary import convert_mapillary
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 
 
@@ -53,7 +54,7 @@ class Source:
         return DatasetInfo.load(self.folder / "records")
 
     def labels(self, split: str) -> list[np.ndarray]:
-        files = tfrecord.list_shards(self.folder / "records", split)
+        files = list_shards(self.folder / "records", split)
         dataset = pipeline.make_eval_dataset(files, dataset_info=self.info())
         return [example["panoptic"] for example in dataset.as_numpy_iterator()]
 

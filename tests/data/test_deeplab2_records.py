@@ -10,10 +10,11 @@ import tensorflow as tf
 
 from deeplab2_like.cli import main
 from deeplab2_like.configs.schema import DataConfig
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.convert import common
 from deeplab2_like.data.convert.deeplab2_records import describe_deeplab2_records
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 
 # With a divisor of 256: void; a person, which is class 1; a stuff class, the last one; another person.
@@ -47,7 +48,7 @@ def write(folder: Path, label: np.ndarray | None, *, split: str = "train") -> No
 
 
 def read(folder: Path, split: str = "train") -> list[np.ndarray]:
-    dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
+    dataset = pipeline.make_eval_dataset(list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
     return [example["panoptic"] for example in dataset.as_numpy_iterator()]
 
 
@@ -68,7 +69,7 @@ def test_training_sees_the_same_labels(tmp_path: Path) -> None:
     write(tmp_path / "records", COCO)
     describe_deeplab2_records(tmp_path / "records", "coco")
     dataset = pipeline.make_train_dataset(
-        tfrecord.list_shards(tmp_path / "records", "train"),
+        list_shards(tmp_path / "records", "train"),
         DataConfig(crop_size=(2, 4), flip=False),
         make_targets=lambda panoptic: {"panoptic": panoptic},
         dataset_info=DatasetInfo.load(tmp_path / "records"),

@@ -12,9 +12,10 @@ import numpy as np
 
 from deeplab2_like import files
 from deeplab2_like.data import known_datasets
-from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.convert import common, labeled_images
 from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import read_color_png, read_value_png
 from deeplab2_like.errors import UserError, unknown_name
 
 # Added to an object's class + 256 * number, to tell it from a class of `annotations`.
@@ -27,7 +28,7 @@ def convert_ade20k(
     root: Path,
     output_dir: Path,
     splits: Sequence[str] | None = None,
-    **options: Unpack[labelled_images.Options],
+    **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts splits of ADE20K.
 
@@ -38,7 +39,7 @@ def convert_ade20k(
         root: The folder with `images` and the labels.
         output_dir: The record folder.
         splits: `train` and `val`, or one of them; None: both.
-        **options: See `labelled_images.Options`.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
         A report per split.
@@ -77,7 +78,7 @@ def convert_ade20k(
 
 
 def _convert_annotations(
-    root: Path, images: Path, *, output_dir: Path, split: str, options: labelled_images.Options
+    root: Path, images: Path, *, output_dir: Path, split: str, options: labeled_images.LabelOptions
 ) -> common.ConversionReport:
     """Converts a split from `annotations` and `annotations_instance`."""
     # Ids as in the panoptic JSON, from 0.
@@ -89,7 +90,7 @@ def _convert_annotations(
     instances = root / "annotations_instance" / images.name
     common.require_folder(instances, "folder of instance PNGs")
 
-    def load(pair: labelled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+    def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         instance_png = instances / pair.label.name
 
         def meaning(value: int) -> tuple[int, bool] | None:
@@ -105,15 +106,15 @@ def _convert_annotations(
             return None if value == 0 or value - 1 in things else (value - 1, False)
 
         image = files.read_file(pair.image, "the image")
-        classes = labelled_images.read_value_png(pair.label, "class PNG")
-        objects = labelled_images.read_color_png(instance_png, "instance PNG") & 0xFFFF  # Without blue.
+        classes = read_value_png(pair.label, "class PNG")
+        objects = read_color_png(instance_png, "instance PNG") & 0xFFFF  # Without blue.
         if classes.shape != objects.shape:
             raise UserError(f"'{pair.label}' is {classes.shape} but '{instance_png}' {objects.shape} (height, width).")
         is_object = ((objects & 255) > 0) & (objects >> 8 > 0)
-        return image, labelled_images.values_to_panoptic(np.where(is_object, _OBJECT + objects, classes), meaning, info)
+        return image, labeled_images.values_to_panoptic(np.where(is_object, _OBJECT + objects, classes), meaning, info)
 
-    return labelled_images.write_labelled_images(
-        labelled_images.pair_images(images, root / "annotations" / images.name),
+    return labeled_images.write_labeled_images(
+        labeled_images.pair_images(images, root / "annotations" / images.name),
         load,
         inputs_of=lambda pair: [pair.image, pair.label, instances / pair.label.name],
         source=[images],

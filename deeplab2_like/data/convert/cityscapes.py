@@ -13,9 +13,10 @@ import numpy as np
 
 from deeplab2_like import files
 from deeplab2_like.data import known_datasets
-from deeplab2_like.data.coco_segments import ids_to_panoptic, parse_segments, read_segment_ids
-from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.coco_segments import ids_to_panoptic, parse_segments
+from deeplab2_like.data.convert import common, labeled_images
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import read_id_png, read_value_png
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import require_inside
 
@@ -52,7 +53,7 @@ def convert_cityscapes(
     output_dir: Path,
     splits: Sequence[str] | None = None,
     coarse: bool = False,
-    **options: Unpack[labelled_images.Options],
+    **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts splits of Cityscapes, with its 19 classes of which 8 are things.
 
@@ -64,7 +65,7 @@ def convert_cityscapes(
         output_dir: The record folder.
         splits: Names of the splits; None: train and val, or train_extra if `coarse`.
         coarse: Whether to take the labels of `gtCoarse`. The splits of the records are then called `SPLIT_coarse`.
-        **options: See `labelled_images.Options`.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
         A report per split.
@@ -90,7 +91,7 @@ def convert_cityscapes(
                 f"so that their images lie in 'leftImg8bit/{split}/CITY'."
             )
         reports.append(
-            labelled_images.write_labelled_images(
+            labeled_images.write_labeled_images(
                 examples,
                 _load,
                 inputs_of=lambda example: [example.image, example.label],
@@ -161,7 +162,7 @@ def _load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
     image = files.read_file(example.image, "the image")
     if example.json_info is not None:
         segments = parse_segments(example.segments, example.json_info)
-        ids = read_segment_ids(example.label)
+        ids = read_id_png(example.label)
         return image, ids_to_panoptic(ids, segments, info, png=f"'{example.label}'")
 
     def meaning(value: int) -> tuple[int, bool] | None:
@@ -174,5 +175,5 @@ def _load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         class_id = info.class_of_category_id.get(label_id)
         return None if class_id is None else (class_id, is_instance and info.categories[class_id].is_thing)
 
-    values = labelled_images.read_value_png(example.label, "PNG of instance ids")
-    return image, labelled_images.values_to_panoptic(values, meaning, info)
+    values = read_value_png(example.label, "PNG of instance ids")
+    return image, labeled_images.values_to_panoptic(values, meaning, info)

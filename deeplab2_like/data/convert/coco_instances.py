@@ -14,9 +14,10 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from deeplab2_like import files
-from deeplab2_like.data.convert import common, labelled_images, shapes
+from deeplab2_like.data.convert import common, labeled_images, shapes
 from deeplab2_like.data.convert.class_lists import read_class_list
 from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
+from deeplab2_like.data.images import read_value_png
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import path_inside
 
@@ -50,7 +51,7 @@ def convert_coco_instances(
     crowds_are_objects: bool = False,
     stuff_pngs: Path | None = None,
     stuff_classes: Path | None = None,
-    **options: Unpack[labelled_images.Options],
+    **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts one split.
 
@@ -70,7 +71,7 @@ def convert_coco_instances(
             annotation covers; values without a class are void.
         stuff_classes: Which value is which class, see `read_class_list`. Classes with names of the JSON are the same
             classes, which must be stuff.
-        **options: See `labelled_images.Options`.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
         A report, in a tuple as of all converters of several splits.
@@ -120,7 +121,7 @@ def convert_coco_instances(
 
     examples = _list_examples(content)
     counts = [Counter(str(a.get("category_id")) for a in example.annotations) for example in examples]
-    report = labelled_images.write_labelled_images(
+    report = labeled_images.write_labeled_images(
         examples,
         load,
         inputs_of=inputs_of,
@@ -244,7 +245,7 @@ def _stuff_name(example: _Example) -> str:
 
 def _draw_stuff(png: Path, name_of_value: dict[int, str], below: np.ndarray, info: DatasetInfo) -> np.ndarray:
     """Draws a stuff PNG over a panoptic map, int32 [H, W]."""
-    values = labelled_images.read_value_png(png, "stuff PNG")
+    values = read_value_png(png, "stuff PNG")
     if values.shape != below.shape:
         raise UserError(f"the stuff PNG '{png}' is {values.shape} but its image {below.shape} (height, width).")
     class_id_of_name = shapes.class_of_name(info)
@@ -253,5 +254,5 @@ def _draw_stuff(png: Path, name_of_value: dict[int, str], below: np.ndarray, inf
     def meaning(value: int) -> tuple[int, bool] | None:
         return (class_id_of_value[value], False) if value in class_id_of_value else None
 
-    stuff = labelled_images.values_to_panoptic(values, meaning, info)
+    stuff = labeled_images.values_to_panoptic(values, meaning, info)
     return np.where(stuff == info.void, below, stuff)

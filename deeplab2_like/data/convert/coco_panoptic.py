@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from deeplab2_like import files
-from deeplab2_like.data.coco_segments import compare_measures, ids_to_panoptic, parse_segments, read_segment_ids
-from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.coco_segments import compare_measures, ids_to_panoptic, parse_segments
+from deeplab2_like.data.convert import common, labeled_images
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.faults import Fault
+from deeplab2_like.data.images import read_id_png
 from deeplab2_like.errors import UserError
 from deeplab2_like.parallel import map_in_order
 from deeplab2_like.paths import path_inside
@@ -131,7 +132,7 @@ def check_segments(
 
     def check(example: _Example) -> list[Fault]:
         try:
-            ids = read_segment_ids(path_inside(Path(panoptic), example.panoptic_name))
+            ids = read_id_png(path_inside(Path(panoptic), example.panoptic_name))
         except UserError:
             return []
         kind, where = "segment differs from JSON", f"'{example.panoptic_name}' of '{json_file}'"
@@ -222,8 +223,8 @@ def _make_record(
     segments = parse_segments(example.segments, info)
     content = files.read_file(path_inside(images, example.name), "the image")
     png = path_inside(panoptic, example.panoptic_name)
-    label = ids_to_panoptic(read_segment_ids(png), segments, info, png=f"'{png}'")
-    content = labelled_images.turn_like_label(content, label.shape, name=example.name)
+    label = ids_to_panoptic(read_id_png(png), segments, info, png=f"'{png}'")
+    content = labeled_images.match_label_orientation(content, label.shape, name=example.name)
     if max_side is not None:
-        content, label = labelled_images.shrink(content, label, max_side, name=example.name)
+        content, label = labeled_images.downscale(content, label, max_side, name=example.name)
     return common.make_labelled_record(image=content, panoptic=label, filename=example.name, info=info)

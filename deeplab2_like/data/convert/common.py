@@ -12,10 +12,12 @@ from typing import Any, Literal, TypedDict, TypeVar
 import numpy as np
 
 from deeplab2_like import errors
-from deeplab2_like.data import dataset_info, tfrecord
+from deeplab2_like.data import dataset_info
 from deeplab2_like.data.convert.unfinished import UnfinishedSplit, fingerprint, make_plan
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import list_segments
+from deeplab2_like.data.records import serialize_example
+from deeplab2_like.data.shards import list_splits
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import make_folder, require_local
 from deeplab2_like.parallel import map_in_order
@@ -241,7 +243,7 @@ def _make_report(
 def make_labelled_record(
     *, image: bytes | np.ndarray, panoptic: np.ndarray, filename: str, info: DatasetInfo
 ) -> Record:
-    """Makes the record of an image and its label, see `tfrecord.serialize_example`, and counts what the label holds.
+    """Makes the record of an image and its label, see `records.serialize_example`, and counts what the label holds.
 
     Args:
         image: A whole image file's bytes, or the pixels, uint8 [H, W, 3] RGB.
@@ -252,7 +254,7 @@ def make_labelled_record(
     Raises:
         UserError: If the image cannot be read, or image and label do not fit each other.
     """
-    serialized = tfrecord.serialize_example(image=image, panoptic=panoptic, filename=filename)
+    serialized = serialize_example(image=image, panoptic=panoptic, filename=filename)
     table = list_segments(panoptic)
     classes = np.minimum(table.values // info.label_divisor, info.num_classes)
     instances = table.values % info.label_divisor
@@ -316,7 +318,7 @@ def agree_on_dataset_info(
     other_splits: list[str] = []
     if (output_dir / dataset_info.FILE_NAME).is_file():
         existing = DatasetInfo.load(output_dir)
-        other_splits = [name for name in tfrecord.available_splits(output_dir) if name != split]
+        other_splits = [name for name in list_splits(output_dir) if name != split]
         if existing.record_offset:
             raise UserError(f"'{output_dir}' holds records that DeepLab2 has made; choose another output folder.")
         if existing.categories != info.categories:

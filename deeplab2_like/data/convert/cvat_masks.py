@@ -8,8 +8,9 @@ from typing import Any, Unpack
 import numpy as np
 
 from deeplab2_like import files
-from deeplab2_like.data.convert import common, labelled_images, shapes
+from deeplab2_like.data.convert import common, labeled_images, shapes
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import read_color_png
 from deeplab2_like.errors import UserError
 
 # CVAT adds a class of this name for what has no shape.
@@ -24,7 +25,7 @@ def convert_cvat_masks(
     images: Path | None = None,
     stuff: Sequence[str] = (),
     background: str | None = None,
-    **options: Unpack[labelled_images.Options],
+    **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts one export as one split.
 
@@ -38,7 +39,7 @@ def convert_cvat_masks(
         images: Folder of the images; None: `JPEGImages` of the export, which has them if they were exported, too.
         stuff: Names of the classes that are stuff; all others are things.
         background: Name of the class of pixels without a shape, `background` for instance; None: they are void.
-        **options: See `labelled_images.Options`.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
         A report, in a tuple as of all converters of several splits.
@@ -65,14 +66,14 @@ def convert_cvat_masks(
     for color, name in color_and_name:
         class_of_color[_color_id(color)] = no_shape if name.lower() == _BACKGROUND else class_of_name[name]
 
-    def object_png_of(pair: labelled_images.Pair) -> Path:
+    def object_png_of(pair: labeled_images.Pair) -> Path:
         return objects / pair.label.relative_to(classes)
 
-    def load(pair: labelled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+    def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         image = files.read_file(pair.image, "the image")
-        class_colors = labelled_images.read_color_png(pair.label, "class PNG")
+        class_colors = read_color_png(pair.label, "class PNG")
         object_png = object_png_of(pair)
-        object_colors = labelled_images.read_color_png(object_png, "object PNG")
+        object_colors = read_color_png(object_png, "object PNG")
         if class_colors.shape != object_colors.shape:
             raise UserError(
                 f"'{pair.label}' is {class_colors.shape} but '{object_png}' {object_colors.shape} (height, width); "
@@ -91,10 +92,10 @@ def convert_cvat_masks(
             return None if class_id is None else (class_id, info.categories[class_id].is_thing and object_color > 0)
 
         both = class_colors.astype(np.int64) << 24 | object_colors
-        return image, labelled_images.values_to_panoptic(both, meaning, info)
+        return image, labeled_images.values_to_panoptic(both, meaning, info)
 
-    report = labelled_images.write_labelled_images(
-        labelled_images.pair_images(images, classes),
+    report = labeled_images.write_labeled_images(
+        labeled_images.pair_images(images, classes),
         load,
         inputs_of=lambda pair: [pair.image, pair.label, object_png_of(pair)],
         choices={"background": background, "labelmap": color_and_name},
@@ -125,6 +126,6 @@ def _read_labelmap(path: Path) -> list[tuple[tuple[int, int, int], str]]:
 
 
 def _color_id(color: tuple[int, int, int]) -> int:
-    """The number of a colour in `labelled_images.read_color_png`."""
+    """The number of a colour in `read_color_png`."""
     red, green, blue = color
     return red + 256 * green + 65536 * blue

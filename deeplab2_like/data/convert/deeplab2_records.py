@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from deeplab2_like.data import dataset_info, known_datasets, pipeline, tfrecord
+from deeplab2_like.data import dataset_info, known_datasets, pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import list_segments
+from deeplab2_like.data.record_errors import report_bad_records
+from deeplab2_like.data.shards import count_examples, list_shards, list_splits
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.temporary import remove_leftovers
 
@@ -44,7 +46,7 @@ def describe_deeplab2_records(records: Path, data_set: str) -> dict[str, int]:
     if data_set not in DATA_SETS:
         raise unknown_name("data set of DeepLab2", data_set, DATA_SETS)
     info = DATA_SETS[data_set]
-    splits = [split for split in tfrecord.available_splits(records) if split != _UNLABELLED_SPLIT]
+    splits = [split for split in list_splits(records) if split != _UNLABELLED_SPLIT]
     if not splits:
         raise UserError(
             f"'{records}' has no files like train-00000-of-00010.tfrecord; give the folder that DeepLab2 wrote."
@@ -56,10 +58,10 @@ def describe_deeplab2_records(records: Path, data_set: str) -> dict[str, int]:
         )
     counts = {}
     for split in splits:
-        files = tfrecord.list_shards(records, split)
-        counts[split] = tfrecord.count_examples(files)
+        files = list_shards(records, split)
+        counts[split] = count_examples(files)
         try:
-            with tfrecord.user_errors(files):
+            with report_bad_records(files):
                 _check_labels(pipeline.make_eval_dataset(files, dataset_info=info).take(_RECORDS_TO_READ), info)
         except UserError as error:
             others = ", ".join(name for name in DATA_SETS if name != data_set)

@@ -18,9 +18,9 @@ from PIL import Image
 
 from deeplab2_like import files
 from deeplab2_like.data import dataset_info
-from deeplab2_like.data.convert import common, labelled_images, shapes
+from deeplab2_like.data.convert import common, labeled_images, shapes
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.image_files import IMAGE_SUFFIXES, list_files
+from deeplab2_like.data.images import IMAGE_SUFFIXES, turn_upright
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import is_inside, require_inside
 
@@ -52,7 +52,7 @@ def convert_labelme(
     stuff: Sequence[str] = (),
     background: str | None = None,
     overlap: shapes.Overlap = "smaller-on-top",
-    **options: Unpack[labelled_images.Options],
+    **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts a folder of labelme and the folders in it as one split.
 
@@ -72,7 +72,7 @@ def convert_labelme(
         stuff: Names that are stuff; all others are things.
         background: Name of the class of pixels without a shape; None: they are void.
         overlap: Who owns a pixel of several shapes, see `shapes.draw`.
-        **options: See `labelled_images.Options`.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
         A report, in a tuple as of all converters of several splits.
@@ -100,7 +100,7 @@ def convert_labelme(
             raise UserError("it has no JSON of its name beside it; label it in labelme, or move it to another folder.")
         content = _read_json(example.json_file)
         # labelme turns an image before anything is drawn on it.
-        image = labelled_images.upright(_read_image(content, example.json_file, root), example.name)
+        image = turn_upright(_read_image(content, example.json_file, root), example.name)
         height, width = content.get("imageHeight"), content.get("imageWidth")
         if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
             raise UserError(f"'{example.json_file}' lacks 'imageHeight' or 'imageWidth'; save it again in labelme.")
@@ -108,7 +108,7 @@ def convert_labelme(
         below = shapes.empty_map(size, info, background)
         return image, shapes.draw(_read_shapes(content, size, info), below, overlap=overlap, info=info)
 
-    report = labelled_images.write_labelled_images(
+    report = labeled_images.write_labeled_images(
         examples,
         load,
         inputs_of=lambda example: [path for path in (example.image, example.json_file) if path is not None],
@@ -127,7 +127,7 @@ def _scan(root: Path) -> tuple[list[_Example], set[str], int]:
     """Lists JSONs and images without one; returns them, all names, and the largest number of shapes of a name."""
     examples, names, max_instances = [], set(), 0
     labelled = set()  # Paths of images, and of JSONs without their ending.
-    for json_file in list_files(root, (".json",), recursive=True):
+    for json_file in files.list_files(root, (".json",), recursive=True):
         name, image = json_file.stem, None
         labelled.add(json_file.with_suffix(""))
         try:
@@ -143,7 +143,7 @@ def _scan(root: Path) -> tuple[list[_Example], set[str], int]:
         except UserError:  # It comes again when the image is converted.
             pass
         examples.append(_Example((json_file.relative_to(root).parent / name).as_posix(), json_file, image))
-    for image in list_files(root, IMAGE_SUFFIXES, recursive=True):
+    for image in files.list_files(root, IMAGE_SUFFIXES, recursive=True):
         if not labelled & {Path(os.path.normpath(image)), image.with_suffix("")}:
             examples.append(_Example(image.relative_to(root).as_posix(), None, image))
     return examples, names, max_instances

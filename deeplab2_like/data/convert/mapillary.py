@@ -10,8 +10,9 @@ from typing import Any, Unpack
 import numpy as np
 
 from deeplab2_like import files
-from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.convert import common, labeled_images
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import read_value_png
 from deeplab2_like.errors import UserError, unknown_name
 
 _FOLDERS = {"train": "training", "val": "validation"}
@@ -24,7 +25,7 @@ def convert_mapillary(
     output_dir: Path,
     splits: Sequence[str] | None = None,
     version: str | None = None,
-    **options: Unpack[labelled_images.Options],
+    **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts splits of Mapillary Vistas.
 
@@ -35,7 +36,7 @@ def convert_mapillary(
         output_dir: The record folder.
         splits: `train` and `val`, or one of them; None: both.
         version: "1.2" or "2.0", of a download that holds both; None: the newest one there.
-        **options: See `labelled_images.Options`.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
         A report per split.
@@ -49,7 +50,7 @@ def convert_mapillary(
     info = _make_info(labels, name=f"mapillary {config.stem}")
     class_of_label_id = info.class_of_category_id
 
-    def load(pair: labelled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+    def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         def meaning(value: int) -> tuple[int, bool] | None:
             label_id = value // _INSTANCE_FACTOR
             if label_id >= len(labels):
@@ -62,8 +63,8 @@ def convert_mapillary(
             return None if class_id is None else (class_id, info.categories[class_id].is_thing)
 
         image = files.read_file(pair.image, "the image")
-        values = labelled_images.read_value_png(pair.label, "instance PNG")
-        return image, labelled_images.values_to_panoptic(values, meaning, info)
+        values = read_value_png(pair.label, "instance PNG")
+        return image, labeled_images.values_to_panoptic(values, meaning, info)
 
     reports = []
     for split in splits or _FOLDERS:
@@ -71,8 +72,8 @@ def convert_mapillary(
             raise unknown_name("split of Mapillary Vistas", split, _FOLDERS)
         images, label_pngs = root / _FOLDERS[split] / "images", root / _FOLDERS[split] / labels_folder
         reports.append(
-            labelled_images.write_labelled_images(
-                labelled_images.pair_images(images, label_pngs),
+            labeled_images.write_labeled_images(
+                labeled_images.pair_images(images, label_pngs),
                 load,
                 inputs_of=lambda pair: [pair.image, pair.label],
                 source=[images, label_pngs],

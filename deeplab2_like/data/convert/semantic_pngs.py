@@ -7,9 +7,10 @@ from typing import Unpack
 import numpy as np
 
 from deeplab2_like import files
-from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.convert import common, labeled_images
 from deeplab2_like.data.convert.class_lists import read_class_list
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import read_value_png
 from deeplab2_like.errors import UserError
 
 
@@ -22,7 +23,7 @@ def convert_semantic_pngs(
     split: str | None = None,
     ignore: Sequence[int] = (255,),
     label_ending: str = ".png",
-    **options: Unpack[labelled_images.Options],
+    **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts one split.
 
@@ -35,7 +36,7 @@ def convert_semantic_pngs(
             `common.guess_split`.
         ignore: Values that become void.
         label_ending: What a PNG's name has in place of the image's ending, such as `_mask.png`.
-        **options: See `labelled_images.Options`.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
         A report, in a tuple as of all converters of several splits.
@@ -48,7 +49,7 @@ def convert_semantic_pngs(
     categories = [{**entry, "isthing": 0} for entry in read_class_list(classes) if entry["id"] not in ignore]
     info = DatasetInfo.from_coco_categories(categories, name=classes.stem)
 
-    def load(pair: labelled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+    def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         def meaning(value: int) -> tuple[int, bool] | None:
             if value in ignore:
                 return None
@@ -60,11 +61,11 @@ def convert_semantic_pngs(
             return info.class_of_category_id[value], False
 
         image = files.read_file(pair.image, "the image")
-        values = labelled_images.read_value_png(pair.label, "label PNG")
-        return image, labelled_images.values_to_panoptic(values, meaning, info)
+        values = read_value_png(pair.label, "label PNG")
+        return image, labeled_images.values_to_panoptic(values, meaning, info)
 
-    report = labelled_images.write_labelled_images(
-        labelled_images.pair_images(images, labels, ending=label_ending),
+    report = labeled_images.write_labeled_images(
+        labeled_images.pair_images(images, labels, ending=label_ending),
         load,
         inputs_of=lambda pair: [pair.image, pair.label],
         choices={"ignore": list(ignore)},

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from deeplab2_like import files, temporary
-from deeplab2_like.data import tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import ShardWriter, list_present_shards, list_splits, shard_names
 from deeplab2_like.errors import UserError
 
 ERRORS_NAME = "errors.jsonl"
@@ -85,7 +85,7 @@ class UnfinishedSplit:
     def __init__(
         self, folder: Path, split: str, *, plan: Mapping[str, Any], fingerprints: Sequence[str] | None
     ) -> None:
-        self.names = tfrecord.shard_names(split, plan["shards"])
+        self.names = shard_names(split, plan["shards"])
         self._folder = folder
         self._split = split
         self._plan = plan
@@ -104,7 +104,7 @@ class UnfinishedSplit:
                 self._remove()
                 return False
             info = DatasetInfo.load(self._hidden)
-            others = [name for name in tfrecord.available_splits(self._folder) if name != self._split]
+            others = [name for name in list_splits(self._folder) if name != self._split]
             if others and DatasetInfo.load(self._folder) != info:
                 raise UserError(
                     f"'{self._hidden}' holds a finished conversion that was interrupted when it was moved, and that "
@@ -125,7 +125,7 @@ class UnfinishedSplit:
         found = []
         if self._has_finished() and (plan := _read(self._hidden / "plan.json")) is not None:
             found.append((f"An interrupted conversion of split '{self._split}' {here} is", plan))
-        if tfrecord.present_shards(self._folder, self._split):
+        if list_present_shards(self._folder, self._split):
             note = _read(self._record, "plan")
             found.append((f"Split '{self._split}' {here} was made", note["plan"] if note else None))
         for what, plan in found:
@@ -205,7 +205,7 @@ class UnfinishedSplit:
         path = self._hidden / self.names[number]
         with self._write_errors():
             path.with_name(f"{path.name}.json").unlink(missing_ok=True)
-        with tfrecord.FileWriter(path) as writer:
+        with ShardWriter(path) as writer:
             for record in records:
                 writer.write(record)
         state = {
@@ -227,11 +227,11 @@ class UnfinishedSplit:
 
     def _move_into_place(self, publication: Mapping[str, Any], info: DatasetInfo) -> None:
         """Replaces the split in the record folder by the one that is finished; can be repeated."""
-        names = tfrecord.shard_names(self._split, publication["plan"]["shards"])
+        names = shard_names(self._split, publication["plan"]["shards"])
         self._record.unlink(missing_ok=True)
         replaced = self._hidden / "replaced"
         replaced.mkdir(exist_ok=True)
-        for name in tfrecord.present_shards(self._folder, self._split):
+        for name in list_present_shards(self._folder, self._split):
             if name not in names or (self._hidden / name).exists():
                 # Deleting a large file takes longer.
                 (self._folder / name).replace(replaced / name)

@@ -2,23 +2,20 @@
 
 import dataclasses
 import glob
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, Unpack
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from deeplab2_like.data import panoptic_label, tfrecord
+from deeplab2_like.data import panoptic_label
 from deeplab2_like.data.convert import common
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.exif import find_orientation, turn
-from deeplab2_like.data.image_files import list_images
+from deeplab2_like.data.exif import apply_orientation, find_orientation
+from deeplab2_like.data.images import decode_image, encode_jpeg, encode_png, is_jpeg, list_images
 from deeplab2_like.data.label_runs import find_run_values
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import encode_png, read_file
 
 
 class Named(Protocol):
@@ -32,7 +29,7 @@ class Named(Protocol):
 NamedItem = TypeVar("NamedItem", bound=Named)
 
 
-class Options(common.WriteOptions, total=False):
+class LabelOptions(common.WriteOptions, total=False):
     """What users may choose about any source.
 
     Attributes:
@@ -44,7 +41,7 @@ class Options(common.WriteOptions, total=False):
     max_side: int | None
 
 
-def write_labelled_images(
+def write_labeled_images(
     items: Sequence[NamedItem],
     load: Callable[[NamedItem, DatasetInfo], tuple[bytes, np.ndarray]],
     *,
@@ -72,8 +69,8 @@ def write_labelled_images(
         output_dir: The record folder; several splits of a data set go to one folder.
         split: The split's name.
         max_instances: Largest number of instances of a class in any image, as far as it is known beforehand.
-        label_divisor: See `Options`.
-        max_side: See `Options`.
+        label_divisor: See `LabelOptions`.
+        max_side: See `LabelOptions`.
         **options: See `common.write_split`.
 
     Returns:
@@ -91,9 +88,9 @@ def write_labelled_images(
     def make_record(item: NamedItem) -> common.Record:
         try:
             image, panoptic = load(item, agreed)
-            image = turn_like_label(image, panoptic.shape, name=item.name)
+            image = match_label_orientation(image, panoptic.shape, name=item.name)
             if max_side is not None:
-                image, panoptic = shrink(image, panoptic, max_side, name=item.name)
+                image, panoptic = downscale(image, panoptic, max_side, name=item.name)
             return common.make_labelled_record(image=image, panoptic=panoptic, filename=item.name, info=agreed)
         except UserError as error:
             raise UserError(f"Image '{item.name}' of '{source[0]}': {error}") from error
@@ -111,7 +108,7 @@ def write_labelled_images(
     )
 
 
-def turn_like_label(image: bytes, label_size: tuple[int, ...], *, name: str) -> bytes:
+def match_label_orientation(image: bytes, label_size: tuple[int, ...], *, name: str) -> bytes:
     """Lays the pixels of an image as those of its label.
 
     Some tools draw labels on an image as it is stored, others as its EXIF orientation shows it. Where the two have
@@ -131,8 +128,8 @@ def turn_like_label(image: bytes, label_size: tuple[int, ...], *, name: str) -> 
     orientation = find_orientation(image)
     if orientation == 1:
         return image
-    stored, _ = tfrecord.decode_image_bytes(image, name)
-    shown = turn(stored, orientation)
+    stored = decode_image(image, name)
+    shown = apply_orientation(stored, orientation)
     if stored.shape != shown.shape:
         return encode_png(shown) if label_size == shown.shape[:2] else image
     if label_size == stored.shape[:2]:
@@ -144,24 +141,7 @@ def turn_like_label(image: bytes, label_size: tuple[int, ...], *, name: str) -> 
     return image  # Making the record says that the sizes differ.
 
 
-def upright(image: bytes, name: str) -> bytes:
-    """Turns an image as viewers show it.
-
-    Args:
-        image: A whole image file's bytes.
-        name: The image's name, for messages.
-
-    Returns:
-        The same bytes if there is nothing to turn, else those of a PNG.
-
-    Raises:
-        UserError: If an image to be turned cannot be read.
-    """
-    orientation = find_orientation(image)
-    return image if orientation == 1 else encode_png(turn(tfrecord.decode_image_bytes(image, name)[0], orientation))
-
-
-def shrink(image: bytes, panoptic: np.ndarray, max_side: int, *, name: str) -> tuple[bytes, np.ndarray]:
+def downscale(image: bytes, panoptic: np.ndarray, max_side: int, *, name: str) -> tuple[bytes, np.ndarray]:
     """Shrinks an image and its label so that the longer side has `max_side` pixels, unless it has no more.
 
     Args:
@@ -176,7 +156,7 @@ def shrink(image: bytes, panoptic: np.ndarray, max_side: int, *, name: str) -> t
     Raises:
         UserError: If the image cannot be read or has another size than its label.
     """
-    pixels, _ = tfrecord.decode_image_bytes(image, name)
+    pixels = decode_image(image, name)
     height, width = pixels.shape[:2]
     # A label of another size stays as it is, so that making the record names both sizes.
     if max(height, width) <= max_side or panoptic.shape != (height, width):
@@ -185,10 +165,7 @@ def shrink(image: bytes, panoptic: np.ndarray, max_side: int, *, name: str) -> t
     size = (max(1, round(width * factor)), max(1, round(height * factor)))  # OpenCV's order.
     pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     panoptic = cv2.resize(panoptic, size, interpolation=cv2.INTER_NEAREST_EXACT)
-    if image[:3] != b"\xff\xd8\xff":
-        return encode_png(pixels), panoptic
-    _, encoded = cv2.imencode(".jpg", np.ascontiguousarray(pixels[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 95])
-    return encoded.tobytes(), panoptic
+    return encode_jpeg(pixels) if is_jpeg(image) else encode_png(pixels), panoptic
 
 
 def values_to_panoptic(
@@ -228,52 +205,6 @@ def values_to_panoptic(
         instance = instances[class_id] if is_instance else 0
         panoptic_values[position] = panoptic_label.encode(class_id, instance, info.label_divisor)
     return np.repeat(panoptic_values[index], lengths).reshape(values.shape)  # [H, W]
-
-
-def _read_png(path: Path, what: str, mode: str | None = None) -> np.ndarray:
-    """Reads a PNG, [H, W] or [H, W, C], with Pillow, which does not turn a palette into colours unless `mode` says so.
-
-    Raises:
-        UserError: If the file is missing or damaged.
-    """
-    content = read_file(path, f"the {what}")
-    # Bit depth and colour type in the header of a PNG: Pillow scales grey of few bits to 0..255.
-    if mode is None and content[1:4] == b"PNG" and content[24:26] in (b"\2\0", b"\4\0"):
-        raise UserError(f"the {what} '{path}' is grey of {content[24]} bits; save it with 8 or 16 bits.")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(image if mode is None else image.convert(mode))
-    except Image.DecompressionBombError as error:
-        raise UserError(f"the {what} '{path}' is too large ({error}); cut image and label into parts.") from error
-    except (OSError, SyntaxError, ValueError) as error:  # What Pillow raises on damaged files.
-        raise UserError(f"the {what} '{path}' is not a readable PNG, or cut short.") from error
-
-
-def read_color_png(path: Path, what: str) -> np.ndarray:
-    """Reads a PNG of colours, maybe from a palette, as `R + 256 G + 65536 B`, int32 [H, W].
-
-    Raises:
-        UserError: If the file is missing or damaged.
-    """
-    return panoptic_label.rgb_to_ids(_read_png(path, what, "RGB").astype(np.int32))
-
-
-def read_value_png(path: Path, what: str) -> np.ndarray:
-    """Reads a PNG of one number per pixel: a grey value of 8 or 16 bits, or the position in a palette.
-
-    Returns:
-        int32 [H, W].
-
-    Raises:
-        UserError: If the file is missing, damaged, or has colours without a palette.
-    """
-    pixels = _read_png(path, what)
-    if pixels.ndim != 2:
-        raise UserError(
-            f"the {what} '{path}' has {pixels.shape[2]} channels; it must be grey (8 or 16 bits) or have a palette, "
-            "with a number per pixel."
-        )
-    return pixels.astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
