@@ -31,10 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic
+from deeplab2_like.data.images import write_png
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.data.shards import list_shards, read_index
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter
-from deeplab2_like.files import write_atomically, write_png
+from deeplab2_like.files import write_atomically
 
 # Name -> height, width, instances, and the ending of image files.
 CASES = {"Cityscapes": (1024, 2048, 30, ".png"), "COCO": (480, 640, 10, ".jpg")}

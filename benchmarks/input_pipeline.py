@@ -35,10 +35,11 @@ from rich.table import Table
 
 from deeplab2_like.configs.schema import DataConfig
 from deeplab2_like.data import pipeline
+from deeplab2_like.data.images import encode_png
 from deeplab2_like.data.records import serialize_example
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.data.shards import ShardWriter, list_shards
-from deeplab2_like.files import encode_png, write_atomically
+from deeplab2_like.files import write_atomically
 from deeplab2_like.model.panoptic_deeplab.targets import make_targets
 
 # Name -> height, width, instances, and the ending of image files.

@@ -1,4 +1,4 @@
-"""The demo: the whole chain on built-in scenes, with a small network, in some minutes on a CPU."""
+"""The demo: all commands in order, on built-in scenes and with a small network, in some minutes on a CPU."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
     console.rule("3/5 Evaluating")
     metrics = evaluate_model_folder(model_dir, output_dir=output_dir)
     console.rule("4/5 Exporting")
-    # The demo's folder is its own, so a second run replaces the export of the first.
+    # The folder belongs to the demo, so a second run replaces the export of the first.
     exported = export_model_folder(model_dir, exported, replace=True)
     console.rule("5/5 Predicting")
     _write_pictures(records, exported, output_dir / "pictures")
@@ -83,7 +83,7 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
 
 
 def _write_pictures(records: Path, exported: Path, folder: Path) -> None:
-    """Draws validation scenes: image, ground truth, and what the SavedModel says."""
+    """Draws validation scenes: image, ground truth, and prediction of the SavedModel."""
     info = DatasetInfo.load(records)
     predictor = Predictor(exported)
     sheet = []

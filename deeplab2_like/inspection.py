@@ -427,7 +427,7 @@ def _find_color_faults(info: DatasetInfo) -> list[Fault]:
     for category in info.categories:
         names_of.setdefault(category.color, []).append(category.name)
     return [
-        Fault("two classes of one colour", "dataset_info.json", f"{', '.join(names)} all have color {list(color)}.")
+        Fault("two classes of one color", "dataset_info.json", f"{', '.join(names)} all have color {list(color)}.")
         for color, names in names_of.items()
         if len(names) > 1
     ]

@@ -125,7 +125,7 @@ def test_export_writes_versions(chain: Path, tmp_path: Path, run: Run, refuse: C
     status, out, _ = run(*arguments, tmp_path / "models")
     assert (status, out.splitlines()[-1]) == (0, f"SavedModel is in {tmp_path / 'models' / '2'}")
     message = refuse(*arguments, tmp_path / "models" / "1")
-    assert message.startswith(f"'{tmp_path / 'models' / '1'}' holds an export already; give '{tmp_path / 'models'}' to")
+    assert message.startswith(f"'{tmp_path / 'models' / '1'}' already has an export; give '{tmp_path / 'models'}' to")
     (tmp_path / "models" / "2" / "notes.txt").write_text("of the replaced export")
     status, out, _ = run(*arguments, tmp_path / "models", "--replace")
     assert (status, out.splitlines()[-1]) == (0, f"SavedModel is in {tmp_path / 'models' / '2'}")
@@ -227,7 +227,7 @@ def test_an_oracle_is_better_than_nothing(model: Path, run: Run) -> None:
     # Numbers that are not the model's do not stand among those of the training.
     assert not list(folder.glob("events.*"))
     assert metrics["panoptic"]["stuff"]["sq"] == pytest.approx(100.0)
-    # Not all: in so small scenes, two centres may lie within one window of the peak search.
+    # Not all: in so small scenes, two centers may lie within one window of the peak search.
     assert metrics["panoptic"]["all"]["pq"] > 80
 
 
@@ -431,9 +431,9 @@ def test_a_file_in_place_of_the_output_folder(chain: Path, tmp_path: Path, refus
     message = refuse(
         "predict", "--model", chain / "exported", "--input", chain / "images", "--output-dir", tmp_path / "file"
     )
-    assert message.startswith(f"Output folder '{tmp_path / 'file'}' cannot be made (there is a file in its place)")
+    assert message.startswith(f"Output folder '{tmp_path / 'file'}' cannot be created (there is a file in its place)")
     message = refuse("evaluate", "--model-dir", chain / "model", "--output-dir", tmp_path / "file")
-    assert message.startswith(f"Output folder '{tmp_path / 'file'}' cannot be made (there is a file in its place)")
+    assert message.startswith(f"Output folder '{tmp_path / 'file'}' cannot be created (there is a file in its place)")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -530,7 +530,7 @@ def test_conversion(coco: Path, run: Run) -> None:
     assert names == {"dataset_info.json", "val-00000-of-00001.tfrecord", ".val.conversion.json"}
     # Again: nothing is done.
     status, out, _ = run(*coco_arguments(coco))
-    note = "It was there already, from the same files and options: nothing was done."
+    note = "It already exists with the same files and options: nothing was done."
     assert (status, out.splitlines()[0]) == (0, f"Split 'val': 2 examples, 0 skipped. {note}")
 
 
@@ -579,7 +579,7 @@ def test_wrong_scenes(tmp_path: Path, refuse: Callable[..., str]) -> None:
     assert "workers must be 1 or more" in convert("--workers", 0)
     assert "shards must be 1..99999" in convert("--shards", -1)
     (tmp_path / "file").touch()
-    assert "cannot be made" in convert("--output-dir", tmp_path / "file")
+    assert "cannot be created" in convert("--output-dir", tmp_path / "file")
     assert hidden(tmp_path) == []
 
 

@@ -137,7 +137,7 @@ def test_all_void(tmp_path: Path) -> None:
 def test_classes_of_one_color(tmp_path: Path) -> None:
     categories = [{**category, "color": [1, 2, 3]} for category in INFO.to_coco_categories()]
     write(tmp_path, {"train": [LARGE]}, DatasetInfo.from_coco_categories(categories, name="x"))
-    expected = ("two classes of one colour", "dataset_info.json", "cat, sky all have color [1, 2, 3].")
+    expected = ("two classes of one color", "dataset_info.json", "cat, sky all have color [1, 2, 3].")
     assert faults(tmp_path) == [expected]
 
 
@@ -242,4 +242,4 @@ def test_conversion_with_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert convert() == 2
     out, err = capsys.readouterr()
     assert "fault: segment differs from JSON, 1 times" in out
-    assert "segment 5 has area 15 in the JSON, 16 in the PNG. The records are written; mend the labels" in err
+    assert "segment 5 has area 15 in the JSON, 16 in the PNG. The records are written; fix the labels" in err

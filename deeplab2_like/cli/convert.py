@@ -26,12 +26,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("convert", help="Convert a data set to TFRecords.", description="Convert a data set.")
     sources = parser.add_subparsers(required=True, metavar="SOURCE")
     for name, source in SOURCES.items():
-        source_parser = sources.add_parser(name, help=source.summary, description=source.summary)
+        source_parser = add_command(sources, name, run, source.summary)
+        source_parser.set_defaults(source=name)
         source.add_options(source_parser)
-        source_parser.add_argument(
-            "--check", action="store_true", help="look for faults in the labels, as inspect does"
-        )
-        source_parser.set_defaults(run=run, source=name)
+        source_parser.add_argument("--check", action="store_true", help="find faults in the labels, as inspect does")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -153,7 +153,7 @@ def test_official_panoptic_folder_is_used_when_there(source: Source, ids: dict[s
     del categories[3]
     folder.with_suffix(".json").write_text(json.dumps(content))
     with pytest.raises(
-        UserError, match=r"is not what Cityscapes' own tools write \(KeyError\('wall'\)\); make it again"
+        UserError, match=r"is not in the format of Cityscapes' own tools \(KeyError\('wall'\)\); make it again"
     ):
         source.convert(splits=["train"])
 
@@ -174,7 +174,7 @@ def truncated_label(source: Source) -> None:
     path.write_bytes(path.read_bytes()[:50])
 
 
-def colour_label(source: Source) -> None:
+def color_label(source: Source) -> None:
     cv2.imwrite(str(source.label("train", NAMES[0])), np.zeros((3, 4, 3), np.uint8))
 
 
@@ -192,7 +192,7 @@ def other_size(source: Source) -> None:
         (absent_image, r"the image '.*leftImg8bit\.png' cannot be read \(No such file"),
         (absent_label, r"the PNG of instance ids '.*_gtFine_instanceIds\.png' cannot be read \(No such file"),
         (truncated_label, r"the PNG of instance ids '.*instanceIds\.png' is not a readable PNG, or cut short"),
-        (colour_label, r"the PNG of instance ids '.*instanceIds\.png' has 3 channels; it must be grey"),
+        (color_label, r"the PNG of instance ids '.*instanceIds\.png' has 3 channels; it must be gray"),
         (unknown_label_id, r"instanceIds\.png' has the value 34001; it must be a label id, 0 to 33, or such an id \*"),
         (other_size, r"is 3x4 but its label is 2x4"),
     ],
@@ -218,7 +218,7 @@ def test_folders_without_cities_are_named(source: Source) -> None:
     for folder in ("leftImg8bit", "gtFine"):
         (source.root / folder / "val").mkdir()
     with pytest.raises(
-        UserError, match=r"leftImg8bit.val' has no image CITY/\*_leftImg8bit\.png, nor '.*gtFine.val' a"
+        UserError, match=r"leftImg8bit.val' has no image CITY/\*_leftImg8bit\.png, and '.*gtFine.val' no"
     ):
         source.convert(splits=["val"])
 
@@ -238,7 +238,7 @@ def test_command(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
         ["car", "thing", "4", "25.0%"],
         ["bicycle", "thing", "4", "25.0%"],
     ]
-    assert lines[12].startswith("Without a pixel: sidewalk (stuff); building (stuff); wall (stuff); fence (stuff);")
+    assert lines[12].startswith("Without pixels: sidewalk (stuff); building (stuff); wall (stuff); fence (stuff);")
     assert lines[12].endswith(
         "; person (thing); rider (thing); truck (thing); bus (thing); train (thing); motorcycle (thing)"
     )
@@ -320,7 +320,7 @@ def test_random_map_equals_a_pass_per_value() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_palette_is_not_turned_into_colours(tmp_path: Path) -> None:
+def test_a_palette_is_not_turned_into_colors(tmp_path: Path) -> None:
     values = np.array([[0, 3], [2, 1]], np.uint8)
     image = Image.frombytes("P", (2, 2), values.tobytes())
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 1, 2, 3])

@@ -203,8 +203,8 @@ def doubled_image(source: Source) -> None:
         (change("category_id", 2), "its annotation of id 11 has category_id 2, which 'categories' does not list"),
         (change("category_id", None), "its annotation of id 11 has category_id None, which"),
         (change("segmentation", []), "id 11 has no 'segmentation'; a box does not say which pixels are meant"),
-        (change("segmentation", [[0, 0, 1, 1]]), "id 11 has a polygon that is no list x, y, x, y"),
-        (change("segmentation", [[0, 0, 1, 1, 2, "x"]]), "id 11 has a polygon with a coordinate that is no number"),
+        (change("segmentation", [[0, 0, 1, 1]]), "id 11 has a polygon that is not a list x, y, x, y"),
+        (change("segmentation", [[0, 0, 1, 1, 2, "x"]]), "id 11 has a polygon with a coordinate that is not a number"),
         (
             change("segmentation", [[0, 0, 1, 1, 2, 1e9]]),
             "id 11 has a polygon with a coordinate far outside of",
@@ -241,7 +241,7 @@ def test_crowds_may_be_written_in_other_ways(source: Source) -> None:
 @pytest.mark.parametrize("height", [10**9, -3])
 def test_a_size_that_no_image_has(source: Source, height: int) -> None:
     source.content["images"][1]["height"] = height
-    with pytest.raises(UserError, match=rf"height and width are given as {height} and 6, which no image has"):
+    with pytest.raises(UserError, match=rf"height and width are given as {height} and 6, which is impossible"):
         source.convert()
 
 

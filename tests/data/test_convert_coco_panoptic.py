@@ -19,7 +19,7 @@ CATEGORIES = [
     {"id": 1, "name": "person", "isthing": 1, "color": [4, 5, 6]},
     {"id": 30, "name": "car", "isthing": 1, "color": [7, 8, 9]},
 ]
-# One id per byte of the PNG's colours, and 0 for unlabelled.
+# One id per byte of the PNG's colors, and 0 for unlabeled.
 IDS = np.array([[5, 5, 300, 300], [70_000, 70_001, 9, 0]])
 SEGMENTS = [
     {"id": 300, "category_id": 1, "iscrowd": 0},
@@ -123,7 +123,7 @@ def test_random_map_equals_a_pass_per_segment(source):
     np.testing.assert_array_equal(source.examples()[1]["panoptic"], expected)
 
 
-def test_unlabelled_image_is_all_void(source):
+def test_unlabeled_image_is_all_void(source):
     source.write_ids("b", np.zeros((2, 4), int))
     source.content["annotations"][1]["segments_info"] = []
     source.convert()
@@ -239,7 +239,7 @@ def test_second_split_with_more_instances_is_refused(source):
     source.convert()
     before = records(source.folder / "records")
     many_instances(source, 1000)
-    message = r"holds splits \(train\) of label_divisor 1000, but split 'val' takes 10000; convert all of them"
+    message = r"holds splits \(train\) with label_divisor 1000, but split 'val' needs 10000; convert all of them"
     with pytest.raises(UserError, match=message):
         source.convert("panoptic_val.json")
     assert records(source.folder / "records") == before
@@ -276,7 +276,7 @@ def truncated_png(source):
     path.write_bytes(path.read_bytes()[:60])
 
 
-def grey_png(source):
+def gray_png(source):
     cv2.imwrite(str(source.folder / "panoptic" / "b.png"), np.zeros((2, 4), np.uint8))
 
 
@@ -339,7 +339,7 @@ IMAGE_FAULTS = [
     (truncated_image, r"'b\.png' is not a readable image, or cut short"),
     (absent_png, r"the panoptic PNG '.*panoptic.b\.png' cannot be read \(No such file"),
     (truncated_png, r"'.*panoptic.b\.png' is not a readable PNG, or cut short"),
-    (grey_png, r"panoptic.b\.png' has 1 channels; a panoptic PNG is RGB"),
+    (gray_png, r"panoptic.b\.png' has 1 channels; a panoptic PNG is RGB"),
     (other_size, r"Image 'b\.png' is 4x2 but its label is 2x4"),
     (id_not_in_json, r"panoptic.b\.png' has pixels of id 300, which 'segments_info' does not list"),
     (largest_id_not_in_json, r"has pixels of id 16777215, which 'segments_info' does not list"),
@@ -375,13 +375,13 @@ def test_doubled_annotation_is_named(source):
     report = source.convert(on_error="skip")
     assert report.examples == 3
     assert "'a.png'" in report.skipped[0]
-    assert "entry 3 of 'annotations' is another annotation of image_id 0; an image has one." in report.skipped[0]
+    assert "entry 3 of 'annotations' is a second annotation of image_id 0; an image must have one." in report.skipped[0]
 
 
 @pytest.mark.parametrize(
     ("kind", "entry", "message"),
     [
-        ("images", {"id": 9, "file_name": "d.png"}, "Image 'd.png' of .*: 'annotations' has none for image_id 9"),
+        ("images", {"id": 9, "file_name": "d.png"}, "Image 'd.png' of .*: 'annotations' has no entry for image_id 9"),
         ("images", {"file_name": "d.png"}, "Image 'd.png' of .*: entry 3 of 'images' lacks 'id' or 'file_name'"),
         (
             "annotations",
@@ -450,7 +450,7 @@ def test_faulty_json_is_named(source, text, message):
 
 def test_output_folder_that_cannot_be_made_is_named(source):
     (source.folder / "file").touch()
-    with pytest.raises(UserError, match=r"Output folder '.*file' cannot be made"):
+    with pytest.raises(UserError, match=r"Output folder '.*file' cannot be created"):
         source.convert(output_dir=source.folder / "file")
 
 

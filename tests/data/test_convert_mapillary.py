@@ -25,7 +25,7 @@ LABELS = [
     label("void--unlabeled", "Unlabeled", instances=False, evaluate=False),
     label("object--vehicle--car", "Car", instances=True),
 ]
-# Label * 256 + instance: road; two cars, the first of which is instance 0; unlabelled.
+# Label * 256 + instance: road; two cars, the first of which is instance 0; unlabeled.
 INSTANCES = np.array([[0, 512, 512], [0, 513, 256]], np.uint16)
 # Road is class 0, Car class 1; instances count from 1.
 PANOPTIC = [[0, 1001, 1001], [0, 1002, 255000]]

@@ -112,7 +112,7 @@ def test_wrong_data_set_is_refused(tmp_path: Path) -> None:
             r"class 0, 'road', which is stuff, has an instance 257\.",
         ),
         # A road of Cityscapes, 0, would be void.
-        (np.zeros((2, 3), np.int32), "coco", r"All labels that were looked at are void\."),
+        (np.zeros((2, 3), np.int32), "coco", r"All labels that were checked are void\."),
     ],
 )
 def test_labels_that_make_no_sense_are_refused(tmp_path: Path, label: np.ndarray, data_set: str, message: str) -> None:
@@ -135,16 +135,14 @@ def test_other_mistakes_are_named(tmp_path: Path) -> None:
     write(tmp_path, COCO)
     info = DatasetInfo.from_coco_categories([{"id": 1, "name": "x", "isthing": 1}], name="other")
     info.save(tmp_path)
-    with pytest.raises(
-        UserError, match=r"dataset_info\.json' says something else than what is known of DeepLab2's coco"
-    ):
+    with pytest.raises(UserError, match=r"dataset_info\.json' differs from the one of DeepLab2's coco"):
         describe_deeplab2_records(tmp_path, "coco")
 
 
 def test_nothing_is_converted_into_such_a_folder(tmp_path: Path) -> None:
     write(tmp_path, COCO)
     describe_deeplab2_records(tmp_path, "coco")
-    with pytest.raises(UserError, match="holds records that DeepLab2 has made; choose another output folder"):
+    with pytest.raises(UserError, match="holds records that DeepLab2 made; choose another output folder"):
         common.agree_on_dataset_info(DatasetInfo.load(tmp_path), output_dir=tmp_path, split="val", max_instances=0)
 
 

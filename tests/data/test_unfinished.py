@@ -247,7 +247,7 @@ def test_a_split_is_not_put_beside_others_of_other_classes(
             conversion.run(tmp_path)
     other = INFO.from_coco_categories(INFO.to_coco_categories(), name="x", label_divisor=5000)
     conversion.run(tmp_path, split="val", info=other)
-    with pytest.raises(UserError, match=r"does not go with the splits made since \(val\): .*label_divisor 1000 differ"):
+    with pytest.raises(UserError, match=r"does not match the splits made since \(val\): .*label_divisor 1000 differ"):
         conversion.run(tmp_path)
     assert DatasetInfo.load(tmp_path) == other
 
@@ -350,7 +350,7 @@ def test_another_interrupted_conversion_is_refused(
         conversion.run(tmp_path)
     before = contents(tmp_path)
     expected = (
-        rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*start anew with --replace"
+        rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*start over with --replace"
     )
     with pytest.raises(UserError, match=expected):
         conversion.run(tmp_path, **changes)

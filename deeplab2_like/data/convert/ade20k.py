@@ -1,7 +1,8 @@
 """Converts ADE20K's challenge data, ADEChallengeData2016: 150 classes of which 100 are things.
 
-If `ade20k_panoptic_SPLIT.json` is there, as the usual preparation makes it, it is used; else `annotations`, the class
-of each pixel, and `annotations_instance`: red is the class in the instance challenge, green the number of the object.
+`ade20k_panoptic_SPLIT.json`, which the usual preparation makes, is used if it exists. Otherwise `annotations` has the
+class of each pixel, and `annotations_instance` has the objects: red is the class in the instance challenge, green the
+number of the object.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import read_color_png, read_value_png
 from deeplab2_like.errors import UserError, unknown_name
 
-# Added to an object's class + 256 * number, to tell it from a class of `annotations`.
+# Added to an object's class + 256 * number, to distinguish it from a class of `annotations`.
 _OBJECT = 2**16
 _FOLDERS = {"train": "training", "val": "validation"}
 
@@ -32,8 +33,9 @@ def convert_ade20k(
 ) -> tuple[common.ConversionReport, ...]:
     """Converts splits of ADE20K.
 
-    Without the panoptic JSON, objects of `annotations_instance` are above the classes of `annotations`, as the two do
-    not agree everywhere, and pixels of a thing class without an object are void, both as in the usual preparation.
+    Without the panoptic JSON, objects of `annotations_instance` take precedence over the classes of `annotations`,
+    because the two do not agree everywhere, and pixels of a thing class without an object are void. Both are as in the
+    usual preparation.
 
     Args:
         root: The folder with `images` and the labels.
@@ -55,8 +57,8 @@ def convert_ade20k(
     prepared = [split for split in splits if (root / f"ade20k_panoptic_{split}.json").is_file()]
     if 0 < len(prepared) < len(splits):
         raise UserError(
-            f"'{root}' has ade20k_panoptic_{prepared[0]}.json but not such a JSON of every split, and the two kinds of "
-            "labels do not go together; add the others, or move this one away, so that all come from 'annotations'."
+            f"'{root}' has ade20k_panoptic_{prepared[0]}.json but not such a JSON for every split, and the two kinds "
+            "of labels cannot be mixed; add the others, or move this one away, so that all come from 'annotations'."
         )
     reports = []
     for split in splits:

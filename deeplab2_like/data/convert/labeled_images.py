@@ -1,4 +1,4 @@
-"""What converters of images and label maps share: reading files, giving pixel values a meaning, making records."""
+"""Shared by converters of images with label maps: pairs files, maps pixel values to classes, and makes records."""
 
 import dataclasses
 import glob
@@ -19,22 +19,22 @@ from deeplab2_like.errors import UserError
 
 
 class Named(Protocol):
-    """An image to be converted; `name` is its file name, maybe with folders, which its record keeps as `image_id`."""
+    """An item to convert; `name` is the file name of its image, which becomes the `image_id` of its record."""
 
     @property
     def name(self) -> str:
-        """The name."""
+        """The file name of the image, which may contain folders."""
 
 
 NamedItem = TypeVar("NamedItem", bound=Named)
 
 
 class LabelOptions(common.WriteOptions, total=False):
-    """What users may choose about any source.
+    """Options that users may choose for any source.
 
     Attributes:
-        label_divisor: Factor between class and instance ids; None: the folder's, or else the smallest that fits.
-        max_side: Larger images are shrunk until their longer side has this many pixels; None: they stay as they are.
+        label_divisor: Factor between class and instance ids; None: that of the folder, or else the smallest that fits.
+        max_side: Downscale images whose longer side has more pixels to this size; None: keep all sizes.
     """
 
     label_divisor: int | None
@@ -60,24 +60,24 @@ def write_labeled_images(
 
     Args:
         items: The images, in the order of the records.
-        load: Returns an image file's bytes and its panoptic map, int32 [H, W], in the encoding of the given facts;
-            raises `UserError` if the image or its label is faulty.
+        load: Returns the content of an item's image file and its panoptic map, int32 [H, W], encoded for the given
+            `DatasetInfo`; raises `UserError` if the image or its label is faulty.
         inputs_of: The files that `load` reads for an item, the image first; see `common.write_split`.
-        choices: What else decides what `load` returns, by name; must be fit for JSON. The classes need not be in it.
-        source: The files or folders that the user has given, see `common.write_split`; messages name the first.
-        info: The data set's facts; its label divisor does not count.
+        choices: Everything else that affects the results of `load`, except the classes, by name; must be JSON values.
+        source: The files or folders that the user gave, see `common.write_split`; error messages name the first.
+        info: The `DatasetInfo` of the source; its label divisor is ignored.
         output_dir: The record folder; several splits of a data set go to one folder.
         split: The split's name.
-        max_instances: Largest number of instances of a class in any image, as far as it is known beforehand.
+        max_instances: Largest number of instances of a class in any image, if known in advance.
         label_divisor: See `LabelOptions`.
         max_side: See `LabelOptions`.
         **options: See `common.write_split`.
 
     Returns:
-        What was written and skipped.
+        The numbers of written and skipped examples, and statistics.
 
     Raises:
-        UserError: If an input is missing or faulty; the output folder is then as it was.
+        UserError: If an input is missing or faulty; the output folder is unchanged then.
     """
     if max_side is not None and max_side < 1:
         raise UserError(f"max_side must be 1 or more, got {max_side}.")
@@ -91,7 +91,7 @@ def write_labeled_images(
             image = match_label_orientation(image, panoptic.shape, name=item.name)
             if max_side is not None:
                 image, panoptic = downscale(image, panoptic, max_side, name=item.name)
-            return common.make_labelled_record(image=image, panoptic=panoptic, filename=item.name, info=agreed)
+            return common.make_labeled_record(image=image, panoptic=panoptic, filename=item.name, info=agreed)
         except UserError as error:
             raise UserError(f"Image '{item.name}' of '{source[0]}': {error}") from error
 
@@ -109,21 +109,21 @@ def write_labeled_images(
 
 
 def match_label_orientation(image: bytes, label_size: tuple[int, ...], *, name: str) -> bytes:
-    """Lays the pixels of an image as those of its label.
+    """Turns an image to match its label.
 
-    Some tools draw labels on an image as it is stored, others as its EXIF orientation shows it. Where the two have
-    different sizes, the label's size tells.
+    Some tools draw labels on the pixels as stored, others on the image turned by its EXIF orientation. If the two have
+    different sizes, the size of the label decides.
 
     Args:
-        image: A whole image file's bytes.
+        image: The content of a whole image file.
         label_size: Height and width of its label.
-        name: The image's name, for messages.
+        name: The file name for error messages.
 
     Returns:
-        The same bytes, or those of a PNG of the turned image.
+        The same content, or a PNG file of the turned image.
 
     Raises:
-        UserError: If the image has an orientation, and the label's size does not tell.
+        UserError: If the image has an orientation, and the size of the label does not decide.
     """
     orientation = find_orientation(image)
     if orientation == 1:
@@ -138,31 +138,31 @@ def match_label_orientation(image: bytes, label_size: tuple[int, ...], *, name: 
             "image as it is stored or as viewers show it; save the image without an orientation, turned (say with "
             "`mogrify -auto-orient`) or as it is stored (`exiftool -Orientation=`), whichever fits the label."
         )
-    return image  # Making the record says that the sizes differ.
+    return image  # The sizes differ, which `serialize_example` reports.
 
 
 def downscale(image: bytes, panoptic: np.ndarray, max_side: int, *, name: str) -> tuple[bytes, np.ndarray]:
-    """Shrinks an image and its label so that the longer side has `max_side` pixels, unless it has no more.
+    """Downscales an image and its label if the longer side has more than `max_side` pixels.
 
     Args:
-        image: A whole image file's bytes.
+        image: The content of a whole image file.
         panoptic: int32 [H, W], panoptic map.
-        max_side: Pixels.
-        name: The image's name, for messages.
+        max_side: Largest allowed length of the longer side, in pixels.
+        name: The file name for error messages.
 
     Returns:
-        The bytes of an image file (a JPEG if it was one, else a PNG), and a panoptic map, int32 [h, w], of its size.
+        The content of an image file (a JPEG if it was one, else a PNG), and a panoptic map, int32 [h, w], of its size.
 
     Raises:
-        UserError: If the image cannot be read or has another size than its label.
+        UserError: If the image cannot be decoded.
     """
     pixels = decode_image(image, name)
     height, width = pixels.shape[:2]
-    # A label of another size stays as it is, so that making the record names both sizes.
+    # A label of another size is kept, so that `serialize_example` reports both sizes.
     if max(height, width) <= max_side or panoptic.shape != (height, width):
         return image, panoptic
     factor = max_side / max(height, width)
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))  # OpenCV's order.
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))  # Width and height, as OpenCV expects.
     pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     panoptic = cv2.resize(panoptic, size, interpolation=cv2.INTER_NEAREST_EXACT)
     return encode_jpeg(pixels) if is_jpeg(image) else encode_png(pixels), panoptic
@@ -171,21 +171,21 @@ def downscale(image: bytes, panoptic: np.ndarray, max_side: int, *, name: str) -
 def values_to_panoptic(
     values: np.ndarray, meaning: Callable[[int], tuple[int, bool] | None], info: DatasetInfo
 ) -> np.ndarray:
-    """Turns a map of a data set's own values into a panoptic map.
+    """Converts a map of a data set's own values to a panoptic map.
 
     Instances of a class are numbered from 1 in the order of their values.
 
     Args:
         values: Integers [H, W]; equal values belong to the same segment.
-        meaning: Of a value: class id (contiguous) and whether it is an instance of a thing class; what is none gets
-            instance 0, as stuff and crowd regions do. None stands for void. Raises `UserError` on unknown values.
-        info: The data set's facts.
+        meaning: Returns for a value the contiguous class id and whether it is an instance of a thing class, otherwise
+            it gets instance 0, like stuff and crowd regions; or None for void. Raises `UserError` for unknown values.
+        info: The meaning of the panoptic map.
 
     Returns:
         int32 [H, W], panoptic map.
 
     Raises:
-        UserError: If a value is unknown, or the instances of a class are too many for the label divisor.
+        UserError: If a value is unknown, or a class has too many instances for the label divisor.
     """
     lengths, (run_values,) = find_run_values(values.reshape(-1))
     present, index = np.unique(run_values, return_inverse=True)
@@ -212,9 +212,9 @@ class Pair:
     """An image and its label.
 
     Attributes:
-        name: The image's file name, with its folders below the folder of the images.
-        image: The image.
-        label: The PNG.
+        name: The image's file name, relative to the folder of the images.
+        image: The image file.
+        label: The label PNG.
     """
 
     name: str
@@ -223,15 +223,15 @@ class Pair:
 
 
 def pair_images(images: Path, labels: Path, *, ending: str = ".png") -> list[Pair]:
-    """Pairs images with the PNGs of the same name, in folders of the two folders, too.
+    """Pairs images with label PNGs of the same name, including those in subfolders.
 
     Args:
         images: Folder of the images.
         labels: Folder of the PNGs; may be the same.
-        ending: What a PNG's name has in place of the image's ending.
+        ending: Ending of a PNG's name, in place of the image's suffix.
 
     Returns:
-        A pair for each image and for each PNG without an image, by name; reading what is missing fails later.
+        A pair for each image and for each PNG without an image, sorted by name; reading a missing file fails later.
 
     Raises:
         UserError: If a folder is missing, or there is no image.

@@ -1,4 +1,4 @@
-"""Converts labels without instances: one PNG per image whose values are classes. All classes become stuff."""
+"""Converts labels without instances: a PNG per image with the class of each pixel. All classes become stuff."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,21 +28,21 @@ def convert_semantic_pngs(
     """Converts one split.
 
     Args:
-        images: Folder of the images, maybe in folders.
-        labels: Folder of the PNGs, in the same folders: grey of 8 or 16 bits, or with a palette.
-        classes: Which value is which class, see `class_lists.read_class_list`.
+        images: Folder of the images, which may have subfolders.
+        labels: Folder of the PNGs, in the same subfolders: gray of 8 or 16 bits, or with a palette.
+        classes: The class of each value, see `class_lists.read_class_list`.
         output_dir: The record folder.
-        split: The split's name; None: as the names of the two folders, or of those that hold them, say, see
+        split: The split's name; None: taken from the names of the two folders, or of their parent folders, see
             `common.guess_split`.
         ignore: Values that become void.
-        label_ending: What a PNG's name has in place of the image's ending, such as `_mask.png`.
+        label_ending: Ending of a PNG's name, in place of the image's suffix, such as `_mask.png`.
         **options: See `labeled_images.LabelOptions`.
 
     Returns:
-        A report, in a tuple as of all converters of several splits.
+        A tuple with one report, like the converters of several splits.
 
     Raises:
-        UserError: If an input is missing or faulty; the output folder is then as it was.
+        UserError: If an input is missing or faulty; the output folder is unchanged then.
     """
     images, labels, classes = Path(images), Path(labels), Path(classes)
     split = split if split is not None else common.guess_split(images, labels)
