@@ -299,7 +299,7 @@ def print_inspection(inspection: Inspection, *, console: Console | None = None, 
         console.print(table)
         absent = [name for name, entry in values["per_class"].items() if not entry["images"]]
         if absent:
-            console.print(f"Without a pixel: {', '.join(absent)}", markup=False, highlight=False)
+            console.print(f"Without pixels: {', '.join(absent)}", markup=False, highlight=False)
     counts = inspection.statistics["fault_counts"]
     if not counts:
         console.print("No faults found.")
