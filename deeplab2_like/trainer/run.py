@@ -13,8 +13,8 @@ import tensorflow as tf
 from deeplab2_like.checkpoint import load_fitting_weights, make_checkpoint, restore
 from deeplab2_like.checkpoint_files import find_initial_checkpoint, list_checkpoints, newest_whole_checkpoint
 from deeplab2_like.configs import Config, load_config
-from deeplab2_like.data import tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem, build_system
 from deeplab2_like.model.base import dtype_policy
@@ -93,7 +93,7 @@ def make_run(config: Config, model_dir: str | os.PathLike[str], strategy: tf.dis
     """
     settings = config.trainer
     dataset_info = DatasetInfo.load(config.data.record_folder)
-    files = tfrecord.list_shards(config.data.record_folder, config.data.train_split)
+    files = list_shards(config.data.record_folder, config.data.train_split)
     validation_files = _list_validation_files(config)
     check_model_folder(model_dir, config, dataset_info)
     devices = strategy.num_replicas_in_sync
@@ -191,7 +191,7 @@ def _list_validation_files(config: Config) -> list[str]:
     if config.trainer.pictures_every is None and config.trainer.evaluate_every is None:
         return []
     try:
-        return tfrecord.list_shards(config.data.record_folder, config.data.val_split)
+        return list_shards(config.data.record_folder, config.data.val_split)
     except UserError as error:
         if config.trainer.evaluate_every is None:
             return []

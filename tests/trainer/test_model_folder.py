@@ -232,6 +232,8 @@ def test_a_file_in_the_way(registered: None, records: Path, tmp_path: Path, monk
 
     monkeypatch.setattr("deeplab2_like.trainer.run.build_system", too_late)
     for folder, reason in ((path, "there is a file in its place"), (path / "below" / "it", "Not a directory")):
-        with pytest.raises(UserError, match=rf"^Output folder '{folder}' cannot be made \({reason}\); choose another"):
+        with pytest.raises(
+            UserError, match=rf"^Output folder '{folder}' cannot be created \({reason}\); choose another"
+        ):
             train(one_convolution_config(data={"path": str(records)}), folder)
     assert path.read_bytes() == before
