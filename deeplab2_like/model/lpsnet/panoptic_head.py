@@ -191,7 +191,7 @@ def paste_boxes(
     def area_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
         return ops.broadcast_to(box_area(ops.take(boxes, n, axis=1))[:, None, None], (batch, lines, width))
 
-    cost = area_in_window if smallest_first else None
+    cost: Callable[[Tensor, Tensor, Any], Tensor] | None = area_in_window if smallest_first else None
     if border_ness is not None:
         cost = _border_ness_cost(boxes, border_ness, size_limits)
     return resolve_overlaps(
