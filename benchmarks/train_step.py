@@ -47,11 +47,8 @@ def find_config(system: str) -> Config:
     if not names:
         raise SystemExit(f"System '{system}' comes with no config.")
     name = min(names, key=lambda name: (not name.endswith("resnet50"), "coco" not in name, name))
-    overrides = ["model.backbone.name=resnet50"]
-    # Outside of training some systems see images at another size; what is counted here is the network of training.
-    if hasattr(load_config(name).model.postprocess, "resize"):
-        overrides.append("model.postprocess.resize=null")
-    return load_config(name, overrides)
+    # Training does not resize images, so the network is measured without `resize`.
+    return load_config(name, ["model.backbone.name=resnet50", "model.resize=null"])
 
 
 def make_dataset(system: PanopticSystem, side: int, batch_size: int) -> tf.data.Dataset:

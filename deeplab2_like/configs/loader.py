@@ -24,6 +24,13 @@ def list_configs() -> list[str]:
     return sorted(str(path.relative_to(_FOLDER).with_suffix("")) for path in _FOLDER.glob("*/*.yaml"))
 
 
+def builtin_config_file(name: str) -> Path:
+    """Returns the YAML file of a built-in config; an unknown name lists the known ones."""
+    if name not in list_configs():
+        raise unknown_name("config", name, list_configs())
+    return _FOLDER / f"{name}.yaml"
+
+
 def load_config(name_or_file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Loads a config.
 
@@ -72,9 +79,7 @@ def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) ->
         raise UserError(f"Config '{name}' is based on itself through {' -> '.join(asked_by)}; break the circle.")
     path = Path(name_or_file)
     if path.suffix not in _YAML_SUFFIXES:
-        if name not in list_configs():
-            raise unknown_name("config", name, list_configs())
-        path = _FOLDER / f"{name}.yaml"
+        path = builtin_config_file(name)
     if not path.is_file():
         raise UserError(f"Config file '{path}' does not exist; give a YAML file or one of {', '.join(list_configs())}.")
     try:

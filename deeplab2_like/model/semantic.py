@@ -1,5 +1,6 @@
-"""Semantic FPN (Panoptic FPN, section 3.1, Figure 3): its classes, its layers, its loss."""
+"""Semantic heads on a feature pyramid: those of Semantic FPN (Panoptic FPN, Figure 3) and of UPSNet, and their loss."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -15,12 +16,12 @@ from deeplab2_like.model.resampling import upsample_bilinear
 
 
 class SemanticClasses(NamedTuple):
-    """How the classes of a data set and the classes that the branch tells apart correspond.
+    """The correspondence between class ids and the semantic classes, which a semantic head predicts.
 
     Attributes:
-        of_class: Class of the branch for each class id.
-        class_id: Class id for each class of the branch; -1 for "other".
-        is_painted: For each class of the branch, whether its pixels become segments where no instance is.
+        of_class: Semantic class of each class id.
+        class_id: Class id of each semantic class; -1 for "other".
+        is_painted: For each semantic class, whether its pixels without an instance become segments.
     """
 
     of_class: tuple[int, ...]
@@ -29,13 +30,13 @@ class SemanticClasses(NamedTuple):
 
     @classmethod
     def of(cls, info: DatasetInfo, *, things: Literal["other", "all"], paint_things: bool) -> "SemanticClasses":
-        """Lists the classes.
+        """Makes the semantic classes of a data set.
 
         Args:
-            info: The data set's facts.
-            things: `other`: class 0 is for all things, then come the classes of stuff; `all`: the classes are those of
-                the data set.
-            paint_things: Whether regions of thing classes become segments; else they are void, as "other" is.
+            info: The classes of the data set.
+            things: `other`: semantic class 0 stands for all things, and stuff classes follow; `all`: the semantic
+                classes are those of the data set.
+            paint_things: Whether regions of thing classes become segments; otherwise they are void, like "other".
         """
         if things == "all":
             ids = range(info.num_classes)
@@ -46,30 +47,34 @@ class SemanticClasses(NamedTuple):
 
     @property
     def painted_class(self) -> tuple[int, ...]:
-        """Class id for each class of the branch, -1 for those that are not painted."""
+        """Class id of each semantic class, -1 for those that are not painted."""
         return tuple(i if painted else -1 for i, painted in zip(self.class_id, self.is_painted, strict=True))
 
     def of_class_map(self, class_map: Tensor) -> Tensor:
-        """Class of the branch for each pixel of an int32 map of class ids; void has a number after the last class."""
+        """Returns the semantic class of each pixel, int32 [B, H, W]; void gets the number after the last class.
+
+        Args:
+            class_map: int32 [B, H, W], class ids; anything beyond the class ids is void.
+        """
         num_classes = len(self.of_class)
         of_class = ops.array((*self.of_class, len(self.class_id)), "int32")
         return ops.take(of_class, ops.where(class_map < num_classes, class_map, num_classes))
 
 
 class SemanticBranch(keras.layers.Layer):
-    """Brings all levels of a pyramid to the finest one's scale, adds them up, and tells classes apart.
+    """The semantic branch of Semantic FPN: upsamples all levels to the finest one, adds them, and predicts the classes.
 
-    Each stage is a 3x3 convolution, normalisation, ReLU and twofold bilinear enlargement; a level takes as many as it
-    needs, the finest one a stage without enlargement.
+    A stage is a 3x3 convolution, normalization, ReLU and twofold bilinear upsampling. Each level passes as many stages
+    as bring it to the size of the finest level, which passes one stage without upsampling.
 
     Args:
-        num_classes: Output channels, C; None leaves out the last convolution, which tells classes apart.
-        strides: Stride of each level, by its name, fine to coarse; each twice that of the one before.
+        num_classes: Output channels; None leaves out the last convolution, which predicts the classes.
+        strides: Stride of each level, by its name, fine to coarse; each twice that of the previous one.
         channels: Channels of the convolutions.
-        aggregation: Whether levels are added up or joined as channels (Table 1d).
-        norm: The normalisation of the stages.
+        aggregation: Whether levels are added or concatenated (Table 1d).
+        norm: The normalization of the stages.
 
-    Input: dictionary of levels, float [B, h, w, C]; levels that are not in `strides` are left alone. Output: logits,
+    Input: dictionary of levels, float [B, h, w, C]; levels that are not in `strides` are ignored. Output: logits,
     float32 [B, h, w, num_classes] at the stride of the finest level; or the feature, float [B, h, w, channels].
     """
 
@@ -86,18 +91,24 @@ class SemanticBranch(keras.layers.Layer):
         super().__init__(name=name)
         self.aggregation = aggregation
         finest = min(strides.values())
-        self.stages = {
-            level: [
-                ConvNorm(channels, 3, norm=norm, name=f"{level}_conv{index + 1}")
-                for index in range(max(1, (stride // finest).bit_length() - 1))
-            ]
-            for level, stride in strides.items()
-        }
+        self.num_stages = {level: max(1, (stride // finest).bit_length() - 1) for level, stride in strides.items()}
+        # One flat list, as Keras' saving does not find layers in nested containers.
+        self.convolutions = [
+            ConvNorm(channels, 3, norm=norm, name=f"{level}_conv{index + 1}")
+            for level, number in self.num_stages.items()
+            for index in range(number)
+        ]
         self.finest = next(level for level, stride in strides.items() if stride == finest)
-        # In float32, as the differences between classes matter here.
+        # In float32, as small differences between classes matter here.
         self.predictor = (
             None if num_classes is None else keras.layers.Conv2D(num_classes, 1, dtype="float32", name="predictor")
         )
+
+    @property
+    def stages(self) -> dict[str, list[ConvNorm]]:
+        """The convolutions of each level, by its name."""
+        convolutions = iter(self.convolutions)
+        return {level: list(itertools.islice(convolutions, number)) for level, number in self.num_stages.items()}
 
     def call(self, pyramid: Mapping[str, Tensor], training: bool = False) -> Tensor:
         """Applies the branch; see the class."""
@@ -108,7 +119,7 @@ class SemanticBranch(keras.layers.Layer):
             for index, stage in enumerate(stages):
                 x = stage(x if index == 0 else upsample_bilinear(x, 2), training=training)
             (fine if level == self.finest else coarse).append(x)
-        # All but the finest are now at twice its stride. A sum can be enlarged in place of what is summed.
+        # The coarse levels are now at twice the stride of the finest one; their sum is upsampled at once.
         if self.aggregation == "sum":
             coarse = [sum(coarse)] if coarse else []
         levels = [*fine, *(upsample_bilinear(x, 2) for x in coarse)]
@@ -117,38 +128,41 @@ class SemanticBranch(keras.layers.Layer):
 
 
 def semantic_loss(class_map: Tensor, logits: Tensor, *, classes: SemanticClasses, stride: int) -> Loss:
-    """Cross entropy of every pixel, at the resolution of the label, divided by the number of labelled pixels.
+    """Computes the cross entropy of every labeled pixel, at the resolution of the label.
 
     Args:
         class_map: int32 [B, H, W] class ids; anything beyond the class ids is void.
-        logits: float32 [B, h, w, C] at `stride`.
-        classes: The classes of the branch.
+        logits: float32 [B, h, w, S] at `stride`.
+        classes: The semantic classes.
         stride: Image pixels per logit.
+
+    Returns:
+        The sum over labeled pixels, and their number.
     """
     height, width = class_map.shape[1:3]
     logits = upsample_bilinear(ops.cast(logits, "float32"), stride)[:, :height, :width]
-    is_labelled = class_map < len(classes.of_class)
-    labels = ops.take(ops.array(classes.of_class, "int32"), ops.where(is_labelled, class_map, 0))
-    weight = ops.cast(is_labelled, "float32")
+    is_labeled = class_map < len(classes.of_class)
+    labels = ops.take(ops.array(classes.of_class, "int32"), ops.where(is_labeled, class_map, 0))
+    weight = ops.cast(is_labeled, "float32")
     cross_entropy = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True)
     return Loss(ops.sum(cross_entropy * weight), ops.sum(weight))
 
 
 class SemanticSubnet(keras.layers.Layer):
-    """Applies the same convolutions to each level, enlarges all to the finest one, joins them, and tells classes apart.
+    """The semantic head of UPSNet: the same convolutions on each level, upsampled to the finest one and concatenated.
 
     Args:
-        num_classes: Output channels, C; None leaves out the last convolution, which tells classes apart.
-        strides: Stride of each level, by its name, fine to coarse; each twice that of the one before.
-        input_channels: Channels of the levels; the convolutions keep them until the last but one.
+        num_classes: Output channels; None leaves out the last convolution, which predicts the classes.
+        strides: Stride of each level, by its name, fine to coarse; each twice that of the previous one.
+        input_channels: Channels of the levels, and of all convolutions but the last two.
         channels: Channels of the last two convolutions.
-        convolutions: How many there are; UPSNet has two for Cityscapes and three for COCO.
+        convolutions: Number of convolutions; UPSNet has two for Cityscapes and three for COCO.
         deformable: Whether they are deformable (without modulation).
-        norm: Their normalisation; None for none, as in UPSNet.
+        norm: Their normalization; None for none, as in UPSNet.
 
-    Input: dictionary of levels, float [B, h, w, input_channels]; levels that are not in `strides` are left alone.
-    Output: logits, float32 [B, h, w, num_classes] at the stride of the finest level; or the joined feature, float [B,
-    h, w, levels * channels].
+    Input: dictionary of levels, float [B, h, w, input_channels]; levels that are not in `strides` are ignored. Output:
+    logits, float32 [B, h, w, num_classes] at the stride of the finest level; or the concatenated feature, float
+    [B, h, w, levels * channels].
     """
 
     def __init__(
@@ -174,7 +188,7 @@ class SemanticSubnet(keras.layers.Layer):
             return ConvNorm(width, 3, norm=norm, name=f"conv{index + 1}")
 
         self.convolutions = [convolution(index) for index in range(convolutions)]
-        # In float32, as the differences between classes matter here.
+        # In float32, as small differences between classes matter here.
         self.predictor = (
             None
             if num_classes is None
@@ -188,10 +202,10 @@ class SemanticSubnet(keras.layers.Layer):
         )
 
     def build(self, input_shape: object) -> None:
-        """Leaves it to the layers, when they are called: Keras would trace all deformable convolutions first."""
+        """Does nothing: layers build themselves when called, and Keras would trace all convolutions first."""
 
     def call(self, pyramid: Mapping[str, Tensor], training: bool = False) -> Tensor:
-        """Applies the subnet; see the class."""
+        """Applies the head; see the class."""
         levels = []
         for level, factor in self.factors.items():
             x = pyramid[level]
