@@ -32,9 +32,9 @@ from deeplab2_like.configs.schema import OptimizerConfig, TrainerConfig
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.files import write_atomically
 from deeplab2_like.model import SYSTEMS, PanopticSystem, build_system
+from deeplab2_like.model.base import dtype_policy
 from deeplab2_like.model.describe import describe
 from deeplab2_like.trainer.optimizer import make_optimizer
-from deeplab2_like.trainer.run import dtype_policy
 from deeplab2_like.trainer.strategy import make_strategy
 from deeplab2_like.trainer.trainer import Trainer
 

@@ -17,12 +17,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.faults import KINDS, Fault
+from deeplab2_like.data.images import write_png
 from deeplab2_like.data.label_runs import list_segments
+from deeplab2_like.data.record_errors import report_bad_records
+from deeplab2_like.data.shards import RecordIndex, list_shards, list_splits, read_index
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import make_folder, write_atomically, write_png
+from deeplab2_like.files import make_folder, write_atomically
 from deeplab2_like.parallel import map_in_order
 from deeplab2_like.visualize import caption, contact_sheet, draw_overlay
 
@@ -219,10 +222,10 @@ def inspect_records(
     if workers < 1:
         raise UserError(f"workers must be 1 or more, got {workers}.")
     info = DatasetInfo.load(folder)
-    splits = tfrecord.available_splits(folder) if splits is None else splits
+    splits = list_splits(folder) if splits is None else splits
     if not splits:
         raise UserError(f"'{folder}' holds no records; give a folder that `deeplab2-like convert` wrote.")
-    indices = {split: tfrecord.read_index(tfrecord.list_shards(folder, split)) for split in splits}
+    indices = {split: read_index(list_shards(folder, split)) for split in splits}
     total, done = sum(len(index) for index in indices.values()), 0
     faults, duplicates = _FaultList(), _DuplicateFinder()
     for fault in (*more_faults, *_find_color_faults(info)):
@@ -296,7 +299,7 @@ def print_inspection(inspection: Inspection, *, console: Console | None = None, 
         console.print(table)
         absent = [name for name, entry in values["per_class"].items() if not entry["images"]]
         if absent:
-            console.print(f"Without a pixel: {', '.join(absent)}", markup=False, highlight=False)
+            console.print(f"Without pixels: {', '.join(absent)}", markup=False, highlight=False)
     counts = inspection.statistics["fault_counts"]
     if not counts:
         console.print("No faults found.")
@@ -309,7 +312,7 @@ def print_inspection(inspection: Inspection, *, console: Console | None = None, 
 
 
 def _make_record_inspector(
-    index: tfrecord.RecordIndex, info: DatasetInfo, with_picture: set[int]
+    index: RecordIndex, info: DatasetInfo, with_picture: set[int]
 ) -> Callable[[int], _Image | UserError]:
     """Returns a function that measures the record of a number, or returns the error if the record is damaged.
 
@@ -326,7 +329,7 @@ def _make_record_inspector(
 
     def inspect_record(number: int) -> _Image | UserError:
         try:
-            with tfrecord.user_errors([index.files[index.file_numbers[number]]]):
+            with report_bad_records([index.files[index.file_numbers[number]]]):
                 example = load(tf.constant(number, tf.int64))
         except UserError as error:
             return error
@@ -411,7 +414,7 @@ def _make_picture(name: str, image: np.ndarray, panoptic: np.ndarray, info: Data
     return caption(draw_overlay(image, panoptic, info), name.encode("ascii", "replace").decode())
 
 
-def _describe_place(index: tfrecord.RecordIndex, number: int) -> str:
+def _describe_place(index: RecordIndex, number: int) -> str:
     """Returns the file of a record and its number in the file, as text."""
     file_number = index.file_numbers[number]
     first = int(np.searchsorted(index.file_numbers, file_number))
@@ -424,7 +427,7 @@ def _find_color_faults(info: DatasetInfo) -> list[Fault]:
     for category in info.categories:
         names_of.setdefault(category.color, []).append(category.name)
     return [
-        Fault("two classes of one colour", "dataset_info.json", f"{', '.join(names)} all have color {list(color)}.")
+        Fault("two classes of one color", "dataset_info.json", f"{', '.join(names)} all have color {list(color)}.")
         for color, names in names_of.items()
         if len(names) > 1
     ]

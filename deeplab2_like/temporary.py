@@ -1,17 +1,17 @@
-"""Temporary files and folders that get their name only once they are whole, and what killed runs leave of them.
+"""Temporary files and folders, which are renamed into place once complete, and the removal of leftover ones.
 
-Two kinds of hidden names lie beside a file or folder NAME while it is written:
+While a file or folder NAME is written, there may be two kinds of hidden paths beside it:
 
-- `.NAME.<16 hex digits>.partial`: the new content, not in place yet, or an old copy that is being deleted.
-- `.NAME.<16 hex digits>.previous`: the copy of a folder that is being replaced, on systems that cannot exchange two
-  folders in one step.
+- `.NAME.<16 hex digits>.partial`: the new content before it is in place, or an old copy that is being deleted.
+- `.NAME.<16 hex digits>.previous`: the old copy of a folder that is being replaced, on systems that cannot exchange
+  two folders in one step.
 
-Process ids cannot tell whether such a path is still in use: in containers every program is process 1, and several
+Process ids cannot tell whether such a path is still in use: in a container every program may be process 1, and several
 containers may share a disk. So the writer holds an advisory lock (`flock`) on the path, which the system releases when
-the process ends, however it ends. A leftover is a path with such a name whose lock is free. Where the file system has
-no locks, nothing is removed but what the call itself made.
+the process ends for whatever reason. A leftover is a path with such a name whose lock is free. Where the file system
+has no locks, leftovers are not removed.
 
-Errors are those of the system (`OSError`); `files.cannot_write` turns them into words for the user.
+Functions raise the system's errors (`OSError`); `files.cannot_write` turns them into a `UserError`.
 """
 
 import contextlib
@@ -28,17 +28,18 @@ from typing import BinaryIO, Self
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing is locked.
+except ImportError:  # Windows, which has no such locks.
     fcntl = None  # type: ignore[assignment]
 
 _PARTIAL, _PREVIOUS = "partial", "previous"
 _NAME = re.compile(rf"\.(?P<target>.+)\.[0-9a-f]{{16}}\.(?P<kind>{_PARTIAL}|{_PREVIOUS})", re.DOTALL)
 
-# What a hidden name adds to a name must fit into the 255 bytes that most file systems allow; a character has up to 4.
+# Most file systems allow names of 255 bytes, which must also hold the hidden name's additions. A character has up to 4
+# bytes.
 _MAX_NAME_BYTES = 220
 _SHORT_NAME_LENGTH = _MAX_NAME_BYTES // 4
 
-# Every try has a new random name, so a second one is rare already.
+# Every try has a new random name, so even a second one is rare.
 _MAX_TRIES = 100
 
 # From <fcntl.h> and <linux/fs.h>.
@@ -51,22 +52,22 @@ class _InUseError(Exception):
 
 
 class _Temporary:
-    """A locked path beside `target`; see the two kinds below.
+    """A locked path beside `target`: the base of `TemporaryFile` and `TemporaryFolder`.
 
     Attributes:
-        target: What the user asked for.
-        path: Where to write until it is whole.
+        target: The final path.
+        path: The temporary path, to which the content is written.
     """
 
     def __init__(self, target: str | os.PathLike[str], make: Callable[[Path], int | None]) -> None:
-        """Makes and locks the path.
+        """Creates and locks the path.
 
         Args:
-            target: What the path gets to be called once it is whole.
-            make: Makes a file or folder at a path, and returns an open descriptor of it, None where it has none.
+            target: The final path.
+            make: Creates a file or folder at a path and returns an open descriptor of it, or None without locks.
 
         Raises:
-            OSError: If nothing can be made there.
+            OSError: If nothing can be created there.
         """
         self.target = Path(target)
         self._descriptor: int | None = None
@@ -87,7 +88,7 @@ class _Temporary:
         self.close()
 
     def close(self) -> None:
-        """Removes what is left under the temporary name, and releases the lock."""
+        """Removes the temporary path if it still exists, and releases the lock."""
         _remove(self.path)
         self._release()
 
@@ -98,7 +99,7 @@ class _Temporary:
 
 
 class TemporaryFile(_Temporary):
-    """A file that is written beside its place; use as a context manager, which removes it unless it was published.
+    """A temporary file; a context manager, which removes the file unless it was published.
 
     Example:
         with TemporaryFile("a.txt") as temporary:
@@ -114,7 +115,7 @@ class TemporaryFile(_Temporary):
         target: The file to write, in an existing folder.
 
     Raises:
-        OSError: If no file can be made there.
+        OSError: If the file cannot be created.
     """
 
     file: BinaryIO
@@ -125,33 +126,33 @@ class TemporaryFile(_Temporary):
     def _make(self, path: Path) -> int | None:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
         self.file = open(descriptor, "wb")  # noqa: SIM115 - It is closed when the file is published or removed.
-        # The copy keeps the lock when the file is closed; Windows, without locks, renames no open file.
+        # The copy keeps the lock when the file is closed. Windows has no locks and cannot rename open files.
         return None if fcntl is None else os.dup(self.file.fileno())
 
     def _release(self) -> None:
-        with contextlib.suppress(OSError):  # Nobody needs the rest that cannot be written.
+        with contextlib.suppress(OSError):  # The file is dropped, so a failed write does not matter.
             self.file.close()
         super()._release()
 
     def publish(self) -> None:
-        """Closes the file and renames it to `target`, over an earlier one.
+        """Closes the file and renames it to `target`, replacing an earlier one.
 
         Raises:
-            OSError: If the rest cannot be written, or the file not renamed.
+            OSError: If buffered content cannot be written, or the file cannot be renamed.
         """
-        self.file.close()  # First, as some file systems only now say that the disk is full.
+        self.file.close()  # First, because some file systems report a full disk only now.
         os.replace(self.path, self.target)
         self._release()
 
     def close(self) -> None:
         """See `_Temporary.close`."""
         with contextlib.suppress(OSError):
-            self.file.close()  # Windows removes no open file.
+            self.file.close()  # Windows cannot remove open files.
         super().close()
 
 
 class TemporaryFolder(_Temporary):
-    """A folder that is filled beside its place; use as a context manager, which removes it unless it was published.
+    """A temporary folder; a context manager, which removes the folder unless it was published.
 
     Example:
         with TemporaryFolder("model") as temporary:
@@ -162,7 +163,7 @@ class TemporaryFolder(_Temporary):
         target: The folder to write, in an existing folder.
 
     Raises:
-        OSError: If no folder can be made there.
+        OSError: If the folder cannot be created.
     """
 
     def __init__(self, target: str | os.PathLike[str]) -> None:
@@ -177,25 +178,25 @@ class TemporaryFolder(_Temporary):
             raise _InUseError from error
 
     def publish(self, target: Path | None = None) -> None:
-        """Renames the folder into a place where there is nothing, or an empty folder.
+        """Renames the folder to a path where there is nothing or an empty folder.
 
         Args:
-            target: The place, in the same folder as `target`, which is the default.
+            target: The path, in the same parent folder as the final path, which is the default.
 
         Raises:
-            OSError: If there is something in that place, or the folder cannot be renamed.
+            OSError: If there is something at that path, or the folder cannot be renamed.
         """
         os.rename(self.path, target or self.target)
         self._release()
 
     def replace(self) -> None:
-        """Puts the folder into the place of `target`; if there is a folder already, that one is deleted.
+        """Replaces `target` by the folder, and deletes the old one if there is one.
 
-        At every moment there is the old folder or the new one, where the system can exchange two folders. Elsewhere
-        there is neither for a moment; `remove_leftovers` puts the old one back if the process is killed in it.
+        Where the system can exchange two folders, there is always the old or the new one. Elsewhere there is neither
+        for a moment; if the process is killed then, `remove_leftovers` restores the old one.
 
         Raises:
-            OSError: If that is impossible; then `target` is as it was.
+            OSError: If the folder cannot be replaced; `target` is unchanged then.
         """
         try:
             exchange(self.path, self.target)
@@ -203,7 +204,7 @@ class TemporaryFolder(_Temporary):
             self.publish()
         except OSError:
             self._replace_in_two_steps()
-        # The lock was on the new folder; `close` removes the old one, which has the temporary name now.
+        # The lock was on the new folder. `close` removes the old one, which has the temporary name now.
         self._release()
 
     def _replace_in_two_steps(self) -> None:
@@ -232,9 +233,9 @@ def exchange(first: Path, second: Path) -> None:
 
     Raises:
         FileNotFoundError: If one of them does not exist.
-        OSError: If the system or the file system cannot do that.
+        OSError: If the system or the file system does not support it.
     """
-    # As `os.rename` does, so that whoever watches what a program does to files sees this, too.
+    # Like `os.rename`, so that audit hooks see this operation, too.
     sys.audit("os.rename", os.fspath(first), os.fspath(second), -1, -1)
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
@@ -246,15 +247,15 @@ def exchange(first: Path, second: Path) -> None:
 
 
 def remove_leftovers(folder: str | os.PathLike[str], *, of: str | None = None, recursive: bool = False) -> None:
-    """Removes what killed runs have left in a folder, and puts back the folders that they were replacing.
+    """Removes leftovers of killed runs in a folder, and restores folders that a killed run was replacing.
 
-    Paths that another process is writing stay. So does everything where the file system has no locks, but for a folder
-    whose place is empty, which is put back. Paths that cannot be removed stay without an error.
+    Paths that another process is writing stay. Where the file system has no locks, nothing is removed, but a folder
+    that is missing from its place is restored. Paths that cannot be removed stay without an error.
 
     Args:
-        folder: May be missing.
-        of: Only leftovers of the file or folder of this name.
-        recursive: Whether to look into folders in the folder, too.
+        folder: The folder, which may be missing.
+        of: Remove only leftovers of the file or folder with this name.
+        recursive: Whether to search subfolders, too.
     """
     for path in _hidden_paths(Path(folder), recursive=recursive):
         match = _NAME.fullmatch(path.name)
@@ -265,7 +266,7 @@ def remove_leftovers(folder: str | os.PathLike[str], *, of: str | None = None, r
 
 
 def _hidden_paths(folder: Path, *, recursive: bool) -> Iterator[Path]:
-    """Yields the files and folders in a folder that may be leftovers; links are none."""
+    """Yields the files and folders in a folder that may be leftovers; links never are."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
@@ -280,11 +281,11 @@ def _hidden_paths(folder: Path, *, recursive: bool) -> Iterator[Path]:
 
 
 def _clear(path: Path, place: Path | None) -> None:
-    """Removes a leftover, or puts it back into `place` if that is empty.
+    """Removes a leftover, or restores it to `place` if there is nothing.
 
     Raises:
         _InUseError: If another process is writing it.
-        OSError: If that is impossible.
+        OSError: If it cannot be removed or restored.
     """
     is_folder = path.is_dir()
     # Some network file systems lock only files that are open for writing.
@@ -292,7 +293,7 @@ def _clear(path: Path, place: Path | None) -> None:
     try:
         has_locks = _lock(descriptor, path)
         if place is not None and not os.path.lexists(place):
-            os.rename(path, place)  # Fails if another process has just filled the place.
+            os.rename(path, place)  # Fails if another process has just created something there.
         elif has_locks and place is not None:
             _delete_previous(path, place)
         elif has_locks:
@@ -303,14 +304,14 @@ def _clear(path: Path, place: Path | None) -> None:
 
 
 def _delete_previous(path: Path, place: Path) -> None:
-    """Deletes a folder that has been replaced; the new name keeps a half-deleted one from being put back."""
-    doomed = _hidden_name(place, _PARTIAL)
-    os.rename(path, doomed)
-    _remove(doomed)
+    """Deletes a replaced folder, under a new name first, so that a half-deleted folder is never restored."""
+    to_delete = _hidden_name(place, _PARTIAL)
+    os.rename(path, to_delete)
+    _remove(to_delete)
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or folder as far as possible."""
+    """Removes a file or folder; ignores errors."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -322,7 +323,7 @@ def _lock(descriptor: int | None, path: Path) -> bool:
     """Locks an open file or folder.
 
     Returns:
-        Whether it is locked; False where there are no locks.
+        Whether it is locked; False where the file system has no locks.
 
     Raises:
         _InUseError: If another process has locked it, or has just moved or removed it.
@@ -350,7 +351,7 @@ def _open_folder(path: Path) -> int | None:
 
 
 def _hidden_name(target: Path, kind: str) -> Path:
-    # A folder that is put back needs its whole name.
+    # A folder that may be restored needs its whole name.
     name = _short_name(target.name) if kind == _PARTIAL else target.name
     return target.with_name(f".{name}.{secrets.token_hex(8)}.{kind}")
 

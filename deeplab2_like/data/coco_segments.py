@@ -5,15 +5,12 @@ Conversion and evaluation both read them with this module, which does not import
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from deeplab2_like import files
 from deeplab2_like.data import panoptic_label
-from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE, DatasetInfo, whole_number
+from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
 from deeplab2_like.data.label_runs import find_run_values, list_segments
 from deeplab2_like.errors import UserError
 
@@ -75,34 +72,6 @@ def parse_segments(segments: Any, dataset_info: DatasetInfo) -> list[Segment]:
             raise UserError(f"'segments_info' lists id {segment_id} more than once; ids must differ.")
         parsed[segment_id] = Segment(segment_id, class_id, is_crowd, area)
     return list(parsed.values())
-
-
-def read_segment_ids(path: Path) -> np.ndarray:
-    """Reads a PNG of segment ids, `id = R + 256 G + 65536 B`.
-
-    Returns:
-        int32 [H, W].
-
-    Raises:
-        UserError: If the file is missing or damaged, or is not an image of 8-bit red, green and blue.
-    """
-    content = files.read_file(path, "the panoptic PNG")
-    try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:  # OpenCV raises it for an empty file only; otherwise it returns None.
-        image = None
-    if image is None:
-        raise UserError(f"'{path}' is not a readable PNG, or cut short.")
-    channels = 1 if image.ndim == 2 else image.shape[2]
-    if channels != 3 or image.dtype != np.uint8:
-        depth = "" if image.dtype == np.uint8 else f" of {8 * image.itemsize} bits"
-        raise UserError(
-            f"'{path}' has {channels} channels{depth}; a panoptic PNG is RGB of 8 bits each, with id = R + 256 G + "
-            "65536 B."
-        )
-    ids = cv2.cvtColor(image, cv2.COLOR_BGR2RGBA).view("<i4")[..., 0]  # [H, W], red in the lowest byte.
-    ids &= MAX_PANOPTIC_VALUE  # Removes alpha, which is the highest byte.
-    return ids
 
 
 def ids_to_panoptic(

@@ -1,4 +1,4 @@
-"""The EXIF orientation of image files, by which viewers rotate them. The decoders of this library ignore it."""
+"""The EXIF orientation of image files, by which viewers turn them. Decoders ignore it."""
 
 import re
 from typing import Literal
@@ -20,7 +20,7 @@ def find_orientation(content: bytes) -> int:
     """Reads the orientation of an image.
 
     Args:
-        content: The bytes of a JPEG, PNG, WebP or TIFF file; files of other formats have no orientation.
+        content: The content of a JPEG, PNG, WebP or TIFF file; files of other formats have no orientation.
 
     Returns:
         The EXIF orientation, 1 (as stored) to 8; 1 if there is none or it is damaged.
@@ -39,7 +39,7 @@ def without_orientation(tiff: bytes) -> bytes:
     return tiff[:position] + (1).to_bytes(2, _BYTE_ORDERS[tiff[:4]]) + tiff[position + 2 :]
 
 
-def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Rotates and mirrors `pixels`, [H, W, C] as stored, to the given EXIF orientation."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)

@@ -8,7 +8,7 @@ KINDS = {
     "id out of range": True,
     "segment differs from JSON": True,
     "image in several splits": True,
-    "two classes of one colour": False,
+    "two classes of one color": False,
     "instance without pixels": False,
     "image without labels": False,
     "image twice in a split": False,

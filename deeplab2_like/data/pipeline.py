@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from deeplab2_like.configs.schema import DataConfig
-from deeplab2_like.data import augment, tfrecord
+from deeplab2_like.data import augment
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.record_errors import report_bad_records, require
+from deeplab2_like.data.records import parse_example
+from deeplab2_like.data.shards import RecordIndex, read_index
 from deeplab2_like.errors import UserError
 
 Targets = dict[str, tf.Tensor]
@@ -39,7 +42,7 @@ def make_train_dataset(
     """Makes the endless data set of training batches.
 
     Args:
-        files: TFRecord files, as `tfrecord.list_shards` gives them.
+        files: TFRecord files, as `shards.list_shards` gives them.
         config: Section `data` of a config, see `augment.augment` for the keys that are used.
         make_targets: Makes a system's targets from one panoptic map, int32 [h, w]; all of static shape.
         dataset_info: The meaning of the labels.
@@ -58,11 +61,11 @@ def make_train_dataset(
 
     Raises:
         UserError: If the files hold no records or are damaged, or a batch cannot be cut. While iterating, a faulty
-            record raises a TensorFlow error, which `tfrecord.user_errors` turns into a `UserError`.
+            record raises a TensorFlow error, which `record_errors.report_bad_records` turns into a `UserError`.
     """
     if batch_size % num_parts:
         raise UserError(f"A batch of {batch_size} images cannot be cut into {num_parts} equal parts.")
-    index = tfrecord.read_index(files)
+    index = read_index(files)
     if not len(index):
         raise UserError(f"The TFRecord files hold no examples ({_list_names(files)}); convert the data set again.")
     if cache is None:
@@ -100,7 +103,7 @@ def make_eval_dataset(
     """Makes the data set of whole, unaltered images for evaluation, each once, in the order of the files.
 
     Args:
-        files: TFRecord files, as `tfrecord.list_shards` gives them.
+        files: TFRecord files, as `shards.list_shards` gives them.
         dataset_info: The meaning of the labels.
         num_parallel_calls: Number of examples read at once.
 
@@ -130,18 +133,18 @@ def _numbered_records(num_records: int, *, seed: int, start: int) -> tf.data.Dat
     return records.enumerate(start=start)
 
 
-def _cached_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]:
+def _cached_reader(index: RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a function from a record's position, int64 [], to its bytes, string []; holds all records in memory."""
     contents: list[bytes] = []
     for path in index.files:
-        with tfrecord.user_errors([path]):
+        with report_bad_records([path]):
             contents.extend(tf.data.TFRecordDataset(path).as_numpy_iterator())
     with tf.device("CPU:0"):  # GPUs cannot hold strings.
         records = tf.constant(contents)
     return lambda position: tf.gather(records, position)
 
 
-def file_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]:
+def file_reader(index: RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a function from a record's position, int64 [], to its bytes, string []; reads that record alone."""
     with tf.device("CPU:0"):
         files = tf.constant(index.files)
@@ -173,9 +176,9 @@ def read_example(
         check_classes: Whether a panoptic value of an unknown class raises a TensorFlow error.
 
     Returns:
-        The keys of `tfrecord.parse_example`.
+        The keys of `records.parse_example`.
     """
-    example = tfrecord.parse_example(serialized)
+    example = parse_example(serialized)
     panoptic, divisor, offset = example["panoptic"], dataset_info.label_divisor, dataset_info.record_offset
     # Compares values with the limits of the classes, as dividing each pixel would take several times as long.
     first_void = (0 if offset else dataset_info.ignore_label) * divisor
@@ -197,7 +200,7 @@ def read_example(
         ]
 
     if check_classes:
-        with tf.control_dependencies([tfrecord.require(tf.reduce_all(allowed), message)]):
+        with tf.control_dependencies([require(tf.reduce_all(allowed), message)]):
             panoptic = tf.identity(panoptic)
     if offset:
         panoptic = tf.where(is_void, dataset_info.void, panoptic - offset * divisor)

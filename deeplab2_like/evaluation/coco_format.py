@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from deeplab2_like.data.coco_segments import Segment, ids_to_panoptic, parse_segments, read_segment_ids
+from deeplab2_like.data.coco_segments import Segment, ids_to_panoptic, parse_segments
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import read_id_png, write_png
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.data.panoptic_label import classes_of_values, ids_to_rgb
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import make_folder, read_json, require_local, write_atomically, write_png
+from deeplab2_like.files import make_folder, read_json, require_local, write_atomically
 from deeplab2_like.paths import path_inside
 from deeplab2_like.temporary import remove_leftovers
 
@@ -280,7 +281,7 @@ class CocoPanopticReader:
             raise UserError(f"'{self.json_file}' has no annotation of image '{image_id}'.")
         with self._errors_with_name(image_id):
             segments = parse_segments(self.annotations[image_id]["segments_info"], self.dataset_info)
-            return read_segment_ids(self._png_file(image_id)), segments
+            return read_id_png(self._png_file(image_id)), segments
 
     def _png_file(self, image_id: int | str) -> Path:
         return path_inside(self.png_dir, self.annotations[image_id]["file_name"])

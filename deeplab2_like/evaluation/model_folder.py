@@ -12,20 +12,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from deeplab2_like.checkpoint import (
-    CONFIG_FILE,
-    build_from_model_folder,
-    checkpoint_step,
-    find_checkpoint,
-    keep_best,
-    list_checkpoints,
-    load_model_folder,
-    restore_system,
-)
+from deeplab2_like.checkpoint import restore_system
+from deeplab2_like.checkpoint_files import checkpoint_step, find_checkpoint, list_checkpoints, save_if_best
 from deeplab2_like.configs import Config, load_config
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.image_files import IMAGE_SUFFIXES, list_images, read_image
+from deeplab2_like.data.images import IMAGE_SUFFIXES, list_images, read_image, write_png
+from deeplab2_like.data.record_errors import report_bad_records
+from deeplab2_like.data.shards import count_examples, list_shards
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation import report
 from deeplab2_like.evaluation.evaluate import evaluate
@@ -38,7 +32,8 @@ from deeplab2_like.evaluation.inference import (
     make_oracle_function,
 )
 from deeplab2_like.evaluation.submission import Instances, make_submission
-from deeplab2_like.files import make_folder, write_png
+from deeplab2_like.files import make_folder
+from deeplab2_like.model_folder import CONFIG_FILE, build_from_model_folder, load_model_folder
 from deeplab2_like.progress import progress_bar
 from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.visualize import side_by_side
@@ -197,7 +192,7 @@ class ModelFolderEvaluation:
                     print(f"Step {done} is left out: {error}", file=sys.stderr)
                 continue
             metrics = self._evaluate(done)
-            if keeps_best and keep_best(self.model_dir, self.system, step=done, pq=metrics["panoptic"]["all"]["pq"]):
+            if keeps_best and save_if_best(self.model_dir, self.system, step=done, pq=metrics["panoptic"]["all"]["pq"]):
                 print(f"Step {done} is the best so far.", flush=True)
         return metrics
 
@@ -277,8 +272,8 @@ class ModelFolderEvaluation:
                 f"The records in '{folder}' have other classes, in another order, or another label divisor than "
                 f"model folder '{self.model_dir}'; evaluate on records of the data set it was trained on."
             )
-        files = tfrecord.list_shards(folder, self.split)
-        total = tfrecord.count_examples(files)
+        files = list_shards(folder, self.split)
+        total = count_examples(files)
         if not total:
             raise UserError(f"Split '{self.split}' in '{folder}' holds no examples; convert the data set again.")
         return files, total
@@ -383,7 +378,7 @@ def _with_progress(
     examples: Iterable[Example], total: int, record_files: Sequence[str] = ()
 ) -> Iterator[Iterable[Example]]:
     """Yields the examples with a progress bar, and turns damaged records and lack of memory into `UserError`."""
-    with progress_bar("evaluate") as progress, tfrecord.user_errors(record_files), _memory_errors():
+    with progress_bar("evaluate") as progress, report_bad_records(record_files), _memory_errors():
 
         def count() -> Iterator[Example]:
             for done, example in enumerate(examples, start=1):

@@ -18,9 +18,10 @@ import numpy as np
 
 from deeplab2_like.data import known_datasets
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import write_png
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter
-from deeplab2_like.files import image_id_of_name, write_atomically, write_png
+from deeplab2_like.files import image_id_of_name, write_atomically
 from deeplab2_like.temporary import remove_leftovers
 
 # Name -> label id of the classes that Cityscapes evaluates.

@@ -1,14 +1,14 @@
-"""Export of a system to a SavedModel that needs neither this package nor Keras to load, and has no custom op.
+"""Export of a system to a SavedModel, which needs neither this package nor Keras to load, and has no custom ops.
 
-The folder holds the SavedModel, `dataset_info.json` and, if known, `config.yaml`. `export_model_folder` numbers such
-folders: TensorFlow Serving wants a folder per version, `NAME/1`, `NAME/2` and so on.
+An export is a folder with the SavedModel, `dataset_info.json` and, if known, `config.yaml`. `export_model_folder`
+numbers exports, because TensorFlow Serving expects a folder per version: `NAME/1`, `NAME/2` and so on.
 
-Signatures, all returning the dictionary of `PanopticSystem.postprocess`:
+The signatures all return the dictionary of `PanopticSystem.postprocess`:
 
-- `serving_default`: `images`, uint8 [B, H, W, 3] RGB; B, H and W are free.
-- `encoded`: `image_bytes`, string [B] of whole JPEG, PNG, BMP or GIF files, all of one size; B is at least 1.
-- `compiled`: as `serving_default`, its post-processing compiled by XLA in stages. A new image size is compiled on its
-  first use (seconds), and stays in memory. Not the default, as a server may be built without XLA.
+- `serving_default`: `images`, uint8 [B, H, W, 3] RGB; B, H and W are arbitrary.
+- `encoded`: `image_bytes`, string [B] of whole JPEG, PNG, BMP or GIF files, all of the same size; B is at least 1.
+- `compiled`: like `serving_default`, with post-processing compiled by XLA in stages. A new image size is compiled on
+  its first use (seconds), and stays in memory. Not the default, because a server may be built without XLA.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from deeplab2_like.model.base import PanopticSystem
 from deeplab2_like.model.stages import compiled_stages
 from deeplab2_like.temporary import TemporaryFolder, remove_leftovers
 
-# The image, odd-sized, on which a new export must agree with the system, and the least share of pixels that do. It is
-# not 1, as some devices choose their algorithms anew, which rounds differently, and two classes may be almost equal.
+# Height and width of the image on which a new export is compared with the system, and the minimum share of equal
+# pixels. It is not 1, because devices may choose other algorithms with other rounding, and scores may be almost equal.
 _CHECK_SIZE = (97, 131)
 _CHECK_AGREEMENT = 0.98
 
@@ -43,17 +43,17 @@ def export_saved_model(
     check: bool = True,
     replace: bool = False,
 ) -> Path:
-    """Exports a system to a folder; the module describes the result.
+    """Exports a system to a folder; see the module for its content.
 
-    The folder appears whole or not at all. If it replaces an earlier export, there is the old or the new one at every
-    moment, where the system can exchange two folders in one step.
+    The folder appears whole or not at all. If it replaces an earlier export, there is always the old or the new one,
+    where the operating system can exchange two folders in one step.
 
     Args:
-        system: With its variables created.
-        output_dir: The SavedModel's folder; its parents are made if missing.
-        config: Where the system comes from; kept as `config.yaml`.
+        system: The system, with its variables created.
+        output_dir: The folder of the export; its parents are created if missing.
+        config: The config of the system, saved as `config.yaml`.
         check: Whether to load the SavedModel and compare it with the system before it appears.
-        replace: Whether to replace an earlier export. Any other folder with something in it is never replaced.
+        replace: Whether to replace an earlier export. Other folders are never replaced unless they are empty.
 
     Returns:
         The folder.
@@ -85,10 +85,10 @@ def export_model_folder(
 
     Args:
         model_dir: A folder that training wrote.
-        output_dir: A folder of versions, which gets the next free number, 1 at first; or, if its name is a number, the
-            version itself.
+        output_dir: A folder of versions, in which the next free number is used, at first 1; or, if its name is a
+            number, the version itself.
         overrides: Changes to the config, `key.path=value`, such as thresholds of the post-processing.
-        checkpoint: Which one, see `find_checkpoint`.
+        checkpoint: The checkpoint, see `find_checkpoint`.
         replace: Whether to replace an earlier export: the version that `output_dir` names, the export that
             `output_dir` itself is, or else the newest version in it.
 
@@ -96,10 +96,10 @@ def export_model_folder(
         The folder that was written.
 
     Raises:
-        UserError: If the model folder cannot be loaded, there is an export already that is not to be replaced, or the
-            export cannot be written.
+        UserError: If the model folder cannot be loaded, an export already exists and `replace` is False, or the export
+            cannot be written.
     """
-    from deeplab2_like.checkpoint import load_model_folder
+    from deeplab2_like.model_folder import load_model_folder
 
     _require_tensorflow()
     folder = _place(Path(output_dir), replace=replace)
@@ -110,9 +110,9 @@ def export_model_folder(
 
 
 def _place(output_dir: Path, *, replace: bool) -> Path | None:
-    """Decides where an export goes; None for a new version in `output_dir`. See `export_model_folder`."""
+    """Decides where to write an export, see `export_model_folder`; None for a new version in `output_dir`."""
     files.require_local(output_dir)
-    # The name as it was typed, not that of what a link points to.
+    # The name as given, not that of a link's target.
     is_version = version_number(Path(os.path.abspath(output_dir)).name) is not None
     versions_dir = output_dir.resolve()
     _clean_up(versions_dir)
@@ -150,9 +150,9 @@ def _require_tensorflow() -> None:
 
 
 def _write(system: PanopticSystem, folder: Path, *, config: Config | None, check: bool) -> None:
-    """Writes all files of an export into an empty folder; `check` as in `export_saved_model`."""
+    """Writes all files of an export into an empty folder; see `export_saved_model` for `check`."""
     signatures = _trace(system)
-    # Only variables are tracked, not the Keras objects, whose own saving would store them a second time.
+    # Only variables are tracked, because Keras objects would store their state a second time.
     module = tf.Module()
     module.weights = [weight.value for weight in system.weights]
     tf.saved_model.save(module, str(folder), signatures=signatures)
@@ -176,7 +176,7 @@ def _trace(system: PanopticSystem) -> dict[str, tf.types.experimental.ConcreteFu
     def infer_encoded(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         return infer(_decode_images(image_bytes))
 
-    # Servers' REST interfaces know by the ending `_bytes` that a value is base64.
+    # TensorFlow Serving's REST interface recognizes base64 values by the suffix `_bytes`.
     image_bytes = tf.TensorSpec([None], tf.string, name="image_bytes")
     return {
         "serving_default": infer,
@@ -205,43 +205,43 @@ def _decode_images(image_bytes: tf.Tensor) -> tf.Tensor:
 
 
 def _require_folder(folder: Path, *, name: str) -> None:
-    """Raises `UserError` if `folder`, which the user called `name`, is a file."""
+    """Raises `UserError` if `folder`, which the user gave as `name`, is a file."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"Cannot export to '{name}', which is a file; give a folder.")
 
 
 def _require_free(folder: Path, *, name: str, replace: bool) -> None:
-    """Raises `UserError` unless `folder`, which the user called `name`, is missing, empty or an export to replace."""
+    """Raises `UserError` unless `folder`, which the user gave as `name`, is missing, empty or an export to replace."""
     _require_folder(folder, name=name)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not is_export(folder):
         raise UserError(
-            f"Folder '{name}' holds something else than an export, which would be lost; give a new folder, or that of "
-            "an earlier export to replace it."
+            f"Folder '{name}' has files that are not an export and would be lost; give a new folder, or that of an "
+            "earlier export to replace it."
         )
     if not replace:
         is_version = version_number(folder.name) is not None
         other = f"'{Path(name).parent}' to write the next version" if is_version else "a new folder"
         raise UserError(
-            f"'{name}' holds an export already; give {other}, or replace this one with --replace (in Python with "
+            f"'{name}' already has an export; give {other}, or replace this one with --replace (in Python with "
             "replace=True)."
         )
 
 
 @contextlib.contextmanager
 def _folder_beside(folder: Path, *, name: str, replace: bool = True) -> Iterator[Path]:
-    """Gives a temporary folder beside `folder` to write into, and puts it in the place of `folder` at the end.
+    """Yields a temporary folder beside `folder` to write into, and renames it to `folder` at the end.
 
-    If an error ends the block, `folder` is as it was.
+    After an error `folder` is unchanged.
 
     Args:
-        folder: The folder to write; its parents are made if missing.
-        name: What the user called it.
-        replace: Whether to replace what is there; else that is an error.
+        folder: The folder to write; its parents are created if missing.
+        name: The path as the user gave it.
+        replace: Whether to replace an existing folder, which is an error otherwise.
 
     Raises:
-        UserError: If nothing can be written there.
+        UserError: If the folder cannot be written.
     """
     with _write_errors(name), _temporary_folder(folder) as temporary:
         yield temporary.path
@@ -252,22 +252,22 @@ def _folder_beside(folder: Path, *, name: str, replace: bool = True) -> Iterator
 
 
 def _temporary_folder(folder: Path) -> TemporaryFolder:
-    """Makes a temporary folder beside `folder`, whose parents are made if missing; raises `OSError`."""
-    if not folder.parent.exists():  # A file in its place is a clearer error below.
+    """Creates a temporary folder beside `folder`, and missing parents of it; raises `OSError`."""
+    if not folder.parent.exists():  # If it is a file, the error below is clearer.
         folder.parent.mkdir(parents=True, exist_ok=True)
     _clean_up(folder)
     return TemporaryFolder(folder)
 
 
 def _clean_up(folder: Path) -> None:
-    """Removes what killed exports have left beside `folder`, and puts back the export that one was replacing."""
+    """Removes leftovers of killed exports beside `folder`, and restores an export that one was replacing."""
     is_version = version_number(folder.name) is not None
     remove_leftovers(folder.parent, of=None if is_version else folder.name)
 
 
 @contextlib.contextmanager
 def _write_errors(name: str) -> Iterator[None]:
-    """Turns what says that a folder cannot be written, which the user called `name`, into `UserError`."""
+    """Turns errors about a folder that cannot be written into `UserError`; `name` is the folder as the user gave it."""
     try:
         yield
     except (OSError, tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError) as error:
@@ -275,7 +275,7 @@ def _write_errors(name: str) -> Iterator[None]:
 
 
 def _check(folder: Path, infer: tf.types.experimental.ConcreteFunction) -> None:
-    """Compares the SavedModel in `folder` with the function it was made of, on an image of coloured noise.
+    """Compares the SavedModel in `folder` with the function it was made from, on an image of random noise.
 
     Raises:
         RuntimeError: If they differ.
@@ -289,5 +289,5 @@ def _check(folder: Path, infer: tf.types.experimental.ConcreteFunction) -> None:
     if agreement < _CHECK_AGREEMENT:
         raise RuntimeError(
             f"The exported model agrees with the system on only {100 * agreement:.1f} % of a test image's pixels, so "
-            "it was discarded; this is a fault of the library."
+            "it was discarded; this is a bug in the library."
         )

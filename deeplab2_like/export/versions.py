@@ -1,6 +1,6 @@
-"""Where exports lie: a folder that holds one export, or a folder of versions 1, 2, ..., as TensorFlow Serving wants.
+"""The folders of exports: a single export, or a folder of versions 1, 2, ..., as TensorFlow Serving expects.
 
-No Keras here: whoever loads an export needs this.
+This module does not import Keras, because it is needed to load an export.
 """
 
 from pathlib import Path
@@ -11,17 +11,17 @@ MODEL_FILE = "saved_model.pb"
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder holds a whole export."""
+    """Returns whether a folder is a whole export."""
     return (folder / MODEL_FILE).is_file() and (folder / INFO_FILE).is_file()
 
 
 def version_number(name: str) -> int | None:
-    """The number of a version, from the name of its folder; None if it is no such name."""
+    """Returns the number of a version from the name of its folder; None for other names."""
     return int(name) if name.isascii() and name.isdigit() else None
 
 
 def list_versions(folder: Path) -> dict[int, Path]:
-    """Lists what is named like a version in a folder, which may be missing, in ascending order of the numbers."""
+    """Lists the paths in a folder, which may be missing, that are named like a version, in ascending order."""
     if not folder.is_dir():
         return {}
     numbered = ((version_number(path.name), path) for path in folder.iterdir())
@@ -29,6 +29,6 @@ def list_versions(folder: Path) -> dict[int, Path]:
 
 
 def newest_export(folder: Path) -> Path | None:
-    """The highest version that holds a whole export; None if there is none."""
+    """Returns the highest version that is a whole export; None if there is none."""
     exports = [path for path in list_versions(folder).values() if is_export(path)]
     return exports[-1] if exports else None

@@ -1,6 +1,7 @@
 """The contract that all systems share: the pipeline, the trainer, the evaluation and the export rely on it."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import keras
@@ -76,7 +77,7 @@ class PanopticSystem(keras.Model):
         return {
             "config": self.config.model_dump(mode="json"),
             "dataset_info": self.dataset_info.to_dict(),
-            "dtype_policy": keras.config.dtype_policy().name if not self.built else self.dtype_policy.name,
+            "dtype_policy": self.dtype_policy.name,
             "name": self.name,
         }
 
@@ -84,13 +85,9 @@ class PanopticSystem(keras.Model):
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
         """Builds a system from the result of `get_config`, with freshly initialized variables."""
         del custom_objects
-        before = keras.config.dtype_policy()
-        keras.config.set_dtype_policy(config["dtype_policy"])
-        try:
+        with dtype_policy(config["dtype_policy"]):
             settings = cls.config_class.model_validate(config["config"])
             return cls(settings, DatasetInfo.from_dict(config["dataset_info"]), name=config["name"])
-        finally:
-            keras.config.set_dtype_policy(before)
 
     def check_instance_limit(self, keys: str, limit: int) -> None:
         """Checks that the label divisor of the data set leaves room for the instances of an image.
@@ -289,3 +286,14 @@ class PanopticSystem(keras.Model):
         """Creates all variables, before Keras loads their values."""
         del config
         self.create_variables()
+
+
+@contextlib.contextmanager
+def dtype_policy(name: str) -> Iterator[None]:
+    """Sets Keras' dtype policy for the layers made inside the block, such as `mixed_bfloat16`."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)

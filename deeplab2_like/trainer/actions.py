@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from deeplab2_like.checkpoint import make_checkpoint_manager, prepare_model_folder
+from deeplab2_like.checkpoint_files import make_checkpoint_manager
+from deeplab2_like.model_folder import prepare_model_folder
 from deeplab2_like.progress import TrainingProgress
 from deeplab2_like.trainer.run import Run
 from deeplab2_like.trainer.stopping import StopSignal

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from deeplab2_like.data.images import write_png
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import cannot_write, write_png
+from deeplab2_like.files import cannot_write
 from deeplab2_like.temporary import TemporaryFile, remove_leftovers
 from deeplab2_like.trainer.trainer import NonFiniteError
 

@@ -8,8 +8,8 @@ from typing import NoReturn
 
 import tensorflow as tf
 
-from deeplab2_like.checkpoint import list_checkpoints
-from deeplab2_like.data import tfrecord
+from deeplab2_like.checkpoint_files import list_checkpoints
+from deeplab2_like.data.record_errors import report_bad_records
 from deeplab2_like.files import cannot_write
 from deeplab2_like.progress import LenientOutput
 from deeplab2_like.trainer import failures
@@ -33,7 +33,7 @@ def training_guards(run: Run) -> Iterator[StopSignal]:
     """
     try:
         files = [*run.files, *run.validation_files]
-        with StopSignal(run.strategy) as stop, tfrecord.user_errors(files), _translated_errors(run):
+        with StopSignal(run.strategy) as stop, report_bad_records(files), _translated_errors(run):
             yield stop
     except StopTraining as request:
         _exit(run, request)

@@ -1,30 +1,24 @@
 """One training: its config, records, variables and checkpoint, built and restored."""
 
-import contextlib
 import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
 import tensorflow as tf
 
-from deeplab2_like.checkpoint import (
-    CONFIG_FILE,
-    check_model_folder,
-    list_checkpoints,
-    load_what_fits,
-    make_checkpoint,
-    newest_whole_checkpoint,
-    restore,
-)
+from deeplab2_like.checkpoint import load_fitting_weights, make_checkpoint, restore
+from deeplab2_like.checkpoint_files import find_initial_checkpoint, list_checkpoints, newest_whole_checkpoint
 from deeplab2_like.configs import Config, load_config
-from deeplab2_like.data import tfrecord
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem, build_system
+from deeplab2_like.model.base import dtype_policy
+from deeplab2_like.model_folder import CONFIG_FILE, check_model_folder
 from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.optimizer import freeze, learning_rate_multipliers, make_optimizer, make_schedule
 from deeplab2_like.trainer.strategy import is_chief
@@ -99,7 +93,7 @@ def make_run(config: Config, model_dir: str | os.PathLike[str], strategy: tf.dis
     """
     settings = config.trainer
     dataset_info = DatasetInfo.load(config.data.record_folder)
-    files = tfrecord.list_shards(config.data.record_folder, config.data.train_split)
+    files = list_shards(config.data.record_folder, config.data.train_split)
     validation_files = _list_validation_files(config)
     check_model_folder(model_dir, config, dataset_info)
     devices = strategy.num_replicas_in_sync
@@ -154,7 +148,7 @@ def restore_or_initialize(run: Run, init_from: str | os.PathLike[str] | None) ->
             if init_from is not None:
                 print(f"Resuming from step {int(run.step)} of '{run.model_dir}'; '{init_from}' is not used.")
         elif init_from is not None:
-            load_what_fits(run.system, init_from)
+            load_fitting_weights(run.system, find_initial_checkpoint(init_from))
             if run.average is not None:
                 run.average.copy_from_system()
         elif frozen := [part for part, factor in run.config.trainer.optimizer.multipliers.items() if factor == 0]:
@@ -197,19 +191,8 @@ def _list_validation_files(config: Config) -> list[str]:
     if config.trainer.pictures_every is None and config.trainer.evaluate_every is None:
         return []
     try:
-        return tfrecord.list_shards(config.data.record_folder, config.data.val_split)
+        return list_shards(config.data.record_folder, config.data.val_split)
     except UserError as error:
         if config.trainer.evaluate_every is None:
             return []
         raise UserError(f"{error} Key trainer.evaluate_every needs it; leave that key out to do without.") from error
-
-
-@contextlib.contextmanager
-def dtype_policy(name: str) -> Iterator[None]:
-    """Layers made inside compute in this precision; what the process makes later does not."""
-    before = keras.config.dtype_policy()
-    keras.config.setdtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.setdtype_policy(before)

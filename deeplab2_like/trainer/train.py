@@ -5,9 +5,9 @@ import os
 
 import orbit
 
-from deeplab2_like.checkpoint import clean_model_folder
 from deeplab2_like.configs import Config
 from deeplab2_like.model import PanopticSystem
+from deeplab2_like.model_folder import clean_model_folder
 from deeplab2_like.trainer.actions import TrainingActions, make_validation
 from deeplab2_like.trainer.batches import distribute_batches
 from deeplab2_like.trainer.guards import orbit_silenced, training_guards

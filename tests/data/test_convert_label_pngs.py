@@ -12,22 +12,23 @@ import pytest
 from PIL import Image
 
 from deeplab2_like.cli import main
-from deeplab2_like.data import known_datasets, panoptic_label, pipeline, tfrecord
+from deeplab2_like.data import known_datasets, panoptic_label, pipeline
 from deeplab2_like.data.convert.ade20k import convert_ade20k
 from deeplab2_like.data.convert.cvat_masks import convert_cvat_masks
 from deeplab2_like.data.convert.semantic_pngs import convert_semantic_pngs
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 
 
 def write_png(path: Path, values: Any) -> None:
-    """Writes grey values [H, W] or colours [H, W, 3] (red, green, blue)."""
+    """Writes gray values [H, W] or colors [H, W, 3] (red, green, blue)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(values, np.uint8)).save(path)
 
 
 def examples(folder: Path, split: str = "train") -> list[dict[str, Any]]:
-    dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
+    dataset = pipeline.make_eval_dataset(list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
     return list(dataset.as_numpy_iterator())
 
 
@@ -75,7 +76,7 @@ def test_a_value_without_a_class_is_named(semantic: dict[str, Any]) -> None:
     assert DatasetInfo.load(semantic["images"].parent / "other").num_classes == 1
 
 
-def test_grey_of_few_bits_is_refused(semantic: dict[str, Any]) -> None:
+def test_gray_of_few_bits_is_refused(semantic: dict[str, Any]) -> None:
     """Pillow would read 1 of 2 bits as 85."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
@@ -86,7 +87,7 @@ def test_grey_of_few_bits_is_refused(semantic: dict[str, Any]) -> None:
     header = struct.pack(">IIBBBBB", 3, 2, 2, 0, 0, 0, 0)
     content = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
     (semantic["labels"] / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
-    with pytest.raises(UserError, match=r"a\.png' is grey of 2 bits; save it with 8 or 16 bits"):
+    with pytest.raises(UserError, match=r"a\.png' is gray of 2 bits; save it with 8 or 16 bits"):
         convert_semantic_pngs(**semantic)
 
 
@@ -153,12 +154,12 @@ def test_split_is_guessed_from_the_folders(semantic: dict[str, Any]) -> None:
         assert convert_semantic_pngs(**semantic)[0].split == split
     move("a/train", "a/val")
     with pytest.raises(
-        UserError, match=r"a/train' and '.*a/val' tell different splits \(train, val\); name it with --sp"
+        UserError, match=r"a/train' and '.*a/val' are of different splits \(train, val\); name the split with --sp"
     ):
         convert_semantic_pngs(**semantic)
     move("a/images", "a/labels")
     with pytest.raises(
-        UserError, match=r"a/labels' is not known, as neither the name nor that of the folder above has"
+        UserError, match=r"a/labels' is unknown, because neither the name nor that of the folder above has"
     ):
         convert_semantic_pngs(**semantic)
 
@@ -195,7 +196,7 @@ def cvat(tmp_path: Path) -> dict[str, Any]:
 
 def test_cvat_masks(cvat: dict[str, Any]) -> None:
     convert_cvat_masks(**cvat)
-    # Objects are numbered by their colours as R + 256 G + 65536 B: the red one is first.
+    # Objects are numbered by their colors as R + 256 G + 65536 B: the red one is first.
     expected = [[1001, 1002, 1002, 255000], [0, 0, 1000, 255000]]
     np.testing.assert_array_equal(examples(cvat["output_dir"])[0]["panoptic"], expected)
     info = DatasetInfo.load(cvat["output_dir"])
@@ -203,7 +204,7 @@ def test_cvat_masks(cvat: dict[str, Any]) -> None:
 
 
 def test_cvat_background_can_be_a_class(cvat: dict[str, Any]) -> None:
-    # In any colour.
+    # In any color.
     (cvat["root"] / "labelmap.txt").write_text("Background:0,0,255::\ngrass:0,255,0::\ncar:255,0,0::\n")
     write_png(cvat["root"] / "SegmentationClass" / "a.png", [[RED, RED, RED, BLACK], [GREEN, GREEN, RED, BLUE]])
     convert_cvat_masks(**cvat, background="rest")
@@ -213,9 +214,7 @@ def test_cvat_background_can_be_a_class(cvat: dict[str, Any]) -> None:
 
 def test_cvat_faults_are_named(cvat: dict[str, Any]) -> None:
     write_png(cvat["root"] / "SegmentationClass" / "a.png", [[(1, 2, 3)] * 4] * 2)
-    with pytest.raises(
-        UserError, match=r"Image 'a\.png' of .* has the colour 1,2,3, which labelmap\.txt does not list"
-    ):
+    with pytest.raises(UserError, match=r"Image 'a\.png' of .* has the color 1,2,3, which labelmap\.txt does not list"):
         convert_cvat_masks(**cvat)
     write_png(cvat["root"] / "SegmentationObject" / "a.png", [[RED]])
     with pytest.raises(
@@ -228,7 +227,7 @@ def test_cvat_faults_are_named(cvat: dict[str, Any]) -> None:
     ):
         convert_cvat_masks(**cvat)
     (cvat["root"] / "labelmap.txt").write_text("car:255,0,0::\nbus:255,0,0::\n")
-    with pytest.raises(UserError, match=r"labelmap\.txt' has two classes of the colour \(255, 0, 0\)"):
+    with pytest.raises(UserError, match=r"labelmap\.txt' has two classes of the color \(255, 0, 0\)"):
         convert_cvat_masks(**cvat)
     with pytest.raises(UserError, match=r"The folder of object PNGs '.*nowhere.SegmentationObject' does not exist"):
         convert_cvat_masks(**(cvat | {"root": cvat["root"] / "nowhere"}))

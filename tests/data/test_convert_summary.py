@@ -37,7 +37,7 @@ def test_the_table_counts_objects_and_pixels(folder: Path) -> None:
         "Split 'train': 3 examples, 2 skipped.",
         "  skipped: a is bad",
         "  skipped: b is bad",
-        "Split 'val': 1 examples, 0 skipped. It was there already, from the same files and options: nothing was done.",
+        "Split 'val': 1 examples, 0 skipped. It already exists with the same files and options: nothing was done.",
         f"Records are in {folder}",
         "",
     ]
@@ -46,7 +46,7 @@ def test_the_table_counts_objects_and_pixels(folder: Path) -> None:
     rows = [line.split() for line in lines]
     assert ["road", "stuff", "<0.1%"] in rows
     assert ["車\\u200bn", "thing", "12", "49.9%"] in rows
-    assert "Without a pixel: [red]car[/red] :car: (stuff); nothing (stuff)" in lines
+    assert "Without pixels: [red]car[/red] :car: (stuff); nothing (stuff)" in lines
     assert "val: 1 images, 0.0% of the pixels void" in lines
     assert ["road", "stuff", "50.0%"] in rows
 

@@ -7,8 +7,11 @@ import pytest
 import tensorflow as tf
 
 from deeplab2_like.configs.schema import ColorJitterConfig, DataConfig
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.record_errors import report_bad_records
+from deeplab2_like.data.records import serialize_example
+from deeplab2_like.data.shards import ShardWriter, list_shards, read_index, shard_names
 from deeplab2_like.errors import UserError
 
 INFO = DatasetInfo.from_coco_categories(
@@ -21,12 +24,12 @@ PAD = (9, 8, 7)
 def write(folder, panoptics, split="train", shards=2):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (*panoptic.shape, 3), np.uint8) for panoptic in panoptics]
-    for part, name in enumerate(tfrecord.shard_names(split, shards)):
-        with tfrecord.FileWriter(folder / name) as writer:
+    for part, name in enumerate(shard_names(split, shards)):
+        with ShardWriter(folder / name) as writer:
             for number in range(part, len(panoptics), shards):
                 record = {"image": images[number], "panoptic": panoptics[number], "filename": str(number)}
-                writer.write(tfrecord.serialize_example(**record))
-    return tfrecord.list_shards(folder, split)
+                writer.write(serialize_example(**record))
+    return list_shards(folder, split)
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def train(files, *, crop_size=(10, 11), scale_range=(0.5, 2.0), **changes):
 
 
 def take(dataset, count):
-    with tfrecord.user_errors():
+    with report_bad_records():
         return list(itertools.islice(dataset.as_numpy_iterator(), count))
 
 
@@ -195,7 +198,7 @@ def test_truncated_file_is_refused(files):
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_damaged_record_is_a_user_error(files, cache):
-    index = tfrecord.read_index(files)
+    index = read_index(files)
     assert index.file_numbers.tolist() == [0, 0, 0, 0, 1, 1, 1]
     with open(files[1], "r+b") as file:
         file.seek(index.offsets[5] + 40)
@@ -203,5 +206,5 @@ def test_damaged_record_is_a_user_error(files, cache):
     message = (
         r"^Record 1 \(counted from 0\) of '.*train-00001-of-00002\.tfrecord' is damaged; convert the data set again"
     )
-    with pytest.raises(UserError, match=message), tfrecord.user_errors(files):
+    with pytest.raises(UserError, match=message), report_bad_records(files):
         list(itertools.islice(train(files, cache=cache).as_numpy_iterator(), 5))

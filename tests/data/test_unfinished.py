@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from kills import killed_at_the_end
 
-from deeplab2_like.data import tfrecord
 from deeplab2_like.data.convert import common, unfinished
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import ShardWriter, count_examples, list_shards, read_index, shard_names
 from deeplab2_like.errors import UserError
 from deeplab2_like.temporary import TemporaryFile
 
@@ -79,7 +80,7 @@ def before_each_change(action: Callable[[str], None]) -> Iterator[None]:
         for name in ("replace", "unlink", "rmdir"):
             watch(os, name)
         watch(TemporaryFile, "publish")
-        watch(tfrecord.tf.io.TFRecordWriter, "write")
+        watch(tf.io.TFRecordWriter, "write")
         yield
 
 
@@ -103,13 +104,13 @@ def test_killed_at_any_moment_it_ends_the_same(conversion: Conversion, tmp_path:
     for moment in moments:
         with contextlib.suppress(UserError):
             # What is there meanwhile is of one conversion, or is refused.
-            assert tfrecord.count_examples(tfrecord.list_shards(moment, "train")) in (9, COUNT)
+            assert count_examples(list_shards(moment, "train")) in (9, COUNT)
         hidden = moment / ".train.conversion"
         record = moment / ".train.conversion.json"
         is_finished = record.exists() and json.loads(record.read_bytes())["plan"]["examples"] == COUNT
         # Files hold the inputs 0 and 1, 2 and 3, 4 to 6.
         expected = []
-        for name, inputs in zip(tfrecord.shard_names("train", SHARDS), ("01", "23", "456"), strict=True):
+        for name, inputs in zip(shard_names("train", SHARDS), ("01", "23", "456"), strict=True):
             if not is_finished and not ((hidden / f"{name}.json").exists() and (hidden / "plan.json").exists()):
                 expected += list(inputs)
         report = conversion.run(moment)
@@ -160,7 +161,7 @@ def test_killed_while_it_replaces_another_source(conversion: Conversion, tmp_pat
     for moment in moments:
         is_published = (moment / ".train.conversion" / "publish.json").exists()
         try:
-            counts = tfrecord.count_examples(tfrecord.list_shards(moment, "train"))
+            counts = count_examples(list_shards(moment, "train"))
         except UserError:
             counts = None
             assert is_published  # All new files are there, and wait for the next run.
@@ -172,7 +173,7 @@ def test_killed_while_it_replaces_another_source(conversion: Conversion, tmp_pat
         with contextlib.suppress(UserError):
             assert old.run(again, **old_options).is_unchanged
         is_new = is_published or counts == COUNT
-        assert tfrecord.count_examples(tfrecord.list_shards(again, "train")) == (COUNT if is_new else 9)
+        assert count_examples(list_shards(again, "train")) == (COUNT if is_new else 9)
         assert not (again / ".train.conversion" / "publish.json").exists()
     assert found == {9, None, COUNT}
 
@@ -201,13 +202,13 @@ def test_another_source_does_not_replace_a_split(conversion: Conversion, tmp_pat
     assert contents(folder) == before
     other.inputs[1].write_text("good")
     assert other.run(folder, source=[second], replace=True).examples == 2
-    assert tfrecord.count_examples(tfrecord.list_shards(folder, "train")) == 2
+    assert count_examples(list_shards(folder, "train")) == 2
     with pytest.raises(UserError, match=rf"was made from '{second}', not from no files \(by `convert scenes`\)"):
         conversion.run(folder)
 
 
 def test_records_of_unknown_origin_are_not_replaced(conversion: Conversion, tmp_path: Path) -> None:
-    with tfrecord.FileWriter(tmp_path / "train-00000-of-00001.tfrecord") as writer:
+    with ShardWriter(tmp_path / "train-00000-of-00001.tfrecord") as writer:
         writer.write(b"precious")
     before = contents(tmp_path)
     with pytest.raises(
@@ -246,7 +247,7 @@ def test_a_split_is_not_put_beside_others_of_other_classes(
             conversion.run(tmp_path)
     other = INFO.from_coco_categories(INFO.to_coco_categories(), name="x", label_divisor=5000)
     conversion.run(tmp_path, split="val", info=other)
-    with pytest.raises(UserError, match=r"does not go with the splits made since \(val\): .*label_divisor 1000 differ"):
+    with pytest.raises(UserError, match=r"does not match the splits made since \(val\): .*label_divisor 1000 differ"):
         conversion.run(tmp_path)
     assert DatasetInfo.load(tmp_path) == other
 
@@ -264,7 +265,7 @@ def test_what_is_finished_is_not_made_again(conversion: Conversion, tmp_path: Pa
     assert conversion.made == ["4", "5", "6"]
     assert (report.kept_files, report.files, report.is_unchanged) == (2, 3, False)
     assert calls == [(5, 7), (6, 7), (7, 7)]
-    for name in tfrecord.shard_names("train", SHARDS):
+    for name in shard_names("train", SHARDS):
         assert (tmp_path / "records" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
 
@@ -306,22 +307,22 @@ def test_a_second_run_mends_what_has_changed(
 
 def test_a_file_cut_between_records_is_noticed(conversion: Conversion, tmp_path: Path) -> None:
     conversion.run(tmp_path)
-    (first, *_) = paths = tfrecord.list_shards(tmp_path, "train")
-    index = tfrecord.read_index([first])
+    (first, *_) = paths = list_shards(tmp_path, "train")
+    index = read_index([first])
     assert len(index) == 2
     with open(first, "r+b") as file:
         file.truncate(int(index.offsets[1]))
     with pytest.raises(UserError, match=r"train-00000-of-00003\.tfrecord' holds 1 of the 2 records that the"):
-        tfrecord.count_examples(paths)
+        count_examples(paths)
     conversion.run(tmp_path)
-    assert tfrecord.count_examples(paths) == COUNT
+    assert count_examples(paths) == COUNT
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[1, 2]", b'{"plan": {}, "files": 3}', b"\xff"])
 def test_a_damaged_note_of_an_earlier_run_is_ignored(conversion: Conversion, tmp_path: Path, content: bytes) -> None:
     conversion.run(tmp_path)
     (tmp_path / ".train.conversion.json").write_bytes(content)
-    assert tfrecord.count_examples(tfrecord.list_shards(tmp_path, "train")) == COUNT
+    assert count_examples(list_shards(tmp_path, "train")) == COUNT
     # What the split was made from is not known any more.
     with pytest.raises(UserError, match=r"was made from an unknown source"):
         conversion.run(tmp_path)
@@ -349,7 +350,7 @@ def test_another_interrupted_conversion_is_refused(
         conversion.run(tmp_path)
     before = contents(tmp_path)
     expected = (
-        rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*start anew with --replace"
+        rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*start over with --replace"
     )
     with pytest.raises(UserError, match=expected):
         conversion.run(tmp_path, **changes)
@@ -415,7 +416,7 @@ def test_without_inputs_every_run_begins_anew(conversion: Conversion, tmp_path: 
     for _ in range(2):
         assert not conversion.run(tmp_path, inputs_of=None).is_unchanged
         assert len(conversion.made) == COUNT
-    assert tfrecord.count_examples(tfrecord.list_shards(tmp_path, "train")) == COUNT
+    assert count_examples(list_shards(tmp_path, "train")) == COUNT
     # What the split was made from.
     assert list(tmp_path.glob(".*")) == [tmp_path / ".train.conversion.json"]
 

@@ -313,5 +313,5 @@ def test_no_json_after_an_error_nor_that_of_an_earlier_run(tmp_path, name):
 
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"Output folder '.*file' cannot be made \(there is a file in its place\)"):
+    with pytest.raises(UserError, match=r"Output folder '.*file' cannot be created \(there is a file in its place\)"):
         make_submission("coco", tmp_path / "file", INFO)

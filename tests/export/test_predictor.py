@@ -134,7 +134,7 @@ def test_says_that_memory_does_not_suffice(predictor, monkeypatch):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
 
     monkeypatch.setattr(predictor, "_infer", fail)
-    with pytest.raises(UserError, match="memory does not suffice for an image of 4 x 5 pixels"):
+    with pytest.raises(UserError, match="Not enough memory for an image of 4 x 5 pixels"):
         predictor(np.zeros((4, 5, 3), np.uint8))
 
 
@@ -169,7 +169,9 @@ def test_save_coco_names_the_image_by_its_file(tmp_path):
 def test_refuses_folders_that_are_no_export(export_dir, tmp_path):
     with pytest.raises(UserError, match="absent' does not exist; give a folder that `deeplab2-like export` wrote"):
         Predictor(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"is no exported model, for it has no saved_model\.pb; give a folder that"):
+    with pytest.raises(
+        UserError, match=r"is not an exported model, because it has no saved_model\.pb; give a folder that"
+    ):
         Predictor(tmp_path)
     (tmp_path / "model" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="as it is a model folder, export it first with `deeplab2-like export`"):

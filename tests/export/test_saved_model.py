@@ -14,15 +14,16 @@ import tensorflow as tf
 from kills import files_in, kills
 from tensorflow.core.protobuf import saved_model_pb2
 
-from deeplab2_like import checkpoint as checkpoint_module
+from deeplab2_like import model_folder as model_folder_module
 from deeplab2_like import temporary
-from deeplab2_like.checkpoint import make_checkpoint, prepare_model_folder
+from deeplab2_like.checkpoint import make_checkpoint
 from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
 from deeplab2_like.export import saved_model, versions
 from deeplab2_like.export.saved_model import export_model_folder, export_saved_model
+from deeplab2_like.model_folder import prepare_model_folder
 
 # None makes an import fail, as if the package were not installed.
 _LOAD_ELSEWHERE = """
@@ -185,9 +186,7 @@ def test_replaces_an_earlier_export_and_leaves_nothing_beside(small_system, smal
     folder = tmp_path / "new" / "exported"
     export_saved_model(small_system, folder, config=small_config)
     assert (folder / "config.yaml").is_file()
-    with pytest.raises(
-        UserError, match=r"exported' holds an export already; give a new folder, or replace .* --replace"
-    ):
+    with pytest.raises(UserError, match=r"exported' already has an export; give a new folder, or replace .* --replace"):
         export_saved_model(small_system, folder)
     assert (folder / "config.yaml").is_file()
     assert export_saved_model(small_system, folder, replace=True) == folder
@@ -232,7 +231,7 @@ def test_an_export_that_answers_otherwise_does_not_appear(small_system, tmp_path
 def test_refuses_folders_with_other_content(small_system, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "text.md").write_text("x")
-    with pytest.raises(UserError, match="thesis' holds something else than an export"):
+    with pytest.raises(UserError, match="thesis' has files that are not an export"):
         export_saved_model(small_system, tmp_path / "thesis", replace=True)
     with pytest.raises(UserError, match=r"text\.md', which is a file; give a folder"):
         export_saved_model(small_system, tmp_path / "thesis" / "text.md")
@@ -286,7 +285,7 @@ def export(monkeypatch) -> Callable[..., Path]:
         return export_model_folder("model", output_dir, **options)
 
     monkeypatch.setattr(saved_model, "_write", write)
-    monkeypatch.setattr(checkpoint_module, "load_model_folder", lambda *_args, **_options: (None, None, 0))
+    monkeypatch.setattr(model_folder_module, "load_model_folder", lambda *_args, **_options: (None, None, 0))
     return run
 
 
@@ -341,9 +340,7 @@ def test_other_things_in_a_folder_of_versions_stay(export, tmp_path):
 def test_a_version_is_replaced_only_when_asked_to(export, tmp_path):
     export(tmp_path, "first")
     export(tmp_path, "second")
-    message = (
-        rf"1' holds an export already; give '{tmp_path}' to write the next version, or replace this one with --rep"
-    )
+    message = rf"1' already has an export; give '{tmp_path}' to write the next version, or replace this one with --rep"
     with pytest.raises(UserError, match=message):
         export(tmp_path / "1", "new")
     assert versions_in(tmp_path) == {"1": "first", "2": "second"}
@@ -362,7 +359,7 @@ def test_without_a_number_the_newest_version_is_replaced(export, tmp_path):
 
 def test_an_export_is_no_folder_of_versions(export, tmp_path):
     make_export(tmp_path / "exported", "old")
-    with pytest.raises(UserError, match="exported' holds an export already; give a new folder, or replace"):
+    with pytest.raises(UserError, match="exported' already has an export; give a new folder, or replace"):
         export(tmp_path / "exported", "new")
     assert versions_in(tmp_path) == {"exported": "old"}
     assert export(tmp_path / "exported", "new", replace=True) == tmp_path / "exported"
@@ -372,7 +369,7 @@ def test_an_export_is_no_folder_of_versions(export, tmp_path):
 def test_a_folder_with_a_saved_model_of_another_kind_is_kept(export, tmp_path):
     (tmp_path / "saved_model.pb").write_text("x")
     for replace in (False, True):
-        with pytest.raises(UserError, match="holds something else than an export, which would be lost"):
+        with pytest.raises(UserError, match="has files that are not an export and would be lost"):
             export(tmp_path, "new", replace=replace)
     assert os.listdir(tmp_path) == ["saved_model.pb"]
 
@@ -398,7 +395,7 @@ def test_two_exports_to_one_version_at_once(export, tmp_path, monkeypatch):
         make_export(tmp_path / "1", "other")
 
     monkeypatch.setattr(saved_model, "_write", write_slowly)
-    with pytest.raises(UserError, match="1' holds an export already"):
+    with pytest.raises(UserError, match="1' already has an export"):
         export(tmp_path / "1", "x")
     assert versions_in(tmp_path) == {"1": "other"}
 
@@ -447,7 +444,7 @@ def test_killed_while_it_replaces_a_version(export, tmp_path, monkeypatch, way):
             assert (version / "saved_model.pb").read_text() in ("old", "new"), operation
             assert len(files_in(version)) == 3, operation
         # The next start puts back what was moved away, also if it then refuses to replace it.
-        with pytest.raises(UserError, match="holds an export already"):
+        with pytest.raises(UserError, match="already has an export"):
             export(version, "new")
         assert versions_in(version.parent) in ({"1": "old"}, {"1": "new"}), operation
         export(version, "newer", replace=True)

@@ -154,7 +154,7 @@ def test_without_locks_another_host_is_not_overruled(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made"), run_lock(tmp_path / "file"):
+    with pytest.raises(UserError, match="cannot be created"), run_lock(tmp_path / "file"):
         pass
     (tmp_path / "model" / LOCK_FILE).mkdir(parents=True)
     with pytest.raises(UserError, match=r"Cannot write '.*model' \(Is a directory\)"), run_lock(tmp_path / "model"):

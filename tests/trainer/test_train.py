@@ -18,12 +18,14 @@ import pytest
 import tensorflow as tf
 from one_convolution import one_convolution_config
 
-from deeplab2_like.checkpoint import list_checkpoints, load_model_folder
+from deeplab2_like.checkpoint_files import list_checkpoints
 from deeplab2_like.configs import load_config
 from deeplab2_like.configs.schema import DataConfig
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
+from deeplab2_like.model_folder import load_model_folder
 from deeplab2_like.trainer import run as run_module
 from deeplab2_like.trainer.summaries import StepProfiler
 from deeplab2_like.trainer.train import train
@@ -254,7 +256,7 @@ def test_the_first_value_that_is_not_finite_stops(
     # Step 7 is batch number 6, as the first is number 0.
     info = DatasetInfo.load(records)
     batches = pipeline.make_train_dataset(
-        tfrecord.list_shards(records, "train"),
+        list_shards(records, "train"),
         DataConfig(crop_size=(16, 24)),
         make_targets=lambda panoptic: {},
         dataset_info=info,

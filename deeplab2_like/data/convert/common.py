@@ -1,4 +1,4 @@
-"""What all converters share: writing one split, in order, with faulty examples refused or counted."""
+"""Shared by all converters: writes a split in order, and stops at faulty examples or skips them."""
 
 import contextlib
 import dataclasses
@@ -12,10 +12,12 @@ from typing import Any, Literal, TypedDict, TypeVar
 import numpy as np
 
 from deeplab2_like import errors
-from deeplab2_like.data import dataset_info, tfrecord
+from deeplab2_like.data import dataset_info
 from deeplab2_like.data.convert.unfinished import UnfinishedSplit, fingerprint, make_plan
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import list_segments
+from deeplab2_like.data.records import serialize_example
+from deeplab2_like.data.shards import list_splits
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import make_folder, require_local
 from deeplab2_like.parallel import map_in_order
@@ -25,7 +27,7 @@ Progress = Callable[[int, int], None]
 OnError = Literal["stop", "skip"]
 
 EXAMPLES_PER_SHARD = 500
-# Tried in this order if the user does not say: the smallest that holds all instances of a class.
+# The default is the first of these that is larger than the number of instances of any class in an image.
 LABEL_DIVISORS = (1000, 10_000)
 
 _SPLIT_OF_WORD = {
@@ -42,7 +44,7 @@ _SPLIT_OF_WORD = {
 
 
 class WriteOptions(TypedDict, total=False):
-    """Arguments of `write_split` that converters hand on as they are."""
+    """Arguments of `write_split` that converters pass on unchanged."""
 
     shards: int | None
     workers: int
@@ -53,7 +55,7 @@ class WriteOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One example as it is written, with what it adds to the statistics of its split.
+    """One serialized example, with its part in the statistics of its split.
 
     Attributes:
         serialized: The serialized example.
@@ -68,17 +70,17 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """What became of one split.
+    """The result of converting one split.
 
     Attributes:
-        split: Its name.
+        split: Name of the split.
         examples: Number of examples written.
-        skipped: For each example left out, what was wrong with it; `errors.jsonl` has the same.
+        skipped: The fault of each skipped example, as in `errors.jsonl`.
         objects: Number of objects of each class; crowd regions and stuff do not count.
         pixels: Number of pixels of each class and, last, of void.
-        kept_files: Number of files that an earlier run had already made.
+        kept_files: Number of files that an earlier, interrupted run had already written.
         files: Number of files; 0 if unknown.
-        is_unchanged: Whether an earlier run had finished the same conversion, so that nothing was done.
+        is_unchanged: Whether an earlier run had completed the same conversion, so that nothing was done.
     """
 
     split: str
@@ -107,39 +109,37 @@ def write_split(
     inputs_of: Callable[[Item], Sequence[Path]] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
-    """Writes one split and `dataset_info.json`; the files depend neither on `workers` nor on timing.
+    """Writes one split and `dataset_info.json`. The files depend neither on `workers` nor on timing.
 
-    Each file holds a stretch of the items. The split appears in the folder when all files are whole. With `inputs_of`,
-    files that an interrupted run has finished are not made again if their inputs are the same, and a split that is
-    already there, made from the same inputs in the same way, is left as it is. A split that was made from the same
-    source in another way, or from files that have changed since, is replaced; one from another source only if the user
-    says so.
+    Each file has a contiguous range of the items. The split appears in the folder once all files are complete. With
+    `inputs_of`, files that an interrupted run has finished are kept if their inputs are unchanged, and so is an
+    existing split with the same inputs and options. An existing split from the same source is replaced if options or
+    input files have changed; one from another source is replaced only with `replace`.
 
     Args:
         items: One per example, in the order of the records.
-        make_record: Makes an item's record; raises `UserError` if the item is faulty. Called from several threads:
-            decoding and encoding of images, which take nearly all of the time, run side by side in them.
-        info: What the labels mean, as `agree_on_dataset_info` returns it.
-        output_dir: The record folder; made if it is missing.
+        make_record: Makes the record of an item; raises `UserError` if the item is faulty. Called from several threads,
+            because decoding and encoding of images take most of the time and can run in parallel.
+        info: The meaning of the labels, as returned by `agree_on_dataset_info`.
+        output_dir: The record folder; created if it is missing.
         split: The split's name.
-        source: The files or folders that the user has given; together they identify the source. Empty: the examples
-            are generated.
+        source: The files or folders that the user gave, which identify the source. Empty: the examples are generated.
         shards: Number of files, at most one per item; None: about one per `EXAMPLES_PER_SHARD` items.
         workers: Number of threads.
-        on_error: "stop" at the first faulty item, or "skip" it and report it, also in `errors.jsonl` of the folder.
-        progress: Called after each item with the numbers of items done and of all.
-        replace: Whether a split, or an interrupted conversion of it, that was made from another source is replaced.
-        inputs_of: The files that an item's record is made from, the image first; what else decides the record must show
-            in the item's `repr` or in `options`. None: every run begins anew.
-        options: What else decides the records, by name; must be fit for JSON.
+        on_error: "stop" at the first faulty item, or "skip" faulty items and list them in `errors.jsonl` of the folder.
+        progress: Called after each item with the number of items done and the total.
+        replace: Whether to replace a split, or an interrupted conversion of it, that was made from another source.
+        inputs_of: Returns the files from which an item's record is made, the image first. Everything else that affects
+            the record must be in the item's `repr` or in `options`. None: every run starts from scratch.
+        options: Everything else that affects the records, by name; must be JSON values.
 
     Returns:
-        What was written and skipped.
+        The numbers of written and skipped examples, and statistics.
 
     Raises:
-        UserError: If an argument is wrong, an item is faulty and `on_error` is "stop", no example is left, or the
-            folder has the split from another source or an interrupted conversion of something else. What the folder
-            had is as it was; files that are finished wait, hidden, for the next run.
+        UserError: If an argument is wrong, an item is faulty and `on_error` is "stop", all items are faulty, or the
+            folder has the split from another source or an interrupted conversion with other options. The content of
+            the folder is unchanged then; finished files are kept, hidden, for the next run.
     """
     if on_error not in ("stop", "skip"):
         raise errors.unknown_name("value of on_error", on_error, ("stop", "skip"))
@@ -149,11 +149,11 @@ def write_split(
         shards = max(1, round(len(items) / EXAMPLES_PER_SHARD))
     shards = min(shards, max(1, len(items)))
     bounds = [number * len(items) // max(shards, 1) for number in range(shards + 1)]
-    stretches = list(itertools.pairwise(bounds))
+    ranges = list(itertools.pairwise(bounds))
     fingerprints = None
     if inputs_of is not None:
         fingerprints = [
-            fingerprint(items[first:end], [inputs_of(item) for item in items[first:end]]) for first, end in stretches
+            fingerprint(items[first:end], [inputs_of(item) for item in items[first:end]]) for first, end in ranges
         ]
     plan = make_plan(info, source=source, examples=len(items), shards=shards, options=options or {})
     unfinished = UnfinishedSplit(output_dir, split, plan=plan, fingerprints=fingerprints)
@@ -177,13 +177,13 @@ def write_split(
     try:
         states = unfinished.begin(allow_skipped=may_skip, replace=replace)
         to_do = [number for number, state in enumerate(states) if state is None]
-        num_to_do = sum(end - first for first, end in (stretches[number] for number in to_do))
+        num_to_do = sum(end - first for first, end in (ranges[number] for number in to_do))
         done = itertools.count(len(items) - num_to_do + 1)
-        to_convert = (item for number in to_do for item in items[slice(*stretches[number])])
+        to_convert = (item for number in to_do for item in items[slice(*ranges[number])])
 
         def records_of(number: int, contents: dict[str, list[Any]]) -> Iterator[bytes]:
-            # The items come first, so that this ends without taking the next file's first outcome.
-            for item, outcome in zip(items[slice(*stretches[number])], outcomes, strict=False):
+            # With the items first, `zip` stops without consuming the first outcome of the next file.
+            for item, outcome in zip(items[slice(*ranges[number])], outcomes, strict=False):
                 if isinstance(outcome, Record):
                     for counted, counts in (("objects", outcome.objects), ("pixels", outcome.pixels)):
                         for class_id, count in enumerate(counts):
@@ -216,7 +216,7 @@ def write_split(
     except BaseException:
         unfinished.abandon(keep_finished=keep_finished)
         if is_new:
-            with contextlib.suppress(OSError):  # Whatever somebody else has put there stays.
+            with contextlib.suppress(OSError):  # Another process may have created files there.
                 output_dir.rmdir()
         raise
     return report
@@ -225,7 +225,7 @@ def write_split(
 def _make_report(
     split: str, states: Sequence[Mapping[str, Any]], *, kept_files: int, is_unchanged: bool = False
 ) -> ConversionReport:
-    """Sums up what went into the files."""
+    """Adds up the statistics of the files."""
     return ConversionReport(
         split,
         examples=sum(state["examples"] for state in states),
@@ -238,21 +238,22 @@ def _make_report(
     )
 
 
-def make_labelled_record(
-    *, image: bytes | np.ndarray, panoptic: np.ndarray, filename: str, info: DatasetInfo
-) -> Record:
-    """Makes the record of an image and its label, see `tfrecord.serialize_example`, and counts what the label holds.
+def make_labeled_record(*, image: bytes | np.ndarray, panoptic: np.ndarray, filename: str, info: DatasetInfo) -> Record:
+    """Makes the record of an image and its label, and counts objects and pixels of each class.
 
     Args:
-        image: A whole image file's bytes, or the pixels, uint8 [H, W, 3] RGB.
+        image: The content of a whole image file, or the pixels, uint8 [H, W, 3] RGB.
         panoptic: int32 [H, W], panoptic map.
         filename: The image's file name.
-        info: What the label means.
+        info: The meaning of the label.
+
+    Returns:
+        The record, see `records.serialize_example`.
 
     Raises:
-        UserError: If the image cannot be read, or image and label do not fit each other.
+        UserError: If the image cannot be decoded, or image and label have different sizes.
     """
-    serialized = tfrecord.serialize_example(image=image, panoptic=panoptic, filename=filename)
+    serialized = serialize_example(image=image, panoptic=panoptic, filename=filename)
     table = list_segments(panoptic)
     classes = np.minimum(table.values // info.label_divisor, info.num_classes)
     instances = table.values % info.label_divisor
@@ -264,10 +265,10 @@ def make_labelled_record(
 
 
 def guess_split(*paths: Path) -> str:
-    """Guesses the split from the names of files or folders, or else from the names of their parent folders.
+    """Guesses a split from the names of files or folders, or else from those of their parent folders.
 
-    Only whole words count; anything but a letter separates words. `panoptic_val2017.json` is val, `trainer.json` has no
-    such word. If a name has several such words, the first one counts.
+    Only whole words count, separated by anything other than letters: `panoptic_val2017.json` is val, `trainer.json` is
+    unknown. Of several such words in a name the first counts.
 
     Args:
         paths: The files or folders of one split.
@@ -276,7 +277,7 @@ def guess_split(*paths: Path) -> str:
         "train", "val" or "test".
 
     Raises:
-        UserError: If there is no such word, or the names tell different splits.
+        UserError: If there is no such word, or names of the same level have different ones.
     """
     listed = " and ".join(f"'{path}'" for path in paths)
     absolute = [Path(os.path.abspath(path)) for path in paths]
@@ -285,11 +286,13 @@ def guess_split(*paths: Path) -> str:
         known = [[_SPLIT_OF_WORD[word] for word in of_name if word in _SPLIT_OF_WORD] for of_name in words]
         found = sorted({of_name[0] for of_name in known if of_name})
         if len(found) > 1:
-            raise UserError(f"The names of {listed} tell different splits ({', '.join(found)}); name it with --split.")
+            raise UserError(
+                f"The names of {listed} are of different splits ({', '.join(found)}); name the split with --split."
+            )
         if found:
             return found[0]
     raise UserError(
-        f"The split of {listed} is not known, as neither the name nor that of the folder above has one of the words "
+        f"The split of {listed} is unknown, because neither the name nor that of the folder above has one of the words "
         f"{', '.join(_SPLIT_OF_WORD)}; name it with --split."
     )
 
@@ -297,28 +300,28 @@ def guess_split(*paths: Path) -> str:
 def agree_on_dataset_info(
     info: DatasetInfo, *, output_dir: Path, split: str, max_instances: int, label_divisor: int | None = None
 ) -> DatasetInfo:
-    """Settles the label divisor of a split, with regard to other splits that the folder already holds.
+    """Chooses the label divisor of a split, consistent with other splits in the folder.
 
     Args:
-        info: The data set's facts; its label divisor does not count.
-        output_dir: The record folder; need not exist.
-        split: The split to be written.
+        info: The `DatasetInfo` of the source; its label divisor is ignored.
+        output_dir: The record folder, which may be missing.
+        split: The split to write.
         max_instances: Largest number of instances of a class in any image of the split.
-        label_divisor: The user's choice, or None for the folder's, or else the smallest of `LABEL_DIVISORS` that fits.
+        label_divisor: The user's choice; None: that of the folder, or else the smallest of `LABEL_DIVISORS` that fits.
 
     Returns:
-        The facts to write, the same as in the folder if it has other splits.
+        The `DatasetInfo` to write, the same as in the folder if it has other splits.
 
     Raises:
-        UserError: If the divisor is too small, or the folder's splits have other categories or another divisor.
+        UserError: If the divisor is too small, or other splits in the folder have other categories or another divisor.
     """
     existing = None
     other_splits: list[str] = []
     if (output_dir / dataset_info.FILE_NAME).is_file():
         existing = DatasetInfo.load(output_dir)
-        other_splits = [name for name in tfrecord.available_splits(output_dir) if name != split]
+        other_splits = [name for name in list_splits(output_dir) if name != split]
         if existing.record_offset:
-            raise UserError(f"'{output_dir}' holds records that DeepLab2 has made; choose another output folder.")
+            raise UserError(f"'{output_dir}' holds records that DeepLab2 made; choose another output folder.")
         if existing.categories != info.categories:
             raise UserError(
                 f"'{output_dir}' holds records of '{existing.name}' with other categories "
@@ -342,28 +345,28 @@ def agree_on_dataset_info(
         return dataclasses.replace(info, label_divisor=label_divisor)
     if other_splits and existing.label_divisor != label_divisor:
         raise UserError(
-            f"'{output_dir}' holds splits ({', '.join(other_splits)}) of label_divisor {existing.label_divisor}, but "
-            f"split '{split}' takes {label_divisor}; convert all of them with label_divisor {label_divisor}."
+            f"'{output_dir}' holds splits ({', '.join(other_splits)}) with label_divisor {existing.label_divisor}, but "
+            f"split '{split}' needs {label_divisor}; convert all of them with label_divisor {label_divisor}."
         )
     return dataclasses.replace(existing, label_divisor=label_divisor)
 
 
 def _first_difference(existing: DatasetInfo, info: DatasetInfo) -> str:
-    """Says in words where the categories of two data sets part."""
+    """Describes the first difference between the categories of two data sets."""
     for old, new in zip(existing.categories, info.categories, strict=False):
         if (old.id, old.name) != (new.id, new.name):
             return f"id {old.id} '{old.name}' there, id {new.id} '{new.name}' here"
         if old.is_thing != new.is_thing:
             return f"'{old.name}' is a thing in one and stuff in the other"
         if old.color != new.color:
-            return f"'{old.name}' has the colour {old.color} there and {new.color} here"
+            return f"'{old.name}' has the color {old.color} there and {new.color} here"
     return f"{existing.num_classes} categories there, {info.num_classes} here"
 
 
 def require_folder(folder: Path, what: str) -> None:
-    """Raises `UserError` unless `folder`, described by `what`, exists."""
+    """Raises `UserError` unless a folder exists and can be read; `what` is what to call it."""
     require_local(folder)
     if not folder.is_dir():
-        raise UserError(f"The {what} '{folder}' does not exist or is no folder; check the path.")
+        raise UserError(f"The {what} '{folder}' does not exist or is not a folder; check the path.")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"The {what} '{folder}' may not be read; change its permissions.")

@@ -1,4 +1,4 @@
-"""What `convert` prints at its end."""
+"""The summary that `convert` prints at the end."""
 
 import os
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 def print_summary(
     reports: Sequence[ConversionReport], output_dir: str | os.PathLike[str], *, console: Console | None = None
 ) -> None:
-    """Prints what became of each split, why examples were skipped, and a table of the classes of each split.
+    """Prints the result of each split, the faults of skipped examples, and a table of the classes of each split.
 
     Args:
         reports: A report per split.
         output_dir: The record folder.
-        console: Where to; None: the standard output.
+        console: The console to print to; None: standard output.
     """
     console = console or Console()
     for report in reports:
         note = ""
         if report.is_unchanged:
-            note = " It was there already, from the same files and options: nothing was done."
+            note = " It already exists with the same files and options: nothing was done."
         elif report.kept_files:
-            note = f" Of {report.files} files, {report.kept_files} were there from an interrupted run."
+            note = f" {report.kept_files} of {report.files} files were kept from an interrupted run."
         counts = f"{report.examples} examples, {len(report.skipped)} skipped."
         _print_line(console, f"Split '{report.split}': {counts}{note}")
         for fault in report.skipped:
@@ -40,7 +40,7 @@ def print_summary(
 
 
 def _print_classes(console: Console, report: ConversionReport, info: DatasetInfo) -> None:
-    """Prints the numbers of objects and pixels of a split's classes, and which classes have none."""
+    """Prints the objects and pixels of each class of a split, and lists classes without pixels."""
     total = sum(report.pixels)
     table = Table(box=SIMPLE_HEAD)
     table.add_column("class", overflow="fold")
@@ -59,22 +59,22 @@ def _print_classes(console: Console, report: ConversionReport, info: DatasetInfo
     if table.row_count:
         console.print(table, highlight=False)
     if absent:
-        _print_line(console, f"Without a pixel: {'; '.join(absent)}")
+        _print_line(console, f"Without pixels: {'; '.join(absent)}")
 
 
 def _percent(part: int, total: int) -> str:
-    """A share of pixels; one that is not 0 does not look like 0."""
+    """Formats a share of pixels; a small share is not rounded to 0."""
     share = part / max(total, 1)
     return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 
 def _print_line(console: Console, line: str) -> None:
-    """Prints a text as it is, however long."""
+    """Prints a text verbatim, without wrapping lines."""
     text = "\n".join(_printable(part, console) for part in line.split("\n"))
     console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 def _printable(text: str, console: Console) -> str:
-    """Replaces control characters, and letters that the terminal's encoding lacks, by escapes."""
+    """Escapes control characters, and letters that the terminal's encoding lacks."""
     plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return plain.encode(console.encoding, "backslashreplace").decode(console.encoding)
