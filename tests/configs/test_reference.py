@@ -13,6 +13,8 @@ from deeplab2_like.configs.reference import (
 )
 from deeplab2_like.configs.schema import DataConfig, TrainerConfig
 from deeplab2_like.configs.systems import SYSTEMS, find_config_class
+from deeplab2_like.model.backbone import BACKBONES
+from deeplab2_like.model.config import BackboneConfig
 
 GUIDES = sorted((Path(__file__).resolve().parents[2] / "docs").glob("*.md"))
 
@@ -25,6 +27,11 @@ def test_every_key_of_a_system_has_a_description(system: str) -> None:
 def test_every_key_of_data_and_trainer_has_a_description() -> None:
     assert undescribed_keys(DataConfig, "data") == []
     assert undescribed_keys(TrainerConfig, "trainer") == []
+
+
+def test_the_description_of_the_backbone_lists_all_names() -> None:
+    description = BackboneConfig.model_fields["name"].description or ""
+    assert all(f"`{name}`" in description for name in BACKBONES)
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.name)

@@ -115,7 +115,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(system: PanopticDeepLab,
         UserError,
         match=r"1 missing \(backbone\.stem\.conv2\.weight\); 1 left over \(roi_heads\.box\.weight\); "
         r"1 of another shape \(backbone\.stem\.conv1\.weight is \(64, 3, 7, 7\), which gives \(7, 7, 3, 64\) "
-        r"and not \(3, 3, 3, 64\)\)",
+        r"instead of \(3, 3, 3, 64\)\)",
     ):
         load_panoptic_deeplab(system, wrong)
     for weight, value in zip(system.weights, before, strict=True):

@@ -1,4 +1,4 @@
-"""Backbones: from a normalised image to features at strides 2, 4, 8, 16 and 32. `BACKBONES` is the registry."""
+"""Backbones: from a normalized image to features at strides 2, 4, 8, 16 and 32. `BACKBONES` is the registry."""
 
 from collections.abc import Callable
 
@@ -64,7 +64,7 @@ def _mobilenet_v3(stages: Stages) -> Builder:
 
 
 def _refuse(config: BackboneConfig, *fields: str) -> None:
-    """Raises if a field that the backbone does not have is not at its default."""
+    """Raises `UserError` if an option that the backbone does not have is not at its default."""
     for field in fields:
         default = BackboneConfig.model_fields[field].default
         if getattr(config, field) != default:
@@ -89,17 +89,17 @@ BACKBONES: dict[str, Builder] = {
 def build_backbone(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
     """Builds the backbone that a config describes.
 
-    Every backbone is a Keras layer. Calling it with normalised images, float [B, H, W, 3] with H and W multiples of
+    Every backbone is a Keras layer. Calling it with normalized images, float [B, H, W, 3] with H and W multiples of
     32, returns `{"stem": 1/2, "res2": 1/4, "res3": 1/8, "res4": 1/16, "res5": 1/output_stride}`, each float
     [B, h, w, C]; with `output_stride` 8, res4 is at 1/8 too. It has the attributes `strides` and `channels`,
     `dict[str, int]` by the same names.
 
     Args:
-        config: Which backbone, and its options.
-        norm: The normalisation after each convolution.
+        config: Name and options of the backbone.
+        norm: The normalization after each convolution.
 
     Raises:
-        UserError: If there is no such backbone, or it does not have an option that is set.
+        UserError: If the name is unknown, or an option is set that the backbone does not have.
     """
     if config.name not in BACKBONES:
         raise unknown_name("backbone", config.name, BACKBONES)

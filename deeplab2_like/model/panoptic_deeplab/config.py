@@ -99,7 +99,7 @@ class PostprocessConfig(StrictModel):
         7,
         ge=1,
         description="A center is the maximum of the heat map in a square window with this side, an odd number of "
-        "pixels of the predictions.",
+        "image pixels.",
     )
     top_k: int = pydantic.Field(
         200, ge=1, description="Largest number of instances per image; must be below the label divisor."
