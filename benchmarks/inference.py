@@ -4,11 +4,11 @@ The image is noise, and so are the weights; what depends on the number of instan
 with round masks, all above the threshold. Each part is a graph of its own for the size at hand, batch 1:
 
 * `network`: from the image to raw outputs, convolutions, and for Panoptic FPN boxes and masks in boxes;
-* `dense part`, for Panoptic FPN: of the network, all but proposals and heads of the detector;
+* `dense part`, for Panoptic FPN: the network without proposals and heads of the detector;
 * `post-processing`: everything after the network, for Panoptic FCN with the choice and fusion of kernels, for LPSNet
   with the choice of boxes;
-* `class of pixels`, for Panoptic FPN: the enlarged semantic output and its best class;
-* `merge`, the rest of it: masks at image size, overlaps decided, the map painted, its segments scored;
+* `class of pixels`, for Panoptic FPN: the argmax of the upsampled semantic logits;
+* `merge`, for Panoptic FPN: the rest of post-processing, from masks at image size to scored segments;
 * `panoptic head`, for LPSNet: boxes pasted on the semantic map, conflicts decided, the map painted;
 * `potential and affinities`, for the unifying system: both at the resolution of the semantic map. The paper counts 5 G
   multiply-adds for the affinities, beside 140 G of backbone and pyramid, at 800x1300;
@@ -41,12 +41,14 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.files import write_atomically
 from deeplab2_like.model import SYSTEMS, PanopticSystem, build_system
-from deeplab2_like.model.layers import compiled_stages
+from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.model.lpsnet import LPSNet, PanopticHead
-from deeplab2_like.model.merge import best_class
 from deeplab2_like.model.panoptic_fcn import PanopticFCN
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
+from deeplab2_like.model.stages import compiled_stages
 from deeplab2_like.model.unifying import Unifying
+from deeplab2_like.model.unifying.postprocess import find_best_slots
+from deeplab2_like.model.unifying.potential import slot_potentials
 
 compile_with_xla = functools.partial(tf.function, jit_compile=True)
 # COCO's: 80 things, 53 stuff.
@@ -67,7 +69,7 @@ def milliseconds(function: Callable[[], Any], runs: int) -> float:
 
 
 def made_up_detections(outputs: dict[str, tf.Tensor], height: int, width: int, number: int) -> dict[str, tf.Tensor]:
-    """Replaces what Panoptic FPN detected by instances of all sizes, best first."""
+    """Replaces detections by instances of all sizes, best first."""
     random = np.random.default_rng(0)
     rows, side = outputs["boxes"].shape[1], outputs["masks"].shape[-1]
     sides = np.exp(random.uniform(np.log(16), np.log(min(height, width) / 1.5), (rows, 2)))
@@ -167,8 +169,8 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
         dense_graph = tf.function(dense, autograph=False)
         times["dense part"] = milliseconds(lambda: dense_graph(image), runs)
         outputs = made_up_detections(outputs, height, width, instances)
-        parts["class of pixels"] = lambda outputs: best_class(
-            outputs["semantic_logits"], size, stride=system.stride, seen_size=outputs.get("seen_size")
+        parts["class of pixels"] = lambda outputs: Geometry.of(outputs, size).argmax(
+            outputs["semantic_logits"], stride=system.stride
         )
     if isinstance(system, PanopticFCN):
         outputs = made_up_kernels(system, outputs, height, width, instances)
@@ -177,8 +179,11 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
         print(f"{system.name}: {used} of {instances} things are neither fused nor too weak")
     if isinstance(system, Unifying):
         outputs = made_up_detections(outputs, height, width, instances)
-        parts["panoptic submodule"] = lambda outputs: system._best_slot(outputs, size)
-        parts["potential and affinities"] = lambda outputs: system._handed(outputs, system._potential(outputs))
+        options = {"potential": system.config.panoptic.potential, "stride": system.stride}
+        parts["panoptic submodule"] = lambda outputs: find_best_slots(
+            outputs, Geometry.of(outputs, size), system.dataset_info, **options
+        )
+        parts["potential and affinities"] = lambda outputs: slot_potentials(outputs, system.dataset_info, **options)[1]
     if isinstance(system, LPSNet):
         parts["panoptic head"] = paste_made_up_boxes(system, height, width, instances)
     for name, part in parts.items():

@@ -40,6 +40,7 @@ from deeplab2_like.data.records import serialize_example
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.data.shards import ShardWriter, list_shards
 from deeplab2_like.files import write_atomically
+from deeplab2_like.model.panoptic_deeplab.config import LossConfig
 from deeplab2_like.model.panoptic_deeplab.targets import make_targets
 
 # Name -> height, width, instances, and the ending of image files.
@@ -52,7 +53,7 @@ TARGETS_BOUND, PIPELINE_BOUND = 5.0, 3.0
 
 
 def library_targets(panoptic: tf.Tensor) -> dict[str, tf.Tensor]:
-    return make_targets(panoptic, dataset_info=scenes_info(), **OPTIONS)
+    return make_targets(panoptic, LossConfig(**OPTIONS), scenes_info())
 
 
 def usual_targets(panoptic: tf.Tensor) -> dict[str, tf.Tensor]:

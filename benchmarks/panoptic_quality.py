@@ -93,7 +93,7 @@ def made_up_prediction(ground_truth: np.ndarray, info: DatasetInfo, random: np.r
             columns = np.nonzero(mask)[1]
             mask[:, : int(np.median(columns))] = False
             prediction[mask] = value // divisor * divisor + 700 + number
-        elif fault < 0.3 and number:  # Merged.
+        elif fault < 0.3 and number:  # SegmentTable.
             prediction[mask] = instances[number - 1]
     return prediction
 

@@ -10,6 +10,7 @@ import cv2
 from rich.console import Console
 
 from deeplab2_like.configs import load_config
+from deeplab2_like.configs.systems import check_system
 from deeplab2_like.data import pipeline
 from deeplab2_like.data.convert.scenes import convert_scenes
 from deeplab2_like.data.dataset_info import DatasetInfo
@@ -19,7 +20,6 @@ from deeplab2_like.evaluation.model_folder import evaluate_model_folder
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_model_folder
 from deeplab2_like.files import make_folder
-from deeplab2_like.model import find_system
 from deeplab2_like.progress import progress_bar
 from deeplab2_like.trainer.train import train
 from deeplab2_like.visualize import contact_sheet, side_by_side
@@ -43,7 +43,7 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
     """
     started = time.perf_counter()
     console = Console(highlight=False)
-    find_system(system)
+    check_system(system)
     records, model_dir, exported = (output_dir / name for name in ("records", "model", "export"))
     config = load_config(f"{system}/scenes_tiny", [f"data.path={json.dumps(str(records))}", *overrides])
 

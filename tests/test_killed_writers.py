@@ -10,7 +10,6 @@ import pytest
 from kills import files_in, hidden_in, kills
 from one_convolution import one_convolution_config, one_convolution_registered
 
-from deeplab2_like.checkpoint import prepare_model_folder
 from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.shards import ShardWriter
@@ -18,6 +17,7 @@ from deeplab2_like.evaluation import report
 from deeplab2_like.evaluation.model_folder import ModelFolderEvaluation
 from deeplab2_like.export import predictor as predictor_module
 from deeplab2_like.export.predictor import PanopticPrediction, predict_files
+from deeplab2_like.model_folder import prepare_model_folder
 
 INFO = DatasetInfo.from_coco_categories(
     [{"id": 1, "name": "road", "isthing": 0}, {"id": 2, "name": "car", "isthing": 1}], name="small"

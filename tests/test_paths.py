@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tensorflow as tf
 
-from deeplab2_like.checkpoint import list_checkpoints, make_checkpoint_manager
+from deeplab2_like.checkpoint_files import list_checkpoints, make_checkpoint_manager
 from deeplab2_like.cli import main
 from deeplab2_like.configs import load_config
 from deeplab2_like.configs.schema import Config

@@ -1,6 +1,6 @@
-"""The shape of a config: every field, its type, its default and what it means.
+"""The schema of a config: every field, its type, its default and its meaning.
 
-A system's own part (`model`) is declared in the system's file and is found through the registry of systems.
+The `model` section is declared in the `config.py` of each system and found through the registry of systems.
 """
 
 from typing import Literal
@@ -18,31 +18,34 @@ class StrictModel(pydantic.BaseModel):
 
 
 class ColorJitterConfig(StrictModel):
-    """Random colour changes, in the order of the fields; each is the largest change, 0 switches it off."""
+    """Random changes of color, in the order of the fields; each value is the largest change, 0 for none."""
 
-    brightness: float = pydantic.Field(0.0, ge=0, le=1, description="Colours are multiplied by 1 +- this.")
+    brightness: float = pydantic.Field(0.0, ge=0, le=1, description="Colors are multiplied by 1 +- this.")
     contrast: float = pydantic.Field(
-        0.0, ge=0, lt=1, description="Distances from the image's mean grey are multiplied by 1 +- this."
+        0.0, ge=0, lt=1, description="Differences from the mean gray of the image are multiplied by 1 +- this."
     )
     saturation: float = pydantic.Field(
-        0.0, ge=0, lt=1, description="Distances from each pixel's own grey are multiplied by 1 +- this."
+        0.0, ge=0, lt=1, description="Differences from the gray of each pixel are multiplied by 1 +- this."
     )
-    hue: float = pydantic.Field(0.0, ge=0, le=0.5, description="Hue is turned by +- this part of the colour circle.")
+    hue: float = pydantic.Field(
+        0.0, ge=0, le=0.5, description="Hue is rotated by +- this fraction of the color circle."
+    )
 
 
 class DataConfig(StrictModel):
-    """Which records are read and how training examples are varied."""
+    """Records and the augmentation of training examples."""
 
     path: str | None = pydantic.Field(None, description="Folder of TFRecords written by `deeplab2-like convert`.")
-    train_split: str = "train"
-    val_split: str = "val"
+    train_split: str = pydantic.Field("train", description="Split of the records to train on.")
+    val_split: str = pydantic.Field("val", description="Split of the records to evaluate on.")
     crop_size: tuple[int, int] = pydantic.Field(description="Height and width of training crops, in pixels.")
     scale_range: tuple[float, float] = pydantic.Field((1.0, 1.0), description="Range of the random scale.")
-    flip: bool = pydantic.Field(True, description="Mirror left to right, in half of the examples.")
+    flip: bool = pydantic.Field(True, description="Flip half of the examples left to right.")
     dihedral: bool = pydantic.Field(
-        False, description="Random quarter turns and mirroring up to down; for images without a natural 'up'."
+        False,
+        description="Random rotations by 90 degrees and flips up to down, for images without a natural orientation.",
     )
-    color_jitter: ColorJitterConfig = ColorJitterConfig()
+    color_jitter: ColorJitterConfig = pydantic.Field(ColorJitterConfig(), description="Random changes of color.")
 
     @property
     def record_folder(self) -> str:
@@ -80,12 +83,12 @@ class DataConfig(StrictModel):
 
 
 class OptimizerConfig(StrictModel):
-    """The optimiser."""
+    """The optimizer and the regularization."""
 
-    name: Literal["adam", "sgd"] = "adam"
+    name: Literal["adam", "sgd"] = pydantic.Field("adam", description="`adam` or `sgd`.")
     momentum: float = pydantic.Field(0.9, ge=0, lt=1, description="Momentum of SGD; Adam's betas stay 0.9 and 0.999.")
     weight_decay: float = pydantic.Field(
-        0.0, ge=0, description="L2 penalty on kernels and biases, never on normalisation parameters."
+        0.0, ge=0, description="L2 penalty on kernels and biases, never on normalization parameters."
     )
     clip_norm: float | None = pydantic.Field(
         None, gt=0, description="Largest global norm of the gradient, after summing over replicas."
@@ -96,16 +99,17 @@ class OptimizerConfig(StrictModel):
     multipliers: dict[str, pydantic.NonNegativeFloat] = pydantic.Field(
         {},
         description="Factors of the learning rate by part of the network, such as {backbone: 0.1, backbone/stem: 0}; "
-        "the longest name that fits counts. 0 freezes a part: batch normalisation in it uses its stored statistics.",
+        "the longest matching name wins. 0 freezes a part, and its batch normalization uses the stored statistics.",
     )
 
 
 class ScheduleConfig(StrictModel):
-    """The learning rate over time."""
+    """The learning rate schedule."""
 
     name: Literal["poly", "step", "cosine", "constant"] = pydantic.Field(
         "poly",
-        description="`poly` and `cosine` fall to zero at `trainer.steps`; `step` falls at `boundaries`.",
+        description="`poly` and `cosine` decay to zero at `trainer.steps`; `step` decays at `boundaries`; `constant` "
+        "does not decay.",
     )
     power: float = pydantic.Field(0.9, gt=0, description="Exponent of `poly`.")
     boundaries: tuple[pydantic.PositiveInt, ...] = pydantic.Field(
@@ -115,14 +119,14 @@ class ScheduleConfig(StrictModel):
     warmup_steps: int = pydantic.Field(
         0,
         ge=0,
-        description="Steps over which a factor grows linearly to 1; it multiplies the decay, which starts at step 0 "
-        "all the same.",
+        description="Steps over which a factor grows linearly to 1; it multiplies the decayed rate, whose decay "
+        "starts at step 0.",
     )
     warmup_start: float = pydantic.Field(
         0.0,
         ge=0,
         le=1,
-        description="Where that factor starts: step n of the warm-up, counted from 1, has "
+        description="First value of that factor: step n of the warm-up, counted from 1, has "
         "warmup_start + (1 - warmup_start) * n / warmup_steps.",
     )
 
@@ -141,51 +145,51 @@ class ScheduleConfig(StrictModel):
 
 
 class TrainerConfig(StrictModel):
-    """How long and how to train."""
+    """Training: length, batches, precision, checkpoints."""
 
-    steps: int = pydantic.Field(ge=1, description="Optimiser steps in all.")
-    batch_size: int = pydantic.Field(ge=1, description="Images that are in memory at once, over all devices.")
+    steps: int = pydantic.Field(ge=1, description="Total optimizer steps.")
+    batch_size: int = pydantic.Field(ge=1, description="Images in memory at once, over all devices.")
     accumulate_steps: int = pydantic.Field(
         1,
         ge=1,
-        description="Batches whose gradients are averaged for one optimiser step. It equals one batch as many times "
-        "as large where a loss counts the same in every batch (its normalizer), and up to batch normalisation, which "
-        "sees one batch at a time.",
+        description="Batches whose gradients are averaged for one optimizer step. The result equals that of one larger "
+        "batch if the loss normalizers of the batches are equal, except for batch normalization, which sees one batch "
+        "at a time.",
     )
     learning_rate: float = pydantic.Field(gt=0, description="Peak learning rate.")
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = pydantic.Field(OptimizerConfig(), description="Optimizer and regularization.")
+    schedule: ScheduleConfig = pydantic.Field(ScheduleConfig(), description="Learning rate schedule.")
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = pydantic.Field(
         "float32",
-        description="Type of the network's activations; losses and weights are float32 always. `mixed_float16` scales "
-        "the loss, and leaves out steps whose gradient overflows.",
+        description="Dtype of the activations; losses and weights are always float32. `mixed_float16` scales the "
+        "loss, and skips steps whose gradient overflows.",
     )
     ema_decay: float | None = pydantic.Field(
         None,
         gt=0,
         lt=1,
-        description="Decay of a running average of the weights, which then is what is evaluated and exported; in step "
-        "n, counted from 0, it is at most (1 + n) / (10 + n). null: none.",
+        description="Decay of a moving average of the weights, which is then evaluated and exported; in step n, "
+        "counted from 0, it is at most (1 + n) / (10 + n). null for none.",
     )
     checkpoint_every: int = pydantic.Field(1000, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = pydantic.Field(3, ge=1, description="How many of the newest checkpoints stay.")
+    keep_checkpoints: int = pydantic.Field(3, ge=1, description="Number of newest checkpoints to keep.")
     log_every: int = pydantic.Field(
         50,
         ge=1,
-        description="Steps between two lines of the log and of TensorBoard, which are means over all steps since the "
-        "line before; the last step logs, too.",
+        description="Steps between two lines of the log and of TensorBoard, which are means over these steps; the "
+        "last step is always logged.",
     )
     pictures_every: int | None = pydantic.Field(
         1000,
         ge=1,
         description="Steps between pictures of a few images of `data.val_split` in TensorBoard; the first ones come "
-        "after `log_every` steps. null: none, as without such a split.",
+        "after `log_every` steps. null, or no such split: none.",
     )
     evaluate_every: int | None = pydantic.Field(
         None,
         ge=1,
-        description="Steps between evaluations on `data.val_split`, of which the checkpoint of the highest PQ is kept "
-        "as `best`; also after the last step. null: none.",
+        description="Steps between evaluations on `data.val_split`, also after the last step; the checkpoint of the "
+        "highest PQ is kept as `best`. null for none.",
     )
     seed: int = pydantic.Field(
         0, ge=0, le=2**32 - 1, description="Seed of initial weights, data order and augmentation."
@@ -193,15 +197,17 @@ class TrainerConfig(StrictModel):
     strategy: Literal["one_device", "mirrored", "multi_worker", "tpu"] = pydantic.Field(
         "one_device",
         description="`one_device`; `mirrored` for all GPUs of this machine; `multi_worker` for those of several "
-        "machines, which the environment variable TF_CONFIG names; `tpu`.",
+        "machines, named by the environment variable TF_CONFIG; `tpu`.",
     )
     tpu: str = pydantic.Field("local", description="Name or address of the TPU; `local` for that of this machine.")
 
 
 class Config(StrictModel):
-    """Everything that one run needs; `config.yaml` in a model folder is this, fully resolved."""
+    """The settings of one run; `config.yaml` in a model folder holds them fully resolved."""
 
-    system: str = pydantic.Field(description="Name of the system, a key of `deeplab2_like.model.SYSTEMS`.")
-    data: DataConfig
-    model: pydantic.SerializeAsAny[StrictModel] = pydantic.Field(description="The system's own part.")
-    trainer: TrainerConfig
+    system: str = pydantic.Field(description="Name of the system.")
+    data: DataConfig = pydantic.Field(description="Records and augmentation.")
+    model: pydantic.SerializeAsAny[StrictModel] = pydantic.Field(
+        description="The network, losses and post-processing of the system."
+    )
+    trainer: TrainerConfig = pydantic.Field(description="Length, batches, precision, checkpoints.")

@@ -178,14 +178,33 @@ class DatasetInfo:
         Raises:
             UserError: If the file cannot be written.
         """
-        content = {
+        write_atomically(Path(folder) / FILE_NAME, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of `dataset_info.json`."""
+        return {
             "name": self.name,
             "label_divisor": self.label_divisor,
             "ignore_label": self.ignore_label,
             **({"record_offset": self.record_offset} if self.record_offset else {}),
             "categories": self.to_coco_categories(),
         }
-        write_atomically(Path(folder) / FILE_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "DatasetInfo":
+        """Reads the result of `to_dict`.
+
+        Raises:
+            UserError, ValueError, LookupError, TypeError or OverflowError: If it is damaged.
+        """
+        info = cls.from_coco_categories(
+            content["categories"], name=str(content["name"]), label_divisor=whole_number(content["label_divisor"])
+        )
+        return dataclasses.replace(
+            info,
+            ignore_label=whole_number(content["ignore_label"]),
+            record_offset=whole_number(content.get("record_offset", 0)),
+        )
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "DatasetInfo":
@@ -202,15 +221,7 @@ class DatasetInfo:
                 f"'{folder}' has no {FILE_NAME}; give a folder that `deeplab2-like` convert, train or export wrote."
             )
         try:
-            content = json.loads(read_file(path, "file"))
-            info = cls.from_coco_categories(
-                content["categories"], name=str(content["name"]), label_divisor=whole_number(content["label_divisor"])
-            )
-            return dataclasses.replace(
-                info,
-                ignore_label=whole_number(content["ignore_label"]),
-                record_offset=whole_number(content.get("record_offset", 0)),
-            )
+            return cls.from_dict(json.loads(read_file(path, "file")))
         except UserError:
             raise
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:

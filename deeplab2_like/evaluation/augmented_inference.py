@@ -14,8 +14,9 @@ from keras import ops
 
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem
-from deeplab2_like.model.layers import pad_to_multiple, resize_bilinear
-from deeplab2_like.model.system import View
+from deeplab2_like.model.base import View
+from deeplab2_like.model.geometry import Geometry
+from deeplab2_like.model.resampling import pad_to_multiple, resize_bilinear
 
 
 def check_views(systems: Sequence[PanopticSystem], scales: Sequence[float]) -> None:
@@ -67,7 +68,7 @@ def infer_views(
     multiple = math.lcm(*(system.size_multiple for system in systems))
     height, width = ops.shape(images)[1:3]
     # The network sees the mean color as zero; padding with it equals the padding of normalized images.
-    mean = tf.constant(first.image_mean)
+    mean = tf.constant(first.config.image_mean)
     padded = pad_to_multiple(tf.cast(images, tf.float32) - mean, multiple) + mean
     padded_size = tuple(ops.shape(padded)[1:3])
     views = []
@@ -76,7 +77,8 @@ def infer_views(
         resized = padded if scale == 1 else resize_bilinear(padded, *view_size)
         for mirrored in (False, True) if flip else (False,):
             view_images = resized[:, :, ::-1] if mirrored else resized
-            views += [View(system(view_images, training=False), view_size, mirrored) for system in systems]
+            geometry = Geometry(padded_size, view_size)
+            views += [View(system(view_images, training=False), geometry, mirrored) for system in systems]
     outputs = first.merge_views(views, padded_size)
     return first.finish(outputs, (height, width), with_instances=with_instances)
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.augmented_inference import check_views, infer_views
 from deeplab2_like.model import PanopticSystem
-from deeplab2_like.model.layers import compiled_stages
+from deeplab2_like.model.stages import compiled_stages
 
 Example = Mapping[str, tf.Tensor]
 # The outputs of inference for one image, without the batch axis.

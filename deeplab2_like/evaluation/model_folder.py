@@ -12,16 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from deeplab2_like.checkpoint import (
-    CONFIG_FILE,
-    build_from_model_folder,
-    checkpoint_step,
-    find_checkpoint,
-    keep_best,
-    list_checkpoints,
-    load_model_folder,
-    restore_system,
-)
+from deeplab2_like.checkpoint import restore_system
+from deeplab2_like.checkpoint_files import checkpoint_step, find_checkpoint, list_checkpoints, save_if_best
 from deeplab2_like.configs import Config, load_config
 from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
@@ -41,6 +33,7 @@ from deeplab2_like.evaluation.inference import (
 )
 from deeplab2_like.evaluation.submission import Instances, make_submission
 from deeplab2_like.files import make_folder
+from deeplab2_like.model_folder import CONFIG_FILE, build_from_model_folder, load_model_folder
 from deeplab2_like.progress import progress_bar
 from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.visualize import side_by_side
@@ -199,7 +192,7 @@ class ModelFolderEvaluation:
                     print(f"Step {done} is left out: {error}", file=sys.stderr)
                 continue
             metrics = self._evaluate(done)
-            if keeps_best and keep_best(self.model_dir, self.system, step=done, pq=metrics["panoptic"]["all"]["pq"]):
+            if keeps_best and save_if_best(self.model_dir, self.system, step=done, pq=metrics["panoptic"]["all"]["pq"]):
                 print(f"Step {done} is the best so far.", flush=True)
         return metrics
 

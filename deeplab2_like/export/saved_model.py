@@ -25,8 +25,8 @@ from deeplab2_like.configs import Config, save_config
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.inference import compile_with_xla
 from deeplab2_like.export.versions import MODEL_FILE, is_export, list_versions, newest_export, version_number
-from deeplab2_like.model.layers import compiled_stages
-from deeplab2_like.model.system import PanopticSystem
+from deeplab2_like.model.base import PanopticSystem
+from deeplab2_like.model.stages import compiled_stages
 from deeplab2_like.temporary import TemporaryFolder, remove_leftovers
 
 # Height and width of the image on which a new export is compared with the system, and the minimum share of equal
@@ -99,7 +99,7 @@ def export_model_folder(
         UserError: If the model folder cannot be loaded, an export already exists and `replace` is False, or the export
             cannot be written.
     """
-    from deeplab2_like.checkpoint import load_model_folder
+    from deeplab2_like.model_folder import load_model_folder
 
     _require_tensorflow()
     folder = _place(Path(output_dir), replace=replace)

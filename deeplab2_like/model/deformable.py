@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from deeplab2_like.model.layers import Norm, Tensor, once_there_is
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.layers import Tensor, make_norm
+from deeplab2_like.model.stages import compute_after
 
 
 class DeformableConvNorm(keras.layers.Layer):
@@ -63,7 +65,7 @@ class DeformableConvNorm(keras.layers.Layer):
             dtype="float32",
             name="offset",
         )
-        self.norm = norm.layer("norm", filters) if norm is not None else None
+        self.norm = make_norm(norm, "norm", filters)
         self.activation = keras.activations.get(activation) if activation else None
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -145,7 +147,7 @@ def _add_up_taps(
     number = ops.shape(y)[1:]  # B, P
 
     def add(tap: Tensor, total: Tensor) -> Tensor:
-        read = read_bilinear(inputs, once_there_is(total, y[tap]), x[tap], factor[tap])
+        read = read_bilinear(inputs, compute_after(total, y[tap]), x[tap], factor[tap])
         return total + ops.matmul(read, kernels[tap])
 
     total = ops.fori_loop(0, taps, add, ops.zeros((*number, filters), inputs.dtype))
@@ -157,14 +159,14 @@ def _add_up_taps(
 
         def add(tap: Tensor, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             to_flat, to_kernels, *to_points = sums
-            of_read = ops.matmul(change, ops.transpose(once_there_is(to_flat, kernels[tap])))  # [B, P, C]
+            of_read = ops.matmul(change, ops.transpose(compute_after(to_flat, kernels[tap])))  # [B, P, C]
             read = ops.zeros_like(of_read)
             # TensorFlow turns sums of several terms into one operation, which fails in loops: hence these lists, and
             # the waiting for `read`.
             to_y, to_x, to_factor = [], [], []
             for corner in range(4):
-                neighbour = _neighbour(once_there_is(to_flat, y[tap]), x[tap], (batch, height, width), corner)
-                values = ops.take(flat, once_there_is(read, neighbour.index), axis=0)  # [B, P, C]
+                neighbour = _neighbour(compute_after(to_flat, y[tap]), x[tap], (batch, height, width), corner)
+                values = ops.take(flat, compute_after(read, neighbour.index), axis=0)  # [B, P, C]
                 share = (neighbour.along_y * neighbour.along_x * factor[tap])[..., None]  # [B, P, 1]
                 read = read + values * ops.cast(share, values.dtype)
                 agreement = ops.sum(ops.cast(values * of_read, "float32"), axis=-1)  # [B, P]
@@ -209,7 +211,7 @@ def read_bilinear(values: Tensor, y: Tensor, x: Tensor, factor: Tensor) -> Tenso
     result = ops.zeros((*ops.shape(y), values.shape[-1]), values.dtype)
     for corner in range(4):
         # Waiting keeps this from becoming one operation, which fails in the loop over the taps; see `_add_up_taps`.
-        neighbour = _neighbour(once_there_is(result, y), x, (batch, height, width), corner)
+        neighbour = _neighbour(compute_after(result, y), x, (batch, height, width), corner)
         share = ops.cast(neighbour.along_y * neighbour.along_x * factor, values.dtype)[..., None]  # [B, P, 1]
         result = result + ops.take(flat, neighbour.index, axis=0) * share
     return result

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deeplab2_like.model.base import PanopticSystem
 from deeplab2_like.model.deformable import DeformableConvNorm
 from deeplab2_like.model.layers import ConvNorm
-from deeplab2_like.model.system import PanopticSystem
 
 Shape = tuple[int, ...]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from deeplab2_like.checkpoint import keep_best
+from deeplab2_like.checkpoint_files import save_if_best
 from deeplab2_like.data import pipeline
 from deeplab2_like.evaluation.evaluate import evaluate
 from deeplab2_like.evaluation.inference import make_example_function, make_inference_function
@@ -110,7 +110,7 @@ class Validation:
         write_results(folder, metrics, model_dir=self._model_dir, step=step, split=self._split, images=self._images)
         quality = metrics["panoptic"]["all"]["pq"]
         with self.evaluated_weights():
-            is_best = keep_best(self._model_dir, self._system, step=step, pq=quality)
+            is_best = save_if_best(self._model_dir, self._system, step=step, pq=quality)
         # Last, as it says that all of it is done.
         write_atomically(folder / _EVALUATED_FILE, f"{step}\n".encode())
         return f"PQ {quality:.2f} on split '{self._split}'{', the best so far' if is_best else ''}"

@@ -14,15 +14,16 @@ import tensorflow as tf
 from kills import files_in, kills
 from tensorflow.core.protobuf import saved_model_pb2
 
-from deeplab2_like import checkpoint as checkpoint_module
+from deeplab2_like import model_folder as model_folder_module
 from deeplab2_like import temporary
-from deeplab2_like.checkpoint import make_checkpoint, prepare_model_folder
+from deeplab2_like.checkpoint import make_checkpoint
 from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
 from deeplab2_like.export import saved_model, versions
 from deeplab2_like.export.saved_model import export_model_folder, export_saved_model
+from deeplab2_like.model_folder import prepare_model_folder
 
 # None makes an import fail, as if the package were not installed.
 _LOAD_ELSEWHERE = """
@@ -284,7 +285,7 @@ def export(monkeypatch) -> Callable[..., Path]:
         return export_model_folder("model", output_dir, **options)
 
     monkeypatch.setattr(saved_model, "_write", write)
-    monkeypatch.setattr(checkpoint_module, "load_model_folder", lambda *_args, **_options: (None, None, 0))
+    monkeypatch.setattr(model_folder_module, "load_model_folder", lambda *_args, **_options: (None, None, 0))
     return run
 
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.fpn import FeaturePyramid, repeat_pixels, split_channels
-from deeplab2_like.model.layers import Norm
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.fpn import FeaturePyramid, repeat_pixels
+from deeplab2_like.model.panoptic_fpn.network import split_channels
 
 STRIDES = {"stem": 2, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
 

@@ -11,20 +11,16 @@ import tensorflow as tf
 from keras import ops
 
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.layers import (
-    ConvNorm,
-    GroupedConv2D,
-    Norm,
-    SeparableConvNorm,
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.layers import ConvNorm, GroupedConv2D, SeparableConvNorm
+from deeplab2_like.model.resampling import (
     average_pool_within,
-    compiled_stages,
-    once_there_is,
     pad_to_multiple,
     phase_weights,
     resize_bilinear,
-    stage,
     upsample_bilinear,
 )
+from deeplab2_like.model.stages import compiled_stages, compute_after, stage
 
 
 def random_map(*shape: int) -> tf.Tensor:
@@ -304,11 +300,11 @@ def test_grouped_convolution_is_that_of_tensorflow() -> None:
 def test_waiting_adds_nothing() -> None:
     for earlier in (tf.constant([3.0, 4.0]), tf.constant([np.nan]), tf.constant([-np.inf]), tf.zeros((0, 3))):
         for values in (tf.constant([1, 2]), tf.constant([0.5])):
-            np.testing.assert_array_equal(once_there_is(earlier, values), values)
+            np.testing.assert_array_equal(compute_after(earlier, values), values)
 
 
 def test_compilers_keep_the_waiting() -> None:
-    wait = tf.function(lambda earlier, values: once_there_is(earlier * earlier, values), jit_compile=True)
+    wait = tf.function(lambda earlier, values: compute_after(earlier * earlier, values), jit_compile=True)
     program = wait.experimental_get_compiler_ir(tf.zeros(4), tf.constant([1, 2, 3]))(stage="optimized_hlo")
     entry = program.rpartition("ENTRY")[2]
     (earlier,) = re.findall(r"(%\S+) = \S+ parameter\(0\)", entry)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.model.panoptic_deeplab.config import PostprocessConfig
 from deeplab2_like.model.panoptic_deeplab.postprocess import find_centers, postprocess
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,28 @@ def load_plain() -> ModuleType:
 
 
 plain = load_plain()
+
+
+def run_postprocess(
+    outputs: Mapping[str, Any],
+    size: Any,
+    *,
+    thing_classes: tuple[int, ...],
+    label_divisor: int,
+    ignore_label: int,
+    stride: int,
+    center_is_logit: bool = False,
+    **thresholds: Any,
+) -> dict[str, Any]:
+    """`postprocess` with the same options as the plain formulation."""
+    categories = [
+        Category(i, str(i), i in thing_classes, (0, 0, 0)) for i in range(outputs["semantic_logits"].shape[-1])
+    ]
+    info = DatasetInfo("made up", tuple(categories), label_divisor, ignore_label)
+    return postprocess(
+        outputs, size, PostprocessConfig(**thresholds), info, stride=stride, center_is_logit=center_is_logit
+    )
+
 
 # Two stuff classes (0, 1) and two thing classes (2, 3); void is 25500.
 OPTIONS: dict[str, Any] = {
@@ -63,7 +87,7 @@ def run(
         "offset": np.broadcast_to(np.float32(offset), (1, *class_map.shape, 2)),
     }
     tensors = {name: tf.constant(value) for name, value in outputs.items()}
-    found = postprocess(tensors, class_map.shape, **{**OPTIONS, **changes})
+    found = run_postprocess(tensors, class_map.shape, **{**OPTIONS, **changes})
     return {name: value.numpy()[0] for name, value in found.items()}
 
 
@@ -178,7 +202,7 @@ def test_heat_as_logits() -> None:
 def compare_with_plain(outputs: Mapping[str, np.ndarray], size: tuple[int, int], **options: Any) -> tuple[Any, Any]:
     """Runs both formulations and compares their maps; returns the results of both."""
     tensors = {name: tf.constant(value) for name, value in outputs.items()}
-    found = postprocess(tensors, size, center_is_logit=False, **options)
+    found = run_postprocess(tensors, size, **options)
     expected = plain.plain_postprocess(tensors, size, **options)
     # The inputs leave nothing to rounding, with one exception: a pixel that points right between two centres goes to
     # the one that is compared first.
@@ -276,7 +300,7 @@ def all_operations(graph: Any) -> Iterator[tf.Operation]:
 
 def trace(size: tuple[int, int], num_centers: int) -> Any:
     def infer(outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return postprocess(outputs, size, stride=4, center_is_logit=False, **{**CITYSCAPES, "top_k": num_centers})
+        return run_postprocess(outputs, size, stride=4, **{**CITYSCAPES, "top_k": num_centers})
 
     rows, columns = (-(-side // 32) * 8 for side in size)
     channels = {"semantic_logits": 19, "center": 1, "offset": 2}
@@ -308,11 +332,11 @@ def test_graph_of_unknown_size_gives_the_same() -> None:
 
     @tf.function(input_signature=[specs, tf.TensorSpec([2], tf.int32)], autograph=False)
     def infer(outputs: dict[str, tf.Tensor], size: tf.Tensor) -> dict[str, tf.Tensor]:
-        return postprocess(outputs, (size[0], size[1]), stride=4, center_is_logit=False, **CITYSCAPES)
+        return run_postprocess(outputs, (size[0], size[1]), stride=4, **CITYSCAPES)
 
     for size in ((61, 93), (33, 150)):
         outputs = random_batch(size, stride=4, num_centers=12)
-        expected = postprocess(outputs, size, stride=4, center_is_logit=False, **CITYSCAPES)
+        expected = run_postprocess(outputs, size, stride=4, **CITYSCAPES)
         found = infer({name: tf.constant(value) for name, value in outputs.items()}, tf.constant(size))
         assert len(np.unique(expected["panoptic"])) > 5
         np.testing.assert_array_equal(found["panoptic"], expected["panoptic"])
@@ -337,7 +361,7 @@ def test_equals_detectron2(name: str, nms_kernel: int, top_k: int) -> None:
         "offset": tf.constant(offset[np.newaxis]),
     }
     options = {**CITYSCAPES, "stride": 1, "nms_kernel": nms_kernel, "top_k": top_k}
-    found = postprocess(outputs, size, center_is_logit=False, **options)
+    found = run_postprocess(outputs, size, **options)
 
     positions, heat = find_centers(
         outputs["center"],

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
+from deeplab2_like.model.panoptic_deeplab.config import LossConfig
 from deeplab2_like.model.panoptic_deeplab.targets import make_targets
 
 DETECTRON2 = Path(__file__).parents[1] / "data" / "detectron2_panoptic_deeplab" / "train.npz"
@@ -38,11 +39,13 @@ LABEL = np.array(
 )
 
 
-def targets_of(label: np.ndarray, info: DatasetInfo = INFO, **changes: Any) -> dict[str, np.ndarray]:
+def targets_of(
+    label: np.ndarray, info: DatasetInfo = INFO, *, semantic_only: bool = False, **changes: Any
+) -> dict[str, np.ndarray]:
     options: dict[str, Any] = {"sigma": 1.0, "small_instance_area": 5, "small_instance_weight": 3.0, **changes}
 
     def make(panoptic: tf.Tensor) -> dict[str, tf.Tensor]:
-        return make_targets(panoptic, dataset_info=info, **options)
+        return make_targets(panoptic, LossConfig(**options), info, semantic_only=semantic_only)
 
     targets = {name: value.numpy() for name, value in make(tf.constant(label)).items()}
     in_graph = tf.function(make)(tf.constant(label))  # As the input pipeline does, where a part is compiled.
@@ -70,7 +73,7 @@ def test_types_and_shapes() -> None:
 def test_shapes_are_static_in_a_graph() -> None:
     @tf.function(input_signature=[tf.TensorSpec([5, 7], tf.int32)])
     def make(label: tf.Tensor) -> dict[str, tf.Tensor]:
-        return make_targets(label, dataset_info=INFO, sigma=1.0, small_instance_area=5, small_instance_weight=3.0)
+        return make_targets(label, LossConfig(sigma=1.0, small_instance_area=5, small_instance_weight=3.0), INFO)
 
     shapes = make.get_concrete_function().structured_outputs
     assert {name: tuple(spec.shape) for name, spec in shapes.items()} == {

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.backbone import BackboneConfig, build_backbone
+from deeplab2_like.model.backbone import build_backbone
 from deeplab2_like.model.backbone.resnet import STAGES, BlockKind, ResidualBlock, Stem, StemLayer, atrous_stages
+from deeplab2_like.model.config import BackboneConfig, Norm
 from deeplab2_like.model.deformable import DeformableConvNorm
-from deeplab2_like.model.layers import Norm
 
 NORM = Norm(kind="batch")
 

@@ -8,8 +8,9 @@ import pytest
 import tensorflow as tf
 from system_contract import INFO
 
-from deeplab2_like.model.layers import Norm, upsample_bilinear
-from deeplab2_like.model.semantic_fpn import SemanticBranch, SemanticClasses, semantic_loss
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.resampling import upsample_bilinear
+from deeplab2_like.model.semantic import SemanticBranch, SemanticClasses, semantic_loss
 
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 

@@ -13,7 +13,7 @@ import pytest
 from one_convolution import one_convolution_config
 from training_processes import running, variables_of, wait_for_step
 
-from deeplab2_like.checkpoint import list_checkpoints
+from deeplab2_like.checkpoint_files import list_checkpoints
 from deeplab2_like.trainer.train import train
 from deeplab2_like.trainer.trainer import Trainer
 

@@ -15,21 +15,19 @@ from kills import files_in, hidden_in, kills
 from one_convolution import one_convolution_config
 from tensorflow.python.checkpoint import checkpoint_management
 
-from deeplab2_like import checkpoint as checkpoint_module
-from deeplab2_like.checkpoint import (
-    check_model_folder,
+from deeplab2_like import checkpoint_files as checkpoint_module
+from deeplab2_like.checkpoint_files import (
     checkpoint_step,
-    clean_model_folder,
     list_checkpoints,
     make_checkpoint_manager,
     newest_whole_checkpoint,
-    prepare_model_folder,
     read_best,
 )
 from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.evaluation import report
+from deeplab2_like.model_folder import check_model_folder, clean_model_folder, prepare_model_folder
 from deeplab2_like.trainer import validation as validation_module
 from deeplab2_like.trainer.run_lock import LOCK_FILE, run_lock
 from deeplab2_like.trainer.validation import Validation, read_evaluated_step
@@ -81,7 +79,7 @@ def fake_training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None
     step = FakeStep()
     checkpoint = FakeCheckpoint(lambda: f"step {step.value}")
     monkeypatch.setattr(checkpoint_module, "make_checkpoint", lambda *_: checkpoint)
-    monkeypatch.setattr(checkpoint_module, "_is_whole", lambda path: text_of(path) is not None)
+    monkeypatch.setattr(checkpoint_module, "is_whole", lambda path: text_of(path) is not None)
     monkeypatch.setattr(report, "write_events", lambda *_, **__: None)
     monkeypatch.setattr(validation_module.pipeline, "make_eval_dataset", lambda *_, **__: None)
     monkeypatch.setattr(validation_module, "make_inference_function", lambda *_, **__: None)

@@ -9,22 +9,18 @@ import pytest
 import tensorflow as tf
 from one_convolution import one_convolution_config
 
-from deeplab2_like.checkpoint import (
-    build_from_model_folder,
-    check_model_folder,
-    checkpoint_step,
-    find_checkpoint,
-    keep_best,
-    list_checkpoints,
-    load_model_folder,
-    prepare_model_folder,
-    read_best,
-    restore_system,
-)
+from deeplab2_like.checkpoint import restore_system
+from deeplab2_like.checkpoint_files import checkpoint_step, find_checkpoint, list_checkpoints, read_best, save_if_best
 from deeplab2_like.configs import load_config, save_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
+from deeplab2_like.model_folder import (
+    build_from_model_folder,
+    check_model_folder,
+    load_model_folder,
+    prepare_model_folder,
+)
 from deeplab2_like.trainer.train import train
 
 
@@ -115,8 +111,8 @@ def test_checkpoints_are_found(folder: Path) -> None:
 def test_the_best_is_kept(folder: Path) -> None:
     assert read_best(folder) is None
     _, system, _ = load_model_folder(folder, checkpoint="4")
-    assert keep_best(folder, system, step=4, pq=12.5)
-    assert not keep_best(folder, system, step=6, pq=12.4)
+    assert save_if_best(folder, system, step=4, pq=12.5)
+    assert not save_if_best(folder, system, step=6, pq=12.4)
     assert read_best(folder) == (str(folder / "best" / "ckpt-4"), 12.5)
     # Training deletes its own; this one stays, also under its number.
     for file in (folder / "checkpoints").glob("ckpt-4.*"):
@@ -129,7 +125,7 @@ def test_the_best_is_kept(folder: Path) -> None:
     # A better one takes its place, also one of the same step, whose files are never mixed with those of the other.
     _, better, _ = load_model_folder(folder)
     for step, name in ((6, "ckpt-6"), (6, "ckpt_again-6"), (6, "ckpt-6")):
-        assert keep_best(folder, better, step=step, pq=13.0)
+        assert save_if_best(folder, better, step=step, pq=13.0)
         assert {path.name.partition(".")[0] for path in (folder / "best").iterdir()} == {"best", name}
         assert find_checkpoint(folder, "best") == str(folder / "best" / name)
         assert checkpoint_step(find_checkpoint(folder, "best")) == step

@@ -18,16 +18,18 @@ import pytest
 import tensorflow as tf
 from one_convolution import one_convolution_config
 
-from deeplab2_like.checkpoint import list_checkpoints, load_model_folder
+from deeplab2_like.checkpoint_files import list_checkpoints
 from deeplab2_like.configs import load_config
 from deeplab2_like.configs.schema import DataConfig
 from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
-from deeplab2_like.trainer import train as train_module
+from deeplab2_like.model_folder import load_model_folder
+from deeplab2_like.trainer import run as run_module
 from deeplab2_like.trainer.summaries import StepProfiler
-from deeplab2_like.trainer.train import Trainer, train
+from deeplab2_like.trainer.train import train
+from deeplab2_like.trainer.trainer import Trainer
 from deeplab2_like.trainer.validation import Validation
 
 # Panoptic-DeepLab with few channels, for a few steps. Dropout has a state, which resuming must restore.
@@ -513,7 +515,7 @@ def test_changes_that_cannot_be_resumed_name_their_key(
         train(one_convolution_config(data=data, steps=2, pictures_every=None, **now), tmp_path)
     # They are refused because they do not work.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "_check_changes", lambda *arguments: None)
+        patch.setattr(run_module, "_check_changes", lambda *arguments: None)
         with pytest.raises(UserError, match="does not fit the config"):
             train(one_convolution_config(data=data, steps=2, pictures_every=None, **now), tmp_path)
 

@@ -30,7 +30,7 @@ INFO = DatasetInfo(
 
 def build_system(*, separable: bool = True) -> PanopticDeepLab:
     config = panoptic_deeplab_config(training_crop=(128, 128), separable=separable)
-    system = PanopticDeepLab.from_model_config(config, INFO)
+    system = PanopticDeepLab(config, INFO)
     system(keras.KerasTensor((1, 128, 128, 3), "uint8"))  # Creates the variables; computes nothing.
     return system
 

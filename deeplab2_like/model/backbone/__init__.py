@@ -1,41 +1,13 @@
 """Backbones: from a normalised image to features at strides 2, 4, 8, 16 and 32. `BACKBONES` is the registry."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import keras
-import pydantic
 
-from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.model.backbone.mobilenet_v3 import LARGE, SMALL, MobileNetV3, Stages, halve_last_stage
 from deeplab2_like.model.backbone.resnet import SEVEN_BY_SEVEN, THREE_CONVOLUTIONS, TINY_STEM, BlockKind, ResNet, Stem
-from deeplab2_like.model.layers import Norm
-
-
-class BackboneConfig(StrictModel):
-    """The network that extracts features."""
-
-    name: str = pydantic.Field("resnet50", description="A key of `deeplab2_like.model.backbone.BACKBONES`.")
-    output_stride: Literal[8, 16, 32] = pydantic.Field(
-        16, description="Stride of the last features; below 32 atrous convolution takes the place of stride."
-    )
-    multi_grid: tuple[pydantic.PositiveInt, pydantic.PositiveInt, pydantic.PositiveInt] = pydantic.Field(
-        (1, 1, 1), description="ResNet only: factors of the dilation in the blocks of the last stage."
-    )
-    stem: Literal["three_convolutions", "seven_by_seven"] = pydantic.Field(
-        "three_convolutions",
-        description="ResNet-50, ResNet-101 and ResNeXt only: what precedes the first max pooling.",
-    )
-    stride_in_1x1: bool = pydantic.Field(
-        False,
-        description="ResNet-50, ResNet-101 and ResNeXt only: stride in a block's first 1x1 convolution, not in its "
-        "3x3.",
-    )
-    deformable_stages: tuple[Literal["res3", "res4", "res5"], ...] = pydantic.Field(
-        (), description="ResNet-50 and ResNet-101 only: stages whose 3x3 convolutions are deformable."
-    )
-
+from deeplab2_like.model.config import BackboneConfig, Norm
 
 Builder = Callable[..., keras.layers.Layer]  # (config: BackboneConfig, *, norm: Norm) -> backbone
 

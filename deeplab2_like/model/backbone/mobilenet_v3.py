@@ -6,7 +6,8 @@ import keras
 from keras import ops
 
 from deeplab2_like.model.backbone.resnet import BlockSequence, atrous_stages
-from deeplab2_like.model.layers import ConvNorm, Norm, Tensor
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.layers import ConvNorm, Tensor
 
 
 class Bottleneck(NamedTuple):

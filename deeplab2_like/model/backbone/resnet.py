@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import keras
 
+from deeplab2_like.model.config import Norm
 from deeplab2_like.model.deformable import DeformableConvNorm
-from deeplab2_like.model.layers import ConvNorm, Norm, Tensor
+from deeplab2_like.model.layers import ConvNorm, Tensor
 
 STAGES = ("res2", "res3", "res4", "res5")
 

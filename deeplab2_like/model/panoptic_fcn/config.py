@@ -1,0 +1,153 @@
+"""The `model` section of Panoptic FCN's configs."""
+
+from typing import Any, Literal
+
+import pydantic
+
+from deeplab2_like.configs.schema import StrictModel
+from deeplab2_like.model.config import (
+    BackboneConfig,
+    FpnConfig,
+    Norm,
+    SystemConfig,
+    are_consecutive_levels,
+    level_stride,
+)
+
+
+class HeadConfig(StrictModel):
+    """The position head and the kernel head (section 3.1)."""
+
+    channels: int = pydantic.Field(256, ge=1, description="Channels of the convolutions, and length of a kernel.")
+    convolutions: int = pydantic.Field(3, ge=1, description="Convolutions before the predictors (Table 1).")
+    deformable: bool = pydantic.Field(True, description="Deformable convolutions in the position head (Table 1).")
+    kernel_coordinates: bool = pydantic.Field(
+        True, description="Append coordinates to the input of the kernel head (Table 2)."
+    )
+    norm: Norm = pydantic.Field(
+        Norm(kind="group", epsilon=1e-5), description="Normalization of the convolutions of both heads."
+    )
+
+
+class EncoderConfig(StrictModel):
+    """The feature encoder (section 3.3)."""
+
+    feature: Literal["finest", "sum", "semantic_fpn"] = pydantic.Field(
+        "semantic_fpn", description="Its input: the finest level, the sum of the levels, or Semantic FPN (Table 5)."
+    )
+    semantic_channels: int = pydantic.Field(256, ge=1, description="Channels of Semantic FPN.")
+    channels: int = pydantic.Field(64, ge=1, description="Channels of the encoded feature (Table 4).")
+    convolutions: int = pydantic.Field(3, ge=1, description="Number of convolutions.")
+    coordinates: bool = pydantic.Field(True, description="Append coordinates to the input (Table 2).")
+    deformable: bool = pydantic.Field(False, description="Deformable convolutions (Table 8).")
+    norm: Norm = pydantic.Field(Norm(kind="group", epsilon=1e-5), description="Normalization in Semantic FPN.")
+
+
+class LossConfig(StrictModel):
+    """Losses and their targets (section 3.4, appendix A.1)."""
+
+    position_weight: float = pydantic.Field(1.0, ge=0, description="Weight of both position losses, lambda_pos.")
+    segmentation_weight: float = pydantic.Field(3.0, ge=0, description="Weight of both mask losses, lambda_seg.")
+    focal_alpha: float = pydantic.Field(0.25, ge=0, le=1, description="Weight of positives in the focal loss.")
+    focal_gamma: float = pydantic.Field(2.0, ge=1, description="Exponent of the focal loss.")
+    weighted: bool = pydantic.Field(
+        True, description="Weighted dice loss; otherwise the plain one, of the kernel at the center (Table 6)."
+    )
+    kernels: int = pydantic.Field(7, ge=1, description="Kernels per object in the weighted dice loss (Table 6).")
+    center: Literal["mass", "box"] = pydantic.Field(
+        "mass", description="Center of an object: its center of mass or the center of its box (Table 14)."
+    )
+    min_overlap: float = pydantic.Field(
+        0.7, gt=0, lt=1, description="IoU that a box keeps if its corners move by the radius of the Gaussian."
+    )
+    max_instances: int = pydantic.Field(
+        100, ge=1, description="Largest number of instances per training example; the largest ones are kept."
+    )
+
+
+class PostprocessConfig(StrictModel):
+    """From raw outputs to the panoptic map (sections 3.2 and 3.4, appendix A.2)."""
+
+    candidates: int = pydantic.Field(50, ge=1, description="Largest number of centers per level.")
+    score_threshold: float = pydantic.Field(0.05, ge=0, le=1, description="Score that a thing must reach.")
+    region_threshold: float = pydantic.Field(
+        0.05, ge=0, le=1, description="Mean probability that a region of stuff must exceed on a level."
+    )
+    similarity: float = pydantic.Field(
+        0.9, ge=-1, le=1, description="Cosine similarity from which kernels are fused (Table 3)."
+    )
+    class_aware: bool = pydantic.Field(True, description="Fuse only kernels of the same class (Table 3).")
+    kernels: int = pydantic.Field(100, ge=1, description="Largest number of things per image.")
+    mask_threshold: float = pydantic.Field(0.4, gt=0, lt=1, description="Probability that a pixel of a mask exceeds.")
+    map_score_threshold: float = pydantic.Field(
+        0.2, ge=0, le=1, description="Score that a thing must reach to enter the panoptic map."
+    )
+    overlap_threshold: float = pydantic.Field(
+        0.5, ge=0, le=1, description="A thing is dropped if better ones cover a larger share of its mask."
+    )
+    stuff_area_limit: int = pydantic.Field(4096, ge=0, description="Smaller stuff segments become void, in pixels.")
+
+
+class PanopticFCNConfig(SystemConfig):
+    """The `model` section of a config."""
+
+    backbone: BackboneConfig = pydantic.Field(
+        BackboneConfig(output_stride=32, stem="seven_by_seven"),
+        description="The network that extracts features; its output stride must be 32.",
+    )
+    fpn: FpnConfig = pydantic.Field(FpnConfig(), description="The feature pyramid.")
+    size_ranges: dict[str, tuple[float, float]] = pydantic.Field(
+        {"p3": (1, 64), "p4": (32, 128), "p5": (64, 256), "p6": (128, 512), "p7": (256, 2048)},
+        description="Levels of the two heads, fine to coarse, and the smallest and largest size of the objects on each "
+        "level: the square root of the area of the box, in pixels (section 4.1).",
+    )
+    head: HeadConfig = pydantic.Field(HeadConfig(), description="Position head and kernel head.")
+    encoder: EncoderConfig = pydantic.Field(EncoderConfig(), description="Feature encoder.")
+    loss: LossConfig = pydantic.Field(LossConfig(), description="Losses and their targets.")
+    postprocess: PostprocessConfig = pydantic.Field(
+        PostprocessConfig(), description="From raw outputs to the panoptic map."
+    )
+    reference_behavior: bool = pydantic.Field(
+        False, description="Restore the behavior of the released code, for its weights; see `panoptic_fcn/__init__.py`."
+    )
+
+    @property
+    def level_strides(self) -> dict[str, int]:
+        """Network pixels per position of each level of the heads, fine to coarse."""
+        return {level: level_stride(level) for level in self.size_ranges}
+
+    @property
+    def stride(self) -> int:
+        """Network pixels per cell of the encoded feature."""
+        return level_stride(self.fpn.finest_level)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _rename_old_keys(cls, content: Any) -> Any:
+        """Reads configs of earlier versions, in which `reference_behavior` had the British spelling."""
+        if isinstance(content, dict) and "reference_behaviour" in content:
+            renamed = {"reference_behavior": content["reference_behaviour"], **content}
+            return {key: value for key, value in renamed.items() if key != "reference_behaviour"}
+        return content
+
+    @pydantic.field_validator("size_ranges")
+    @classmethod
+    def _levels_in_order(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        if not are_consecutive_levels(list(value)):
+            raise ValueError("its keys must be levels one after the other, fine to coarse, such as p3, p4, p5")
+        previous_high = float("inf")
+        for level, (low, high) in value.items():
+            if not 0 <= low < high:
+                raise ValueError(f"the range of {level} must be a smaller and a larger number of pixels")
+            if low > previous_high:
+                raise ValueError(
+                    f"the range of {level} must begin at {previous_high:g} or below, where the one before ends"
+                )
+            previous_high = high
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "PanopticFCNConfig":
+        if next(iter(self.size_ranges)) < self.fpn.finest_level:
+            raise ValueError(f"size_ranges begins with {next(iter(self.size_ranges))}, finer than fpn.finest_level")
+        return self
