@@ -39,7 +39,11 @@ class DataConfig(StrictModel):
     train_split: str = pydantic.Field("train", description="Split of the records to train on.")
     val_split: str = pydantic.Field("val", description="Split of the records to evaluate on.")
     crop_size: tuple[int, int] = pydantic.Field(description="Height and width of training crops, in pixels.")
-    scale_range: tuple[float, float] = pydantic.Field((1.0, 1.0), description="Range of the random scale.")
+    scale_range: tuple[float, float] = pydantic.Field(
+        (1.0, 1.0),
+        description="Range of the random scale: a training image is resized by a factor from this range before it is "
+        "cropped.",
+    )
     flip: bool = pydantic.Field(True, description="Flip half of the examples left to right.")
     dihedral: bool = pydantic.Field(
         False,
@@ -88,18 +92,19 @@ class OptimizerConfig(StrictModel):
     name: Literal["adam", "sgd"] = pydantic.Field("adam", description="`adam` or `sgd`.")
     momentum: float = pydantic.Field(0.9, ge=0, lt=1, description="Momentum of SGD; Adam's betas stay 0.9 and 0.999.")
     weight_decay: float = pydantic.Field(
-        0.0, ge=0, description="L2 penalty on kernels and biases, never on normalization parameters."
+        0.0, ge=0, description="L2 penalty on kernels and biases; normalization parameters have none."
     )
     clip_norm: float | None = pydantic.Field(
-        None, gt=0, description="Largest global norm of the gradient, after summing over replicas."
+        None, gt=0, description="Largest global norm of the gradient, which is summed over all devices first."
     )
     clip_value: float | None = pydantic.Field(
-        None, gt=0, description="Largest absolute value of an element of the gradient, after `clip_norm`."
+        None, gt=0, description="Largest absolute value of each element of the gradient; applied after `clip_norm`."
     )
     multipliers: dict[str, pydantic.NonNegativeFloat] = pydantic.Field(
         {},
         description="Factors of the learning rate by part of the network, such as {backbone: 0.1, backbone/stem: 0}; "
-        "the longest matching name wins. 0 freezes a part, and its batch normalization uses the stored statistics.",
+        "the longest matching name wins. 0 freezes a part, and its batch normalization uses the stored "
+        "statistics.",
     )
 
 
@@ -119,15 +124,15 @@ class ScheduleConfig(StrictModel):
     warmup_steps: int = pydantic.Field(
         0,
         ge=0,
-        description="Steps over which a factor grows linearly to 1; it multiplies the decayed rate, whose decay "
-        "starts at step 0.",
+        description="Steps of the linear warm-up: a factor that grows to 1. It multiplies the decayed learning rate; "
+        "the decay starts at step 0.",
     )
     warmup_start: float = pydantic.Field(
         0.0,
         ge=0,
         le=1,
-        description="First value of that factor: step n of the warm-up, counted from 1, has "
-        "warmup_start + (1 - warmup_start) * n / warmup_steps.",
+        description="First value of that factor: step n of the warm-up, counted from 1, has warmup_start + (1 - "
+        "warmup_start) * n / warmup_steps.",
     )
 
     @pydantic.field_validator("boundaries")
@@ -148,42 +153,44 @@ class TrainerConfig(StrictModel):
     """Training: length, batches, precision, checkpoints."""
 
     steps: int = pydantic.Field(ge=1, description="Total optimizer steps.")
-    batch_size: int = pydantic.Field(ge=1, description="Images in memory at once, over all devices.")
+    batch_size: int = pydantic.Field(ge=1, description="Images per batch, over all devices.")
     accumulate_steps: int = pydantic.Field(
         1,
         ge=1,
-        description="Batches whose gradients are averaged for one optimizer step. The result equals that of one larger "
-        "batch if the loss normalizers of the batches are equal, except for batch normalization, which sees one batch "
-        "at a time.",
+        description="Batches whose gradients are averaged for one optimizer step, if memory is too small for one "
+        "large batch. The result equals that of one larger batch if the loss normalizers of the batches "
+        "are equal, except for batch normalization, which sees one batch at a time.",
     )
     learning_rate: float = pydantic.Field(gt=0, description="Peak learning rate.")
     optimizer: OptimizerConfig = pydantic.Field(OptimizerConfig(), description="Optimizer and regularization.")
     schedule: ScheduleConfig = pydantic.Field(ScheduleConfig(), description="Learning rate schedule.")
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = pydantic.Field(
         "float32",
-        description="Dtype of the activations; losses and weights are always float32. `mixed_float16` scales the "
-        "loss, and skips steps whose gradient overflows.",
+        description="Dtype of the activations; losses and weights are always float32. `mixed_bfloat16` is for TPUs, "
+        "recent GPUs and CPUs; `mixed_float16` is for older GPUs: it scales the loss and skips steps "
+        "whose gradient overflows.",
     )
     ema_decay: float | None = pydantic.Field(
         None,
         gt=0,
         lt=1,
-        description="Decay of a moving average of the weights, which is then evaluated and exported; in step n, "
-        "counted from 0, it is at most (1 + n) / (10 + n). null for none.",
+        description="Decay of a moving average of the weights, for instance 0.9999; the average is then evaluated and "
+        "exported. In step n, counted from 0, the decay is at most (1 + n) / (10 + n). null for no "
+        "average.",
     )
     checkpoint_every: int = pydantic.Field(1000, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = pydantic.Field(3, ge=1, description="Number of newest checkpoints to keep.")
     log_every: int = pydantic.Field(
         50,
         ge=1,
-        description="Steps between two lines of the log and of TensorBoard, which are means over these steps; the "
+        description="Steps between two lines of the log and of TensorBoard. Values are means over these steps; the "
         "last step is always logged.",
     )
     pictures_every: int | None = pydantic.Field(
         1000,
         ge=1,
-        description="Steps between pictures of a few images of `data.val_split` in TensorBoard; the first ones come "
-        "after `log_every` steps. null, or no such split: none.",
+        description="Steps between pictures of a few images of `data.val_split` in TensorBoard; the first pictures "
+        "come after `log_every` steps. null for none; there are none without this split, either.",
     )
     evaluate_every: int | None = pydantic.Field(
         None,

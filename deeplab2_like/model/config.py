@@ -14,11 +14,14 @@ class Norm(StrictModel):
     kind: Literal["batch", "sync_batch", "frozen_batch", "group", "none"] = pydantic.Field(
         "sync_batch",
         description="`batch`; `sync_batch`, statistics over all replicas (`batch` where the backend has no replicas); "
-        "`frozen_batch`, stored statistics, nothing trained; `group`, 32 groups, so channels must be multiples of 32; "
-        "`none`.",
+        "`frozen_batch`, stored statistics, nothing trained; `group`, 32 groups, so channels must be "
+        "multiples of 32; `none`.",
     )
     momentum: float = pydantic.Field(
-        0.99, ge=0, lt=1, description="Share of the old moving average that a training step keeps."
+        0.99,
+        ge=0,
+        lt=1,
+        description="Share of the moving average that a training step keeps; lower it for short trainings.",
     )
     epsilon: float = pydantic.Field(1e-3, gt=0, description="Constant added to the variance.")
 
@@ -26,24 +29,33 @@ class Norm(StrictModel):
 class BackboneConfig(StrictModel):
     """The network that extracts features."""
 
-    name: str = pydantic.Field("resnet50", description="A key of `deeplab2_like.model.backbone.BACKBONES`.")
+    name: str = pydantic.Field(
+        "resnet50",
+        description="Name of the backbone: `resnet50`, `resnet101`, `resnext101_32x8d`, `resnext101_64x4d`, "
+        "`resnext152_32x8d`, `mobilenet_v3_large`, `mobilenet_v3_small` or `resnet_tiny`.",
+    )
     output_stride: Literal[8, 16, 32] = pydantic.Field(
-        16, description="Stride of the last features; below 32 atrous convolution takes the place of stride."
+        16,
+        description="Stride of the last features. Below 32, the last stages use atrous convolution instead of stride; "
+        "a feature pyramid needs 32.",
     )
     multi_grid: tuple[pydantic.PositiveInt, pydantic.PositiveInt, pydantic.PositiveInt] = pydantic.Field(
         (1, 1, 1), description="ResNet only: factors of the dilation in the blocks of the last stage."
     )
     stem: Literal["three_convolutions", "seven_by_seven"] = pydantic.Field(
         "three_convolutions",
-        description="ResNet-50, ResNet-101 and ResNeXt only: the convolutions before the first max pooling.",
+        description="ResNet-50, ResNet-101 and ResNeXt only: the convolutions before the first max pooling; "
+        "`seven_by_seven` is the stem of the original ResNet.",
     )
     stride_in_1x1: bool = pydantic.Field(
         False,
-        description="ResNet-50, ResNet-101 and ResNeXt only: stride in a block's first 1x1 convolution, not in its "
-        "3x3.",
+        description="ResNet-50, ResNet-101 and ResNeXt only: apply the stride of a block in its first 1x1 "
+        "convolution, not in its 3x3, as many released weights need it.",
     )
     deformable_stages: tuple[Literal["res3", "res4", "res5"], ...] = pydantic.Field(
-        (), description="ResNet-50 and ResNet-101 only: stages whose 3x3 convolutions are deformable."
+        (),
+        description="ResNet-50 and ResNet-101 only: stages with deformable 3x3 convolutions, such as [res3, res4, "
+        "res5].",
     )
 
 
@@ -52,9 +64,13 @@ class FpnConfig(StrictModel):
 
     channels: int = pydantic.Field(256, ge=2, description="Channels of every level.")
     finest_level: Literal["p1", "p2"] = pydantic.Field(
-        "p2", description="`p2` has stride 4, as in the paper; `p1`, stride 2, is for objects of a few pixels."
+        "p2",
+        description="`p2` has stride 4, as in the paper. `p1` has stride 2 and four times as many positions, for "
+        "objects of a few pixels.",
     )
-    norm: Norm | None = pydantic.Field(None, description="Normalization after each convolution; null, as in the paper.")
+    norm: Norm | None = pydantic.Field(
+        None, description="Normalization after each convolution, such as {kind: group}; null for none, as in the paper."
+    )
 
 
 def backbone_features(finest_level: str) -> dict[str, str]:
@@ -94,7 +110,9 @@ class SystemConfig(StrictModel):
         (58.395, 57.12, 57.375), description="Standard deviation of red, green and blue; ImageNet's by default."
     )
     resize: ResizeConfig | None = pydantic.Field(
-        None, description="Network size outside of training; null keeps the size of the image."
+        None,
+        description="Network size outside of training, such as {short_side: 800, long_side: 1333}; null keeps the "
+        "size of the image. The panoptic map always has the size of the image.",
     )
 
     @pydantic.model_validator(mode="before")

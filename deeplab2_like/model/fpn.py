@@ -12,35 +12,35 @@ from deeplab2_like.model.layers import ConvNorm, Tensor
 
 
 class FeaturePyramid(keras.layers.Layer):
-    """Feature pyramid: features of all scales, each combined with the coarser ones, all with the same channels.
+    """A feature pyramid: features of several scales, all with the same number of channels.
 
-    From the coarsest feature down, each level adds a 1x1 convolution of the backbone's feature (`lateralN`) to the
-    level above, upsampled twofold by repeating pixels; a 3x3 convolution (`outputN`) gives the level. Level N, named
-    "pN", has stride 2**N. There is no activation.
+    From the coarsest level to the finest, a 1x1 convolution of the backbone feature (`lateralN`) is added to the sum of
+    the next coarser level, upsampled twofold by repeating pixels; a 3x3 convolution of the sum (`outputN`) is the
+    level. Level N, named `pN`, has stride 2**N. There is no activation.
 
-    Levels coarser than the backbone's features are made from the coarsest level:
+    Levels coarser than the backbone features are made one from the other, starting from the coarsest level:
 
-    - `subsample`: every second pixel of the previous level (Mask R-CNN);
-    - `convolve`: a 3x3 convolution of stride 2 of the previous level, with a ReLU in between (RetinaNet, FCOS).
+    - `subsample`: every second pixel (Mask R-CNN);
+    - `convolve`: a 3x3 convolution with stride 2, with a ReLU between two of them (RetinaNet, FCOS).
 
     Args:
-        strides: Stride of each backbone feature, by its name; those of `features` must double from one to the next.
+        strides: Stride of each backbone feature, by its name; those of `features` must double.
         features: Names of the backbone features, fine to coarse.
         channels: Channels of all levels.
-        coarser_levels: Number of levels added beyond the coarsest feature.
-        coarser: How these are made.
+        coarser_levels: Number of levels beyond the coarsest feature.
+        coarser: How these levels are made.
         norm: The normalization after each convolution; None for none, as in the paper.
 
     Attributes:
         strides: Stride of each level, by its name, fine to coarse.
         channels: Channels of all levels.
 
-    Input: dictionary of features, float [B, h, w, C]; and, optionally, `context`, float [B, h, w, channels] or
-    [B, 1, 1, channels], which is added to the coarsest feature after its 1x1 convolution. Output: dictionary of levels,
-    float [B, ceil(H / stride), ceil(W / stride), channels].
-
     Raises:
         UserError: If the strides do not double.
+
+    Input: dictionary of features, float [B, h, w, C], and optionally `context`, float [B, h, w, channels] or
+    [B, 1, 1, channels], which is added to the coarsest feature after its 1x1 convolution.
+    Output: dictionary of levels, float [B, ceil(H / stride), ceil(W / stride), channels].
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class FeaturePyramid(keras.layers.Layer):
     def call(
         self, features: Mapping[str, Tensor], context: Tensor | None = None, training: bool = False
     ) -> dict[str, Tensor]:
-        """Builds the pyramid; see the class."""
+        """Makes the pyramid."""
         pyramid: dict[str, Tensor] = {}
         above = None
         for level, feature, lateral, output in reversed(
@@ -121,3 +121,12 @@ def repeat_pixels(x: Tensor) -> Tensor:
     channels = x.shape[-1]
     both = ops.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
     return ops.reshape(both, (batch, 2 * height, 2 * width, channels))  # [B, 2h, 2w, C]
+
+
+def split_channels(pyramid: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Splits the channels of every level into two halves, one for each of two branches (Panoptic FPN, Table 3d)."""
+    half = next(iter(pyramid.values())).shape[-1] // 2
+    return (
+        {name: level[..., :half] for name, level in pyramid.items()},
+        {name: level[..., half:] for name, level in pyramid.items()},
+    )

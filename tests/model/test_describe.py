@@ -17,7 +17,7 @@ NORM = Norm(kind="batch")
 
 def test_convolution() -> None:
     description = describe_layer(ConvNorm(8, 3, strides=2, norm=NORM), (10, 6, 4))
-    # 5 x 3 positions, each 3 * 3 * 4 * 8 products. The kernel, and 4 vectors of batch normalisation, 2 of them trained.
+    # 5 x 3 positions, each 3 * 3 * 4 * 8 products. The kernel, and 4 vectors of batch normalization, 2 of them trained.
     assert description.multiply_adds == 15 * 288
     assert description.activations == 15 * 8
     assert description.parameters == 288 + 4 * 8

@@ -420,8 +420,10 @@ def test_panoptic_head_against_plain_loops(conflicts: str) -> None:
 def test_head_refuses_wrong_arguments() -> None:
     with pytest.raises(UserError, match="needs the predicted border-ness of each pixel; give it, or choose conflicts"):
         paste(np.zeros((2, 2)), [[0, 0, 1, 1]], [0.5], [CAR], conflicts="closest_border_ness")
-    message = r"Unknown rule of conflicts 'nearest'\. Known: closest_border_ness, highest_score, smallest_area"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(
+        UserError,
+        match=r"Unknown rule of conflicts 'nearest'\. Known: closest_border_ness, highest_score, smallest_area",
+    ):
         PanopticHead(INFO, conflicts="nearest")
     with pytest.raises(UserError, match=r"overlap_threshold is a share, 0 to 1, but it is 30"):
         PanopticHead(INFO, overlap_threshold=30)

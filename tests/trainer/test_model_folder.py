@@ -230,7 +230,7 @@ def test_a_file_in_the_way(registered: None, records: Path, tmp_path: Path, monk
     def too_late(*arguments: object) -> None:
         raise AssertionError("built")
 
-    monkeypatch.setattr("deeplab2_like.trainer.train.build_system", too_late)
+    monkeypatch.setattr("deeplab2_like.trainer.run.build_system", too_late)
     for folder, reason in ((path, "there is a file in its place"), (path / "below" / "it", "Not a directory")):
         with pytest.raises(
             UserError, match=rf"^Output folder '{folder}' cannot be created \({reason}\); choose another"

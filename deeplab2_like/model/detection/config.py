@@ -12,7 +12,9 @@ class RpnConfig(StrictModel):
     """The region proposal network (RPN)."""
 
     anchor_sizes: tuple[pydantic.PositiveFloat, ...] = pydantic.Field(
-        (32.0, 64.0, 128.0, 256.0, 512.0), description="Square root of the anchors' area, one per level, in pixels."
+        (32.0, 64.0, 128.0, 256.0, 512.0),
+        description="Square root of the anchor area in pixels, one value for each level from the finest to p6. Set "
+        "these to the sizes of your objects.",
     )
     anchor_ratios: tuple[pydantic.PositiveFloat, ...] = pydantic.Field(
         (0.5, 1.0, 2.0), description="Height over width of the anchors."
@@ -26,20 +28,24 @@ class RpnConfig(StrictModel):
         0.5, ge=0, le=1, description="An anchor with a larger share of crowd or void is never negative."
     )
     samples: int = pydantic.Field(256, ge=1, description="Anchors per image that enter the losses.")
-    positive_share: float = pydantic.Field(0.5, gt=0, le=1, description="Largest share of positives among them.")
+    positive_share: float = pydantic.Field(0.5, gt=0, le=1, description="Largest share of positives among `samples`.")
     normalizer: Literal["fixed", "sampled"] = pydantic.Field(
         "fixed",
-        description="The losses are divided by `samples` per image (`fixed`, Detectron2) or by the number of anchors "
-        "that were in fact sampled.",
+        description="`fixed` divides the losses by `samples` per image, as Detectron2 does; `sampled` divides them by "
+        "the number of anchors that were actually sampled.",
     )
     train_candidates: int = pydantic.Field(
         2000, ge=1, description="Best boxes of each level that enter non-maximum suppression in training."
     )
-    test_candidates: int = pydantic.Field(1000, ge=1, description="The same outside of training.")
+    test_candidates: int = pydantic.Field(
+        1000, ge=1, description="Best boxes of each level that enter non-maximum suppression outside of training."
+    )
     nms_iou: float = pydantic.Field(
         0.7, ge=0, le=1, description="A box that overlaps a better one of its level by more than this is dropped."
     )
-    proposals: int = pydantic.Field(1000, ge=1, description="Best boxes of all levels after non-maximum suppression.")
+    proposals: int = pydantic.Field(
+        1000, ge=1, description="Largest number of boxes per image after non-maximum suppression, over all levels."
+    )
 
     @property
     def max_positives(self) -> int:
@@ -51,7 +57,9 @@ class RoiConfig(StrictModel):
     """The heads on regions of interest (RoIs)."""
 
     samples: int = pydantic.Field(512, ge=1, description="RoIs per image that enter the losses.")
-    foreground_share: float = pydantic.Field(0.25, gt=0, le=1, description="Largest share of foreground among them.")
+    foreground_share: float = pydantic.Field(
+        0.25, gt=0, le=1, description="Largest share of foreground among `samples`."
+    )
     foreground_iou: float = pydantic.Field(
         0.5, ge=0, le=1, description="RoIs with at least this overlap are foreground."
     )
@@ -63,23 +71,29 @@ class RoiConfig(StrictModel):
         14, ge=1, description="Bins of RoIAlign per axis for the mask head; masks have twice as many pixels."
     )
     sampling_ratio: int = pydantic.Field(
-        2, ge=0, description="Samples of RoIAlign per bin and axis; 0 for one per feature pixel (Detectron2)."
+        2, ge=0, description="Samples of RoIAlign per bin and axis; 0 takes one per feature pixel, as Detectron2 does."
     )
-    max_sampling_ratio: int = pydantic.Field(8, ge=1, description="Limit of that number with `sampling_ratio` 0.")
+    max_sampling_ratio: int = pydantic.Field(
+        8, ge=1, description="With `sampling_ratio` 0: largest number of samples per bin and axis."
+    )
     box_channels: int = pydantic.Field(1024, ge=1, description="Channels of the box head's hidden layers.")
     mask_channels: int = pydantic.Field(256, ge=1, description="Channels of the mask head's convolutions.")
     mask_convolutions: int = pydantic.Field(4, ge=0, description="Number of 3x3 convolutions in the mask head.")
     box_weights: tuple[float, float, float, float] = pydantic.Field(
         (10.0, 10.0, 5.0, 5.0), description="Factors of the box deltas dy, dx, dh, dw."
     )
-    score_threshold: float = pydantic.Field(0.05, ge=0, le=1, description="Score that a detection must exceed.")
+    score_threshold: float = pydantic.Field(
+        0.05, ge=0, le=1, description="Detections with this score or a lower one are dropped."
+    )
     nms_iou: float = pydantic.Field(
         0.5, ge=0, le=1, description="A detection that overlaps a better one of its class by more than this is dropped."
     )
     candidates: int = pydantic.Field(
-        1000, ge=1, description="Best pairs of box and class that enter non-maximum suppression; see `detect`."
+        1000, ge=1, description="Best pairs of box and class that enter non-maximum suppression."
     )
-    detections: int = pydantic.Field(100, ge=1, description="Largest number of detections per image.")
+    detections: int = pydantic.Field(
+        100, ge=1, description="Largest number of detections per image; must be below the label divisor."
+    )
 
     @pydantic.model_validator(mode="after")
     def _has_foreground(self) -> "RoiConfig":

@@ -21,7 +21,7 @@ class ContextConfig(StrictModel):
     """Global context, added to the coarsest feature of the pyramid (section 3.1)."""
 
     kind: Literal["pyramid_pooling", "global_average", "none"] = pydantic.Field(
-        "pyramid_pooling", description="Pyramid pooling, the global average of UPSNet, or none (Table 5)."
+        "pyramid_pooling", description="`pyramid_pooling`; `global_average`, as in UPSNet; or `none` (Table 5)."
     )
     bins: tuple[pydantic.PositiveInt, ...] = pydantic.Field(
         (1, 2, 3, 6), min_length=1, description="Pyramid pooling: bins of each grid along each axis."
@@ -36,20 +36,27 @@ class BoxConfig(StrictModel):
     """The box head, its levels and its targets (section 3.2)."""
 
     levels: tuple[str, ...] = pydantic.Field(
-        ("p3", "p4", "p5", "p6", "p7"), description="Pyramid levels with points, fine to coarse."
+        ("p3", "p4", "p5", "p6", "p7"), description="Pyramid levels on which points predict boxes, fine to coarse."
     )
     size_limits: tuple[Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)], ...] = pydantic.Field(
         (64, 128, 256, 512),
-        description="For each level but the last, the largest distance from a point to a side of its box, in pixels.",
+        description="For each level but the last, the largest distance from a point to a side of its box, in pixels. "
+        "Set these to the sizes of your objects.",
     )
-    channels: int = pydantic.Field(256, ge=1, description="Channels of the convolutions.")
+    channels: int = pydantic.Field(
+        256, ge=1, description="Channels of the convolutions; a multiple of 32 with group normalization."
+    )
     convolutions: int = pydantic.Field(4, ge=1, description="Convolutions before the predictor.")
     norm: Norm = pydantic.Field(Norm(kind="group", epsilon=1e-5), description="Normalization of the convolutions.")
     positives: Literal["mask", "box"] = pydantic.Field(
-        "mask", description="Points of an object: those inside its mask or, as in FCOS, inside its box."
+        "mask",
+        description="Points that predict an object: with `mask`, those inside its mask; with `box`, those inside its "
+        "box, where the smallest box wins, as in FCOS.",
     )
     measured_to: Literal["mask", "box"] = pydantic.Field(
-        "mask", description="Border-ness is measured to the borders of the mask or, like center-ness, of the box."
+        "mask",
+        description="Border-ness is measured to the borders of the `mask` or, like the center-ness of FCOS, of the "
+        "`box`.",
     )
 
     @property
@@ -73,8 +80,10 @@ class SemanticConfig(StrictModel):
 
     channels: int = pydantic.Field(128, ge=1, description="Channels of the last two convolutions.")
     convolutions: int = pydantic.Field(2, ge=1, description="Convolutions per level.")
-    deformable: bool = pydantic.Field(True, description="Deformable convolutions.")
-    norm: Norm | None = pydantic.Field(None, description="Normalization after each convolution; null, as in UPSNet.")
+    deformable: bool = pydantic.Field(True, description="Use deformable convolutions.")
+    norm: Norm | None = pydantic.Field(
+        None, description="Normalization after each convolution; null for none, as in UPSNet."
+    )
 
 
 class LossConfig(StrictModel):
@@ -84,7 +93,10 @@ class LossConfig(StrictModel):
     border_ness_weight: float = pydantic.Field(1.0, ge=0, description="Weight of the border-ness loss.")
     semantic_weight: float = pydantic.Field(1.0, ge=0, description="Weight of the semantic loss.")
     max_instances: int = pydantic.Field(
-        100, ge=1, description="Largest number of instances per training example; the largest ones are kept."
+        100,
+        ge=1,
+        description="Largest number of instances per training example, below the label divisor; the largest ones are "
+        "used, and the others do not train the box head.",
     )
 
 
@@ -92,25 +104,34 @@ class PostprocessConfig(StrictModel):
     """From raw outputs to the panoptic map (sections 3.4 and 3.5)."""
 
     class_threshold: float = pydantic.Field(
-        0.05, ge=0, le=1, description="Probability that the best thing class at a point must exceed."
+        0.05,
+        ge=0,
+        le=1,
+        description="A point predicts a box only if the probability of its best thing class exceeds this value.",
     )
     candidates: int = pydantic.Field(
         2000, ge=1, description="Largest number of boxes that enter non-maximum suppression."
     )
     nms_iou: float = pydantic.Field(
-        0.6, ge=0, le=1, description="IoU above which the worse of two boxes of a class is removed."
+        0.6, ge=0, le=1, description="A box that overlaps a better one of its class by more than this IoU is dropped."
     )
-    detections: int = pydantic.Field(100, ge=1, description="Largest number of boxes per image.")
+    detections: int = pydantic.Field(
+        100, ge=1, description="Largest number of boxes per image; must be below the label divisor."
+    )
     score_threshold: float = pydantic.Field(
-        0.3, ge=0, le=1, description="Score that a box must reach to enter the panoptic map."
+        0.3, ge=0, le=1, description="Boxes with a lower score are left out of the panoptic map; AP counts them."
     )
     conflicts: Conflicts = pydantic.Field(
-        "closest_border_ness", description="The box that gets a pixel inside several boxes of its class (Table 5)."
+        "closest_border_ness",
+        description="Which box gets a pixel inside several boxes of its class: the one whose border-ness at the pixel "
+        "is closest to the predicted one, the smallest one, or the one with the highest score (Table 5).",
     )
     overlap_threshold: float = pydantic.Field(
-        0.3, ge=0, le=1, description="A box is dropped if better ones cover a larger share of its mask."
+        0.3, ge=0, le=1, description="A box is dropped if better ones cover more than this share of its mask."
     )
-    stuff_area_limit: int = pydantic.Field(4096, ge=0, description="Smaller stuff segments become void, in pixels.")
+    stuff_area_limit: int = pydantic.Field(
+        4096, ge=0, description="Stuff segments with fewer pixels become void; 4096 suits images of the size of COCO's."
+    )
 
 
 class LPSNetConfig(SystemConfig):

@@ -18,9 +18,13 @@ from deeplab2_like.model.config import (
 class HeadConfig(StrictModel):
     """The position head and the kernel head (section 3.1)."""
 
-    channels: int = pydantic.Field(256, ge=1, description="Channels of the convolutions, and length of a kernel.")
+    channels: int = pydantic.Field(
+        256,
+        ge=1,
+        description="Channels of both heads, and length of a kernel; a multiple of 32 with group normalization.",
+    )
     convolutions: int = pydantic.Field(3, ge=1, description="Convolutions before the predictors (Table 1).")
-    deformable: bool = pydantic.Field(True, description="Deformable convolutions in the position head (Table 1).")
+    deformable: bool = pydantic.Field(True, description="Use deformable convolutions in the position head (Table 1).")
     kernel_coordinates: bool = pydantic.Field(
         True, description="Append coordinates to the input of the kernel head (Table 2)."
     )
@@ -33,13 +37,17 @@ class EncoderConfig(StrictModel):
     """The feature encoder (section 3.3)."""
 
     feature: Literal["finest", "sum", "semantic_fpn"] = pydantic.Field(
-        "semantic_fpn", description="Its input: the finest level, the sum of the levels, or Semantic FPN (Table 5)."
+        "semantic_fpn",
+        description="Input of the encoder: `finest`, the finest level alone; `sum` of the levels; or `semantic_fpn` "
+        "(Table 5).",
     )
-    semantic_channels: int = pydantic.Field(256, ge=1, description="Channels of Semantic FPN.")
+    semantic_channels: int = pydantic.Field(
+        256, ge=1, description="Channels of Semantic FPN; a multiple of 32 with group normalization."
+    )
     channels: int = pydantic.Field(64, ge=1, description="Channels of the encoded feature (Table 4).")
-    convolutions: int = pydantic.Field(3, ge=1, description="Number of convolutions.")
-    coordinates: bool = pydantic.Field(True, description="Append coordinates to the input (Table 2).")
-    deformable: bool = pydantic.Field(False, description="Deformable convolutions (Table 8).")
+    convolutions: int = pydantic.Field(3, ge=1, description="Number of convolutions that make the encoded feature.")
+    coordinates: bool = pydantic.Field(True, description="Append coordinates to the input of the encoder (Table 2).")
+    deformable: bool = pydantic.Field(False, description="Use deformable convolutions in the encoder (Table 8).")
     norm: Norm = pydantic.Field(Norm(kind="group", epsilon=1e-5), description="Normalization in Semantic FPN.")
 
 
@@ -51,41 +59,58 @@ class LossConfig(StrictModel):
     focal_alpha: float = pydantic.Field(0.25, ge=0, le=1, description="Weight of positives in the focal loss.")
     focal_gamma: float = pydantic.Field(2.0, ge=1, description="Exponent of the focal loss.")
     weighted: bool = pydantic.Field(
-        True, description="Weighted dice loss; otherwise the plain one, of the kernel at the center (Table 6)."
+        True, description="Use the weighted dice loss; otherwise the plain one, on the kernel at the center (Table 6)."
     )
-    kernels: int = pydantic.Field(7, ge=1, description="Kernels per object in the weighted dice loss (Table 6).")
+    kernels: int = pydantic.Field(
+        7, ge=1, description="Kernels per object in the weighted dice loss; fewer are faster (Table 6)."
+    )
     center: Literal["mass", "box"] = pydantic.Field(
-        "mass", description="Center of an object: its center of mass or the center of its box (Table 14)."
+        "mass", description="Center of an object: its center of `mass` or the center of its `box` (Table 14)."
     )
     min_overlap: float = pydantic.Field(
-        0.7, gt=0, lt=1, description="IoU that a box keeps if its corners move by the radius of the Gaussian."
+        0.7,
+        gt=0,
+        lt=1,
+        description="Sets the radius of the Gaussians: a box whose corners move by the radius keeps at least this IoU.",
     )
     max_instances: int = pydantic.Field(
-        100, ge=1, description="Largest number of instances per training example; the largest ones are kept."
+        100,
+        ge=1,
+        description="Largest number of instances per training example, below the label divisor; the largest ones are "
+        "used, and the others count as crowd.",
     )
 
 
 class PostprocessConfig(StrictModel):
     """From raw outputs to the panoptic map (sections 3.2 and 3.4, appendix A.2)."""
 
-    candidates: int = pydantic.Field(50, ge=1, description="Largest number of centers per level.")
-    score_threshold: float = pydantic.Field(0.05, ge=0, le=1, description="Score that a thing must reach.")
+    candidates: int = pydantic.Field(50, ge=1, description="Largest number of centers on each level.")
+    score_threshold: float = pydantic.Field(0.05, ge=0, le=1, description="Things with a lower score are dropped.")
     region_threshold: float = pydantic.Field(
-        0.05, ge=0, le=1, description="Mean probability that a region of stuff must exceed on a level."
+        0.05,
+        ge=0,
+        le=1,
+        description="On each level, regions of stuff with this mean probability or a lower one are dropped.",
     )
     similarity: float = pydantic.Field(
-        0.9, ge=-1, le=1, description="Cosine similarity from which kernels are fused (Table 3)."
+        0.9, ge=-1, le=1, description="Kernels with at least this cosine similarity are fused (Table 3)."
     )
     class_aware: bool = pydantic.Field(True, description="Fuse only kernels of the same class (Table 3).")
-    kernels: int = pydantic.Field(100, ge=1, description="Largest number of things per image.")
-    mask_threshold: float = pydantic.Field(0.4, gt=0, lt=1, description="Probability that a pixel of a mask exceeds.")
+    kernels: int = pydantic.Field(
+        100, ge=1, description="Largest number of things per image; must be below the label divisor."
+    )
+    mask_threshold: float = pydantic.Field(
+        0.4, gt=0, lt=1, description="A pixel is inside a mask if its probability exceeds this value."
+    )
     map_score_threshold: float = pydantic.Field(
-        0.2, ge=0, le=1, description="Score that a thing must reach to enter the panoptic map."
+        0.2, ge=0, le=1, description="Things with a lower score are left out of the panoptic map; AP counts them."
     )
     overlap_threshold: float = pydantic.Field(
-        0.5, ge=0, le=1, description="A thing is dropped if better ones cover a larger share of its mask."
+        0.5, ge=0, le=1, description="A thing is dropped if better ones cover more than this share of its mask."
     )
-    stuff_area_limit: int = pydantic.Field(4096, ge=0, description="Smaller stuff segments become void, in pixels.")
+    stuff_area_limit: int = pydantic.Field(
+        4096, ge=0, description="Stuff segments with fewer pixels become void; 4096 suits images of the size of COCO's."
+    )
 
 
 class PanopticFCNConfig(SystemConfig):
@@ -98,8 +123,9 @@ class PanopticFCNConfig(SystemConfig):
     fpn: FpnConfig = pydantic.Field(FpnConfig(), description="The feature pyramid.")
     size_ranges: dict[str, tuple[float, float]] = pydantic.Field(
         {"p3": (1, 64), "p4": (32, 128), "p5": (64, 256), "p6": (128, 512), "p7": (256, 2048)},
-        description="Levels of the two heads, fine to coarse, and the smallest and largest size of the objects on each "
-        "level: the square root of the area of the box, in pixels (section 4.1).",
+        description="Levels of the two heads, fine to coarse, with the smallest and largest object size of each "
+        "level: the square root of the box area, in pixels (section 4.1). Set these to the sizes of your "
+        "objects.",
     )
     head: HeadConfig = pydantic.Field(HeadConfig(), description="Position head and kernel head.")
     encoder: EncoderConfig = pydantic.Field(EncoderConfig(), description="Feature encoder.")
@@ -108,7 +134,8 @@ class PanopticFCNConfig(SystemConfig):
         PostprocessConfig(), description="From raw outputs to the panoptic map."
     )
     reference_behavior: bool = pydantic.Field(
-        False, description="Restore the behavior of the released code, for its weights; see `panoptic_fcn/__init__.py`."
+        False,
+        description="Behave as the released code, for its weights; `panoptic_fcn/__init__.py` lists the differences.",
     )
 
     @property

@@ -12,18 +12,22 @@ from deeplab2_like.model.detection.config import RoiConfig, RpnConfig, check_anc
 class GroupedFpnConfig(FpnConfig):
     """The feature pyramid."""
 
-    grouped: bool = pydantic.Field(False, description="Give each branch half of the channels (Table 3d).")
+    grouped: bool = pydantic.Field(False, description="Give each branch its own half of the channels (Table 3d).")
 
 
 class SemanticConfig(StrictModel):
     """The semantic branch (Figure 3)."""
 
-    channels: int = pydantic.Field(128, ge=1, description="Channels of the convolutions.")
+    channels: int = pydantic.Field(
+        128, ge=1, description="Channels of the convolutions; a multiple of 32 with group normalization."
+    )
     aggregation: Literal["sum", "concatenation"] = pydantic.Field(
         "sum", description="How the levels are combined (Table 1d)."
     )
     things: Literal["other", "all"] = pydantic.Field(
-        "other", description="`other`, one class for all things (COCO), or `all` thing classes (Cityscapes)."
+        "other",
+        description="`other` predicts one class for all things, as for COCO; `all` predicts every thing class, which "
+        "helps on Cityscapes. The panoptic map does not show these predictions.",
     )
     norm: Norm = pydantic.Field(Norm(kind="group", epsilon=1e-5), description="Normalization after each convolution.")
 
@@ -36,10 +40,15 @@ class LossConfig(StrictModel):
         1.0, ge=0, description="Weight of the losses of the detector, the paper's lambda_i."
     )
     training: Literal["combine", "alternate"] = pydantic.Field(
-        "combine", description="`alternate` takes the losses of one branch in each step, in turn (Table 3c)."
+        "combine",
+        description="`combine` adds the losses of both branches; `alternate` uses those of one branch in each step, "
+        "in turn (Table 3c).",
     )
     max_instances: int = pydantic.Field(
-        100, ge=1, description="Largest number of instances in a training example; the largest ones are used."
+        100,
+        ge=1,
+        description="Largest number of instances per training example, below the label divisor; the largest ones are "
+        "used, and the others count as crowd.",
     )
 
 
@@ -47,12 +56,14 @@ class PostprocessConfig(StrictModel):
     """From the branches to the panoptic map (section 3.2)."""
 
     score_threshold: float = pydantic.Field(
-        0.5, ge=0, le=1, description="Instances of lower scores are left out of the map."
+        0.5, ge=0, le=1, description="Instances with a lower score are left out of the panoptic map; AP counts them."
     )
     overlap_threshold: float = pydantic.Field(
-        0.5, ge=0, le=1, description="An instance is dropped if better ones cover a larger share of it."
+        0.5, ge=0, le=1, description="An instance is dropped if better ones cover more than this share of it."
     )
-    stuff_area_limit: int = pydantic.Field(4096, ge=0, description="Smaller stuff segments become void, in pixels.")
+    stuff_area_limit: int = pydantic.Field(
+        4096, ge=0, description="Stuff segments with fewer pixels become void; 4096 suits images of the size of COCO's."
+    )
 
 
 class PanopticFPNConfig(SystemConfig):

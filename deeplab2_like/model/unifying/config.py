@@ -15,10 +15,13 @@ class SemanticConfig(StrictModel):
     """The semantic submodule, and the extractor of the affinity head (sections 3.2 and 3.4.2)."""
 
     channels: int = pydantic.Field(
-        128, ge=1, description="Channels of the last two convolutions and of the affinities, the paper's C."
+        128,
+        ge=1,
+        description="Channels of the last two convolutions and of the affinities, the paper's C; a multiple of 32 "
+        "with group normalization.",
     )
     convolutions: int = pydantic.Field(2, ge=1, description="Number of 3x3 convolutions.")
-    deformable: bool = pydantic.Field(True, description="Whether they are deformable.")
+    deformable: bool = pydantic.Field(True, description="Use deformable convolutions.")
     norm: Norm | None = pydantic.Field(
         Norm(kind="group", epsilon=1e-5), description="Normalization after each convolution; null for none."
     )
@@ -27,7 +30,9 @@ class SemanticConfig(StrictModel):
 class PanopticConfig(StrictModel):
     """The panoptic submodule (section 3.4)."""
 
-    masks: bool = pydantic.Field(True, description="The detector is Mask R-CNN; otherwise Faster R-CNN, boxes alone.")
+    masks: bool = pydantic.Field(
+        True, description="Use Mask R-CNN as the detector; otherwise Faster R-CNN, which predicts boxes only."
+    )
     potential: Potential = pydantic.Field(
         "b",
         description="Variant of the dynamic potential (Figure 4): `a`, logits without the score; `b`, class times "
@@ -42,38 +47,46 @@ class LossConfig(StrictModel):
     detection_weight: float = pydantic.Field(1.0, ge=0, description="Weight of the losses of the detector.")
     semantic_weight: float = pydantic.Field(1.0, ge=0, description="Weight of the semantic loss.")
     panoptic_weight: float = pydantic.Field(1.0, ge=0, description="Weight of the panoptic matching loss.")
-    matching: bool = pydantic.Field(True, description="Use the panoptic matching loss; affinities need it.")
+    matching: bool = pydantic.Field(True, description="Use the panoptic matching loss; `panoptic.affinity` needs it.")
     end_to_end: bool = pydantic.Field(
-        True, description="The matching loss trains detector and semantic submodule, too; otherwise affinities alone."
+        True,
+        description="The matching loss trains the detector and the semantic submodule, too; otherwise only the "
+        "affinities.",
     )
     detections: Literal["predicted", "truth"] = pydantic.Field(
-        "predicted", description="Slots in training: the predicted detections, or the boxes of the label."
+        "predicted",
+        description="Candidates in training: the `predicted` detections, or the boxes of the ground `truth`.",
     )
     max_detections: int = pydantic.Field(
-        100, ge=1, description="Largest number of predicted slots in training; the best ones are used."
+        100, ge=1, description="Largest number of predicted candidates in training; the best ones are used."
     )
-    matching_iou: float = pydantic.Field(0.5, gt=0, le=1, description="Smallest overlap of matched boxes.")
+    matching_iou: float = pydantic.Field(0.5, gt=0, le=1, description="Smallest IoU of matched boxes.")
     max_instances: int = pydantic.Field(
-        100, ge=1, description="Largest number of instances in a training example; the largest ones are used."
+        100,
+        ge=1,
+        description="Largest number of instances per training example, below the label divisor; the largest ones are "
+        "used, and the others count as crowd.",
     )
 
 
 class PostprocessConfig(StrictModel):
-    """From slots to the panoptic map."""
+    """From candidates to the panoptic map."""
 
     merge: Literal["argmax", "heuristic"] = pydantic.Field(
-        "argmax", description="`argmax`, the best slot of each pixel; `heuristic`, the merging rule of Panoptic FPN."
+        "argmax",
+        description="`argmax` gives each pixel to its best candidate; `heuristic` is the merging rule of Panoptic "
+        "FPN, which works with the same weights and needs `panoptic.masks`.",
     )
     score_threshold: float = pydantic.Field(
-        0.5, ge=0, le=1, description="Detections of lower scores are left out of the map."
+        0.5, ge=0, le=1, description="Detections with a lower score are left out of the panoptic map; AP counts them."
     )
     overlap_threshold: float = pydantic.Field(
         0.5,
         ge=0,
         le=1,
-        description="`heuristic` only: an instance is dropped if better ones cover a larger share of it.",
+        description="`heuristic` only: an instance is dropped if better ones cover more than this share of it.",
     )
-    stuff_area_limit: int = pydantic.Field(0, ge=0, description="Smaller stuff segments become void, in pixels.")
+    stuff_area_limit: int = pydantic.Field(0, ge=0, description="Stuff segments with fewer pixels become void.")
 
 
 class UnifyingConfig(SystemConfig):
@@ -91,7 +104,9 @@ class UnifyingConfig(SystemConfig):
     roi: RoiConfig = pydantic.Field(RoiConfig(), description="The heads on regions of interest.")
     panoptic: PanopticConfig = pydantic.Field(PanopticConfig(), description="The panoptic submodule.")
     loss: LossConfig = pydantic.Field(LossConfig(), description="Losses.")
-    postprocess: PostprocessConfig = pydantic.Field(PostprocessConfig(), description="From slots to the panoptic map.")
+    postprocess: PostprocessConfig = pydantic.Field(
+        PostprocessConfig(), description="From candidates to the panoptic map."
+    )
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "UnifyingConfig":
