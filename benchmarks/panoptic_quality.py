@@ -110,7 +110,7 @@ def unique_pairs(ground_truth: np.ndarray, prediction: np.ndarray) -> tuple[np.n
     return np.unique(pairs, return_counts=True)
 
 
-def usual_quality(ground_truth: np.ndarray, prediction: np.ndarray, info: DatasetInfo) -> dict[int, list[float]]:
+def usual_quality(ground_truth: np.ndarray, prediction: np.ndarray, info: DatasetInfo) -> dict[int, list[float]]:  # noqa: C901 - the usual way, in one function
     """The usual way: pairs and areas by `numpy.unique`, then dictionaries; class -> [sum of IoU, TP, FP, FN]."""
     totals: dict[int, list[float]] = {class_id: [0.0, 0, 0, 0] for class_id in range(info.num_classes)}
     void_class = info.ignore_label

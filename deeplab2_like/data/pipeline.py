@@ -24,7 +24,7 @@ Targets = dict[str, tf.Tensor]
 CACHE_LIMIT_BYTES = 2**30
 
 
-def make_train_dataset(
+def make_train_dataset(  # noqa: PLR0913 - batches, their parts and the source of randomness
     files: Sequence[str],
     config: DataConfig,
     *,

@@ -61,7 +61,7 @@ class ModelFolderEvaluation:
         UserError: If folders, records or options do not match.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its arguments are the options of the command
         self,
         model_dir: str | os.PathLike[str],
         *,

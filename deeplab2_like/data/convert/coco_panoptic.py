@@ -37,7 +37,7 @@ class _Example:
     fault: str | None = None
 
 
-def convert_coco_panoptic(
+def convert_coco_panoptic(  # noqa: PLR0913 - its arguments are the options of the command
     *,
     images: Path,
     panoptic: Path,

@@ -5,9 +5,9 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import numpy as np
 
@@ -93,7 +93,7 @@ class ConversionReport:
     is_unchanged: bool = dataclasses.field(default=False, compare=False)
 
 
-def write_split(
+def write_split(  # noqa: PLR0913 - converters pass their options through
     items: Sequence[Item],
     make_record: Callable[[Item], Record],
     *,
@@ -145,17 +145,13 @@ def write_split(
         raise errors.unknown_name("value of on_error", on_error, ("stop", "skip"))
     if workers < 1:
         raise UserError(f"workers must be 1 or more, got {workers}.")
-    if shards is None:
-        shards = max(1, round(len(items) / EXAMPLES_PER_SHARD))
-    shards = min(shards, max(1, len(items)))
-    bounds = [number * len(items) // max(shards, 1) for number in range(shards + 1)]
-    ranges = list(itertools.pairwise(bounds))
+    ranges = _split_into_ranges(len(items), shards)
     fingerprints = None
     if inputs_of is not None:
         fingerprints = [
             fingerprint(items[first:end], [inputs_of(item) for item in items[first:end]]) for first, end in ranges
         ]
-    plan = make_plan(info, source=source, examples=len(items), shards=shards, options=options or {})
+    plan = make_plan(info, source=source, examples=len(items), shards=len(ranges), options=options or {})
     unfinished = UnfinishedSplit(output_dir, split, plan=plan, fingerprints=fingerprints)
     is_new = not output_dir.exists()
     make_folder(output_dir)
@@ -163,63 +159,128 @@ def write_split(
     was_completed = unfinished.complete_publication()
     if not replace:
         unfinished.require_same_source()
-    found = unfinished.finished(allow_skipped=may_skip)
-    if found is not None:
-        return _make_report(split, found, kept_files=shards, is_unchanged=not was_completed)
+    finished = unfinished.finished(allow_skipped=may_skip)
+    if finished is not None:
+        return _make_report(split, finished, kept_files=len(ranges), is_unchanged=not was_completed)
 
-    def attempt(item: Item) -> Record | UserError:
-        try:
-            return make_record(item)
-        except UserError as error:
-            return error
-
-    keep_finished = True
     try:
-        states = unfinished.begin(allow_skipped=may_skip, replace=replace)
-        to_do = [number for number, state in enumerate(states) if state is None]
-        num_to_do = sum(end - first for first, end in (ranges[number] for number in to_do))
-        done = itertools.count(len(items) - num_to_do + 1)
-        to_convert = (item for number in to_do for item in items[slice(*ranges[number])])
-
-        def records_of(number: int, contents: dict[str, list[Any]]) -> Iterator[bytes]:
-            # With the items first, `zip` stops without consuming the first outcome of the next file.
-            for item, outcome in zip(items[slice(*ranges[number])], outcomes, strict=False):
-                if isinstance(outcome, Record):
-                    for counted, counts in (("objects", outcome.objects), ("pixels", outcome.pixels)):
-                        for class_id, count in enumerate(counts):
-                            contents[counted][class_id] += count
-                    yield outcome.serialized
-                elif on_error == "stop":
-                    raise outcome
-                else:
-                    paths = inputs_of(item) if inputs_of is not None else ()
-                    contents["skipped"].append({"file": str(paths[0] if paths else item), "reason": str(outcome)})
-                if progress is not None:
-                    progress(next(done), len(items))
-
-        with contextlib.closing(map_in_order(attempt, to_convert, workers=workers)) as outcomes:
-            for number in to_do:
-                num_classes = info.num_classes
-                contents: dict[str, list[Any]] = {
-                    "skipped": [],
-                    "objects": [0] * num_classes,
-                    "pixels": [0] * (num_classes + 1),
-                }
-                states[number] = unfinished.write(number, records_of(number, contents), contents)
-        whole = [state for state in states if state is not None]
-        report = _make_report(split, whole, kept_files=shards - len(to_do))
+        kept = unfinished.begin(allow_skipped=may_skip, replace=replace)
+        conversion = _Conversion(items, make_record, inputs_of=inputs_of, may_skip=may_skip, progress=progress)
+        states = conversion.write_files(unfinished, ranges, kept, num_classes=info.num_classes, workers=workers)
+        report = _make_report(split, states, kept_files=sum(state is not None for state in kept))
         if not report.examples:
-            keep_finished = False
             first = f"all {len(report.skipped)} are faulty, the first: {report.skipped[0]}" if report.skipped else ""
-            raise UserError(f"Split '{split}' has no examples to write: {first or 'the data set is empty.'}")
-        unfinished.publish(info, whole)
-    except BaseException:
-        unfinished.abandon(keep_finished=keep_finished)
+            raise _EmptySplitError(f"Split '{split}' has no examples to write: {first or 'the data set is empty.'}")
+        unfinished.publish(info, states)
+    except BaseException as error:
+        unfinished.abandon(keep_finished=not isinstance(error, _EmptySplitError))
         if is_new:
             with contextlib.suppress(OSError):  # Another process may have created files there.
                 output_dir.rmdir()
         raise
     return report
+
+
+class _EmptySplitError(UserError):
+    """No example is left, so finished files are of no use to the next run."""
+
+
+class _Conversion(Generic[Item]):
+    """Converts items in order, in several threads, and writes file after file.
+
+    Args:
+        items: See `write_split`, as for the rest.
+        make_record: Makes the record of an item.
+        inputs_of: Returns the files from which an item's record is made, or None.
+        may_skip: Whether faulty items are skipped.
+        progress: Called after each item.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        make_record: Callable[[Item], Record],
+        *,
+        inputs_of: Callable[[Item], Sequence[Path]] | None,
+        may_skip: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._items = items
+        self._make_record = make_record
+        self._inputs_of = inputs_of
+        self._may_skip = may_skip
+        self._progress = progress
+
+    def write_files(
+        self,
+        unfinished: UnfinishedSplit,
+        ranges: Sequence[tuple[int, int]],
+        kept: Sequence[dict[str, Any] | None],
+        *,
+        num_classes: int,
+        workers: int,
+    ) -> list[dict[str, Any]]:
+        """Writes the files that an earlier run has not finished.
+
+        Args:
+            unfinished: The split.
+            ranges: First item and end of each file.
+            kept: State of each file that is kept, None for the others.
+            num_classes: Number of classes.
+            workers: Number of threads.
+
+        Returns:
+            The state of each file.
+        """
+        missing = [number for number, state in enumerate(kept) if state is None]
+        items = [item for number in missing for item in self._items[slice(*ranges[number])]]
+        self._num_done = len(self._items) - len(items)
+        states = list(kept)
+        with contextlib.closing(map_in_order(self._attempt, items, workers=workers)) as outcomes:
+            for number in missing:
+                contents: dict[str, list[Any]] = {
+                    "skipped": [],
+                    "objects": [0] * num_classes,
+                    "pixels": [0] * (num_classes + 1),
+                }
+                # With the items first, `zip` stops without consuming the first outcome of the next file.
+                pairs = zip(self._items[slice(*ranges[number])], outcomes, strict=False)
+                states[number] = unfinished.write(number, self._count_records(pairs, contents), contents)
+        return [state for state in states if state is not None]
+
+    def _attempt(self, item: Item) -> Record | UserError:
+        try:
+            return self._make_record(item)
+        except UserError as error:
+            return error
+
+    def _count_records(
+        self, pairs: Iterable[tuple[Item, Record | UserError]], contents: dict[str, list[Any]]
+    ) -> Iterator[bytes]:
+        """Yields the serialized examples of a file, and adds up its contents."""
+        for item, outcome in pairs:
+            if isinstance(outcome, Record):
+                for counted, counts in (("objects", outcome.objects), ("pixels", outcome.pixels)):
+                    for class_id, count in enumerate(counts):
+                        contents[counted][class_id] += count
+                yield outcome.serialized
+            elif self._may_skip:
+                paths = self._inputs_of(item) if self._inputs_of is not None else ()
+                contents["skipped"].append({"file": str(paths[0] if paths else item), "reason": str(outcome)})
+            else:
+                raise outcome
+            self._num_done += 1
+            if self._progress is not None:
+                self._progress(self._num_done, len(self._items))
+
+
+def _split_into_ranges(num_items: int, shards: int | None) -> list[tuple[int, int]]:
+    """Returns the first item and the end of each file: `shards` files, or about one per `EXAMPLES_PER_SHARD` items."""
+    if shards is None:
+        shards = max(1, round(num_items / EXAMPLES_PER_SHARD))
+    shards = min(shards, max(1, num_items))
+    bounds = [number * num_items // max(shards, 1) for number in range(shards + 1)]
+    return list(itertools.pairwise(bounds))
 
 
 def _make_report(

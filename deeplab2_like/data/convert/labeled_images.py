@@ -41,7 +41,7 @@ class LabelOptions(common.WriteOptions, total=False):
     max_side: int | None
 
 
-def write_labeled_images(
+def write_labeled_images(  # noqa: PLR0913 - converters pass their options through
     items: Sequence[NamedItem],
     load: Callable[[NamedItem, DatasetInfo], tuple[bytes, np.ndarray]],
     *,

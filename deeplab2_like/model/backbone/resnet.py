@@ -105,7 +105,7 @@ class ResidualBlock(keras.layers.Layer):
     Input shape: float [B, H, W, C]. Output shape: float [B, ceil(H / strides), ceil(W / strides), channels].
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the choices that make the family of networks
         self,
         block: BlockKind,
         width: int,
@@ -188,7 +188,7 @@ class ResNet(keras.layers.Layer):
         channels: Channels of each feature map, by its name.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the choices that make the family of networks
         self,
         *,
         stem: Stem,

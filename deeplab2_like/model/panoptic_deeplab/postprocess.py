@@ -170,7 +170,7 @@ def upsample_offset(offset: Tensor, *, height: Any, width: Any, stride: int) -> 
 
 
 @stage
-def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: Tensor, heat: Tensor) -> Tensor:
+def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: Tensor, heat: Tensor) -> Tensor:  # noqa: PLR0915 - one algorithm, whose steps share many tensors
     """Assigns each pixel to a row of the segment table: things to the nearest center, stuff to its class.
 
     A pixel p of a thing is compared with the centers c of its cell's list, in order of their distance to the middle m
