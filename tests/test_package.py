@@ -67,6 +67,8 @@ def test_loading_a_config_imports_no_heavy_package() -> None:
         ["convert", "cityscapes", "--help"],
         ["train", "--config", "panoptic_deeplab/scenes_tiny", "--model-dir", "model", "--set", "trainer.stepz=1"],
         ["describe", "--config", "panoptic_deeplab/scenes_tiny", "--set", "trainer.stepz=1"],
+        ["demo", "--set", "trainer.stepz=1"],
+        ["configs"],
     ],
 )
 def test_help_and_wrong_configs_import_no_heavy_package(arguments: list[str]) -> None:

@@ -89,7 +89,7 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
 
 
 def add_on_error(parser: argparse.ArgumentParser, item: str) -> None:
-    """Adds `--on-error`; `item` is what may be faulty."""
+    """Adds `--on-error`; `item` is the word for a faulty input, such as image."""
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=f"what to do with a faulty {item}")
 
 

@@ -30,8 +30,8 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.set:
         raise UserError("--set changes the keys of one config; give its name, too.")
-    rows = [tuple(summary[key] for key in ("name", "backbone", "machine")) for summary in list_config_summaries()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row, summary in zip(rows, list_config_summaries(), strict=True):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join([*cells, summary["summary"]]))
+    summaries = list_config_summaries()
+    widths = {key: max(len(summary[key]) for summary in summaries) for key in ("name", "backbone", "machine")}
+    for summary in summaries:
+        columns = [summary[key].ljust(width) for key, width in widths.items()]
+        print("  ".join([*columns, summary["summary"]]))

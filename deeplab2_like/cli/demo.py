@@ -19,6 +19,13 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the demo."""
+    from deeplab2_like.configs import load_config
+    from deeplab2_like.configs.systems import check_system
+
+    # Wrong options are reported before TensorFlow is imported, which takes seconds.
+    check_system(options.system)
+    load_config(f"{options.system}/scenes_tiny", options.set)
+
     from deeplab2_like.demo import run_demo
 
     run_demo(system=options.system, output_dir=options.output_dir, overrides=options.set)

@@ -106,6 +106,20 @@ class PanopticSystem(keras.Model):
                 f"{info.label_divisor - 1} instances; lower it."
             )
 
+    def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
+        """Runs the network.
+
+        Args:
+            images: uint8 or float [B, H, W, 3], red, green and blue in 0..255, any size.
+            targets: Result of `make_targets`, with a leading batch axis; only some systems need it, in training.
+            training: Whether normalizations use the statistics of the batch, dropout is active, and the raw outputs are
+                those of training.
+
+        Returns:
+            The raw outputs, private to the system; its class describes them.
+        """
+        raise NotImplementedError
+
     def make_targets(self, panoptic: Tensor) -> dict[str, Tensor]:
         """Turns a label into targets of the losses; runs inside `tf.data`.
 

@@ -124,3 +124,13 @@ class SystemConfig(StrictModel):
             others = {key: value for key, value in postprocess.items() if key != "resize"}
             return {**content, "postprocess": others, "resize": postprocess["resize"]}
         return content
+
+
+class PyramidSystemConfig(SystemConfig):
+    """The part of a `model` section that systems with a feature pyramid share."""
+
+    backbone: BackboneConfig = pydantic.Field(
+        BackboneConfig(output_stride=32, stem="seven_by_seven"),
+        description="The network that extracts features; its output stride must be 32.",
+    )
+    fpn: FpnConfig = pydantic.Field(FpnConfig(), description="The feature pyramid.")

@@ -121,12 +121,3 @@ def repeat_pixels(x: Tensor) -> Tensor:
     channels = x.shape[-1]
     both = ops.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
     return ops.reshape(both, (batch, 2 * height, 2 * width, channels))  # [B, 2h, 2w, C]
-
-
-def split_channels(pyramid: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Splits the channels of every level into two halves, one for each of two branches (Panoptic FPN, Table 3d)."""
-    half = next(iter(pyramid.values())).shape[-1] // 2
-    return (
-        {name: level[..., :half] for name, level in pyramid.items()},
-        {name: level[..., half:] for name, level in pyramid.items()},
-    )

@@ -304,7 +304,7 @@ def test_ade20k_faults_are_named(ade20k: dict[str, Any]) -> None:
         convert_ade20k(**ade20k, splits=["training"])
     (folder / "ade20k_panoptic_val.json").write_text("{}")
     with pytest.raises(
-        UserError, match=r"has ade20k_panoptic_val\.json but not such a JSON of every split, .* move this"
+        UserError, match=r"has ade20k_panoptic_val\.json but not such a JSON for every split, .* move this"
     ):
         convert_ade20k(**ade20k)
 

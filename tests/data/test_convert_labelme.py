@@ -248,7 +248,7 @@ PICTURE = base64.b64encode(encode_png(np.ones((2, 2), np.uint8))).decode()
         (with_shape(shape("car", "circle", [[0, 0]])), "shape 5, 'car', is a circle of 1 points, not of 2"),
         (
             with_shape(shape("car", "circle", [[0, 0], [float("nan"), 1]])),
-            "has a point with a coordinate that is no num",
+            "has a point with a coordinate that is not a num",
         ),
         (
             with_shape(polygon("car", 0, 0, 1, 1, group_id=[1])),
@@ -262,7 +262,7 @@ PICTURE = base64.b64encode(encode_png(np.ones((2, 2), np.uint8))).decode()
             with_shape(shape("car", "mask", [[0, 0], [2, 1]], mask=PICTURE)),
             "has a 'mask' that does not fit its points",
         ),
-        (with_shape(shape("car", "mask", [[7, 0], [8, 1]], mask=PICTURE)), "or one that leaves the image"),
+        (with_shape(shape("car", "mask", [[7, 0], [8, 1]], mask=PICTURE)), "or that extends beyond the image"),
     ],
 )
 def test_faulty_image_stops_or_is_skipped(source: Source, damage: Any, message: str) -> None:

@@ -422,7 +422,7 @@ def test_head_refuses_wrong_arguments() -> None:
         paste(np.zeros((2, 2)), [[0, 0, 1, 1]], [0.5], [CAR], conflicts="closest_border_ness")
     with pytest.raises(
         UserError,
-        match=r"Unknown rule of conflicts 'nearest'\. Known: closest_border_ness, highest_score, smallest_area",
+        match=r"Unknown rule of conflicts 'nearest'\. Known: closest_border_ness, highest_score, smallest",
     ):
         PanopticHead(INFO, conflicts="nearest")
     with pytest.raises(UserError, match=r"overlap_threshold is a share, 0 to 1, but it is 30"):

@@ -73,7 +73,7 @@ def convert_coco_panoptic(
         replace: Whether to replace a split that was made from other files.
 
     Returns:
-        What was written and skipped.
+        The numbers of written and skipped images, and statistics.
 
     Raises:
         UserError: If an input is missing or faulty; the output folder is unchanged then.

@@ -35,7 +35,7 @@ class _Example:
     Attributes:
         name: The image's file name, in the folder of its JSON relative to the root.
         json_file: Its JSON; None if the image has none.
-        image: The image; None if the JSON does not say where it is.
+        image: The image; None if the JSON does not give its path.
     """
 
     name: str

@@ -286,7 +286,7 @@ class UnfinishedSplit:
 
     def _remove(self) -> None:
         if self._hidden.exists():
-            # Without these two, a later run does not continue what a killed removal leaves.
+            # These two first: without them a later run ignores the rest, if this removal is killed.
             self._publication.unlink(missing_ok=True)
             (self._hidden / "plan.json").unlink(missing_ok=True)
             shutil.rmtree(self._hidden)

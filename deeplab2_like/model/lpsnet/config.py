@@ -6,10 +6,8 @@ import pydantic
 
 from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.model.config import (
-    BackboneConfig,
-    FpnConfig,
     Norm,
-    SystemConfig,
+    PyramidSystemConfig,
     are_consecutive_levels,
     level_stride,
 )
@@ -134,14 +132,9 @@ class PostprocessConfig(StrictModel):
     )
 
 
-class LPSNetConfig(SystemConfig):
+class LPSNetConfig(PyramidSystemConfig):
     """The `model` section of a config."""
 
-    backbone: BackboneConfig = pydantic.Field(
-        BackboneConfig(output_stride=32, stem="seven_by_seven"),
-        description="The network that extracts features; its output stride must be 32.",
-    )
-    fpn: FpnConfig = pydantic.Field(FpnConfig(), description="The feature pyramid.")
     context: ContextConfig = pydantic.Field(ContextConfig(), description="Global context.")
     box: BoxConfig = pydantic.Field(BoxConfig(), description="The box head, its levels and its targets.")
     semantic: SemanticConfig = pydantic.Field(SemanticConfig(), description="The semantic head.")

@@ -98,16 +98,7 @@ class PanopticDeepLab(PanopticSystem):
         return make_targets(panoptic, config.loss, self.dataset_info, semantic_only=config.semantic_only)
 
     def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
-        """Runs the network.
-
-        Args:
-            images: uint8 or float [B, H, W, 3], 0..255, any size.
-            targets: Ignored.
-            training: Whether normalizations use the statistics of the batch, and dropout is active.
-
-        Returns:
-            The raw outputs, see the class.
-        """
+        """See `PanopticSystem.call`."""
         del targets
         images, outputs = resize_for_network(images, None if training else self.config.resize)
         features = self.backbone(self.prepare_images(images), training=training)

@@ -6,10 +6,8 @@ import pydantic
 
 from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.model.config import (
-    BackboneConfig,
-    FpnConfig,
     Norm,
-    SystemConfig,
+    PyramidSystemConfig,
     are_consecutive_levels,
     level_stride,
 )
@@ -113,14 +111,9 @@ class PostprocessConfig(StrictModel):
     )
 
 
-class PanopticFCNConfig(SystemConfig):
+class PanopticFCNConfig(PyramidSystemConfig):
     """The `model` section of a config."""
 
-    backbone: BackboneConfig = pydantic.Field(
-        BackboneConfig(output_stride=32, stem="seven_by_seven"),
-        description="The network that extracts features; its output stride must be 32.",
-    )
-    fpn: FpnConfig = pydantic.Field(FpnConfig(), description="The feature pyramid.")
     size_ranges: dict[str, tuple[float, float]] = pydantic.Field(
         {"p3": (1, 64), "p4": (32, 128), "p5": (64, 256), "p6": (128, 512), "p7": (256, 2048)},
         description="Levels of the two heads, fine to coarse, with the smallest and largest object size of each "

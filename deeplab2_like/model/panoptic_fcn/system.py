@@ -92,16 +92,7 @@ class PanopticFCN(PanopticSystem):
         return make_targets(panoptic, self.config, self.dataset_info, size_multiple=self.size_multiple)
 
     def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
-        """Runs the network.
-
-        Args:
-            images: uint8 or float [B, H, W, 3], 0..255, any size.
-            targets: Ignored.
-            training: Whether normalizations use the statistics of the batch.
-
-        Returns:
-            The raw outputs, see the class.
-        """
+        """See `PanopticSystem.call`."""
         del targets
         images, outputs = resize_for_network(images, None if training else self.config.resize)
         pyramid = self.fpn(self.backbone(self.prepare_images(images), training=training), training=training)

@@ -5,7 +5,7 @@ from typing import Literal
 import pydantic
 
 from deeplab2_like.configs.schema import StrictModel
-from deeplab2_like.model.config import BackboneConfig, FpnConfig, Norm, SystemConfig
+from deeplab2_like.model.config import FpnConfig, Norm, PyramidSystemConfig
 from deeplab2_like.model.detection.config import RoiConfig, RpnConfig, check_anchor_sizes
 
 
@@ -66,12 +66,9 @@ class PostprocessConfig(StrictModel):
     )
 
 
-class PanopticFPNConfig(SystemConfig):
+class PanopticFPNConfig(PyramidSystemConfig):
     """The `model` section of a config."""
 
-    backbone: BackboneConfig = pydantic.Field(
-        BackboneConfig(output_stride=32, stem="seven_by_seven"), description="The network that extracts features."
-    )
     semantic_only: bool = pydantic.Field(False, description="Leave out the instance branch: Semantic FPN.")
     fpn: GroupedFpnConfig = pydantic.Field(GroupedFpnConfig(), description="The feature pyramid.")
     semantic: SemanticConfig = pydantic.Field(SemanticConfig(), description="The semantic branch.")

@@ -5,7 +5,7 @@ from typing import Literal
 import pydantic
 
 from deeplab2_like.configs.schema import StrictModel
-from deeplab2_like.model.config import BackboneConfig, FpnConfig, Norm, SystemConfig
+from deeplab2_like.model.config import Norm, PyramidSystemConfig
 from deeplab2_like.model.detection.config import RoiConfig, RpnConfig, check_anchor_sizes
 
 Potential = Literal["a", "b", "c"]
@@ -89,13 +89,9 @@ class PostprocessConfig(StrictModel):
     stuff_area_limit: int = pydantic.Field(0, ge=0, description="Stuff segments with fewer pixels become void.")
 
 
-class UnifyingConfig(SystemConfig):
+class UnifyingConfig(PyramidSystemConfig):
     """The `model` section of a config."""
 
-    backbone: BackboneConfig = pydantic.Field(
-        BackboneConfig(output_stride=32, stem="seven_by_seven"), description="The network that extracts features."
-    )
-    fpn: FpnConfig = pydantic.Field(FpnConfig(), description="The feature pyramid.")
     squeeze_excitation: bool = pydantic.Field(
         True, description="Use squeeze-and-excitation on the coarsest feature of the backbone (section 3.1)."
     )

@@ -114,16 +114,7 @@ class Unifying(PanopticSystem):
         return make_targets(panoptic, self.config.loss, self.dataset_info)
 
     def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
-        """Runs the network.
-
-        Args:
-            images: uint8 or float [B, H, W, 3], 0..255, any size.
-            targets: Batched result of `make_targets`; needed in training, to sample anchors and RoIs.
-            training: Whether normalizations use the statistics of the batch, and the outputs are those of training.
-
-        Returns:
-            The raw outputs, see the class.
-        """
+        """See `PanopticSystem.call`. `targets` are needed in training, to sample anchors and RoIs."""
         images, outputs = resize_for_network(images, None if training else self.config.resize)
         image_size = tuple(ops.shape(images)[1:3])
         features = dict(self.backbone(self.prepare_images(images), training=training))
