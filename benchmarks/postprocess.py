@@ -45,7 +45,7 @@ FORMULATIONS = {
     "graph": "library, one graph for any size",
     "compiled": "library, stages compiled with XLA",
 }
-# Centres for which time and memory are compared.
+# Centers for which time and memory are compared.
 SCALING = (10, 50, 200)
 
 Outputs = Mapping[str, tf.Tensor]
@@ -180,7 +180,7 @@ def memory_growth_in_new_process(name: str, size: tuple[int, int], num_classes: 
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         # The plain formulation may not fit at all.
-        print(f"{name} with {num_centers} centres did not finish: exit status {result.returncode}", file=sys.stderr)
+        print(f"{name} with {num_centers} centers did not finish: exit status {result.returncode}", file=sys.stderr)
         return None
     return float(result.stdout.split()[-1])
 
@@ -214,7 +214,7 @@ def measure(size: tuple[int, int], num_classes: int, num_centers: int, runs: int
         "share_of_different_pixels": different,
         "stages": stages,
         "scaling": scaling,
-        # A pixel that points right between two centres may go to either.
+        # A pixel that points right between two centers may go to either.
         "passed": all(ratio[name] <= LIMITS[name] and different[name] <= 1e-5 for name in LIMITS),
     }
 
@@ -224,7 +224,7 @@ def show(result: Mapping[str, Any]) -> None:
     console = Console()
     height, width = result["size"]
     console.print(
-        f"Post-processing of {height}x{width}, {result['classes']} classes, {result['centers']} centres, "
+        f"Post-processing of {height}x{width}, {result['classes']} classes, {result['centers']} centers, "
         f"stride {STRIDE}, median of {result['runs']} runs",
         soft_wrap=True,
     )
@@ -247,7 +247,7 @@ def show(result: Mapping[str, Any]) -> None:
         table.add_row(stage, *(f"{times[name]:.1f}" for name in LIMITS))
     console.print(table)
 
-    table = Table("centres")
+    table = Table("centers")
     for unit in ("ms", "MiB"):
         for name in FORMULATIONS:
             table.add_column(f"{name}, {unit}", justify="right")

@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --systems panoptic_deeplab --sizes 256 --batches 2 --steps 3
 
 Each row is measured in a process of its own: seconds per step (the median), peak memory, and multiply-adds of the
-network's forward pass. A step is the trainer's own: forward, losses, gradients, optimiser. The batch lies in memory, so
+network's forward pass. A step is the trainer's own: forward, losses, gradients, optimizer. The batch lies in memory, so
 the share of time waiting for data is that of the loop itself; it must stay under 5 %, and the step must be traced once.
 """
 

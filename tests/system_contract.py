@@ -51,7 +51,7 @@ def hand_made_label(size: int = 64) -> np.ndarray:
 
 
 def paint(label: np.ndarray) -> np.ndarray:
-    """An image in which every segment has a colour of its own, uint8 [H, W, 3]."""
+    """An image in which every segment has a color of its own, uint8 [H, W, 3]."""
     values = np.unique(label)
     colors = np.random.default_rng(3).integers(20, 235, (len(values), 3))
     return colors[np.searchsorted(values, label)].astype(np.uint8)
@@ -82,7 +82,7 @@ class SystemContract:
     def solvable(self, label: np.ndarray, info: DatasetInfo) -> np.ndarray | None:
         """What of a label perfect outputs give again, the rest as void; None if nothing.
 
-        Here: labels without crowds; these have no centre, so their pixels go to some instance nearby.
+        Here: labels without crowds; these have no center, so their pixels go to some instance nearby.
         """
         crowd = np.isin(label // info.label_divisor, info.thing_classes) & (label % info.label_divisor == 0)
         return None if crowd.any() else label
@@ -202,7 +202,7 @@ class SystemContract:
         outputs = excited(image, training=False)
         found = excited.postprocess_with_truth(outputs, self.targets_of(excited, label), label.shape, ())
         expected = excited.infer(image)
-        # Enlarging first may round differently, which moves single pixels on borders.
+        # Upsampling first may round differently, which moves single pixels on borders.
         same = found["panoptic"].numpy() == expected["panoptic"].numpy()
         assert same.mean() > 0.999
         np.testing.assert_array_equal(found["segment_class"], expected["segment_class"])

@@ -103,7 +103,7 @@ def test_side_by_side():
     captioned = side_by_side(image, panoptic, panoptic, INFO)
     assert captioned.shape[0] > picture.shape[0]
     np.testing.assert_array_equal(captioned[-256:-6, 6:106], image)
-    # Without ground truth two panels are left; a small image is enlarged to 240 pixels or more, 50 by 5.
+    # Without ground truth two panels are left; a small image is upsampled to 240 pixels or more, 50 by 5.
     assert side_by_side(image[:50], None, panoptic[:50], INFO, captions=False).shape == (250 + 12, 1000 + 18, 3)
 
 

@@ -46,21 +46,21 @@ def make_norm(norm: Norm | None, name: str, channels: int | None = None) -> kera
 
 
 class ConvNorm(keras.layers.Layer):
-    """Convolution, normalisation, activation.
+    """Convolution, normalization, activation.
 
-    Padding is symmetric, `dilation * (kernel_size - 1) / 2` zeros on every side, at any stride. TensorFlow's own
-    "same" pads a strided convolution at the far side only, which would shift features of imported weights by a pixel.
+    Padding is symmetric, `dilation * (kernel_size - 1) / 2` zeros on every side, at any stride. TensorFlow's
+    "same" pads a strided convolution at one side only, which would shift features of imported weights by a pixel.
 
     Args:
-        filters: Output channels; for a depthwise convolution None, as it keeps the channels of its input.
+        filters: Output channels; None for a depthwise convolution, which keeps the channels of its input.
         kernel_size: Height and width, odd.
         strides: Stride of both axes.
         dilation: Atrous rate of both axes.
-        depthwise: Whether every channel has a filter of its own.
-        groups: Groups of channels that have filters of their own.
-        norm: The normalisation; None for none, which adds a bias.
+        depthwise: Whether each channel has its own filter.
+        groups: Number of channel groups, each with its own filters.
+        norm: The normalization; None for none, which adds a bias.
         activation: Name of a Keras activation, or None.
-        initializer: Name of a Keras initialiser of the kernel, or the initialiser; not for depthwise convolutions.
+        initializer: Name of a Keras initializer of the kernel, or the initializer; not for depthwise convolutions.
 
     Input shape: float [B, H, W, C]. Output shape: float [B, ceil(H / strides), ceil(W / strides), filters].
     """
@@ -111,11 +111,10 @@ class ConvNorm(keras.layers.Layer):
 
 
 class GroupedConv2D(keras.layers.Conv2D):
-    """Convolution in groups of channels, one group after the other on TensorFlow.
+    """Convolution in groups of channels; on TensorFlow one group after the other.
 
-    There, Keras compiles a grouped convolution with XLA on its own, as TensorFlow cannot fuse it with what follows. On
-    a CPU that takes 25 times as long as the groups one by one, its gradient more than a thousand times, and TensorFlow
-    Serving does not run it without being told to.
+    Keras compiles a grouped convolution with XLA there. On a CPU this is 25 times slower than the groups one by one,
+    its gradient over a thousand times, and TensorFlow Serving runs it only with XLA enabled.
     """
 
     def convolution_op(self, inputs: Tensor, kernel: Tensor) -> Tensor:
@@ -138,13 +137,13 @@ class GroupedConv2D(keras.layers.Conv2D):
 
 
 class SeparableConvNorm(keras.layers.Layer):
-    """Depthwise convolution and 1x1 convolution, each with normalisation and ReLU.
+    """Depthwise convolution and 1x1 convolution, each with normalization and ReLU.
 
     Args:
         filters: Output channels.
         kernel_size: Height and width of the depthwise kernel, odd.
         dilation: Atrous rate of the depthwise convolution.
-        norm: The normalisation of both.
+        norm: The normalization of both.
 
     Input shape: float [B, H, W, C]. Output shape: float [B, H, W, filters].
     """

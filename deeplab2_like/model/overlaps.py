@@ -149,7 +149,7 @@ def paste_weights(start: Tensor, end: Tensor, *, bins: int, size: Any) -> Tensor
         size: Pixels of the image along the axis, S.
 
     Returns:
-        float32 [B, N, S, P]. The centre of each pixel reads the two nearest bins, with zeros beyond the outer ones.
+        float32 [B, N, S, P]. The center of each pixel reads the two nearest bins, with zeros beyond the outer ones.
     """
     pixel = ops.cast(ops.arange(size), "float32") + 0.5
     length = ops.maximum(end - start, 1e-6)[..., None]

@@ -18,7 +18,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
     Args:
         images: float [B, H, W, C].
-        multiple: What height and width shall be a multiple of.
+        multiple: Divisor of the new height and width.
 
     Returns:
         float [B, H', W', C].
@@ -28,7 +28,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
 
 def phase_weights(factor: int) -> list[tuple[int, float]]:
-    """Where the fine pixels of bilinear upsampling lie between the coarse ones, with half-pixel centres.
+    """Returns the interpolation weights of bilinear upsampling by a whole factor, with half-pixel centers.
 
     Fine pixel `factor * i + phase` lies at the coarse coordinate `i + (phase + 0.5) / factor - 0.5`.
 
@@ -36,7 +36,7 @@ def phase_weights(factor: int) -> list[tuple[int, float]]:
         factor: Fine pixels per coarse pixel.
 
     Returns:
-        For each phase: the offset (-1 or 0) of the first of the two coarse neighbours, and the second one's weight.
+        For each phase: the offset (-1 or 0) of the first of the two coarse neighbors, and the second one's weight.
     """
     weights = []
     for phase in range(factor):
@@ -47,11 +47,11 @@ def phase_weights(factor: int) -> list[tuple[int, float]]:
 
 
 def upsample_bilinear(x: Tensor, factor: int) -> Tensor:
-    """Enlarges by a whole factor, bilinearly, with half-pixel centres and the border repeated.
+    """Upsamples bilinearly by a whole factor, with half-pixel centers and a repeated border.
 
     Args:
         x: float [B, h, w, C].
-        factor: How much larger, at least 1.
+        factor: Fine pixels per coarse pixel, at least 1.
 
     Returns:
         float [B, h * factor, w * factor, C].
@@ -59,9 +59,9 @@ def upsample_bilinear(x: Tensor, factor: int) -> Tensor:
     if factor == 1:
         return x
 
-    # The gradient is written out: left to the backends, it makes a map of zeros for each slice and adds them all up.
+    # A custom gradient, as automatic differentiation makes a map of zeros for each slice and adds them all up.
     @ops.custom_gradient
-    def enlarge(x: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
+    def interpolate(x: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
         channels = x.shape[-1]
         batch, height, width = ops.shape(x)[:3]
         rows = ops.stack(interpolated_rows(x, factor), axis=2)  # [B, h, factor, w, C]
@@ -78,11 +78,11 @@ def upsample_bilinear(x: Tensor, factor: int) -> Tensor:
 
         return both, gradient
 
-    return enlarge(x)
+    return interpolate(x)
 
 
 def _gather_phases(phases: list[Tensor], axis: int) -> Tensor:
-    """The transpose of interpolation along an axis: gives each coarse pixel its share of the `factor` fine maps."""
+    """Transposes the interpolation along an axis: adds the shares of `factor` fine maps up for each coarse pixel."""
     own, to_previous, to_next = 0.0, 0.0, 0.0
     for phase, (first, weight) in zip(phases, phase_weights(len(phases)), strict=True):
         if first < 0:
@@ -94,21 +94,21 @@ def _gather_phases(phases: list[Tensor], axis: int) -> Tensor:
     def slices(tensor: Tensor, start: int | None, stop: int | None) -> Tensor:
         return tensor[(*cut, slice(start, stop))]
 
-    # What would fall over a border goes to the pixel at the border, which was repeated there.
+    # Shares beyond the border belong to the border pixel, which was repeated there.
     from_next = ops.concatenate([slices(to_previous, 1, None), slices(to_next, -1, None)], axis=axis)
     from_previous = ops.concatenate([slices(to_previous, None, 1), slices(to_next, None, -1)], axis=axis)
     return own + from_next + from_previous
 
 
 def interpolated_rows(x: Tensor, factor: int) -> list[Tensor]:
-    """The rows of each phase (see `phase_weights`) between the rows of x, `factor` maps of [B, h, w, C]."""
+    """Interpolates between the rows of x for each phase of `phase_weights`: `factor` maps of [B, h, w, C]."""
     above = ops.concatenate([x[:, :1], x[:, :-1]], axis=1)
     below = ops.concatenate([x[:, 1:], x[:, -1:]], axis=1)
     return [_blend(above, x, w) if first < 0 else _blend(x, below, w) for first, w in phase_weights(factor)]
 
 
 def interpolated_columns(x: Tensor, factor: int) -> list[Tensor]:
-    """The columns of each phase (see `phase_weights`) between the columns of x, `factor` maps of [B, h, w, C]."""
+    """Interpolates between the columns of x for each phase of `phase_weights`: `factor` maps of [B, h, w, C]."""
     left = ops.concatenate([x[:, :, :1], x[:, :, :-1]], axis=2)
     right = ops.concatenate([x[:, :, 1:], x[:, :, -1:]], axis=2)
     return [_blend(left, x, w) if first < 0 else _blend(x, right, w) for first, w in phase_weights(factor)]
@@ -119,12 +119,12 @@ def _blend(first: Tensor, second: Tensor, weight: float) -> Tensor:
 
 
 def linear_matrix(old: Any, new: Any, scale: Any) -> Tensor:
-    """The matrix that resizes a line linearly, with half-pixel centres and the border repeated.
+    """Returns the matrix that resizes one axis linearly, with half-pixel centers and a repeated border.
 
     Args:
-        old: Values of the line, an int or an int32 scalar.
-        new: Values that it gets.
-        scale: Old values per new one, a float or a float32 scalar.
+        old: Values along the axis, an int or an int32 scalar.
+        new: Values after resizing, an int or an int32 scalar.
+        scale: Old values per new value, a float or a float32 scalar.
 
     Returns:
         float32 [new, old].
@@ -136,9 +136,9 @@ def linear_matrix(old: Any, new: Any, scale: Any) -> Tensor:
 
 
 def resize_bilinear(x: Tensor, height: Any, width: Any) -> Tensor:
-    """Resizes to any size, bilinearly, with half-pixel centres and no antialiasing.
+    """Resizes bilinearly to any size, with half-pixel centers and without antialiasing.
 
-    Unlike `ops.image.resize` it takes sizes that are known only when the graph runs.
+    Unlike `ops.image.resize`, it accepts sizes that are known only when the graph runs.
 
     Args:
         x: float [B, h, w, C].
@@ -162,9 +162,9 @@ def resize_bilinear(x: Tensor, height: Any, width: Any) -> Tensor:
 
 
 def average_pool_within(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Averages every full window, stride 1; a window larger than the map is cut to the map.
+    """Averages every full window with stride 1; a window larger than the map is cropped to it.
 
-    Unlike `ops.average_pool` it takes maps whose size is known only when the graph runs.
+    Unlike `ops.average_pool`, it accepts maps whose size is known only when the graph runs.
 
     Args:
         x: float [B, h, w, C].

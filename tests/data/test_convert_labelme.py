@@ -128,7 +128,7 @@ def test_every_kind_of_shape(source: Source) -> None:
     label = source.label_of(
         [
             shape("car", "rectangle", [[2, 2], [0, 0]]),  # From any corner to the opposite one.
-            # Of pixel centers less than 1 from (5.5, 1.5): the middle and its four neighbours.
+            # Of pixel centers less than 1 from (5.5, 1.5): the middle and its four neighbors.
             shape("car", "circle", [[5.5, 1.5], [6.5, 1.5]]),
             shape("car", "mask", [[1, 4], [3, 4]], mask=picture),
             {"label": "car", "points": [[7, 3], [8, 3], [8, 5], [7, 5]]},  # As old files have it.

@@ -295,7 +295,7 @@ def test_a_second_run_does_nothing(conversion: Conversion, tmp_path: Path) -> No
         lambda conversion, folder: (folder / "train-00001-of-00003.tfrecord").write_bytes(b""),
     ],
 )
-def test_a_second_run_mends_what_has_changed(
+def test_a_second_run_converts_what_has_changed(
     conversion: Conversion, tmp_path: Path, change: Callable[[Conversion, Path], None]
 ) -> None:
     conversion.run(tmp_path / "records")

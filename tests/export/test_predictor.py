@@ -285,7 +285,7 @@ def test_predicts_one_file(export_dir, make_image, tmp_path):
 
 @pytest.mark.usefixtures("load_once")
 def test_a_strip_gives_a_picture_of_bounded_size(export_dir, make_image, tmp_path):
-    # Enlarged to a readable height, one row of 8000 pixels would fill gigabytes.
+    # Upsampled to a readable height, one row of 8000 pixels would fill gigabytes.
     file = _write(tmp_path / "strip.png", make_image(16, 8000)[:1])
     predict_files(export_dir, file, tmp_path / "out")
     height, width = cv2.imread(str(tmp_path / "out/pictures/strip.png")).shape[:2]

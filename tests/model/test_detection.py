@@ -227,7 +227,7 @@ def test_top_k_of_too_few() -> None:
 
 
 def test_anchors_by_hand() -> None:
-    # Ratios h/w of 1/4 and 1: half the size high, twice as wide. Centres at the top left of each 8x8 cell.
+    # Ratios h/w of 1/4 and 1: half the size high, twice as wide. Centers at the top left of each 8x8 cell.
     maps = {"p3": np.zeros((1, 1, 2, 1)), "p4": np.zeros((1, 1, 1, 1))}
     found = make_anchors(maps, {"p3": 8, "p4": 16}, RpnConfig(anchor_sizes=(4.0, 8.0), anchor_ratios=(0.25, 1.0)))
     np.testing.assert_allclose(found["p3"], [[-1, -4, 1, 4], [-2, -2, 2, 2], [-1, 4, 1, 12], [-2, 6, 2, 10]])

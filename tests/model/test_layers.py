@@ -34,7 +34,7 @@ def test_phases_of_factor_two() -> None:
 
 
 def test_upsampling_by_hand() -> None:
-    # 0 and 4, enlarged by 2: the outer pixels repeat the border, the inner ones are 1/4 and 3/4 of the way.
+    # 0 and 4, upsampled by 2: the outer pixels repeat the border, the inner ones are 1/4 and 3/4 of the way.
     found = upsample_bilinear(tf.constant([[[[0.0], [4.0]]]]), 2)
     np.testing.assert_array_equal(found[0, :, :, 0], [[0, 1, 3, 4], [0, 1, 3, 4]])
 
@@ -63,14 +63,14 @@ def test_upsampling_and_its_gradient_equal_tf(size: tuple[int, int], factor: int
 
 def test_upsampling_a_map_of_unknown_size() -> None:
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3])])
-    def enlarge(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def upsample(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = upsample_bilinear(x, 4)
         return y, tape.gradient(y, x)
 
     x = random_map(2, 3, 5, 3)
-    found, gradient = enlarge(x)
+    found, gradient = upsample(x)
     np.testing.assert_allclose(found, tf.image.resize(x, (12, 20)), atol=1e-6)
     # Every coarse pixel is shared out over sixteen fine ones.
     np.testing.assert_allclose(gradient, np.full(x.shape, 16.0), rtol=1e-5)

@@ -118,7 +118,7 @@ def test_semantic_only_has_no_instance_branch() -> None:
 
 
 def test_semantic_labels_train_without_instance_losses() -> None:
-    """Labels without instances are crowds everywhere: their things teach classes, but no centres and offsets."""
+    """Labels without instances are crowds everywhere: their things teach classes, but no centers and offsets."""
     label = hand_made_label() // 1000 * 1000
     targets = build_small().make_targets(tf.constant(label))
     assert not targets["offset_weight"].numpy().any()

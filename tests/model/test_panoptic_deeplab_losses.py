@@ -102,7 +102,7 @@ def test_without_instances_the_normalizer_is_zero() -> None:
     assert losses["center"] == [0, 0]
 
 
-def test_predictions_are_enlarged_and_cropped() -> None:
+def test_predictions_are_upsampled_and_cropped() -> None:
     # One pixel at stride 4 for an image of 3x2: the same value everywhere, as nothing is beside it.
     zeros = np.zeros((1, 3, 2), np.float32)
     targets = {

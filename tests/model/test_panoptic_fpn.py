@@ -55,7 +55,7 @@ VARIANTS = {
     "grouped pyramid": ["model.fpn.grouped=true"],
     "alternating losses": ["model.loss.training=alternate"],
     "pyramid from stride 2": ["model.fpn.finest_level=p1", "model.rpn.anchor_sizes=[8,16,28,48,80,128]"],
-    "normalised pyramid": ["model.fpn.norm={kind: group}"],
+    "normalized pyramid": ["model.fpn.norm={kind: group}"],
     "adaptive RoIAlign": ["model.roi.sampling_ratio=0"],
     "losses per drawn anchor": ["model.rpn.normalizer=sampled"],
     "frozen batch norm": ["model.norm.kind=frozen_batch"],

@@ -37,7 +37,7 @@ def test_every_variable_is_restored(folder: Path) -> None:
     # Keras names them; "/" is "." then, escaped.
     names = [name for name in stored.get_variable_to_shape_map() if name.startswith("system/weights/")]
     values = {name.split("/")[2].replace(".S", "/"): stored.get_tensor(name) for name in names}
-    # Two convolutions of kernel and bias, and the four vectors of batch normalisation: all are kept in a list.
+    # Two convolutions of kernel and bias, and the four vectors of batch normalization: all are kept in a list.
     assert len(system.weights) == len(values) == 8
     for weight in system.weights:
         np.testing.assert_array_equal(weight.numpy(), values[weight.path])
@@ -168,7 +168,7 @@ def test_checkpoint_of_another_config(folder: Path, records: Path) -> None:
     with pytest.raises(UserError, match=message):
         load_model_folder(folder, ["model.channels=5"])
     (folder / "config.yaml").unlink()
-    # Another optimiser has other variables: its step, and a momentum for each of six weights.
+    # Another optimizer has other variables: its step, and a momentum for each of six weights.
     message = (
         r"does not fit the config in 7 of 17 variables: optimizer/sgd/\S+ \(missing in the checkpoint, .* here\), .*; "
         r"use the config it was trained with, trainer.optimizer and trainer.precision for the optimizer's variables\.$"

@@ -74,7 +74,7 @@ def test_boundaries_belong_to_steps() -> None:
     assert ScheduleConfig(name="step", boundaries=(4, 6)).boundaries == (4, 6)
 
 
-def test_weight_decay_leaves_normalisation_alone() -> None:
+def test_weight_decay_leaves_normalization_alone() -> None:
     network = keras.Sequential([keras.layers.Conv2D(2, 1), keras.layers.BatchNormalization()])
     network.build((1, 2, 2, 3))
     variables = network.trainable_variables

@@ -77,7 +77,7 @@ def test_resuming_is_exact(records: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     straight, resumed = (variables_of(list_checkpoints(tmp_path / name)[-1]) for name in ("straight", "cut"))
     assert straight.keys() == resumed.keys()
-    # Weights, running statistics, the optimiser's slots and step, the states of random generators.
+    # Weights, running statistics, the optimizer's slots and step, the states of random generators.
     for part in ("kernel", "gamma", "moving_variance", "optimizer", "iteration", "step", "generators"):
         assert any(part in name for name in straight), part
     different = [name for name in straight if not np.array_equal(straight[name], resumed[name])]
@@ -245,14 +245,14 @@ def test_the_first_value_that_is_not_finite_stops(
     config = one_convolution_config(data={"path": str(records)}, steps=12, log_every=4)
     original = Trainer.replica_step
 
-    def spoilt_from_step_7(self: Trainer, batch: dict[str, Any], is_last: bool) -> dict[str, Any]:
+    def spoiled_from_step_7(self: Trainer, batch: dict[str, Any], is_last: bool) -> dict[str, Any]:
         """One value, and from step 8 on all: both steps are in the loop from 6 to 8."""
         values = original(self, batch, is_last)
         values = {"semantic": values.pop("semantic"), "center": tf.constant(0.0), **values}
         step = self._optimizer.iterations.value
         return {key: tf.where(step >= (7 if key == name else 8), np.nan, value) for key, value in values.items()}
 
-    monkeypatch.setattr(Trainer, "replica_step", spoilt_from_step_7)
+    monkeypatch.setattr(Trainer, "replica_step", spoiled_from_step_7)
     # Step 7 is batch number 6, as the first is number 0.
     info = DatasetInfo.load(records)
     batches = pipeline.make_train_dataset(
@@ -631,12 +631,12 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_saved(
     seen = []
     original = Trainer.replica_step
 
-    def spoilt(self: Trainer, batch: dict[str, Any], is_last: bool) -> dict[str, Any]:
+    def spoiled(self: Trainer, batch: dict[str, Any], is_last: bool) -> dict[str, Any]:
         tf.py_function(lambda image: seen.append(image.numpy()), [batch["image"]], [])
         values = original(self, batch, is_last)
         return {**values, "semantic": tf.where(self._optimizer.iterations.value >= 3, np.nan, values["semantic"])}
 
-    monkeypatch.setattr(Trainer, "replica_step", spoilt)
+    monkeypatch.setattr(Trainer, "replica_step", spoiled)
     config = one_convolution_config(data={"path": str(records)}, accumulate_steps=2)
     with pytest.raises(UserError, match=r"Loss 'semantic' is not finite in step 3 .* targets are in '.*step_3'\.$"):
         train(config, tmp_path)

@@ -21,7 +21,7 @@ INFO = scenes_info()
 
 
 class WithoutNorm(OneConvolution):
-    """No batch normalisation and no dropout, so that a batch may be cut without changing anything."""
+    """No batch normalization and no dropout, so that a batch may be cut without changing anything."""
 
     def __init__(self) -> None:
         super().__init__(OneConvolutionConfig(), INFO)

@@ -2,7 +2,7 @@
 
 The usual formulation holds class probabilities at full size, and a distance for every pair of pixel and center. Here
 
-- classes: bilinear upsampling by a whole factor mixes the same coarse neighbours in `factor * factor` ways ("phases"),
+- classes: bilinear upsampling by a whole factor mixes the same coarse neighbors in `factor * factor` ways ("phases"),
   so the argmax of a phase is computed on the coarse grid, and only class ids exist at full size;
 - nearest center: the plane is cut into cells, each with a list of its nearest centers in order. A pixel walks along
   the list of the cell that its offset points to, and stops when the triangle inequality rules out the rest. The
