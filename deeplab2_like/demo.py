@@ -62,8 +62,7 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
     console.rule("3/5 Evaluating")
     metrics = evaluate_model_folder(model_dir, output_dir=output_dir)
     console.rule("4/5 Exporting")
-    # The folder belongs to the demo, so a second run replaces the export of the first.
-    exported = export_model_folder(model_dir, exported, replace=True)
+    exported = export_model_folder(model_dir, exported)
     console.rule("5/5 Predicting")
     _write_pictures(records, exported, output_dir / "pictures")
 
