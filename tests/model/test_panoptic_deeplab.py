@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from system_contract import INFO, SystemContract, hand_made_label, paint
+from system_contract import INFO, SystemContract, hand_made_label, paint, panoptic_quality
 
 from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
@@ -11,6 +11,7 @@ from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem, build_system
 from deeplab2_like.model.base import View
 from deeplab2_like.model.geometry import Geometry
+from deeplab2_like.model.panoptic_deeplab.views import resize_outputs
 
 SMALL = [
     "model.aspp.channels=16",
@@ -104,6 +105,38 @@ def test_views_average_probabilities() -> None:
     ]
     merged = system.merge_views(views, (32, 32))["semantic_logits"]
     np.testing.assert_allclose(np.exp(merged[0, 0, 0, :2]), [0.5, 0.5], atol=1e-6)
+
+
+def test_a_resized_image_has_a_map_of_its_own_size() -> None:
+    image = paint(hand_made_label())[None]
+    plain = build_small()
+    TestContract().excite(plain)
+    expected = plain.infer(image)["panoptic"].numpy()[0]
+    assert len(np.unique(expected)) > 2
+    # The network size is the image size: the same map, up to rounding on borders.
+    same = build_small(INFO, "model.resize={short_side: 64, long_side: 64}")
+    same.set_weights(plain.get_weights())
+    assert panoptic_quality(expected, same.infer(image)["panoptic"].numpy()[0], INFO) > 0.95
+    larger = build_small(INFO, "model.resize={short_side: 96, long_side: 128}")
+    outputs = larger(image[:, :48], training=False)
+    np.testing.assert_array_equal(outputs["network_size"], [96, 128])
+    assert larger.postprocess(outputs, (48, 64))["panoptic"].shape == (1, 48, 64)
+
+
+def test_outputs_of_a_resized_image_are_resized_back() -> None:
+    # 64x128 network pixels of an image of 32x64; offsets of 6 up and 10 right are 3 and 5 image pixels.
+    grid = tf.ones((1, 16, 32, 1))
+    outputs = {
+        "center": 0.25 * grid,
+        "offset": tf.constant([-6.0, 10.0]) * grid,
+        "network_size": tf.constant([64, 128]),
+    }
+    resized = resize_outputs(outputs, Geometry((32, 64), (64, 128)), stride=4)
+    assert {name: tuple(value.shape) for name, value in resized.items()} == {
+        "center": (1, 32, 64, 1),
+        "offset": (1, 32, 64, 2),
+    }
+    np.testing.assert_allclose(resized["offset"][0, 7, 9], [-3.0, 5.0], atol=1e-5)
 
 
 def test_semantic_only_has_no_instance_branch() -> None:
