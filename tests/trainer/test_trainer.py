@@ -143,7 +143,7 @@ def test_nothing_is_traced_again(accumulate_steps: int, traces: int) -> None:
 
 
 def test_average_of_weights() -> None:
-    system = fresh(OneConvolution, dataset_info=INFO, channels=4)
+    system = fresh(OneConvolution, config=OneConvolutionConfig(), dataset_info=INFO)
     moving_mean = system.stages[1].moving_mean
     average = WeightAverage(system, 0.5)
     trainer = trainer_of(system, [batch_of(system, 2)], average=average)
