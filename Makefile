@@ -16,7 +16,7 @@ help:
 	@echo "make demo    make a data set, train, evaluate, export and predict, in demo/"
 	@echo "make test    run all tests"
 	@echo "make lint    ruff check, ruff format --check, mypy"
-	@echo "make format  mend what ruff can mend"
+	@echo "make format  fix what ruff can fix"
 	@echo "make clean   remove $(VENV) and everything that tools leave behind"
 
 demo: $(VENV)/installed

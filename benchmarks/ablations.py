@@ -49,7 +49,7 @@ ABLATIONS = {
         "lpsnet/scenes_tiny",
         (
             Row("border-ness, points in masks, pyramid pooling"),
-            Row("centre-ness", ("model.box.measured_to=box",)),
+            Row("center-ness", ("model.box.measured_to=box",)),
             Row("points in boxes", ("model.box.positives=box",)),
             Row("global average", ("model.context.kind=global_average",)),
             Row("no context", ("model.context.kind=none",)),

@@ -30,11 +30,12 @@ from plain_targets import make_example
 from rich.console import Console
 from rich.table import Table
 
-from deeplab2_like.data import tfrecord
 from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic
+from deeplab2_like.data.images import write_png
 from deeplab2_like.data.scenes import scenes_info
+from deeplab2_like.data.shards import list_shards, read_index
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter
-from deeplab2_like.files import write_atomically, write_png
+from deeplab2_like.files import write_atomically
 
 # Name -> height, width, instances, and the ending of image files.
 CASES = {"Cityscapes": (1024, 2048, 30, ".png"), "COCO": (480, 640, 10, ".jpg")}
@@ -96,13 +97,13 @@ def measure(name: str, images: int) -> dict[str, Any]:
                 command = [sys.executable, __file__, "--run", str(source), str(output_dir), str(workers)]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 runs.append({"workers": workers, **json.loads(output)})
-        files = tfrecord.list_shards(output_dir, "train")
+        files = list_shards(output_dir, "train")
         label_bytes = [
             len(tf.train.Example.FromString(record.numpy()).features.feature[key].bytes_list.value[0])
             for record in tf.data.TFRecordDataset(files).take(DISTINCT)
             for key in ["image/segmentation/class/encoded"]
         ]
-        index = tfrecord.read_index(files)
+        index = read_index(files)
     label = sum(label_bytes) / len(label_bytes)
     return {
         "case": name,

@@ -4,12 +4,12 @@ The image is noise, and so are the weights; what depends on the number of instan
 with round masks, all above the threshold. Each part is a graph of its own for the size at hand, batch 1:
 
 * `network`: from the image to raw outputs, convolutions, and for Panoptic FPN boxes and masks in boxes;
-* `dense part`, for Panoptic FPN: of the network, all but proposals and heads of the detector;
-* `post-processing`: everything after the network, for Panoptic FCN with the choice and fusion of kernels, for LPSNet
-  with the choice of boxes;
-* `class of pixels`, for Panoptic FPN: the enlarged semantic output and its best class;
-* `merge`, the rest of it: masks at image size, overlaps decided, the map painted, its segments scored;
-* `panoptic head`, for LPSNet: boxes pasted on the semantic map, conflicts decided, the map painted;
+* `dense part`, for Panoptic FPN: the network without proposals and heads of the detector;
+* `post-processing`: everything after the network, for Panoptic FCN including selection and fusion of kernels, for
+  LPSNet including selection of boxes;
+* `class of pixels`, for Panoptic FPN: the argmax of the upsampled semantic logits;
+* `merge`, for Panoptic FPN: the rest of post-processing, from masks at image size to scored segments;
+* `panoptic head`, for LPSNet: pasting of boxes onto the semantic map, conflicts, and painting of the map;
 * `potential and affinities`, for the unifying system: both at the resolution of the semantic map. The paper counts 5 G
   multiply-adds for the affinities, beside 140 G of backbone and pyramid, at 800x1300;
 * `panoptic submodule`, for the unifying system: these, and the argmax over all slots at full size.
@@ -41,12 +41,15 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.files import write_atomically
 from deeplab2_like.model import SYSTEMS, PanopticSystem, build_system
-from deeplab2_like.model.layers import compiled_stages
+from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.model.lpsnet import LPSNet, PanopticHead
-from deeplab2_like.model.merge import best_class
 from deeplab2_like.model.panoptic_fcn import PanopticFCN
+from deeplab2_like.model.panoptic_fcn.postprocess import find_things, rank_things
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
+from deeplab2_like.model.stages import compiled_stages
 from deeplab2_like.model.unifying import Unifying
+from deeplab2_like.model.unifying.postprocess import find_best_slots
+from deeplab2_like.model.unifying.potential import slot_potentials
 
 compile_with_xla = functools.partial(tf.function, jit_compile=True)
 # COCO's: 80 things, 53 stuff.
@@ -67,7 +70,7 @@ def milliseconds(function: Callable[[], Any], runs: int) -> float:
 
 
 def made_up_detections(outputs: dict[str, tf.Tensor], height: int, width: int, number: int) -> dict[str, tf.Tensor]:
-    """Replaces what Panoptic FPN detected by instances of all sizes, best first."""
+    """Replaces detections by instances of all sizes, best first."""
     random = np.random.default_rng(0)
     rows, side = outputs["boxes"].shape[1], outputs["masks"].shape[-1]
     sides = np.exp(random.uniform(np.log(16), np.log(min(height, width) / 1.5), (rows, 2)))
@@ -84,18 +87,19 @@ def made_up_detections(outputs: dict[str, tf.Tensor], height: int, width: int, n
 def made_up_kernels(
     system: PanopticFCN, outputs: dict[str, tf.Tensor], height: int, width: int, number: int
 ) -> dict[str, tf.Tensor]:
-    """Replaces what Panoptic FCN found by round things of all sizes, spread over all classes.
+    """Replaces the outputs of Panoptic FCN by round things of all sizes, spread over all classes.
 
-    A disc is where r^2 - (y - v)^2 - (x - u)^2 is above zero, which is linear in 1, y, x and y^2 + x^2: these are the
-    first channels of the feature, and the kernel at the centre of a thing holds their factors.
+    A disk is where r^2 - (y - v)^2 - (x - u)^2 is positive, which is linear in 1, y, x and y^2 + x^2: these are the
+    first channels of the feature, and the kernel at the center of a thing holds their factors.
     """
     random = np.random.default_rng(0)
     coarse_height, coarse_width, channels = outputs["feature"].shape[1:]
-    y, x = np.mgrid[:coarse_height, :coarse_width] * (system.stride / min(height, width))
+    y, x = np.mgrid[:coarse_height, :coarse_width] * (system.config.stride / min(height, width))
     feature = np.zeros((1, coarse_height, coarse_width, channels), np.float32)
     feature[0, ..., :4] = np.stack([np.ones_like(y), y, x, y**2 + x**2], axis=-1)
     made_up = {"feature": feature}
-    levels = list(system.level_strides)
+    level_strides = system.config.level_strides
+    levels = list(level_strides)
     for level in levels:
         made_up[f"center_{level}"] = np.full(outputs[f"center_{level}"].shape, -8.0, np.float32)
         made_up[f"kernel_{level}"] = outputs[f"kernel_{level}"].numpy()
@@ -105,7 +109,7 @@ def made_up_kernels(
         level = levels[min(int(np.log2(1 + radius / 16)), len(levels) - 3)]
         rows, columns = made_up[f"center_{level}"].shape[1:3]
         row, column = random.integers(rows), random.integers(columns)
-        v, u = np.array([row, column]) * (system.level_strides[level] / min(height, width))
+        v, u = np.array([row, column]) * (level_strides[level] / min(height, width))
         factors = np.array([(radius / min(height, width)) ** 2 - v**2 - u**2, 2 * v, 2 * u, -1.0])
         made_up[f"center_{level}"][0, row, column, index % made_up[f"center_{level}"].shape[-1]] = (
             4 - 3 * index / number
@@ -118,12 +122,12 @@ def made_up_kernels(
 
 
 def paste_made_up_boxes(system: LPSNet, height: int, width: int, number: int) -> Callable[[Any], Any]:
-    """LPSNet's panoptic head, of boxes of all sizes and classes on a semantic map of which they are a part.
+    """Pastes boxes of all sizes and classes with the panoptic head of LPSNet, on a semantic map made of these boxes.
 
-    Half of the boxes are of a class that others around them have, too, so that there are conflicts.
+    Half of the boxes have the same class, so that there are conflicts.
     """
     random = np.random.default_rng(0)
-    config, rows = system.postprocess_config, system.postprocess_config.detections
+    config, rows = system.config.postprocess, system.config.postprocess.detections
     sides = np.exp(random.uniform(np.log(16), np.log(min(height, width) / 1.5), (rows, 2)))
     middle = random.uniform(0, 1, (rows, 2)) * (height, width)
     boxes = np.concatenate([middle - sides / 2, middle + sides / 2], axis=1)  # [N, 4]
@@ -138,14 +142,14 @@ def paste_made_up_boxes(system: LPSNet, height: int, width: int, number: int) ->
         conflicts=config.conflicts,
         overlap_threshold=config.overlap_threshold,
         stuff_area_limit=config.stuff_area_limit,
-        size_limits=system.box_config.size_limits,
+        size_limits=system.config.box.size_limits,
     )
     inputs = [
         tf.constant(semantic),
         tf.constant(boxes[None], tf.float32),
         tf.constant(scores[None], tf.float32),
         tf.constant(classes[None], tf.int32),
-        tf.constant(random.random((1, len(system.level_strides), height, width)), tf.float32),
+        tf.constant(random.random((1, len(system.config.box.levels), height, width)), tf.float32),
     ]
     return lambda outputs: head.paste(*inputs)
 
@@ -167,18 +171,22 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
         dense_graph = tf.function(dense, autograph=False)
         times["dense part"] = milliseconds(lambda: dense_graph(image), runs)
         outputs = made_up_detections(outputs, height, width, instances)
-        parts["class of pixels"] = lambda outputs: best_class(
-            outputs["semantic_logits"], size, stride=system.stride, seen_size=outputs.get("seen_size")
+        parts["class of pixels"] = lambda outputs: Geometry.of(outputs, size).argmax(
+            outputs["semantic_logits"], stride=system.stride
         )
     if isinstance(system, PanopticFCN):
         outputs = made_up_kernels(system, outputs, height, width, instances)
-        things, _ = system._ranked(outputs, system._things(outputs))
-        used = np.sum(things.scores >= system.postprocess_config.map_score_threshold)
-        print(f"{system.name}: {used} of {instances} things are neither fused nor too weak")
+        things = find_things(outputs, system.config, system.kernel_head)
+        things, _ = rank_things(outputs["feature"], things, system.config.postprocess)
+        used = np.sum(things.scores >= system.config.postprocess.map_score_threshold)
+        print(f"{system.name}: {used} of {instances} things are neither fused nor below the score threshold")
     if isinstance(system, Unifying):
         outputs = made_up_detections(outputs, height, width, instances)
-        parts["panoptic submodule"] = lambda outputs: system._best_slot(outputs, size)
-        parts["potential and affinities"] = lambda outputs: system._handed(outputs, system._potential(outputs))
+        options = {"potential": system.config.panoptic.potential, "stride": system.stride}
+        parts["panoptic submodule"] = lambda outputs: find_best_slots(
+            outputs, Geometry.of(outputs, size), system.dataset_info, **options
+        )
+        parts["potential and affinities"] = lambda outputs: slot_potentials(outputs, system.dataset_info, **options)[1]
     if isinstance(system, LPSNet):
         parts["panoptic head"] = paste_made_up_boxes(system, height, width, instances)
     for name, part in parts.items():

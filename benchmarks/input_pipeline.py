@@ -33,9 +33,14 @@ from plain_targets import make_example, plain_targets
 from rich.console import Console
 from rich.table import Table
 
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.configs.schema import DataConfig
+from deeplab2_like.data import pipeline
+from deeplab2_like.data.images import encode_png
+from deeplab2_like.data.records import serialize_example
 from deeplab2_like.data.scenes import scenes_info
-from deeplab2_like.files import encode_png, write_atomically
+from deeplab2_like.data.shards import ShardWriter, list_shards
+from deeplab2_like.files import write_atomically
+from deeplab2_like.model.panoptic_deeplab.config import LossConfig
 from deeplab2_like.model.panoptic_deeplab.targets import make_targets
 
 # Name -> height, width, instances, and the ending of image files.
@@ -48,7 +53,7 @@ TARGETS_BOUND, PIPELINE_BOUND = 5.0, 3.0
 
 
 def library_targets(panoptic: tf.Tensor) -> dict[str, tf.Tensor]:
-    return make_targets(panoptic, dataset_info=scenes_info(), **OPTIONS)
+    return make_targets(panoptic, LossConfig(**OPTIONS), scenes_info())
 
 
 def usual_targets(panoptic: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -97,13 +102,12 @@ def time_targets(size: tuple[int, int], instances: int, runs: int) -> dict[str, 
 def run_pipeline(folder: Path, way: str, size: tuple[int, int], batches: int) -> dict[str, float]:
     """Takes batches in this process; the first, which traces and compiles, does not count."""
     dataset = pipeline.make_train_dataset(
-        tfrecord.list_shards(folder, "train"),
+        list_shards(folder, "train"),
+        DataConfig(crop_size=size, scale_range=(0.5, 2.0)),
         make_targets=WAYS[way],
         dataset_info=scenes_info(),
         batch_size=BATCH_SIZE,
-        crop_size=size,
         pad_value=(127, 127, 127),
-        scale_range=(0.5, 2.0),
     )
     iterator = iter(dataset)
     for _ in range(2):
@@ -125,11 +129,11 @@ def measure(name: str, *, runs: int, rounds: int, batches: int) -> dict[str, Any
     """Measures one case."""
     height, width, instances, ending = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
-        with tfrecord.FileWriter(Path(folder) / "train-00000-of-00001.tfrecord") as writer:
+        with ShardWriter(Path(folder) / "train-00000-of-00001.tfrecord") as writer:
             for index in range(DISTINCT):
                 pixels, panoptic = make_example(index, (height, width), instances)
                 image = encode_png(pixels) if ending == ".png" else tf.io.encode_jpeg(pixels).numpy()
-                writer.write(tfrecord.serialize_example(image=image, panoptic=panoptic, filename=f"{index}{ending}"))
+                writer.write(serialize_example(image=image, panoptic=panoptic, filename=f"{index}{ending}"))
         found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for _ in range(rounds):
             for way in WAYS:

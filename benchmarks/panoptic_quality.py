@@ -93,7 +93,7 @@ def made_up_prediction(ground_truth: np.ndarray, info: DatasetInfo, random: np.r
             columns = np.nonzero(mask)[1]
             mask[:, : int(np.median(columns))] = False
             prediction[mask] = value // divisor * divisor + 700 + number
-        elif fault < 0.3 and number:  # Merged.
+        elif fault < 0.3 and number:  # SegmentTable.
             prediction[mask] = instances[number - 1]
     return prediction
 
@@ -110,7 +110,7 @@ def unique_pairs(ground_truth: np.ndarray, prediction: np.ndarray) -> tuple[np.n
     return np.unique(pairs, return_counts=True)
 
 
-def usual_quality(ground_truth: np.ndarray, prediction: np.ndarray, info: DatasetInfo) -> dict[int, list[float]]:
+def usual_quality(ground_truth: np.ndarray, prediction: np.ndarray, info: DatasetInfo) -> dict[int, list[float]]:  # noqa: C901 - the usual way, in one function
     """The usual way: pairs and areas by `numpy.unique`, then dictionaries; class -> [sum of IoU, TP, FP, FN]."""
     totals: dict[int, list[float]] = {class_id: [0.0, 0, 0, 0] for class_id in range(info.num_classes)}
     void_class = info.ignore_label

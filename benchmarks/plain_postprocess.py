@@ -1,7 +1,7 @@
 """The post-processing of Panoptic-DeepLab as it is usually written, and made-up network outputs to feed it with.
 
 The speed of the library's own formulation is measured against this one (`benchmarks/postprocess.py`), and its results
-are tested against it. Both see the same bilinear enlargement: whole factor, half-pixel centres.
+are tested against it. Both see the same bilinear upsampling: whole factor, half-pixel centers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ def plain_postprocess(
     top_k: int,
     stuff_area_limit: int,
 ) -> tuple[np.ndarray, list[dict[int, float]]]:
-    """Class probabilities at full size, a distance for each pixel and centre, and a loop over the instances.
+    """Class probabilities at full size, a distance for each pixel and center, and a loop over the instances.
 
     Args:
         outputs: `semantic_logits` float32 [B, h, w, C], the heat map `center` [B, h, w, 1], and `offset` [B, h, w, 2]
@@ -33,24 +33,24 @@ def plain_postprocess(
         thing_classes: Class ids of things.
         label_divisor: Factor between class and instance ids.
         ignore_label: Class id of void.
-        center_threshold: Heat that a centre must exceed.
-        nms_kernel: Side of the window in which a centre must be the maximum, in image pixels.
-        top_k: Most centres kept per image.
+        center_threshold: Heat that a center must exceed.
+        nms_kernel: Side of the window in which a center must be the maximum, in image pixels.
+        top_k: Most centers kept per image.
         stuff_area_limit: Stuff segments of fewer pixels become void.
 
     Returns:
         The panoptic maps, int32 [B, H, W], and for each image the score of each instance by its panoptic value: the
-        mean probability of its class over its pixels, at full size, times the heat of its centre.
+        mean probability of its class over its pixels, at full size, times the heat of its center.
     """
     height, width = image_size
 
-    def enlarge(x: tf.Tensor) -> tf.Tensor:
+    def upsample(x: tf.Tensor) -> tf.Tensor:
         coarse_height, coarse_width = x.shape[1:3]
         return tf.image.resize(x, (coarse_height * stride, coarse_width * stride))[:, :height, :width]
 
-    probabilities = tf.nn.softmax(enlarge(outputs["semantic_logits"]))  # [B, H, W, C]
-    heat_maps = enlarge(outputs["center"])  # [B, H, W, 1]
-    offsets = enlarge(outputs["offset"])  # [B, H, W, 2]
+    probabilities = tf.nn.softmax(upsample(outputs["semantic_logits"]))  # [B, H, W, C]
+    heat_maps = upsample(outputs["center"])  # [B, H, W, 1]
+    offsets = upsample(outputs["offset"])  # [B, H, W, 2]
     num_classes = probabilities.shape[-1]
     y, x = tf.meshgrid(tf.range(height, dtype=tf.float32), tf.range(width, dtype=tf.float32), indexing="ij")
 
@@ -109,7 +109,7 @@ def made_up_outputs(
 ) -> dict[str, np.ndarray]:
     """Outputs like those of a trained network: smooth regions of classes, a peak per instance, noisy offsets to it.
 
-    The values are multiples of powers of two, with few enough bits for bilinear enlargement by 2 or 4 to be exact in
+    The values are multiples of powers of two, with few enough bits for bilinear upsampling by 2 or 4 to be exact in
     float32: any two ways of computing it agree to the last bit, and results can be compared for equality.
 
     Args:
@@ -120,7 +120,7 @@ def made_up_outputs(
         num_centers: Number of instances.
         thing_share: Share of pixels whose best class is a thing.
         offset_noise: Standard deviation of the error of each offset, in pixels.
-        within: Centres lie at most this many pixels from the middle of the image, on each axis; by default anywhere.
+        within: Centers lie at most this many pixels from the middle of the image, on each axis; by default anywhere.
         seed: Of the random numbers.
 
     Returns:
@@ -130,15 +130,15 @@ def made_up_outputs(
     random = np.random.default_rng(seed)
     rows, columns = (-(-side // 32) * 32 // stride for side in image_size)
 
-    # Noise at 1/64 of the image, enlarged, makes regions; a constant on top of the things sets their share.
+    # Noise at 1/64 of the image, upsampled, makes regions; a constant on top of the things sets their share.
     coarse = random.standard_normal((1, rows * stride // 64 + 2, columns * stride // 64 + 2, num_classes))
     logits = 3.0 * tf.image.resize(coarse, (rows, columns), method="bicubic").numpy()[0]  # [h, w, C]
     is_thing = np.isin(np.arange(num_classes), thing_classes)
     lead = logits[..., ~is_thing].max(axis=-1) - logits[..., is_thing].max(axis=-1)  # [h, w]
     logits[..., is_thing] += np.quantile(lead, thing_share)
 
-    # No two neighbours may be equally hot, as none of them would be the better centre. So a centre lies neither at the
-    # border, where enlargement repeats values, nor in the middle of a coarse pixel or between two.
+    # No two neighbors may be equally hot, as none of them would be the better center. So a center lies neither at the
+    # border, where upsampling repeats values, nor in the middle of a coarse pixel or between two.
     coarse_size = np.array(image_size) // stride
     low, high = np.full(2, 2), coarse_size - 2
     if within is not None:

@@ -23,7 +23,7 @@ def plain_targets(
     Args:
         panoptic: int32 [H, W], panoptic map.
         info: What its values mean.
-        sigma: Standard deviation of the Gaussian around a centre, in pixels.
+        sigma: Standard deviation of the Gaussian around a center, in pixels.
         small_instance_area: Instances of fewer pixels count as small.
         small_instance_weight: Weight of small instances in the semantic loss.
 

@@ -30,9 +30,11 @@ from plain_postprocess import made_up_outputs, plain_postprocess
 from rich.console import Console
 from rich.table import Table
 
+from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.files import write_atomically
-from deeplab2_like.model.layers import compiled_stages
+from deeplab2_like.model.panoptic_deeplab.config import PostprocessConfig
 from deeplab2_like.model.panoptic_deeplab.postprocess import postprocess
+from deeplab2_like.model.stages import compiled_stages
 
 STRIDE = 4
 PLAIN = "plain"
@@ -43,7 +45,7 @@ FORMULATIONS = {
     "graph": "library, one graph for any size",
     "compiled": "library, stages compiled with XLA",
 }
-# Centres for which time and memory are compared.
+# Centers for which time and memory are compared.
 SCALING = (10, 50, 200)
 
 Outputs = Mapping[str, tf.Tensor]
@@ -64,6 +66,16 @@ def options_for(num_classes: int) -> dict[str, Any]:
     }
 
 
+def run_postprocess(outputs: Outputs, image_size: tuple[Any, Any]) -> dict[str, tf.Tensor]:
+    """Runs the library's post-processing with `options_for`."""
+    options = options_for(outputs["semantic_logits"].shape[-1])
+    things = options.pop("thing_classes")
+    categories = [Category(i, str(i), i in things, (0, 0, 0)) for i in range(outputs["semantic_logits"].shape[-1])]
+    info = DatasetInfo("made up", tuple(categories), options.pop("label_divisor"), options.pop("ignore_label"))
+    stride = options.pop("stride")
+    return postprocess(outputs, image_size, PostprocessConfig(**options), info, stride=stride, center_is_logit=False)
+
+
 def make_outputs(size: tuple[int, int], num_classes: int, num_centers: int) -> Outputs:
     """Made-up outputs of a network for one image."""
     things = options_for(num_classes)["thing_classes"]
@@ -75,12 +87,12 @@ def make_outputs(size: tuple[int, int], num_classes: int, num_centers: int) -> O
 
 def make_formulation(name: str, outputs: Outputs, size: tuple[int, int]) -> Callable[[], np.ndarray]:
     """A function without arguments that computes the panoptic map of the outputs, [1, H, W]."""
-    options = options_for(outputs["semantic_logits"].shape[-1])
     if name == PLAIN:
+        options = options_for(outputs["semantic_logits"].shape[-1])
         return lambda: plain_postprocess(outputs, size, **options)[0]
 
     def run(outputs: Outputs, image_size: tuple[Any, Any]) -> dict[str, tf.Tensor]:
-        return postprocess(outputs, image_size, center_is_logit=False, **options)
+        return run_postprocess(outputs, image_size)
 
     if name == "graph":
         specs = {key: tf.TensorSpec([None, None, None, value.shape[-1]]) for key, value in outputs.items()}
@@ -125,8 +137,7 @@ def measure_stages(outputs: Outputs, size: tuple[int, int], runs: int) -> dict[s
         return call
 
     with compiled_stages(record):
-        options = options_for(outputs["semantic_logits"].shape[-1])
-        postprocess(outputs, size, center_is_logit=False, **options)
+        run_postprocess(outputs, size)
 
     compilers = {"graph": functools.partial(tf.function, autograph=False), "compiled": compile_with_xla}
     return {
@@ -169,7 +180,7 @@ def memory_growth_in_new_process(name: str, size: tuple[int, int], num_classes: 
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         # The plain formulation may not fit at all.
-        print(f"{name} with {num_centers} centres did not finish: exit status {result.returncode}", file=sys.stderr)
+        print(f"{name} with {num_centers} centers did not finish: exit status {result.returncode}", file=sys.stderr)
         return None
     return float(result.stdout.split()[-1])
 
@@ -203,7 +214,7 @@ def measure(size: tuple[int, int], num_classes: int, num_centers: int, runs: int
         "share_of_different_pixels": different,
         "stages": stages,
         "scaling": scaling,
-        # A pixel that points right between two centres may go to either.
+        # A pixel that points right between two centers may go to either.
         "passed": all(ratio[name] <= LIMITS[name] and different[name] <= 1e-5 for name in LIMITS),
     }
 
@@ -213,7 +224,7 @@ def show(result: Mapping[str, Any]) -> None:
     console = Console()
     height, width = result["size"]
     console.print(
-        f"Post-processing of {height}x{width}, {result['classes']} classes, {result['centers']} centres, "
+        f"Post-processing of {height}x{width}, {result['classes']} classes, {result['centers']} centers, "
         f"stride {STRIDE}, median of {result['runs']} runs",
         soft_wrap=True,
     )
@@ -236,7 +247,7 @@ def show(result: Mapping[str, Any]) -> None:
         table.add_row(stage, *(f"{times[name]:.1f}" for name in LIMITS))
     console.print(table)
 
-    table = Table("centres")
+    table = Table("centers")
     for unit in ("ms", "MiB"):
         for name in FORMULATIONS:
             table.add_column(f"{name}, {unit}", justify="right")

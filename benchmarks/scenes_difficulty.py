@@ -1,6 +1,6 @@
 """How badly a model that only knows the classes does on `scenes`.
 
-It takes the true class of every pixel, cuts every thing class into connected components (8-neighbours) and scores them
+It takes the true class of every pixel, cuts every thing class into connected components (8-neighbors) and scores them
 as if they were instances. Crowd regions and void are left out of the prediction, which only helps it. The data set is
 worth testing instance segmentation on only if this stays low: exit status 1 if things PQ is not below the limit.
 

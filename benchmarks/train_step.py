@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --systems panoptic_deeplab --sizes 256 --batches 2 --steps 3
 
 Each row is measured in a process of its own: seconds per step (the median), peak memory, and multiply-adds of the
-network's forward pass. A step is the trainer's own: forward, losses, gradients, optimiser. The batch lies in memory, so
+network's forward pass. A step is the trainer's own: forward, losses, gradients, optimizer. The batch lies in memory, so
 the share of time waiting for data is that of the loop itself; it must stay under 5 %, and the step must be traced once.
 """
 
@@ -28,13 +28,14 @@ from rich.console import Console
 from rich.table import Table
 
 from deeplab2_like.configs import Config, list_configs, load_config
+from deeplab2_like.configs.schema import OptimizerConfig, TrainerConfig
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.files import write_atomically
 from deeplab2_like.model import SYSTEMS, PanopticSystem, build_system
+from deeplab2_like.model.base import dtype_policy
 from deeplab2_like.model.describe import describe
 from deeplab2_like.trainer.optimizer import make_optimizer
 from deeplab2_like.trainer.strategy import make_strategy
-from deeplab2_like.trainer.train import _dtype_policy
 from deeplab2_like.trainer.trainer import Trainer
 
 # The largest share of its time that a step may wait for data.
@@ -47,11 +48,8 @@ def find_config(system: str) -> Config:
     if not names:
         raise SystemExit(f"System '{system}' comes with no config.")
     name = min(names, key=lambda name: (not name.endswith("resnet50"), "coco" not in name, name))
-    overrides = ["model.backbone.name=resnet50"]
-    # Outside of training some systems see images at another size; what is counted here is the network of training.
-    if hasattr(load_config(name).model.postprocess, "resize"):
-        overrides.append("model.postprocess.resize=null")
-    return load_config(name, overrides)
+    # Training does not resize images, so the network is measured without `resize`.
+    return load_config(name, ["model.backbone.name=resnet50", "model.resize=null"])
 
 
 def make_dataset(system: PanopticSystem, side: int, batch_size: int) -> tf.data.Dataset:
@@ -79,19 +77,16 @@ def measure(name: str, side: int, batch_size: int, *, steps: int, precision: str
     before = peak_mebibytes()
     config = find_config(name)
     strategy = make_strategy("one_device")
-    with strategy.scope(), _dtype_policy(precision):
+    with strategy.scope(), dtype_policy(precision):
         system = build_system(config, scenes_info())
-        optimizer = make_optimizer("adam", learning_rate=1e-4, momentum=0.9, variables=system.trainable_variables)
+        optimizer = make_optimizer(OptimizerConfig(), learning_rate=1e-4, variables=system.trainable_variables)
     seconds: list[float] = []
     trainer = Trainer(
         strategy.experimental_distribute_dataset(make_dataset(system, side, batch_size)),
+        TrainerConfig(steps=steps, batch_size=batch_size, learning_rate=1e-4),
         system=system,
         optimizer=optimizer,
         strategy=strategy,
-        weight_decay=0.0,
-        clip_norm=None,
-        images_per_step=batch_size,
-        after_step=lambda: None,
     )
     waiting: list[float] = []
     trainer.train(tf.constant(2))  # The first step compiles.

@@ -1,4 +1,4 @@
-"""The demo: the whole chain on built-in scenes, with a small network, in some minutes on a CPU."""
+"""The demo: all commands in order, on built-in scenes and with a small network, in some minutes on a CPU."""
 
 import json
 import os
@@ -10,14 +10,16 @@ import cv2
 from rich.console import Console
 
 from deeplab2_like.configs import load_config
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.configs.systems import check_system
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.convert.scenes import convert_scenes
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.evaluation.evaluate import evaluate_model_folder
+from deeplab2_like.data.images import write_png
+from deeplab2_like.data.shards import list_shards
+from deeplab2_like.evaluation.model_folder import evaluate_model_folder
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_model_folder
-from deeplab2_like.files import write_png
-from deeplab2_like.model import find_system
+from deeplab2_like.files import make_folder
 from deeplab2_like.progress import progress_bar
 from deeplab2_like.trainer.train import train
 from deeplab2_like.visualize import contact_sheet, side_by_side
@@ -41,7 +43,7 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
     """
     started = time.perf_counter()
     console = Console(highlight=False)
-    find_system(system)
+    check_system(system)
     records, model_dir, exported = (output_dir / name for name in ("records", "model", "export"))
     config = load_config(f"{system}/scenes_tiny", [f"data.path={json.dumps(str(records))}", *overrides])
 
@@ -60,7 +62,7 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
     console.rule("3/5 Evaluating")
     metrics = evaluate_model_folder(model_dir, output_dir=output_dir)
     console.rule("4/5 Exporting")
-    export_model_folder(model_dir, exported)
+    exported = export_model_folder(model_dir, exported)
     console.rule("5/5 Predicting")
     _write_pictures(records, exported, output_dir / "pictures")
 
@@ -80,11 +82,12 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
 
 
 def _write_pictures(records: Path, exported: Path, folder: Path) -> None:
-    """Draws validation scenes: image, ground truth, and what the SavedModel says."""
+    """Draws validation scenes: image, ground truth, and prediction of the SavedModel."""
     info = DatasetInfo.load(records)
     predictor = Predictor(exported)
     sheet = []
-    examples = pipeline.make_eval_dataset(tfrecord.list_shards(records, "val"), dataset_info=info)
+    make_folder(folder)
+    examples = pipeline.make_eval_dataset(list_shards(records, "val"), dataset_info=info)
     for example in examples.take(PICTURES):
         image = example["image"].numpy()
         picture = side_by_side(image, example["panoptic"].numpy(), predictor(image).panoptic, info)

@@ -1,4 +1,4 @@
-"""The one exception type for mistakes a user can mend, and the helper that suggests close names."""
+"""The exception type for mistakes that a user can fix, and a helper that suggests close names."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A wrong config, file, record or request.
 
-    The message is one sentence: what is wrong (file, key, value), what is allowed, how to mend it. The command line
-    prints it without a traceback and exits with status 2.
+    The message is one sentence that names the thing (file, key, value), the allowed values, and the fix. The command
+    line prints it without a traceback and exits with status 2.
     """
 
 
@@ -16,12 +16,12 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:
     """Builds the error for a name that is not in a registry.
 
     Args:
-        kind: What the name stands for, in words ("system", "config key", ...).
-        name: The name received.
+        kind: Kind of the name ("system", "config key", ...).
+        name: The unknown name.
         known: All allowed names.
 
     Returns:
-        A `UserError` that lists the allowed names, the closest first in a suggestion.
+        A `UserError` that lists the allowed names and suggests the closest one.
     """
     known = sorted(known)
     close = difflib.get_close_matches(str(name), known, n=1)

@@ -1,109 +1,103 @@
-"""Writing files so that they appear whole or not at all, and the names that outputs take from their images."""
+"""Reads and writes files, lists folders, and makes the names of outputs. Files appear whole or not at all."""
 
 import contextlib
-import glob
 import json
 import os
-from collections.abc import Sequence
+import re
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-
 from deeplab2_like.errors import UserError
-
-
-def beside(path: str | os.PathLike[str]) -> Path:
-    """The hidden name in the same folder under which a file or folder is written until it is whole."""
-    path = Path(path)
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
-def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Removes the hidden files that processes which were killed have left `beside` a file."""
-    for leftover in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*"):
-        number = leftover.suffix[1:]
-        if number.isascii() and number.isdigit() and not _is_running(int(number)):
-            with contextlib.suppress(OSError):  # A folder that may only be read keeps them.
-                leftover.unlink()
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # Signal 0 only looks.
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # Somebody else's, or no number of a process.
-        return True
-    return True
+from deeplab2_like.temporary import TemporaryFile, remove_leftovers
 
 
 def cannot_write(path: str | os.PathLike[str], error: Exception) -> UserError:
     """Builds the error for a file or folder that cannot be written.
 
     Args:
-        path: What the user called it.
-        error: What Python or TensorFlow raised; TensorFlow's messages are `PATH; REASON`.
+        path: The path as the user gave it.
+        error: The error of Python or TensorFlow; TensorFlow's messages have the form `PATH; REASON`.
+
+    Returns:
+        The error to raise.
     """
     reason = getattr(error, "strerror", None) or str(getattr(error, "message", error)).rpartition("; ")[-1]
     return UserError(f"Cannot write '{path}' ({reason}); choose a folder that can be written.")
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
-    """Makes a folder and its parents if they are missing.
+    """Creates a folder and its parents if they are missing, and removes leftovers of killed runs directly in it.
+
+    Call it once at the start of a run, because it lists the folder.
 
     Raises:
-        UserError: If that is impossible.
+        UserError: If the folder cannot be created.
     """
+    require_local(folder)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = "there is a file in its place" if isinstance(error, FileExistsError) else error.strerror
-        raise UserError(f"Output folder '{folder}' cannot be made ({reason}); choose another.") from error
+        raise UserError(f"Output folder '{folder}' cannot be created ({reason}); choose another.") from error
+    remove_leftovers(folder)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes `content` beside `path` under a hidden name, then renames it; makes missing folders.
+    """Writes a file under a temporary name and renames it into place; creates missing folders.
+
+    Args:
+        path: The file.
+        content: Its content.
 
     Raises:
         UserError: If the folder or the file cannot be written.
     """
+    require_local(path)
     path = Path(path)
-    hidden = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            hidden.write_bytes(content)
-            hidden.replace(path)
-        finally:
-            hidden.unlink(missing_ok=True)
+        with TemporaryFile(path) as temporary:
+            temporary.file.write(content)
+            temporary.publish()
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
 def read_file(path: str | os.PathLike[str], what: str) -> bytes:
-    """Reads a whole file.
+    """Reads a whole regular file; pipes and devices, which may never end, are refused.
 
     Args:
-        path: The file; a name that no file can have, say with a null character, counts as missing.
-        what: What it is called in the message, such as "the image".
+        path: The file; an impossible name, for example with a null character, counts as missing.
+        what: What to call it in error messages, such as "the image".
 
     Raises:
-        UserError: If it cannot be read.
+        UserError: If the file cannot be read.
     """
+    require_local(path)
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # Reading a folder raises an error below.
+            raise UserError(f"{what} '{path}' is a pipe or a device; give a regular file.")
         return Path(path).read_bytes()
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{what} '{path}' cannot be read ({reason}); check the path.") from error
 
 
 def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
-    """Reads a JSON file; `what` as in `read_file`.
+    """Reads a JSON file.
+
+    Args:
+        path: The file.
+        what: What to call it in error messages.
 
     Raises:
-        UserError: If it cannot be read or is no JSON.
+        UserError: If the file cannot be read or is not JSON.
     """
     content = read_file(path, what)
     try:
@@ -114,70 +108,94 @@ def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
         raise UserError(f"'{path}' is not a JSON file ({error}); check the path, or make it again.") from error
 
 
-def encode_png(image: np.ndarray, *, is_label: bool = False) -> bytes:
-    """Encodes an image, uint8 [H, W, 3] in the order red, green, blue or grey [H, W], as a PNG file's bytes.
+def list_files(folder: Path, suffixes: Sequence[str], *, recursive: bool = False) -> list[Path]:
+    """Lists the files in a folder that have one of some suffixes (in lower case) and are not hidden, sorted by name.
 
     Args:
-        image: The image.
-        is_label: Whether it is a label map. Large areas of one colour need no filter, and are decoded three times as
-            fast without; of the filters that photographs need, this one is decoded fastest.
-
-    Raises:
-        UserError: If the array is not such an image, or larger than a PNG file can be.
+        folder: The folder, which exists.
+        suffixes: Suffixes in lower case, such as `.json`; those of the files may be in upper case.
+        recursive: Whether to search subfolders, too.
     """
-    is_rgb = image.ndim == 3 and image.shape[2] == 3
-    if (is_rgb or image.ndim == 2) and image.size and image.dtype == np.uint8:
-        # OpenCV's order is blue, green, red.
-        image_in_order = np.ascontiguousarray(image[..., ::-1] if is_rgb else image)
-        filtering = cv2.IMWRITE_PNG_FILTER_NONE if is_label else cv2.IMWRITE_PNG_FILTER_UP
-        strategy = cv2.IMWRITE_PNG_STRATEGY_DEFAULT if is_label else cv2.IMWRITE_PNG_STRATEGY_RLE
-        options = [cv2.IMWRITE_PNG_FILTER, filtering, cv2.IMWRITE_PNG_STRATEGY, strategy]
-        encoded, content = cv2.imencode(".png", image_in_order, options)
-        if encoded:
-            return content.tobytes()
-    raise UserError(
-        f"An array of shape {image.shape} and type {image.dtype} is not an image; give uint8 [H, W, 3] or [H, W]."
-    )
-
-
-def write_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Writes an image, see `encode_png`, as a PNG file, whole or not at all; makes missing folders.
-
-    Raises:
-        UserError: If the array is not an image, or the file cannot be written.
-    """
-    write_atomically(path, encode_png(image))
+    files = [
+        file
+        for file in (folder.rglob("*") if recursive else folder.iterdir())
+        if file.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    ]
+    return sorted(files, key=lambda file: (str(file).lower(), str(file)))
 
 
 def distinct_names(files: Sequence[Path]) -> list[str]:
-    """Names what is made of files: the stem of each, or its whole name where several would have the same.
+    """Makes a distinct name for the output of each file: its stem, or its whole name where stems are equal.
 
-    Names that differ only in upper and lower case count as the same, as they are on some file systems.
+    Names that differ only in case count as equal, as on some file systems.
     """
     names = [file.stem for file in files]
-    # A whole name may in turn be the stem of a third file (a.jpg, a.png, a.jpg.png), hence the repetition.
+    # A whole name may be the stem of a third file (a.jpg, a.png, a.jpg.png), so this is repeated.
     while len({name.lower() for name in names}) < len(names):
         folded = [name.lower() for name in names]
         longer = [
             file.name if folded.count(name.lower()) > 1 else name for file, name in zip(files, names, strict=True)
         ]
         if longer == names:
-            break  # They differ in upper and lower case only.
+            break  # They differ only in case.
         names = longer
     return names
 
 
 def image_id_of_name(name: str) -> int | str:
-    """The id of an image in COCO files, from its name without ending: the number that it is, or else the name."""
+    """Returns the id of an image in COCO files: its name without suffix, as a number if it is one."""
     return int(name) if name.isascii() and name.isdigit() else name
 
 
 def image_ids_of_names(names: Sequence[str]) -> list[int | str]:
-    """The ids of images in COCO files, from their names without endings.
+    """Returns the ids of images in COCO files.
+
+    Args:
+        names: The names of the images without suffix.
 
     Returns:
-        As in COCO, numbers if the names are numbers that all differ; else the names.
+        Numbers, as in COCO, if the names are different numbers; otherwise the names.
     """
     ids = [image_id_of_name(name) for name in names]
     all_numbers = all(isinstance(image_id, int) for image_id in ids)
     return ids if all_numbers and len(set(ids)) == len(ids) else list(names)
+
+
+# A single letter is a drive on Windows. `Path` turns two slashes into one.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+
+
+def require_local(path: str | os.PathLike[str]) -> None:
+    """Refuses addresses such as `gs://bucket/run`, which Python would treat as a local folder `gs:`.
+
+    Raises:
+        UserError: If the path is an address.
+    """
+    text = os.fspath(path)
+    if found := _ADDRESS.match(text):
+        address = f"{found[1]}://{text[found.end() :]}"
+        raise UserError(
+            f"'{address}' is not a local path, and only local paths work; copy the data to a local folder, or mount "
+            "the bucket and give the folder it is mounted on."
+        )
+
+
+@contextlib.contextmanager
+def literal_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Passes a folder to TensorFlow functions that treat paths as glob patterns, such as those that read checkpoints.
+
+    Args:
+        folder: The folder.
+
+    Yields:
+        The folder, or a link to it if its path has glob characters. TensorFlow's errors then name the link.
+    """
+    if not re.search(r"[][*?\\]", os.fspath(folder)):
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "folder"
+        link.symlink_to(os.path.abspath(folder), target_is_directory=True)
+        yield link

@@ -1,4 +1,4 @@
-"""What a folder of records holds: pictures, statistics of classes and instances, and faults of the labels."""
+"""Inspection of a record folder: pictures, statistics of classes and instances, and faults of the labels."""
 
 import dataclasses
 import hashlib
@@ -17,32 +17,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.faults import KINDS, Fault
+from deeplab2_like.data.images import write_png
 from deeplab2_like.data.label_runs import list_segments
+from deeplab2_like.data.record_errors import report_bad_records
+from deeplab2_like.data.shards import RecordIndex, list_shards, list_splits, read_index
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import make_folder, write_atomically, write_png
+from deeplab2_like.files import make_folder, write_atomically
 from deeplab2_like.parallel import map_in_order
 from deeplab2_like.visualize import caption, contact_sheet, draw_overlay
 
-# Of each kind of fault and split so many are listed; all are counted.
-LISTED_FAULTS = 100
-# Areas of small and of large instances, as in COCO, in pixels.
+# Largest number of faults that are listed per kind and split; all are counted.
+MAX_LISTED_FAULTS = 100
+# Limits between areas of small, medium and large instances, as in COCO, in pixels.
 _SMALL_AREA, _LARGE_AREA = 32**2, 96**2
-# Pictures of the contact sheet fit into a square of this side, in pixels; small ones are enlarged towards it.
+# Pictures of the contact sheet fit into a square of this side, in pixels; small ones are upsampled towards it.
 _PICTURE_SIZE = 448
-_MOST_COMMON_SIZES = 5
+_MAX_COMMON_SIZES = 5
 
 
 @dataclasses.dataclass
 class Inspection:
-    """What was found.
+    """The result of an inspection.
 
     Attributes:
-        statistics: What `statistics.json` holds, see docs/inspect.md.
-        sheets: For each split a contact sheet, uint8 [H, W, 3].
-        faults: The faults that are listed.
+        statistics: The content of `statistics.json`, see docs/inspect.md.
+        sheets: Split -> contact sheet, uint8 [H, W, 3].
+        faults: The listed faults.
     """
 
     statistics: dict[str, Any]
@@ -51,11 +54,11 @@ class Inspection:
 
     @property
     def num_errors(self) -> int:
-        """Number of faults that must be mended, listed or not."""
+        """Number of faults that must be fixed, listed or not."""
         return sum(count for kind, count in self.statistics["fault_counts"].items() if KINDS[kind])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `contact_sheet_SPLIT.png` and then `statistics.json`; raises `UserError` if that is impossible."""
+        """Writes `contact_sheet_SPLIT.png` and then `statistics.json`; raises `UserError` if it cannot."""
         make_folder(folder)
         for split, sheet in self.sheets.items():
             write_png(Path(folder) / f"contact_sheet_{split}.png", sheet)
@@ -64,18 +67,18 @@ class Inspection:
 
 @dataclasses.dataclass
 class _Image:
-    """What one record shows.
+    """The measurements of one record.
 
     Attributes:
         name: The image's file name.
         size: Height and width.
-        digest: Of the pixels.
-        classes: int64 [N], the class of each segment; those out of range are left out.
+        digest: Hash of the pixels.
+        classes: int64 [N], the class of each segment; segments whose class is out of range are left out.
         instances: int64 [N], instance numbers.
-        areas: int64 [N], pixels.
-        num_void: Pixels without a label.
-        faults: Kind and text of each.
-        picture: For the contact sheet.
+        areas: int64 [N], areas in pixels.
+        num_void: Number of pixels without a label.
+        faults: Kind and text of each fault.
+        picture: uint8 [H, W, 3], for the contact sheet; None if the record is not on it.
     """
 
     name: str
@@ -90,22 +93,40 @@ class _Image:
 
 
 class _FaultList:
-    """Counts all faults and keeps the first of each kind and split."""
+    """Counts all faults and lists the first of each kind and split."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.listed: list[Fault] = []
-        self._kept: Counter[tuple[str, str]] = Counter()
+        self._num_listed: Counter[tuple[str, str]] = Counter()
 
     def add(self, fault: Fault, split: str = "") -> None:
         self.counts[fault.kind] += 1
-        self._kept[fault.kind, split] += 1
-        if self._kept[fault.kind, split] <= LISTED_FAULTS:
+        self._num_listed[fault.kind, split] += 1
+        if self._num_listed[fault.kind, split] <= MAX_LISTED_FAULTS:
             self.listed.append(fault)
 
 
+class _DuplicateFinder:
+    """Finds images with the same pixels, within a split and across splits."""
+
+    def __init__(self) -> None:
+        # Digest of the pixels -> split, record and file name of the first image that has them: the only part of an
+        # inspection that grows with the data set, by some 250 bytes per image.
+        self._first_images: dict[bytes, tuple[str, int, str]] = {}
+
+    def check(self, image: _Image, split: str, number: int) -> tuple[str, str] | None:
+        """Returns kind and text of the fault if an earlier image has the same pixels, else None."""
+        first_split, first_number, first_name = self._first_images.setdefault(image.digest, (split, number, image.name))
+        if first_split != split:
+            return "image in several splits", f"the same pixels are image '{first_name}' of split '{first_split}'."
+        if first_number != number:
+            return "image twice in a split", f"the same pixels are image '{first_name}' of the same split."
+        return None
+
+
 class _SplitStatistics:
-    """Sums over the images of a split, in memory that does not grow with their number."""
+    """Sums over the images of a split, in memory that does not grow with the number of images."""
 
     def __init__(self, info: DatasetInfo) -> None:
         self._info = info
@@ -138,7 +159,7 @@ class _SplitStatistics:
         np.maximum.at(self._largest, image.classes[is_instance], image.areas[is_instance])
 
     def to_dict(self) -> dict[str, Any]:
-        """The split's part of `statistics.json`; shares are of all pixels of the split."""
+        """Returns the split's part of `statistics.json`; shares are of all pixels of the split."""
         pixels = sum(height * width * count for (height, width), count in self._sizes.items())
         per_class = {}
         for class_id, category in enumerate(self._info.categories):
@@ -167,7 +188,7 @@ class _SplitStatistics:
                 "different": len(self._sizes),
                 "smallest": list(ordered[0]) if ordered else None,
                 "largest": list(ordered[-1]) if ordered else None,
-                "most_common": [[*size, count] for size, count in self._sizes.most_common(_MOST_COMMON_SIZES)],
+                "most_common": [[*size, count] for size, count in self._sizes.most_common(_MAX_COMMON_SIZES)],
             },
             "per_class": per_class,
         }
@@ -182,18 +203,18 @@ def inspect_records(
     more_faults: Sequence[Fault] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Looks at all records of a folder, a few at a time.
+    """Inspects all records of a folder; only a few are in memory at a time.
 
     Args:
         folder: A record folder.
-        splits: Which splits; None: all.
-        pictures: Largest number of pictures of a contact sheet; they are spread evenly over the split.
+        splits: The splits to inspect; None: all.
+        pictures: Largest number of pictures on a contact sheet; they are spread evenly over the split.
         workers: Number of threads.
-        more_faults: Faults found elsewhere, to be listed as well.
-        progress: Called after each record with the numbers of records done and of all.
+        more_faults: Faults from another source, to be listed as well.
+        progress: Called after each record with the number of records done and the total.
 
     Returns:
-        Statistics, pictures and faults.
+        Statistics, contact sheets and faults.
 
     Raises:
         UserError: If the folder, its `dataset_info.json` or a split is missing, or a file is cut short.
@@ -201,59 +222,55 @@ def inspect_records(
     if workers < 1:
         raise UserError(f"workers must be 1 or more, got {workers}.")
     info = DatasetInfo.load(folder)
-    splits = tfrecord.available_splits(folder) if splits is None else splits
+    splits = list_splits(folder) if splits is None else splits
     if not splits:
         raise UserError(f"'{folder}' holds no records; give a folder that `deeplab2-like convert` wrote.")
-    indices = {split: tfrecord.read_index(tfrecord.list_shards(folder, split)) for split in splits}
+    indices = {split: read_index(list_shards(folder, split)) for split in splits}
     total, done = sum(len(index) for index in indices.values()), 0
-    found = _FaultList()
-    for fault in (*more_faults, *_color_faults(info)):
-        found.add(fault)
-    # Digest of the pixels -> split, record and file name of the first image that has them: the only part that grows
-    # with the data set, by some 250 bytes per image.
-    seen: dict[bytes, tuple[str, int, str]] = {}
+    faults, duplicates = _FaultList(), _DuplicateFinder()
+    for fault in (*more_faults, *_find_color_faults(info)):
+        faults.add(fault)
     statistics, sheets = {}, {}
     for split, index in indices.items():
-        summary = _SplitStatistics(info)
-        shown = set(np.linspace(0, len(index) - 1, min(pictures, len(index))).astype(int).tolist())
+        split_statistics = _SplitStatistics(info)
+        with_picture = set(np.linspace(0, len(index) - 1, min(pictures, len(index))).astype(int).tolist())
         panels: list[np.ndarray] = []
-        look_at = _record_viewer(index, info, shown)
-        for number, image in enumerate(map_in_order(look_at, range(len(index)), workers=workers)):
-            place = f"{split}, {_place(index, number)}"
+        inspect_record = _make_record_inspector(index, info, with_picture)
+        for number, image in enumerate(map_in_order(inspect_record, range(len(index)), workers=workers)):
+            place = f"{split}, {_describe_place(index, number)}"
             if isinstance(image, UserError):
-                found.add(Fault("damaged record", place, str(image)), split)
+                faults.add(Fault("damaged record", place, str(image)), split)
             else:
-                place = f"image '{image.name}' ({place})"
-                summary.add(image)
-                for kind, text in image.faults:
-                    found.add(Fault(kind, place, text), split)
-                first = seen.setdefault(image.digest, (split, number, image.name))
-                if first[0] != split:
-                    text = f"the same pixels are image '{first[2]}' of split '{first[0]}'."
-                    found.add(Fault("image in several splits", place, text), split)
-                elif first[1] != number:
-                    text = f"the same pixels are image '{first[2]}' of the same split."
-                    found.add(Fault("image twice in a split", place, text), split)
+                split_statistics.add(image)
+                duplicate = duplicates.check(image, split, number)
+                for kind, text in [*image.faults, *([duplicate] if duplicate else [])]:
+                    faults.add(Fault(kind, f"image '{image.name}' ({place})", text), split)
                 if image.picture is not None:
                     panels.append(image.picture)
             done += 1
             if progress is not None:
                 progress(done, total)
-        statistics[split] = summary.to_dict()
+        statistics[split] = split_statistics.to_dict()
         if panels:
             sheets[split] = contact_sheet(panels)
-    listed = sorted(found.listed, key=lambda fault: list(KINDS).index(fault.kind))
+    listed = sorted(faults.listed, key=lambda fault: list(KINDS).index(fault.kind))
     content = {
         "label_divisor": info.label_divisor,
         "splits": statistics,
-        "fault_counts": {kind: found.counts[kind] for kind in KINDS if found.counts[kind]},
+        "fault_counts": {kind: faults.counts[kind] for kind in KINDS if faults.counts[kind]},
         "faults": [{**dataclasses.asdict(fault), "is_error": fault.is_error} for fault in listed],
     }
     return Inspection(content, sheets, listed)
 
 
-def print_inspection(inspection: Inspection, *, console: Console | None = None, listed_faults: int = 20) -> None:
-    """Prints a table per split (areas of instances in pixels; S, M and L as in COCO), and the first faults."""
+def print_inspection(inspection: Inspection, *, console: Console | None = None, max_faults: int = 20) -> None:
+    """Prints a table per split (areas of instances in pixels; S, M and L as in COCO), and the first faults.
+
+    Args:
+        inspection: The inspection.
+        console: Where to print; standard output by default.
+        max_faults: About the largest number of faults that are printed, shared among their kinds.
+    """
     console = console or Console()
     for split, values in inspection.statistics["splits"].items():
         sizes = values["image_sizes"]
@@ -282,7 +299,7 @@ def print_inspection(inspection: Inspection, *, console: Console | None = None, 
         console.print(table)
         absent = [name for name, entry in values["per_class"].items() if not entry["images"]]
         if absent:
-            console.print(f"Without a pixel: {', '.join(absent)}", markup=False, highlight=False)
+            console.print(f"Without pixels: {', '.join(absent)}", markup=False, highlight=False)
     counts = inspection.statistics["fault_counts"]
     if not counts:
         console.print("No faults found.")
@@ -290,51 +307,82 @@ def print_inspection(inspection: Inspection, *, console: Console | None = None, 
     for kind, count in counts.items():
         console.print(f"{'fault' if KINDS[kind] else 'note'}: {kind}, {count} times", soft_wrap=True, markup=False)
         of_kind = [fault for fault in inspection.faults if fault.kind == kind]
-        for fault in of_kind[: max(1, listed_faults // len(counts))]:
+        for fault in of_kind[: max(1, max_faults // len(counts))]:
             console.print(f"  {fault.where}: {fault.text}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _record_viewer(
-    index: tfrecord.RecordIndex, info: DatasetInfo, shown: set[int]
+def _make_record_inspector(
+    index: RecordIndex, info: DatasetInfo, with_picture: set[int]
 ) -> Callable[[int], _Image | UserError]:
-    """Returns a function that looks at the record of a number, or returns what is wrong with it."""
+    """Returns a function that measures the record of a number, or returns the error if the record is damaged.
+
+    Args:
+        index: The records of a split.
+        info: The meaning of the labels.
+        with_picture: Numbers of the records to draw.
+    """
     read = pipeline.file_reader(index)
     load = tf.function(
         lambda position: pipeline.read_example(read(position), info, check_classes=False),
         input_signature=[tf.TensorSpec([], tf.int64)],
     )
 
-    def look_at(number: int) -> _Image | UserError:
+    def inspect_record(number: int) -> _Image | UserError:
         try:
-            with tfrecord.user_errors([index.files[index.file_numbers[number]]]):
+            with report_bad_records([index.files[index.file_numbers[number]]]):
                 example = load(tf.constant(number, tf.int64))
         except UserError as error:
             return error
         name = example["image_id"].numpy().decode(errors="replace")
-        return _describe(
-            name, example["image"].numpy(), example["panoptic"].numpy(), info, with_picture=number in shown
-        )
+        picture = number in with_picture
+        return _measure(name, example["image"].numpy(), example["panoptic"].numpy(), info, with_picture=picture)
 
-    return look_at
+    return inspect_record
 
 
-def _describe(name: str, image: np.ndarray, panoptic: np.ndarray, info: DatasetInfo, *, with_picture: bool) -> _Image:
+def _measure(name: str, image: np.ndarray, panoptic: np.ndarray, info: DatasetInfo, *, with_picture: bool) -> _Image:
     """Measures one image, uint8 [H, W, 3], and its panoptic map, int32 [H, W]."""
     table = list_segments(panoptic)
     classes, instances = table.values // info.label_divisor, table.values % info.label_divisor
     is_void = classes == info.ignore_label
-    is_stuff = np.isin(classes, info.stuff_classes)
+    is_known = (classes >= 0) & (classes < info.num_classes)
+    num_void = int(table.areas[is_void].sum())
+    faults = _find_label_faults(table.values, info)
+    if num_void == panoptic.size:
+        faults.append(("image without labels", "all of it is void."))
+    picture = None
+    if with_picture:
+        unknown = np.isin(panoptic, table.values[~is_known & ~is_void])
+        picture = _make_picture(name, image, np.where(unknown, info.void, panoptic).astype(np.int32), info)
+    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16)
+    digest.update(repr(image.shape).encode())  # The same bytes in another shape are another image.
+    return _Image(
+        name,
+        (image.shape[0], image.shape[1]),
+        digest.digest(),
+        classes[is_known],
+        instances[is_known],
+        table.areas[is_known],
+        num_void,
+        faults,
+        picture,
+    )
+
+
+def _find_label_faults(values: np.ndarray, info: DatasetInfo) -> list[tuple[str, str]]:
+    """Returns kind and text of the faults of a label map with these distinct values, int64 [N], ascending."""
+    classes, instances = values // info.label_divisor, values % info.label_divisor
+    is_void = classes == info.ignore_label
     is_known = (classes >= 0) & (classes < info.num_classes)
     faults = []
-    for value, class_id in zip(table.values[~is_known & ~is_void], classes[~is_known & ~is_void], strict=True):
+    for value, class_id in zip(values[~is_known & ~is_void], classes[~is_known & ~is_void], strict=True):
         text = (
             f"value {value} is class {class_id} with label_divisor {info.label_divisor}; classes are "
             f"0..{info.num_classes - 1} and {info.ignore_label} for void."
         )
         faults.append(("id out of range", text))
-    for value, class_id in zip(
-        table.values[is_stuff & (instances > 0)], classes[is_stuff & (instances > 0)], strict=True
-    ):
+    is_stuff_instance = np.isin(classes, info.stuff_classes) & (instances > 0)
+    for value, class_id in zip(values[is_stuff_instance], classes[is_stuff_instance], strict=True):
         text = (
             f"value {value} is instance {value % info.label_divisor} of '{info.categories[class_id].name}', which is "
             "stuff; stuff has instance 0."
@@ -350,62 +398,49 @@ def _describe(name: str, image: np.ndarray, panoptic: np.ndarray, info: DatasetI
                 f"no pixels, the first is {first}."
             )
             faults.append(("instance without pixels", text))
-    num_void = int(table.areas[is_void].sum())
-    if num_void == panoptic.size:
-        faults.append(("image without labels", "all of it is void."))
-    picture = None
-    if with_picture:
-        unknown = np.isin(panoptic, table.values[~is_known & ~is_void])
-        picture = _make_picture(name, image, np.where(unknown, info.void, panoptic).astype(np.int32), info)
-    digest = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16)
-    digest.update(repr(image.shape).encode())
-    return _Image(
-        name,
-        (image.shape[0], image.shape[1]),
-        digest.digest(),
-        classes[is_known],
-        instances[is_known],
-        table.areas[is_known],
-        num_void,
-        faults,
-        picture,
-    )
+    return faults
 
 
 def _make_picture(name: str, image: np.ndarray, panoptic: np.ndarray, info: DatasetInfo) -> np.ndarray:
-    """Draws an image, uint8 [H, W, 3], with its map, int32 [H, W], in the size of the contact sheet."""
+    """Draws an image, uint8 [H, W, 3], with its map, int32 [H, W], at the size of the contact sheet."""
     height, width = panoptic.shape
     scale = _PICTURE_SIZE / max(height, width)
     if scale > 1:
-        scale = max(1, int(scale))  # A whole factor, so that all pixels are alike.
+        scale = max(1, int(scale))  # A whole factor, so that all pixels have the same size.
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
     panoptic = cv2.resize(panoptic, size, interpolation=cv2.INTER_NEAREST)
-    # OpenCV's letters are those of ASCII.
+    # OpenCV draws ASCII letters only.
     return caption(draw_overlay(image, panoptic, info), name.encode("ascii", "replace").decode())
 
 
-def _place(index: tfrecord.RecordIndex, number: int) -> str:
-    """Names the file of a record and its number there."""
+def _describe_place(index: RecordIndex, number: int) -> str:
+    """Returns the file of a record and its number in the file, as text."""
     file_number = index.file_numbers[number]
     first = int(np.searchsorted(index.file_numbers, file_number))
     return f"record {number - first} of {Path(index.files[file_number]).name}"
 
 
-def _color_faults(info: DatasetInfo) -> list[Fault]:
-    """Finds classes that cannot be told apart in pictures."""
+def _find_color_faults(info: DatasetInfo) -> list[Fault]:
+    """Finds classes with the same color, which pictures cannot tell apart."""
     names_of: dict[tuple[int, int, int], list[str]] = {}
     for category in info.categories:
         names_of.setdefault(category.color, []).append(category.name)
     return [
-        Fault("two classes of one colour", "dataset_info.json", f"{', '.join(names)} all have colour {list(color)}.")
+        Fault("two classes of one color", "dataset_info.json", f"{', '.join(names)} all have color {list(color)}.")
         for color, names in names_of.items()
         if len(names) > 1
     ]
 
 
 def raise_if_faulty(inspection: Inspection, folder: str | os.PathLike[str], hint: str) -> None:
-    """Raises `UserError` if there are faults that must be mended; `hint` says where to look."""
+    """Raises `UserError` if there are faults that must be fixed.
+
+    Args:
+        inspection: The inspection.
+        folder: The record folder, for the message.
+        hint: End of the message, which says what to do.
+    """
     if inspection.num_errors:
         first = next(fault for fault in inspection.faults if fault.is_error)
         raise UserError(

@@ -1,11 +1,14 @@
-"""What commands show while they run: a live bar on a terminal; for training, plain lines elsewhere."""
+"""Progress of commands: a live bar on a terminal; for training, plain lines elsewhere."""
 
+import contextlib
+import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -21,23 +24,23 @@ from rich.text import Text
 
 
 class _RateColumn(ProgressColumn):
-    """Things per second."""
+    """Items per second."""
 
     def render(self, task: Task) -> Text:
-        """Empty as long as the rate is unknown."""
+        """Formats the rate; empty while it is unknown."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.1f}/s")
 
 
 @contextmanager
 def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how far a command is.
+    """Shows the progress of a command.
 
     Args:
-        name: What is being done.
+        name: Name of the command or stage.
 
     Yields:
-        A function to call with the numbers of things done and of all; on a terminal it moves a bar with the rate and
+        A function to call with the number of items done and the total; on a terminal it updates a bar with the rate and
         the time left.
     """
     columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
@@ -46,24 +49,68 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-# What a training step reports beside its losses.
-_NO_LOSSES = ("learning_rate", "gradient_norm", "images_per_second", "waiting_for_data", "loss_scale", "skipped_steps")
+class LenientOutput(io.TextIOBase):
+    """Text output that drops what cannot be written, for what must go on when its terminal or reader has gone.
+
+    Args:
+        stream: Where to write. After a failure its descriptor leads to the null device, as the stream would try again
+            when the process ends, and change its exit status.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding of the stream."""
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """The descriptor of the stream."""
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Writes, or drops the text."""
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes, or drops what was to be written."""
+        with self._dropping():
+            self._stream.flush()
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            with contextlib.suppress(OSError), open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), self._stream.fileno())
+
+
+# Values of a training step that are not losses.
+_NOT_LOSSES = ("learning_rate", "gradient_norm", "images_per_second", "waiting_for_data", "loss_scale", "skipped_steps")
 
 
 class TrainingProgress:
-    """Step, losses by name, learning rate, images per second and time left.
+    """Progress of a training: step, losses by name, learning rate, images per second and time left.
 
-    Use as a context manager around the loop.
+    A context manager around the training loop.
 
     Args:
         start_step: Step at which the loop starts.
         steps: Step at which it ends.
-        is_shown: Whether to show anything; of several workers one is enough.
+        is_shown: Whether to show anything; of several workers only one should.
     """
 
     def __init__(self, *, start_step: int, steps: int, is_shown: bool = True) -> None:
-        # Kept, so that it survives a redirected stdout.
-        self._console = Console(file=sys.stdout, quiet=not is_shown)
+        # Bound to stdout now, as the loop runs with stdout redirected. Training goes on if nobody reads the output.
+        self._console = Console(file=cast(TextIO, LenientOutput(sys.stdout)), quiet=not is_shown)
         self._steps = steps
         self._step = self._first_step = start_step
         self._started = time.perf_counter()
@@ -93,26 +140,26 @@ class TrainingProgress:
         """Counts one step."""
         self._step += 1
         if self._step == self._first_step + 1:
-            self._started = time.perf_counter()  # The first step compiles, which says nothing of the speed.
+            self._started = time.perf_counter()  # The first step includes compilation, so it does not count.
         self._bar.update(self._task, completed=self._step)
 
     def report(self, values: Mapping[str, Any]) -> None:
-        """Shows the means since the last report: the losses in their order, and the learning rate."""
-        losses = "  ".join(f"{name} {float(value):.3f}" for name, value in values.items() if name not in _NO_LOSSES)
+        """Shows the mean losses since the last report, in their order, and the learning rate."""
+        losses = "  ".join(f"{name} {float(value):.3f}" for name, value in values.items() if name not in _NOT_LOSSES)
         if "learning_rate" in values:
             losses += f"  learning rate {float(values['learning_rate']):.2e}"
         speed = f"{values['images_per_second']:.1f} images/s" if "images_per_second" in values else ""
         self._bar.update(self._task, losses=losses, speed=speed)
         if not self._console.is_terminal:
-            left = (self._steps - self._step) * (time.perf_counter() - self._started) / max(self._done(), 1)
+            left = (self._steps - self._step) * (time.perf_counter() - self._started) / max(self._num_timed_steps(), 1)
             text = f"step {self._step}/{self._steps}  {losses}  {speed}  {left / 60:.1f} min left"
             self._console.print(text, soft_wrap=True, highlight=False)
             self._console.file.flush()
 
     def note(self, text: str) -> None:
-        """Prints a line of its own, above the bar if there is one."""
+        """Prints a line, above the bar if there is one."""
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)
         self._console.file.flush()
 
-    def _done(self) -> int:
+    def _num_timed_steps(self) -> int:
         return self._step - self._first_step - 1

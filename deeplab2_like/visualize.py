@@ -1,4 +1,4 @@
-"""Pictures of panoptic maps: colours, overlays on images, comparisons. All images are uint8 RGB [H, W, 3]."""
+"""Pictures of panoptic maps: colors, overlays on images, comparisons. All images are uint8 RGB [H, W, 3]."""
 
 import colorsys
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _WHITE = (255, 255, 255)
 _DARK = (24, 24, 28)
 
-# A segment gets its name in the picture if it covers at least this part of it.
-_LABELLED_FRACTION = 0.004
+# A segment gets its name in the picture if it covers at least this fraction of it.
+_MIN_NAMED_FRACTION = 0.004
 
-# Pictures side by side are enlarged until they are at least this high, so that their captions can be read.
+# Pictures side by side are upsampled until they are at least this high, so that their captions can be read,
 _MIN_PANEL_HEIGHT = 240
-# ... but not beyond this width: a strip of one row of 8000 pixels would become a picture of gigabytes.
+# but not beyond this width: a strip of one row of 8000 pixels would become a picture of gigabytes.
 _MAX_PANEL_WIDTH = 8192
 
 
 def colorize_panoptic(panoptic: np.ndarray, dataset_info: DatasetInfo) -> np.ndarray:
-    """Paints a panoptic map: the class gives the colour, the instance its shade; void is black.
+    """Colors a panoptic map: the class gives the color, the instance its shade; void is black.
 
     Args:
         panoptic: int32 [H, W], panoptic map.
@@ -64,7 +64,7 @@ def draw_overlay(
         panoptic: int32 [H, W], panoptic map.
         dataset_info: The meaning of the map.
         labels: Whether to write class names.
-        opacity: Weight of the colours, 0..1. Void shows the image, darkened.
+        opacity: Weight of the colors, 0..1. Void shows the darkened image.
 
     Returns:
         uint8 [H, W, 3]. Borders of things are white, those between stuff are dark.
@@ -104,32 +104,32 @@ def side_by_side(
         ground_truth: int32 [H, W], panoptic map, or None to leave the panel out.
         prediction: int32 [H, W], panoptic map, or None to leave the panel out.
         dataset_info: The meaning of the maps.
-        captions: Whether to write above each panel what it is.
+        captions: Whether to write its title above each panel.
 
     Returns:
-        uint8 [H', W', 3]; small images are enlarged by a whole factor.
+        uint8 [H', W', 3]; small images are upsampled by a whole factor.
 
     Raises:
         UserError: If the sizes differ or a map holds an unknown class.
     """
     factor = max(1, min(-(-_MIN_PANEL_HEIGHT // image.shape[0]), _MAX_PANEL_WIDTH // image.shape[1]))
 
-    def enlarge(pixels: np.ndarray) -> np.ndarray:
+    def upsample(pixels: np.ndarray) -> np.ndarray:
         return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
-    panels = [("image", enlarge(image))]
+    panels = [("image", upsample(image))]
     for title, panoptic in (("ground truth", ground_truth), ("prediction", prediction)):
         if panoptic is not None:
-            panels.append((title, draw_overlay(enlarge(image), enlarge(panoptic), dataset_info)))
+            panels.append((title, draw_overlay(upsample(image), upsample(panoptic), dataset_info)))
     pictures = [caption(picture, title) if captions else picture for title, picture in panels]
     return contact_sheet(pictures, columns=len(pictures))
 
 
 def contact_sheet(images: Sequence[np.ndarray], columns: int | None = None, gap: int = 6) -> np.ndarray:
-    """Arranges pictures in a grid on a dark ground.
+    """Arranges pictures in a grid on a dark background.
 
     Args:
-        images: uint8 [H, W, 3] each, of any sizes; smaller ones are centred in their cell.
+        images: uint8 [H, W, 3] each, of any sizes; smaller ones are centered in their cell.
         columns: Pictures per row; by default about as many as there are rows.
         gap: Pixels between the pictures and around them.
 
@@ -157,11 +157,11 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int | None = None, gap:
 
 
 def _shade(category: Category, instance: int) -> tuple[int, int, int]:
-    """The colour of an instance: that of its class, with another hue, saturation and brightness for each instance."""
+    """Returns the color of an instance: its class's color with a hue, saturation and brightness of its own."""
     if instance == 0:
         return category.color
     hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in category.color))
-    # Multiples of irrational numbers spread evenly, so neighbouring instance ids get clearly different shades.
+    # Multiples of irrational numbers spread evenly, so neighboring instance ids get clearly different shades.
     first, second, third = ((instance * step) % 1.0 for step in (0.618034, 0.754878, 0.569840))
     hue = (hue + 0.14 * (first - 0.5)) % 1.0
     saturation = min(1.0, max(saturation, 0.35) * (0.7 + 0.6 * second))
@@ -171,7 +171,7 @@ def _shade(category: Category, instance: int) -> tuple[int, int, int]:
 
 
 def _borders(panoptic: np.ndarray) -> np.ndarray:
-    """Pixels, bool [H, W], whose right or lower neighbour belongs to another segment."""
+    """Returns the pixels, bool [H, W], whose right or lower neighbor belongs to another segment."""
     borders = np.zeros(panoptic.shape, bool)
     borders[:, :-1] |= panoptic[:, 1:] != panoptic[:, :-1]
     borders[:-1] |= panoptic[1:] != panoptic[:-1]
@@ -179,7 +179,7 @@ def _borders(panoptic: np.ndarray) -> np.ndarray:
 
 
 def _touches(mask: np.ndarray) -> np.ndarray:
-    """Pixels, bool [H, W], that are in the mask or whose right or lower neighbour is."""
+    """Returns the pixels, bool [H, W], that are in the mask or whose right or lower neighbor is."""
     touches = mask.copy()
     touches[:, :-1] |= mask[:, 1:]
     touches[:-1] |= mask[1:]
@@ -187,16 +187,16 @@ def _touches(mask: np.ndarray) -> np.ndarray:
 
 
 def _write_names(picture: np.ndarray, panoptic: np.ndarray, dataset_info: DatasetInfo) -> None:
-    """Writes class names into a picture, uint8 [H, W, 3], in place, largest segments first, none over another."""
+    """Writes class names into a picture, uint8 [H, W, 3], in place, largest segments first, without overlap."""
     height, width = panoptic.shape
     scale = float(np.clip(min(height, width) / 1000, 0.35, 1.0))
     table = list_segments(panoptic)
     classes = classes_of_values(table.values, dataset_info, name="panoptic")
     taken = np.zeros((height, width), bool)
     for row in np.argsort(-table.areas, kind="stable"):
-        if table.areas[row] < max(_LABELLED_FRACTION * panoptic.size, 1):
+        if table.areas[row] < max(_MIN_NAMED_FRACTION * panoptic.size, 1):
             break
-        if classes[row] < 0:
+        if classes[row] < 0:  # Void.
             continue
         category = dataset_info.categories[classes[row]]
         crowd = category.is_thing and table.values[row] % dataset_info.label_divisor == 0
@@ -204,7 +204,7 @@ def _write_names(picture: np.ndarray, panoptic: np.ndarray, dataset_info: Datase
         (text_width, text_height), baseline = cv2.getTextSize(text, _FONT, scale, 1)
         y_min, x_min, y_max, x_max = table.boxes[row]
         mask = panoptic[y_min:y_max, x_min:x_max] == table.values[row]
-        # The point farthest from the border, with the outside of the box taken as border.
+        # The name stands at the point farthest from the segment's border; the padding makes the box a border, too.
         inside = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)
         y_center, x_center = np.unravel_index(int(inside.argmax()), inside.shape)
         pad = 2
@@ -216,13 +216,13 @@ def _write_names(picture: np.ndarray, panoptic: np.ndarray, dataset_info: Datase
         if hides_segment or box_width > width or box_height > height or taken[area].any():
             continue
         taken[area] = True
-        picture[area] = picture[area] // 3  # A darkened ground makes white letters readable on any colour.
+        picture[area] = picture[area] // 3  # A dark background makes white letters readable on any color.
         origin = (x + pad, y + pad + text_height)
         cv2.putText(picture, text, origin, _FONT, scale, _WHITE, 1, cv2.LINE_AA)
 
 
 def caption(picture: np.ndarray, text: str) -> np.ndarray:
-    """Puts a strip with a text above a picture, uint8 [H, W, 3]."""
+    """Adds a strip with a text above a picture, uint8 [H, W, 3]."""
     scale = float(np.clip(picture.shape[0] / 700, 0.45, 1.2))
     (_, text_height), baseline = cv2.getTextSize(text, _FONT, scale, 1)
     strip = np.full((text_height + baseline + 8, picture.shape[1], 3), _DARK, np.uint8)

@@ -8,12 +8,16 @@ import keras
 import pytest
 from keras import ops
 
-from deeplab2_like.configs.schema import Config, StrictModel
+from deeplab2_like.configs.schema import Config
+from deeplab2_like.configs.systems import SystemEntry
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model import SYSTEMS, Loss, PanopticSystem
+from deeplab2_like.model.config import SystemConfig
 
 
-class OneConvolutionConfig(StrictModel):
+class OneConvolutionConfig(SystemConfig):
+    image_mean: tuple[float, float, float] = (127.5,) * 3
+    image_std: tuple[float, float, float] = (127.5,) * 3
     channels: int = 4
 
 
@@ -21,26 +25,17 @@ class OneConvolution(PanopticSystem):
     """Semantic segmentation; things come out as regions without instances. Its layers are kept in a list."""
 
     config_class = OneConvolutionConfig
+    size_multiple = 8
 
-    def __init__(self, *, dataset_info: DatasetInfo, channels: int) -> None:
-        super().__init__(
-            dataset_info=dataset_info,
-            image_mean=(127.5,) * 3,
-            image_std=(127.5,) * 3,
-            size_multiple=8,
-            name="one_convolution",
-        )
+    def __init__(self, config: OneConvolutionConfig, dataset_info: DatasetInfo, *, name: str | None = None) -> None:
+        super().__init__(config, dataset_info, name=name or "one_convolution")
         self.loss_weights = {"semantic": 1.0}
         self.stages = [
-            keras.layers.Conv2D(channels, 3, padding="same", name="convolution"),
+            keras.layers.Conv2D(config.channels, 3, padding="same", name="convolution"),
             keras.layers.BatchNormalization(name="norm"),
             keras.layers.Dropout(0.5, name="dropout"),
             keras.layers.Conv2D(dataset_info.num_classes, 1, name="logits"),
         ]
-
-    @classmethod
-    def from_model_config(cls, config: OneConvolutionConfig, dataset_info: DatasetInfo) -> "OneConvolution":
-        return cls(dataset_info=dataset_info, channels=config.channels)
 
     def call(self, images: Any, targets: Any = None, training: bool = False) -> dict[str, Any]:
         features = self.prepare_images(images)
@@ -74,11 +69,14 @@ class OneConvolution(PanopticSystem):
         }
 
 
+ENTRY = SystemEntry("one_convolution:OneConvolution", "one_convolution:OneConvolutionConfig")
+
+
 @contextlib.contextmanager
 def one_convolution_registered() -> Iterator[None]:
     """Puts the system into the registry."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SYSTEMS, "one_convolution", OneConvolution)
+        patch.setitem(SYSTEMS, "one_convolution", ENTRY)
         yield
 
 

@@ -10,15 +10,17 @@ import tensorflow as tf
 
 from deeplab2_like.checkpoint import make_checkpoint, restore
 from deeplab2_like.configs import load_config
+from deeplab2_like.configs.schema import TrainerConfig
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.evaluate import make_inference_function, make_oracle_function
+from deeplab2_like.evaluation.inference import make_inference_function, make_oracle_function
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import PanopticSystem
-from deeplab2_like.model.system import View
-from deeplab2_like.trainer.train import Trainer
+from deeplab2_like.model.base import View
+from deeplab2_like.model.geometry import Geometry
+from deeplab2_like.trainer.trainer import Trainer
 
 # Two stuff classes (0, 1) and two thing classes (2, 3).
 INFO = DatasetInfo.from_coco_categories(
@@ -30,6 +32,11 @@ INFO = DatasetInfo.from_coco_categories(
     ],
     name="contract",
 )
+
+
+def trainer_config(**changes: Any) -> TrainerConfig:
+    """A trainer section for a single step."""
+    return TrainerConfig.model_validate({"steps": 1, "batch_size": 1, "learning_rate": 0.01, **changes})
 
 
 def hand_made_label(size: int = 64) -> np.ndarray:
@@ -44,7 +51,7 @@ def hand_made_label(size: int = 64) -> np.ndarray:
 
 
 def paint(label: np.ndarray) -> np.ndarray:
-    """An image in which every segment has a colour of its own, uint8 [H, W, 3]."""
+    """An image in which every segment has a color of its own, uint8 [H, W, 3]."""
     values = np.unique(label)
     colors = np.random.default_rng(3).integers(20, 235, (len(values), 3))
     return colors[np.searchsorted(values, label)].astype(np.uint8)
@@ -75,7 +82,7 @@ class SystemContract:
     def solvable(self, label: np.ndarray, info: DatasetInfo) -> np.ndarray | None:
         """What of a label perfect outputs give again, the rest as void; None if nothing.
 
-        Here: labels without crowds; these have no centre, so their pixels go to some instance nearby.
+        Here: labels without crowds; these have no center, so their pixels go to some instance nearby.
         """
         crowd = np.isin(label // info.label_divisor, info.thing_classes) & (label % info.label_divisor == 0)
         return None if crowd.any() else label
@@ -96,12 +103,10 @@ class SystemContract:
         optimizer.build(system.trainable_variables)
         trainer = Trainer(
             None,
+            trainer_config(optimizer={"weight_decay": 1e-4, "clip_norm": 10.0}),
             system=system,
             optimizer=optimizer,
             strategy=tf.distribute.get_strategy(),
-            weight_decay=1e-4,
-            clip_norm=10.0,
-            after_step=lambda: None,
         )
         return trainer.replica_step, optimizer
 
@@ -204,7 +209,7 @@ class SystemContract:
         outputs = excited(image, training=False)
         found = excited.postprocess_with_truth(outputs, self.targets_of(excited, label), label.shape, ())
         expected = excited.infer(image)
-        # Enlarging first may round differently, which moves single pixels on borders.
+        # Upsampling first may round differently, which moves single pixels on borders.
         same = found["panoptic"].numpy() == expected["panoptic"].numpy()
         assert same.mean() > 0.999
         np.testing.assert_array_equal(found["segment_class"], expected["segment_class"])
@@ -230,7 +235,7 @@ class SystemContract:
         assert panoptic_quality(expected, twice, INFO) > 0.99
         # The mirror image of a mirror image, alone.
         size = tuple(image.shape[1:3])
-        outputs = excited.merge_views([View(excited(image[:, :, ::-1]), size, mirrored=True)], size)
+        outputs = excited.merge_views([View(excited(image[:, :, ::-1]), Geometry(size), mirrored=True)], size)
         mirrored = excited.infer(image[:, :, ::-1])["panoptic"].numpy()[0, :, ::-1]
         assert panoptic_quality(mirrored, excited.finish(outputs, size)["panoptic"].numpy()[0], INFO) > 0.95
 
@@ -311,6 +316,24 @@ class SystemContract:
         assert set(exported) == set(expected)
         for name, value in expected.items():
             np.testing.assert_allclose(exported[name], value, atol=1e-5)
+
+    # Keras itself converts its variables in a way that NumPy 2 deprecates.
+    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+    def test_keras_saves_and_loads_the_model(self, excited: PanopticSystem, tmp_path: Path) -> None:
+        image = paint(hand_made_label())[None]
+        excited.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        assert type(loaded) is type(excited)
+        assert loaded.get_config() == excited.get_config()
+        assert [weight.path for weight in loaded.weights] == [weight.path for weight in excited.weights]
+        expected = excited.infer(image)
+        for name, value in loaded.infer(image).items():
+            np.testing.assert_array_equal(value, expected[name])
+
+    def test_summary_lists_the_parameters(self, excited: PanopticSystem) -> None:
+        lines: list[str] = []
+        excited.summary(print_fn=lines.append)
+        assert f"Total params: {excited.count_params():,}" in "\n".join(lines)
 
     def test_unknown_model_key_is_refused(self) -> None:
         with pytest.raises(UserError, match=r"Unknown config key 'model\.no_such_key'\. Known in 'model': .*backbone"):

@@ -1,6 +1,7 @@
 """The command line: the whole chain, and one sentence and status 2 for whatever a user can do wrong."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
-from deeplab2_like import cli
-from deeplab2_like.cli import main
+import deeplab2_like
+from deeplab2_like.cli import describe, main
+from deeplab2_like.configs import list_configs, load_config
 from deeplab2_like.evaluation.coco_format import CocoPanopticReader
 
 CONFIG = """
@@ -112,9 +114,23 @@ def test_what_the_chain_leaves(chain: Path) -> None:
     assert metrics["evaluation"] == {"model_dir": str(chain / "model"), "step": 2, "split": "val", "images": 2}
     assert 0 <= metrics["panoptic"]["all"]["pq"] <= 100
     assert {"saved_model.pb", "config.yaml", "dataset_info.json"} <= {
-        path.name for path in (chain / "exported").iterdir()
+        path.name for path in (chain / "exported" / "1").iterdir()
     }
     assert {path.name for path in hidden(chain)} == known
+
+
+def test_export_writes_versions(chain: Path, tmp_path: Path, run: Run, refuse: Callable[..., str]) -> None:
+    shutil.copytree(chain / "exported" / "1", tmp_path / "models" / "1")
+    arguments = ("export", "--model-dir", chain / "model", "--output-dir")
+    status, out, _ = run(*arguments, tmp_path / "models")
+    assert (status, out.splitlines()[-1]) == (0, f"SavedModel is in {tmp_path / 'models' / '2'}")
+    message = refuse(*arguments, tmp_path / "models" / "1")
+    assert message.startswith(f"'{tmp_path / 'models' / '1'}' already has an export; give '{tmp_path / 'models'}' to")
+    (tmp_path / "models" / "2" / "notes.txt").write_text("of the replaced export")
+    status, out, _ = run(*arguments, tmp_path / "models", "--replace")
+    assert (status, out.splitlines()[-1]) == (0, f"SavedModel is in {tmp_path / 'models' / '2'}")
+    assert not (tmp_path / "models" / "2" / "notes.txt").exists()
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["1", "2"]
 
 
 def test_predictions_of_every_size(chain: Path) -> None:
@@ -190,6 +206,12 @@ def test_following_leaves_out_what_is_damaged_and_ends(model: Path, run: Run) ->
     assert "Step 2 is left out: Checkpoint" in output.err
 
 
+def test_following_a_training_that_never_starts(refuse: Callable[..., str], tmp_path: Path) -> None:
+    message = refuse("evaluate", "--model-dir", tmp_path / "model", "--follow", "--timeout", 0)
+    assert f"No training has started in '{tmp_path / 'model'}' for 0 minutes; check --model-dir, or raise" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_oracle_is_better_than_nothing(model: Path, run: Run) -> None:
     parts = ("semantic", "centers", "offsets")
     assert run("evaluate", "--model-dir", model, "--oracle", *parts).status == 0
@@ -205,7 +227,7 @@ def test_an_oracle_is_better_than_nothing(model: Path, run: Run) -> None:
     # Numbers that are not the model's do not stand among those of the training.
     assert not list(folder.glob("events.*"))
     assert metrics["panoptic"]["stuff"]["sq"] == pytest.approx(100.0)
-    # Not all: in so small scenes, two centres may lie within one window of the peak search.
+    # Not all: in so small scenes, two centers may lie within one window of the peak search.
     assert metrics["panoptic"]["all"]["pq"] > 80
 
 
@@ -300,9 +322,37 @@ def test_describe(tmp_path: Path, run: Run) -> None:
 def test_help_is_a_success(run: Run) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("demo", "convert", "train", "evaluate", "export", "predict", "describe"):
+    for command in ("demo", "convert", "train", "evaluate", "export", "predict", "describe", "configs"):
         assert command in out
     assert run("convert", "scenes", "--help").status == 0
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"deeplab2-like {deeplab2_like.__version__}\n", "")
+
+
+def test_list_of_configs(run: Run, refuse: Callable[..., str]) -> None:
+    status, out, err = run("configs")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines] == list_configs()
+    (tiny,) = [line for line in lines if line.startswith("panoptic_deeplab/scenes_tiny ")]
+    name, backbone, machine, summary = re.split(" {2,}", tiny)
+    assert (name, backbone, machine) == ("panoptic_deeplab/scenes_tiny", "resnet_tiny", "CPU")
+    assert summary
+    assert refuse("configs", "--set", "trainer.steps=7").startswith("--set changes the keys of one config; give its")
+
+
+def test_annotated_config(run: Run, refuse: Callable[..., str], tmp_path: Path) -> None:
+    name, override = "panoptic_deeplab/scenes_tiny", "trainer.steps=7"
+    status, out, err = run("configs", name, "--set", override)
+    assert (status, err) == (0, "")
+    (tmp_path / "shown.yaml").write_text(out)
+    assert load_config(tmp_path / "shown.yaml") == load_config(name, [override])
+    lines = out.splitlines()
+    assert "  steps: 7" in lines
+    assert lines[lines.index("  steps: 7") - 1].startswith("  # ")
+    assert refuse("configs", "panoptic_deeplab/scenes_tine").startswith("Unknown config 'panoptic_deeplab/scenes_tine'")
 
 
 # --- Refusals. --------------------------------------------------------------------------------------------------------
@@ -381,9 +431,9 @@ def test_a_file_in_place_of_the_output_folder(chain: Path, tmp_path: Path, refus
     message = refuse(
         "predict", "--model", chain / "exported", "--input", chain / "images", "--output-dir", tmp_path / "file"
     )
-    assert message.startswith(f"Output folder '{tmp_path / 'file'}' cannot be made (there is a file in its place)")
+    assert message.startswith(f"Output folder '{tmp_path / 'file'}' cannot be created (there is a file in its place)")
     message = refuse("evaluate", "--model-dir", chain / "model", "--output-dir", tmp_path / "file")
-    assert message.startswith(f"Output folder '{tmp_path / 'file'}' cannot be made (there is a file in its place)")
+    assert message.startswith(f"Output folder '{tmp_path / 'file'}' cannot be created (there is a file in its place)")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -470,12 +520,17 @@ def test_conversion(coco: Path, run: Run) -> None:
     status, out, err = run(*coco_arguments(coco))
     assert (status, err) == (0, "")
     assert out.splitlines()[:2] == ["Split 'val': 2 examples, 0 skipped.", f"Records are in {coco / 'records'}"]
-    assert out.splitlines()[2:] == ["stuff (1): road"]
+    assert out.splitlines()[2:4] == ["", "val: 2 images, 0.0% of the pixels void"]
+    words = [line.split() for line in out.splitlines()[4:]]
+    assert [line for line in words if line and "─" not in line[0]] == [
+        ["class", "kind", "objects", "pixels"],
+        ["road", "stuff", "100.0%"],
+    ]
     names = {path.name for path in (coco / "records").iterdir()}
     assert names == {"dataset_info.json", "val-00000-of-00001.tfrecord", ".val.conversion.json"}
     # Again: nothing is done.
     status, out, _ = run(*coco_arguments(coco))
-    note = "It was there already, from the same files and options: nothing was done."
+    note = "It already exists with the same files and options: nothing was done."
     assert (status, out.splitlines()[0]) == (0, f"Split 'val': 2 examples, 0 skipped. {note}")
 
 
@@ -524,7 +579,7 @@ def test_wrong_scenes(tmp_path: Path, refuse: Callable[..., str]) -> None:
     assert "workers must be 1 or more" in convert("--workers", 0)
     assert "shards must be 1..99999" in convert("--shards", -1)
     (tmp_path / "file").touch()
-    assert "cannot be made" in convert("--output-dir", tmp_path / "file")
+    assert "cannot be created" in convert("--output-dir", tmp_path / "file")
     assert hidden(tmp_path) == []
 
 
@@ -535,26 +590,26 @@ def test_internal_failure(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: Any) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(cli, "_describe", fail)
+    monkeypatch.setattr(describe, "run", fail)
     status, out, err = run("describe", "--config", "x")
     assert (status, out) == (1, "")
     assert "RuntimeError: out of luck" in err
-    assert "this is a fault of the program" in err.splitlines()[-1]
+    assert "this is an error in the program" in err.splitlines()[-1]
 
 
 def test_what_may_not_be_used_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Any) -> None:
         raise PermissionError(13, "Permission denied", "secret/x.json")
 
-    monkeypatch.setattr(cli, "_describe", refuse)
+    monkeypatch.setattr(describe, "run", refuse)
     status, out, err = run("describe", "--config", "x")
     assert (status, out) == (2, "")
-    assert err == "deeplab2-like: no permission for 'secret/x.json'; change who may use it.\n"
+    assert err == "deeplab2-like: no permission for 'secret/x.json'; change its access rights.\n"
 
 
 def test_stopped_by_the_user(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_describe", stop)
-    assert run("describe", "--config", "x") == (1, "", "deeplab2-like: stopped.\n")
+    monkeypatch.setattr(describe, "run", stop)
+    assert run("describe", "--config", "x") == (130, "", "deeplab2-like: stopped.\n")

@@ -1,4 +1,4 @@
-"""What an inspection counts, finds and leaves behind."""
+"""Inspection of records: statistics, faults and output files."""
 
 import json
 from collections.abc import Mapping
@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from deeplab2_like import cli, inspection
-from deeplab2_like.data import coco_segments, tfrecord
+from deeplab2_like.data import coco_segments
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.records import serialize_example
+from deeplab2_like.data.shards import ShardWriter, read_index, shard_names
 from deeplab2_like.errors import UserError
 
 INFO = DatasetInfo.from_coco_categories(
@@ -34,11 +36,11 @@ def write(folder: Path, splits: Mapping[str, list[np.ndarray]], info: DatasetInf
     rng = np.random.default_rng(0)
     info.save(folder)
     for split, panoptics in splits.items():
-        with tfrecord.FileWriter(folder / tfrecord.shard_names(split, 1)[0]) as writer:
+        with ShardWriter(folder / shard_names(split, 1)[0]) as writer:
             for number, panoptic in enumerate(panoptics):
                 image = rng.integers(0, 256, (*panoptic.shape, 3), np.uint8)
                 name = f"{split}_{number}.png"
-                writer.write(tfrecord.serialize_example(image=image, panoptic=panoptic, filename=name))
+                writer.write(serialize_example(image=image, panoptic=panoptic, filename=name))
 
 
 def inspect(folder: Path, **options: Any) -> inspection.Inspection:
@@ -132,10 +134,10 @@ def test_all_void(tmp_path: Path) -> None:
     assert "'train_1.png'" in where
 
 
-def test_classes_of_one_colour(tmp_path: Path) -> None:
+def test_classes_of_one_color(tmp_path: Path) -> None:
     categories = [{**category, "color": [1, 2, 3]} for category in INFO.to_coco_categories()]
     write(tmp_path, {"train": [LARGE]}, DatasetInfo.from_coco_categories(categories, name="x"))
-    expected = ("two classes of one colour", "dataset_info.json", "cat, sky all have colour [1, 2, 3].")
+    expected = ("two classes of one color", "dataset_info.json", "cat, sky all have color [1, 2, 3].")
     assert faults(tmp_path) == [expected]
 
 
@@ -143,12 +145,12 @@ def test_identical_images(tmp_path: Path) -> None:
     write(tmp_path, {"train": [LARGE, LARGE], "val": [LARGE]})
     image = np.full((40, 100, 3), 7, np.uint8)
     # One as PNG and one as BMP, which the record holds as another PNG: the pixels count.
-    with tfrecord.FileWriter(tmp_path / "train-00000-of-00001.tfrecord") as writer:
+    with ShardWriter(tmp_path / "train-00000-of-00001.tfrecord") as writer:
         for name in ("a.png", "b.png"):
-            writer.write(tfrecord.serialize_example(image=image, panoptic=LARGE, filename=name))
-    with tfrecord.FileWriter(tmp_path / "val-00000-of-00001.tfrecord") as writer:
+            writer.write(serialize_example(image=image, panoptic=LARGE, filename=name))
+    with ShardWriter(tmp_path / "val-00000-of-00001.tfrecord") as writer:
         content = bytes(cv2.imencode(".bmp", image)[1])
-        writer.write(tfrecord.serialize_example(image=content, panoptic=LARGE, filename="c.bmp"))
+        writer.write(serialize_example(image=content, panoptic=LARGE, filename="c.bmp"))
     assert faults(tmp_path) == [
         (
             "image in several splits",
@@ -167,7 +169,7 @@ def test_identical_images(tmp_path: Path) -> None:
 def test_damaged_records_are_listed_and_the_rest_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, {"train": [LARGE] * 4})
     path = tmp_path / "train-00000-of-00001.tfrecord"
-    index = tfrecord.read_index([str(path)])
+    index = read_index([str(path)])
     content = bytearray(path.read_bytes())
     content[index.offsets[2] + 500] ^= 255
     path.write_bytes(content)
@@ -184,7 +186,7 @@ def test_damaged_records_are_listed_and_the_rest_counted(tmp_path: Path, capsys:
 
 
 def test_listed_faults_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "LISTED_FAULTS", 2)
+    monkeypatch.setattr(inspection, "MAX_LISTED_FAULTS", 2)
     write(tmp_path, {"train": [np.full((2, 2), VOID, np.int32)] * 3, "val": [LARGE]})
     found = inspect(tmp_path)
     assert found.statistics["fault_counts"] == {"image without labels": 3}
@@ -240,4 +242,4 @@ def test_conversion_with_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert convert() == 2
     out, err = capsys.readouterr()
     assert "fault: segment differs from JSON, 1 times" in out
-    assert "segment 5 has area 15 in the JSON, 16 in the PNG. The records are written; mend the labels" in err
+    assert "segment 5 has area 15 in the JSON, 16 in the PNG. The records are written; fix the labels" in err

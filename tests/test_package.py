@@ -51,10 +51,39 @@ def test_importing_the_package_is_quick() -> None:
     assert loaded.stdout.strip() == "set()", loaded.stderr
 
 
+def test_loading_a_config_imports_no_heavy_package() -> None:
+    program = (
+        "import sys, deeplab2_like.configs as configs; configs.load_config('panoptic_deeplab/scenes_tiny'); "
+        "print({'tensorflow', 'keras', 'cv2'} & set(sys.modules))"
+    )
+    loaded = run_python("-c", program)
+    assert loaded.stdout.strip() == "set()", loaded.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["convert", "cityscapes", "--help"],
+        ["train", "--config", "panoptic_deeplab/scenes_tiny", "--model-dir", "model", "--set", "trainer.stepz=1"],
+        ["describe", "--config", "panoptic_deeplab/scenes_tiny", "--set", "trainer.stepz=1"],
+        ["demo", "--set", "trainer.stepz=1"],
+        ["configs"],
+    ],
+)
+def test_help_and_wrong_configs_import_no_heavy_package(arguments: list[str]) -> None:
+    program = (
+        f"import sys, deeplab2_like.cli as cli; cli.main({arguments}); "
+        "print({'tensorflow', 'keras', 'cv2', 'numpy', 'rich'} & set(sys.modules))"
+    )
+    ended = run_python("-c", program)
+    assert ended.stdout.splitlines()[-1] == "set()", ended.stderr
+
+
 def test_the_command_line_starts() -> None:
     started = run_python("-m", "deeplab2_like", "--help")
     assert started.returncode == 0, started.stderr
-    for command in ("demo", "convert", "train", "evaluate", "export", "predict", "describe"):
+    for command in ("demo", "convert", "train", "evaluate", "export", "predict", "describe", "configs"):
         assert re.search(rf"^ +{command} ", started.stdout, re.MULTILINE), f"'{command}' is not in:\n{started.stdout}"
 
 

@@ -1,4 +1,4 @@
-"""Pictures: sizes, colours and what must not be painted."""
+"""Pictures: sizes, colors and unpainted areas."""
 
 import colorsys
 
@@ -25,7 +25,7 @@ def test_colors_of_classes_instances_and_void():
     picture = colorize_panoptic(np.array([[1000, 1000, VOID], [0, 1, 2]]), INFO)
     assert picture.dtype == np.uint8
     np.testing.assert_array_equal(picture[0], [[60, 120, 220], [60, 120, 220], [0, 0, 0]])
-    assert picture[1, 0].tolist() == [200, 40, 40]  # A crowd has the plain colour of its class.
+    assert picture[1, 0].tolist() == [200, 40, 40]  # A crowd has the plain color of its class.
     with pytest.raises(UserError, match="panoptic map holds value 3000, which is class 3"):
         colorize_panoptic(np.array([[3000]]), INFO)
     assert colorize_panoptic(np.zeros((0, 4), np.int32), INFO).shape == (0, 4, 3)
@@ -103,14 +103,14 @@ def test_side_by_side():
     captioned = side_by_side(image, panoptic, panoptic, INFO)
     assert captioned.shape[0] > picture.shape[0]
     np.testing.assert_array_equal(captioned[-256:-6, 6:106], image)
-    # Without ground truth two panels are left; a small image is enlarged to 240 pixels or more, 50 by 5.
+    # Without ground truth two panels are left; a small image is upsampled to 240 pixels or more, 50 by 5.
     assert side_by_side(image[:50], None, panoptic[:50], INFO, captions=False).shape == (250 + 12, 1000 + 18, 3)
 
 
 def test_contact_sheet():
     images = [np.full((4, 6, 3), 10, np.uint8), np.full((2, 2, 3), 20, np.uint8), np.full((4, 4, 3), 30, np.uint8)]
     sheet = contact_sheet(images, columns=2, gap=1)
-    # Rows of height 4 and 4, columns of width 6 and 2; the small picture is centred in its cell.
+    # Rows of height 4 and 4, columns of width 6 and 2; the small picture is centered in its cell.
     assert sheet.shape == (11, 11, 3)
     assert (sheet[1:5, 1:7] == 10).all()
     assert (sheet[2:4, 8:10] == 20).all()

@@ -10,8 +10,9 @@ import pydantic
 import yaml
 
 from deeplab2_like.configs.schema import Config, StrictModel
+from deeplab2_like.configs.systems import find_config_class
 from deeplab2_like.errors import UserError, unknown_name
-from deeplab2_like.files import write_atomically
+from deeplab2_like.files import require_local, write_atomically
 
 _FOLDER = Path(__file__).parent
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -21,6 +22,13 @@ _Section = TypeVar("_Section", bound=StrictModel)
 def list_configs() -> list[str]:
     """Returns the names of the configs that come with the library, such as `panoptic_deeplab/scenes_tiny`."""
     return sorted(str(path.relative_to(_FOLDER).with_suffix("")) for path in _FOLDER.glob("*/*.yaml"))
+
+
+def builtin_config_file(name: str) -> Path:
+    """Returns the YAML file of a built-in config; an unknown name lists the known ones."""
+    if name not in list_configs():
+        raise unknown_name("config", name, list_configs())
+    return _FOLDER / f"{name}.yaml"
 
 
 def load_config(name_or_file: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -39,16 +47,14 @@ def load_config(name_or_file: str | os.PathLike[str], overrides: Sequence[str] =
     Raises:
         UserError: If the config does not exist, a key is unknown, or a value is not allowed.
     """
-    from deeplab2_like.model import find_system
-
     content = _read(name_or_file, asked_by=())
     for override in overrides:
         _apply_override(content, override)
     source = f"config '{name_or_file}'"
     if "system" not in content:
         raise UserError(f"{source[0].upper()}{source[1:]} has no key 'system'; add the name of the system to train.")
-    system = find_system(str(content["system"]))
-    model, faults = _check(system.config_class, content.get("model") or {}, prefix=("model",))
+    config_class = find_config_class(str(content["system"]))
+    model, faults = _check(config_class, content.get("model") or {}, prefix=("model",))
     # With faults there, an empty section in its place lets the other ones be found as well.
     config, more_faults = _check(Config, {**content, "model": model or StrictModel()}, prefix=())
     if config is None or faults or more_faults:
@@ -69,13 +75,12 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
 def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) -> dict[str, Any]:
     """Reads one YAML file and what it is based on, without checking keys."""
     name = str(name_or_file)
+    require_local(name_or_file)
     if name in asked_by:
         raise UserError(f"Config '{name}' is based on itself through {' -> '.join(asked_by)}; break the circle.")
     path = Path(name_or_file)
     if path.suffix not in _YAML_SUFFIXES:
-        if name not in list_configs():
-            raise unknown_name("config", name, list_configs())
-        path = _FOLDER / f"{name}.yaml"
+        path = builtin_config_file(name)
     if not path.is_file():
         raise UserError(f"Config file '{path}' does not exist; give a YAML file or one of {', '.join(list_configs())}.")
     try:
@@ -89,6 +94,7 @@ def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) ->
         return content
     if not isinstance(base, str):
         raise UserError(f"Key 'base' in '{path}' must be the name of a config or a YAML file, but is {base!r}.")
+    require_local(base)
     if Path(base).suffix in _YAML_SUFFIXES:
         base = str(path.parent / base)  # A file is named as seen from the file that asks for it.
     return _merge(_read(base, asked_by=(*asked_by, name)), content)

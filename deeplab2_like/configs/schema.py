@@ -1,6 +1,6 @@
-"""The shape of a config: every field, its type, its default and what it means.
+"""The schema of a config: every field, its type, its default and its meaning.
 
-A system's own part (`model`) is declared in the system's file and is found through the registry of systems.
+The `model` section is declared in the `config.py` of each system and found through the registry of systems.
 """
 
 from typing import Literal
@@ -8,6 +8,7 @@ from typing import Literal
 import pydantic
 
 from deeplab2_like.errors import UserError
+from deeplab2_like.files import require_local
 
 
 class StrictModel(pydantic.BaseModel):
@@ -17,31 +18,38 @@ class StrictModel(pydantic.BaseModel):
 
 
 class ColorJitterConfig(StrictModel):
-    """Random colour changes, in the order of the fields; each is the largest change, 0 switches it off."""
+    """Random changes of color, in the order of the fields; each value is the largest change, 0 for none."""
 
-    brightness: float = pydantic.Field(0.0, ge=0, le=1, description="Colours are multiplied by 1 +- this.")
+    brightness: float = pydantic.Field(0.0, ge=0, le=1, description="Colors are multiplied by 1 +- this.")
     contrast: float = pydantic.Field(
-        0.0, ge=0, lt=1, description="Distances from the image's mean grey are multiplied by 1 +- this."
+        0.0, ge=0, lt=1, description="Differences from the mean gray of the image are multiplied by 1 +- this."
     )
     saturation: float = pydantic.Field(
-        0.0, ge=0, lt=1, description="Distances from each pixel's own grey are multiplied by 1 +- this."
+        0.0, ge=0, lt=1, description="Differences from the gray of each pixel are multiplied by 1 +- this."
     )
-    hue: float = pydantic.Field(0.0, ge=0, le=0.5, description="Hue is turned by +- this part of the colour circle.")
+    hue: float = pydantic.Field(
+        0.0, ge=0, le=0.5, description="Hue is rotated by +- this fraction of the color circle."
+    )
 
 
 class DataConfig(StrictModel):
-    """Which records are read and how training examples are varied."""
+    """Records and the augmentation of training examples."""
 
     path: str | None = pydantic.Field(None, description="Folder of TFRecords written by `deeplab2-like convert`.")
-    train_split: str = "train"
-    val_split: str = "val"
+    train_split: str = pydantic.Field("train", description="Split of the records to train on.")
+    val_split: str = pydantic.Field("val", description="Split of the records to evaluate on.")
     crop_size: tuple[int, int] = pydantic.Field(description="Height and width of training crops, in pixels.")
-    scale_range: tuple[float, float] = pydantic.Field((1.0, 1.0), description="Range of the random scale.")
-    flip: bool = pydantic.Field(True, description="Mirror left to right, in half of the examples.")
-    dihedral: bool = pydantic.Field(
-        False, description="Random quarter turns and mirroring up to down; for images without a natural 'up'."
+    scale_range: tuple[float, float] = pydantic.Field(
+        (1.0, 1.0),
+        description="Range of the random scale: a training image is resized by a factor from this range before it is "
+        "cropped.",
     )
-    color_jitter: ColorJitterConfig = ColorJitterConfig()
+    flip: bool = pydantic.Field(True, description="Flip half of the examples left to right.")
+    dihedral: bool = pydantic.Field(
+        False,
+        description="Random rotations by 90 degrees and flips up to down, for images without a natural orientation.",
+    )
+    color_jitter: ColorJitterConfig = pydantic.Field(ColorJitterConfig(), description="Random changes of color.")
 
     @property
     def record_folder(self) -> str:
@@ -52,6 +60,16 @@ class DataConfig(StrictModel):
                 "--set data.path=DIR."
             )
         return self.path
+
+    @pydantic.field_validator("path")
+    @classmethod
+    def _local_path(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                require_local(value)
+            except UserError as error:
+                raise ValueError(str(error).removesuffix(".")) from error
+        return value
 
     @pydantic.field_validator("crop_size")
     @classmethod
@@ -69,32 +87,34 @@ class DataConfig(StrictModel):
 
 
 class OptimizerConfig(StrictModel):
-    """The optimiser."""
+    """The optimizer and the regularization."""
 
-    name: Literal["adam", "sgd"] = "adam"
+    name: Literal["adam", "sgd"] = pydantic.Field("adam", description="`adam` or `sgd`.")
     momentum: float = pydantic.Field(0.9, ge=0, lt=1, description="Momentum of SGD; Adam's betas stay 0.9 and 0.999.")
     weight_decay: float = pydantic.Field(
-        0.0, ge=0, description="L2 penalty on kernels and biases, never on normalisation parameters."
+        0.0, ge=0, description="L2 penalty on kernels and biases; normalization parameters have none."
     )
     clip_norm: float | None = pydantic.Field(
-        None, gt=0, description="Largest global norm of the gradient, after summing over replicas."
+        None, gt=0, description="Largest global norm of the gradient, which is summed over all devices first."
     )
     clip_value: float | None = pydantic.Field(
-        None, gt=0, description="Largest absolute value of an element of the gradient, after `clip_norm`."
+        None, gt=0, description="Largest absolute value of each element of the gradient; applied after `clip_norm`."
     )
     multipliers: dict[str, pydantic.NonNegativeFloat] = pydantic.Field(
         {},
         description="Factors of the learning rate by part of the network, such as {backbone: 0.1, backbone/stem: 0}; "
-        "the longest name that fits counts. 0 freezes a part: batch normalisation in it uses its stored statistics.",
+        "the longest matching name wins. 0 freezes a part, and its batch normalization uses the stored "
+        "statistics.",
     )
 
 
 class ScheduleConfig(StrictModel):
-    """The learning rate over time."""
+    """The learning rate schedule."""
 
     name: Literal["poly", "step", "cosine", "constant"] = pydantic.Field(
         "poly",
-        description="`poly` and `cosine` fall to zero at `trainer.steps`; `step` falls at `boundaries`.",
+        description="`poly` and `cosine` decay to zero at `trainer.steps`; `step` decays at `boundaries`; `constant` "
+        "does not decay.",
     )
     power: float = pydantic.Field(0.9, gt=0, description="Exponent of `poly`.")
     boundaries: tuple[pydantic.PositiveInt, ...] = pydantic.Field(
@@ -104,15 +124,15 @@ class ScheduleConfig(StrictModel):
     warmup_steps: int = pydantic.Field(
         0,
         ge=0,
-        description="Steps over which a factor grows linearly to 1; it multiplies the decay, which starts at step 0 "
-        "all the same.",
+        description="Steps of the linear warm-up: a factor that grows to 1. It multiplies the decayed learning rate; "
+        "the decay starts at step 0.",
     )
     warmup_start: float = pydantic.Field(
         0.0,
         ge=0,
         le=1,
-        description="Where that factor starts: step n of the warm-up, counted from 1, has "
-        "warmup_start + (1 - warmup_start) * n / warmup_steps.",
+        description="First value of that factor: step n of the warm-up, counted from 1, has warmup_start + (1 - "
+        "warmup_start) * n / warmup_steps.",
     )
 
     @pydantic.field_validator("boundaries")
@@ -130,51 +150,53 @@ class ScheduleConfig(StrictModel):
 
 
 class TrainerConfig(StrictModel):
-    """How long and how to train."""
+    """Training: length, batches, precision, checkpoints."""
 
-    steps: int = pydantic.Field(ge=1, description="Optimiser steps in all.")
-    batch_size: int = pydantic.Field(ge=1, description="Images that are in memory at once, over all devices.")
+    steps: int = pydantic.Field(ge=1, description="Total optimizer steps.")
+    batch_size: int = pydantic.Field(ge=1, description="Images per batch, over all devices.")
     accumulate_steps: int = pydantic.Field(
         1,
         ge=1,
-        description="Batches whose gradients are averaged for one optimiser step. It equals one batch as many times "
-        "as large where a loss counts the same in every batch (its normalizer), and up to batch normalisation, which "
-        "sees one batch at a time.",
+        description="Batches whose gradients are averaged for one optimizer step, if memory is too small for one "
+        "large batch. The result equals that of one larger batch if the loss normalizers of the batches "
+        "are equal, except for batch normalization, which sees one batch at a time.",
     )
     learning_rate: float = pydantic.Field(gt=0, description="Peak learning rate.")
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = pydantic.Field(OptimizerConfig(), description="Optimizer and regularization.")
+    schedule: ScheduleConfig = pydantic.Field(ScheduleConfig(), description="Learning rate schedule.")
     precision: Literal["float32", "mixed_bfloat16", "mixed_float16"] = pydantic.Field(
         "float32",
-        description="Type of the network's activations; losses and weights are float32 always. `mixed_float16` scales "
-        "the loss, and leaves out steps whose gradient overflows.",
+        description="Dtype of the activations; losses and weights are always float32. `mixed_bfloat16` is for TPUs, "
+        "recent GPUs and CPUs; `mixed_float16` is for older GPUs: it scales the loss and skips steps "
+        "whose gradient overflows.",
     )
     ema_decay: float | None = pydantic.Field(
         None,
         gt=0,
         lt=1,
-        description="Decay of a running average of the weights, which then is what is evaluated and exported; in step "
-        "n, counted from 0, it is at most (1 + n) / (10 + n). null: none.",
+        description="Decay of a moving average of the weights, for instance 0.9999; the average is then evaluated and "
+        "exported. In step n, counted from 0, the decay is at most (1 + n) / (10 + n). null for no "
+        "average.",
     )
     checkpoint_every: int = pydantic.Field(1000, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = pydantic.Field(3, ge=1, description="How many of the newest checkpoints stay.")
+    keep_checkpoints: int = pydantic.Field(3, ge=1, description="Number of newest checkpoints to keep.")
     log_every: int = pydantic.Field(
         50,
         ge=1,
-        description="Steps between two lines of the log and of TensorBoard, which are means over all steps since the "
-        "line before; the last step logs, too.",
+        description="Steps between two lines of the log and of TensorBoard. Values are means over these steps; the "
+        "last step is always logged.",
     )
     pictures_every: int | None = pydantic.Field(
         1000,
         ge=1,
-        description="Steps between pictures of a few images of `data.val_split` in TensorBoard; the first ones come "
-        "after `log_every` steps. null: none, as without such a split.",
+        description="Steps between pictures of a few images of `data.val_split` in TensorBoard; the first pictures "
+        "come after `log_every` steps. null for none; there are none without this split, either.",
     )
     evaluate_every: int | None = pydantic.Field(
         None,
         ge=1,
-        description="Steps between evaluations on `data.val_split`, of which the checkpoint of the highest PQ is kept "
-        "as `best`; also after the last step. null: none.",
+        description="Steps between evaluations on `data.val_split`, also after the last step; the checkpoint of the "
+        "highest PQ is kept as `best`. null for none.",
     )
     seed: int = pydantic.Field(
         0, ge=0, le=2**32 - 1, description="Seed of initial weights, data order and augmentation."
@@ -182,15 +204,17 @@ class TrainerConfig(StrictModel):
     strategy: Literal["one_device", "mirrored", "multi_worker", "tpu"] = pydantic.Field(
         "one_device",
         description="`one_device`; `mirrored` for all GPUs of this machine; `multi_worker` for those of several "
-        "machines, which the environment variable TF_CONFIG names; `tpu`.",
+        "machines, named by the environment variable TF_CONFIG; `tpu`.",
     )
     tpu: str = pydantic.Field("local", description="Name or address of the TPU; `local` for that of this machine.")
 
 
 class Config(StrictModel):
-    """Everything that one run needs; `config.yaml` in a model folder is this, fully resolved."""
+    """The settings of one run; `config.yaml` in a model folder holds them fully resolved."""
 
-    system: str = pydantic.Field(description="Name of the system, a key of `deeplab2_like.model.SYSTEMS`.")
-    data: DataConfig
-    model: pydantic.SerializeAsAny[StrictModel] = pydantic.Field(description="The system's own part.")
-    trainer: TrainerConfig
+    system: str = pydantic.Field(description="Name of the system.")
+    data: DataConfig = pydantic.Field(description="Records and augmentation.")
+    model: pydantic.SerializeAsAny[StrictModel] = pydantic.Field(
+        description="The network, losses and post-processing of the system."
+    )
+    trainer: TrainerConfig = pydantic.Field(description="Length, batches, precision, checkpoints.")

@@ -1,33 +1,30 @@
-"""What a COCO panoptic annotation says about one image: a PNG of segment ids, and a list that gives them a meaning.
+"""COCO panoptic annotations of one image: a PNG of segment ids, and a list of segments that gives them a meaning.
 
-The one home of reading these two, for conversion and evaluation. No TensorFlow here.
+Conversion and evaluation both read them with this module, which does not import TensorFlow.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from deeplab2_like import files
 from deeplab2_like.data import panoptic_label
-from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE, DatasetInfo, whole_number
+from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
 from deeplab2_like.data.label_runs import find_run_values, list_segments
 from deeplab2_like.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """What one value of a map of segment ids means.
+    """A segment: the meaning of one value of a map of segment ids.
 
     Attributes:
         id: The value in the map; 0 is void and belongs to no segment.
         class_id: Contiguous class id.
         is_crowd: Whether it is a crowd region; ignored in predictions.
-        area: Number of pixels as the annotation states it, None if it does not. Only `reference_crowd_rule` of
-            `PanopticQuality` uses it; everything else counts the pixels of the map.
+        area: Number of pixels according to the annotation, None if it has no area. Only `reference_crowd_rule` of
+            `PanopticQuality` uses it; all other code counts the pixels of the map.
     """
 
     id: int
@@ -40,17 +37,17 @@ def parse_segments(segments: Any, dataset_info: DatasetInfo) -> list[Segment]:
     """Reads a `segments_info` list.
 
     Args:
-        segments: The list as it is in the JSON.
+        segments: The list from the JSON.
         dataset_info: The meaning of the category ids.
 
     Returns:
         The segments, in the order of the list.
 
     Raises:
-        UserError: If it is no list, a segment lacks a field, its id is 0 or listed twice, or its category is unknown.
+        UserError: If it is not a list, a segment lacks a field, an id is 0 or listed twice, or a category is unknown.
     """
     if not isinstance(segments, list):
-        raise UserError("its annotation has no list 'segments_info'; add it, empty if nothing is labelled.")
+        raise UserError("its annotation has no list 'segments_info'; add it, empty if nothing is labeled.")
     parsed: dict[int, Segment] = {}
     for position, segment in enumerate(segments):
         try:
@@ -70,39 +67,11 @@ def parse_segments(segments: Any, dataset_info: DatasetInfo) -> list[Segment]:
                 f"'{dataset_info.name}' count)."
             )
         if segment_id == 0:
-            raise UserError("a segment has id 0, which stands for unlabelled pixels; use another id.")
+            raise UserError("a segment has id 0, which stands for unlabeled pixels; use another id.")
         if segment_id in parsed:
             raise UserError(f"'segments_info' lists id {segment_id} more than once; ids must differ.")
         parsed[segment_id] = Segment(segment_id, class_id, is_crowd, area)
     return list(parsed.values())
-
-
-def read_segment_ids(path: Path) -> np.ndarray:
-    """Reads a PNG of segment ids, `id = R + 256 G + 65536 B`.
-
-    Returns:
-        int32 [H, W].
-
-    Raises:
-        UserError: If the file is missing, damaged, or no image of 8-bit red, green and blue.
-    """
-    content = files.read_file(path, "the panoptic PNG")
-    try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:  # An empty file.
-        image = None
-    if image is None:
-        raise UserError(f"'{path}' is not a readable PNG, or cut short.")
-    channels = 1 if image.ndim == 2 else image.shape[2]
-    if channels != 3 or image.dtype != np.uint8:
-        depth = "" if image.dtype == np.uint8 else f" of {8 * image.itemsize} bits"
-        raise UserError(
-            f"'{path}' has {channels} channels{depth}; a panoptic PNG is RGB of 8 bits each, with id = R + 256 G + "
-            "65536 B."
-        )
-    ids = cv2.cvtColor(image, cv2.COLOR_BGR2RGBA).view("<i4")[..., 0]  # [H, W], red in the lowest byte.
-    ids &= MAX_PANOPTIC_VALUE  # Without alpha.
-    return ids
 
 
 def ids_to_panoptic(
@@ -117,13 +86,13 @@ def ids_to_panoptic(
         ids: int32 [H, W], segment ids, 0 for void.
         segments: The meaning of the ids, see `parse_segments`.
         dataset_info: The meaning of the classes.
-        png: What to call the map in messages.
+        png: Name of the map in messages.
 
     Returns:
         int32 [H, W], panoptic map.
 
     Raises:
-        UserError: If map and list do not name the same ids, or the instances are too many.
+        UserError: If map and list do not have the same ids, or there are too many instances.
     """
     value_of_id = {0: dataset_info.void}
     instances = [0] * dataset_info.num_classes
@@ -138,7 +107,7 @@ def ids_to_panoptic(
                 f"'{dataset_info.categories[segment.class_id].name}'; use a label_divisor above {instance}."
             )
         value_of_id[segment.id] = panoptic_label.encode(segment.class_id, instance, dataset_info.label_divisor)
-    if ids.size == 0:
+    if ids.size == 0:  # An empty map has no runs.
         return np.zeros(ids.shape, np.int32)
     lengths, (id_of_run,) = find_run_values(ids.reshape(-1))
     present, index = np.unique(id_of_run, return_inverse=True)
@@ -152,16 +121,17 @@ def compare_measures(ids: np.ndarray, segments: Any) -> list[str]:
 
     Args:
         ids: int32 [H, W], segment ids.
-        segments: The list as it is in the JSON; what is no number, or not stated, is not compared.
+        segments: The list from the JSON; values that are missing or not numbers are not compared.
 
     Returns:
-        A sentence for each difference. An area must be equal, sides of a box may differ by one pixel, as tools do not
-        agree on whether the last one counts.
+        A sentence for each difference. Areas must be equal. Sides of a box may differ by one pixel, as tools do not
+        agree on whether a box includes its last row and column.
     """
     table = list_segments(ids)
     rows = {value: row for row, value in enumerate(table.values.tolist())}
     differences = []
     for segment in segments if isinstance(segments, list) else ():
+        # This list has not been checked yet, so any part of it may be anything.
         row = rows.get(segment.get("id")) if isinstance(segment, dict) and _is_number(segment.get("id")) else None
         if row is None:
             continue
@@ -169,11 +139,11 @@ def compare_measures(ids: np.ndarray, segments: Any) -> list[str]:
         if _is_number(area) and area != table.areas[row]:
             differences.append(f"segment {segment['id']} has area {area} in the JSON, {table.areas[row]} in the PNG.")
         y_min, x_min, y_max, x_max = table.boxes[row].tolist()
-        found = [x_min, y_min, x_max - x_min, y_max - y_min]
+        tight_box = [x_min, y_min, x_max - x_min, y_max - y_min]
         is_box = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
-        if is_box and max(abs(stated - real) for stated, real in zip(box, found, strict=True)) > 1:
+        if is_box and max(abs(stated - actual) for stated, actual in zip(box, tight_box, strict=True)) > 1:
             differences.append(
-                f"segment {segment['id']} has box {box} in the JSON, {found} in the PNG (x, y, width, height)."
+                f"segment {segment['id']} has box {box} in the JSON, {tight_box} in the PNG (x, y, width, height)."
             )
     return differences
 
@@ -183,25 +153,25 @@ def _is_number(value: Any) -> bool:
 
 
 def check_ids(present: np.ndarray, segments: Sequence[Segment], *, png: str) -> None:
-    """Checks that a map holds the ids of a list and no others.
+    """Checks that a map has pixels of every id of a list and of no other id.
 
     Args:
         present: Integers [N], the distinct values of the map.
         segments: The list.
-        png: What to call the map in messages.
+        png: Name of the map in messages.
 
     Raises:
-        UserError: If one of them names an id that the other lacks.
+        UserError: If one of them has an id that the other lacks.
     """
     listed = {segment.id for segment in segments}
-    held = set(present.tolist()) - {0}
-    if held == listed:
+    in_map = set(present.tolist()) - {0}
+    if in_map == listed:
         return
-    if held - listed:
-        raise UserError(f"{png} has pixels of id {_some(held - listed)}, which 'segments_info' does not list.")
-    raise UserError(f"'segments_info' lists id {_some(listed - held)}, of which {png} has no pixels.")
+    if in_map - listed:
+        raise UserError(f"{png} has pixels of id {_format_ids(in_map - listed)}, which 'segments_info' does not list.")
+    raise UserError(f"'segments_info' lists id {_format_ids(listed - in_map)}, of which {png} has no pixels.")
 
 
-def _some(ids: set[int]) -> str:
-    """Names the first ids of a set."""
+def _format_ids(ids: set[int]) -> str:
+    """Lists the first ids of a set and counts the rest."""
     return ", ".join(str(i) for i in sorted(ids)[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")

@@ -1,7 +1,7 @@
-"""`DatasetInfo`: the only home of what a data set's labels mean.
+"""`DatasetInfo`: the meaning of a data set's labels. No other module defines a part of it.
 
-It is read from the `categories` of a COCO panoptic JSON, and travels as `dataset_info.json` inside the TFRecord folder,
-the model folder and the exported SavedModel. No TensorFlow here: every part of the library may import this module.
+It is read from the `categories` of a COCO panoptic JSON, and saved as `dataset_info.json` in the record folder, the
+model folder and the exported SavedModel. This module does not import TensorFlow, so that every other one may import it.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Category:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What the values of a panoptic map mean.
+    """The meaning of the values of a panoptic map.
 
     A panoptic map holds `class_id * label_divisor + instance_id`. `class_id` is the position of a class in
     `categories`, so it is contiguous from 0; instances count from 1; instance 0 is stuff or, for a thing class, a crowd
@@ -51,9 +51,9 @@ class DatasetInfo:
         categories: The classes; their order gives the class ids.
         label_divisor: Factor between class and instance ids.
         ignore_label: Class id of void pixels; not smaller than the number of classes.
-        record_offset: What the records of the data set add to the class ids; smaller ones are void there. It is 1 for
-            records that DeepLab2 has made of COCO, where 0 is void and the classes count from 1. Only
-            `pipeline` knows of it: maps that it has read are as described above.
+        record_offset: Number that the records of the data set add to the class ids; smaller class ids are void there.
+            It is 1 for DeepLab2's records of COCO, where 0 is void and the classes count from 1. `pipeline` subtracts
+            it when it reads a record, so all other code sees maps as described above.
     """
 
     name: str = dataclasses.field(compare=False)
@@ -71,7 +71,7 @@ class DatasetInfo:
             raise UserError(f"Data set '{self.name}' lists category id {doubled[0]} twice; ids must differ.")
         names = [category.name for category in self.categories]
         for name in names:
-            if any(0xD800 <= ord(letter) <= 0xDFFF for letter in name):  # OpenCV dies of them.
+            if any(0xD800 <= ord(letter) <= 0xDFFF for letter in name):  # OpenCV crashes when it draws lone surrogates.
                 raise UserError(f"Category name {name!r} of '{self.name}' is no Unicode text; use another name.")
         doubled_names = sorted({name for name in names if names.count(name) > 1})
         if doubled_names:
@@ -126,12 +126,12 @@ class DatasetInfo:
         """Reads the `categories` list of a COCO panoptic JSON; nothing else is needed from the user.
 
         Args:
-            categories: Mappings with `id`, `name`, `isthing`, and optionally `color` (a colour is made up if absent).
+            categories: Mappings with `id`, `name`, `isthing`, and optionally `color` (generated if absent).
             name: The data set's name, used in messages.
             label_divisor: Must be larger than the number of instances of a class in any image.
 
         Returns:
-            The data set's facts, classes in the order of the list.
+            The data set's info, with the classes in the order of the list.
 
         Raises:
             UserError: If a category lacks a field or has a wrong one, an id appears twice, or the ids do not fit.
@@ -149,7 +149,7 @@ class DatasetInfo:
             try:
                 if not isinstance(category["name"], str) or not category["name"].strip():
                     raise TypeError(f"name {category['name']!r}")
-                red, green, blue = category.get("color") or _made_up_color(position)
+                red, green, blue = category.get("color") or _generate_color(position)
                 parsed.append(
                     Category(
                         id=whole_number(category["id"]),
@@ -173,19 +173,38 @@ class DatasetInfo:
         ]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `dataset_info.json` into `folder` (whole or not at all), which is made if missing.
+        """Writes `dataset_info.json` into `folder` (whole or not at all), which is created if missing.
 
         Raises:
             UserError: If the file cannot be written.
         """
-        content = {
+        write_atomically(Path(folder) / FILE_NAME, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of `dataset_info.json`."""
+        return {
             "name": self.name,
             "label_divisor": self.label_divisor,
             "ignore_label": self.ignore_label,
             **({"record_offset": self.record_offset} if self.record_offset else {}),
             "categories": self.to_coco_categories(),
         }
-        write_atomically(Path(folder) / FILE_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "DatasetInfo":
+        """Reads the result of `to_dict`.
+
+        Raises:
+            UserError, ValueError, LookupError, TypeError or OverflowError: If it is damaged.
+        """
+        info = cls.from_coco_categories(
+            content["categories"], name=str(content["name"]), label_divisor=whole_number(content["label_divisor"])
+        )
+        return dataclasses.replace(
+            info,
+            ignore_label=whole_number(content["ignore_label"]),
+            record_offset=whole_number(content.get("record_offset", 0)),
+        )
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "DatasetInfo":
@@ -202,15 +221,7 @@ class DatasetInfo:
                 f"'{folder}' has no {FILE_NAME}; give a folder that `deeplab2-like` convert, train or export wrote."
             )
         try:
-            content = json.loads(read_file(path, "file"))
-            info = cls.from_coco_categories(
-                content["categories"], name=str(content["name"]), label_divisor=whole_number(content["label_divisor"])
-            )
-            return dataclasses.replace(
-                info,
-                ignore_label=whole_number(content["ignore_label"]),
-                record_offset=whole_number(content.get("record_offset", 0)),
-            )
+            return cls.from_dict(json.loads(read_file(path, "file")))
         except UserError:
             raise
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
@@ -218,10 +229,15 @@ class DatasetInfo:
 
 
 def whole_number(value: Any, low: int | None = None, high: int | None = None) -> int:
-    """Reads a whole number as files hold it: 7, 7.0 or "7", and for 0 and 1 also false and true.
+    """Reads a whole number from a JSON value: 7, 7.0 or "7", and for 0 and 1 also false and true.
+
+    Args:
+        value: The value.
+        low: Smallest number allowed; None: no limit.
+        high: Largest number allowed; None: no limit.
 
     Raises:
-        TypeError, ValueError or OverflowError: If it is something else, or not in `low`..`high`.
+        TypeError, ValueError or OverflowError: If it is not a whole number, or not in `low`..`high`.
     """
     number = int(value)
     if isinstance(value, float) and number != value:
@@ -231,8 +247,8 @@ def whole_number(value: Any, low: int | None = None, high: int | None = None) ->
     return number
 
 
-def _made_up_color(position: int) -> tuple[int, int, int]:
-    """A colour that differs from its neighbours: steps around the hue circle by the golden ratio."""
+def _generate_color(position: int) -> tuple[int, int, int]:
+    """Returns a color for a class; steps of the golden ratio around the hue circle keep neighboring classes apart."""
     import colorsys
 
     red, green, blue = colorsys.hsv_to_rgb((position * 0.618034) % 1.0, 0.65, 0.9)

@@ -1,14 +1,14 @@
-"""What can be wrong with labels that can nevertheless be read, as `inspect` and `convert --check` list it."""
+"""Faults of labels that do not keep them from being read; `inspect` and `convert --check` list them."""
 
 import dataclasses
 
-# Kind -> whether training on it, or what is measured on it, is wrong. The others may well be meant.
+# Kind -> whether it is an error, which makes training or evaluation wrong. The others may be intended.
 KINDS = {
     "damaged record": True,
     "id out of range": True,
     "segment differs from JSON": True,
     "image in several splits": True,
-    "two classes of one colour": False,
+    "two classes of one color": False,
     "instance without pixels": False,
     "image without labels": False,
     "image twice in a split": False,
@@ -17,12 +17,12 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """One fault.
+    """One fault of the labels.
 
     Attributes:
         kind: One of `KINDS`.
         where: The image and record, or the part of the data set.
-        text: What is wrong, one sentence.
+        text: The fault in one sentence.
     """
 
     kind: str
@@ -31,5 +31,5 @@ class Fault:
 
     @property
     def is_error(self) -> bool:
-        """Whether it must be mended."""
+        """Whether it must be fixed before training."""
         return KINDS[self.kind]

@@ -1,12 +1,12 @@
-"""Classes of published data sets whose files do not name them. No TensorFlow here.
+"""Classes of published data sets whose files do not name them.
 
-The facts are those of the data sets' own tools: ids, names and colours.
+Ids, names and colors are those of the data sets' own tools. This module does not import TensorFlow.
 """
 
 from deeplab2_like.data.dataset_info import Category
 
 # https://github.com/mcordts/cityscapesScripts, helpers/labels.py: the classes that are evaluated, with their label ids.
-# Their train ids are the positions in this list.
+# The train id of a class is its position in this list.
 CITYSCAPES = tuple(
     Category(*row)
     for row in (
@@ -172,8 +172,8 @@ COCO_PANOPTIC = tuple(
     )
 )
 
-# http://sceneparsing.csail.mit.edu, the 150 classes of ADE20K's challenge data, whose ids in the PNGs count from 1; and
-# those of them that its instance challenge has, in the order of its ids, which count from 1, too.
+# http://sceneparsing.csail.mit.edu: the 150 classes of ADE20K's challenge. The id of a class in the PNGs is its
+# position in this list, counted from 1.
 ADE20K_NAMES = (
     "wall",
     "building",
@@ -326,6 +326,8 @@ ADE20K_NAMES = (
     "clock",
     "flag",
 )
+# The classes of the instance challenge, by those ids. The instance challenge's own ids are the positions in this list,
+# counted from 1, too.
 # fmt: off
 ADE20K_THINGS = (
     8, 9, 11, 13, 15, 16, 19, 20, 21, 23, 24, 25, 28, 31, 32, 33, 34, 36, 37, 38, 39, 40, 42, 43, 44, 45, 46, 48,

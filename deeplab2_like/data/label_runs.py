@@ -1,8 +1,8 @@
 """Runs of label maps.
 
-Label maps are piecewise constant. A run is a stretch of the row-major map, as long as possible, in which one map, or
-each of several, keeps its value. Whatever only counts, measures or renames segments can work on runs, of which there
-are far fewer than pixels.
+Label maps are piecewise constant. A run is a maximal stretch of the row-major map with one value; a run of several maps
+is a maximal stretch in which each of them keeps its value. Code that only counts, measures or renames segments can work
+on runs, of which there are far fewer than pixels.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Pixels looked at in one go: of two int32 maps 1 MiB, which fits the second-level cache of today's processors.
+# Pixels per block: 1 MiB of two int32 maps, which fits the second-level cache of today's processors.
 _BLOCK = 2**17
 
 
 def find_runs(*maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts flat maps into runs, the longest stretches in which every one of them keeps its value.
+    """Cuts flat maps into runs, the maximal stretches in which each of them keeps its value.
 
-    Runs may pass over the end of a row: only neighbours in memory matter.
+    A run may continue in the next row, as only neighbors in memory are compared.
 
     Args:
         *maps: One or more arrays [H*W] of the same size, not empty.
@@ -71,7 +71,7 @@ def list_segments(labels: np.ndarray) -> SegmentTable:
     starts = ends - lengths + 1
     values, index = np.unique(flat[ends], return_inverse=True)
     top, bottom = starts // width, ends // width
-    # A run that goes on in the next row touches both sides of the map.
+    # A run that continues in the next row touches both sides of the map.
     wraps = top != bottom
     left, right = np.where(wraps, 0, starts % width), np.where(wraps, width - 1, ends % width)
     boxes = np.empty((values.size, 4), np.int64)
@@ -90,16 +90,16 @@ def list_segments(labels: np.ndarray) -> SegmentTable:
 def _find_ends(maps: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Finds the last position of each run, int64 [R], and the value of each map there, [R] of its type.
 
-    This looks at every pixel, so it takes most of the time of an evaluation, and memory decides how much: block by
-    block, everything is still in the cache when it is needed again.
+    This reads every pixel, so it takes most of the time of an evaluation, and memory bandwidth limits it. It works in
+    blocks, so that the data is still in the cache when it is read again.
     """
     size = maps[0].size
-    block = min(_BLOCK, -(-size // 4) * 4)
+    block = min(_BLOCK, -(-size // 4) * 4)  # A multiple of 4, for the view as groups below.
     is_end, differs = np.zeros(block, bool), np.empty(block, bool)
     groups = is_end.view(np.uint32)  # [block / 4]
     parts = []
     for start in range(0, size, block):
-        stop = min(start + block, size - 1)  # The last pixel has no next one to differ from.
+        stop = min(start + block, size - 1)  # The last pixel has no next pixel.
         inner = slice(0, stop - start)
         np.not_equal(maps[0][start + 1 : stop + 1], maps[0][start:stop], out=is_end[inner])
         for labels in maps[1:]:
@@ -108,8 +108,8 @@ def _find_ends(maps: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]
         if start + block >= size:
             is_end[stop - start] = True
             is_end[stop - start + 1 :] = False
-        # Ends are rare. To look for groups of four pixels that hold any, and then only into these, takes half the time
-        # of `flatnonzero(is_end)`.
+        # Ends are rare: finding the groups of four pixels that have one, and then searching only these, takes half the
+        # time of `flatnonzero(is_end)`.
         (occupied,) = groups.astype(bool).nonzero()  # [G]
         (position,) = groups[occupied].view(bool).nonzero()  # [r], in 0..4 G - 1
         occupied *= 4

@@ -1,4 +1,4 @@
-"""Encoding of panoptic maps: class and instance in one integer, and that integer in an RGB PNG.
+"""Encoding of panoptic maps: class and instance as one integer, and that integer as the color of an RGB PNG.
 
 `encode`, `decode` and `rgb_to_ids` use only integer arithmetic, so they work on NumPy arrays and on tensors of any
 backend alike.
@@ -23,7 +23,7 @@ def decode(panoptic: Any, label_divisor: int) -> tuple[Any, Any]:
 
 
 def ids_to_rgb(ids: np.ndarray) -> np.ndarray:
-    """Writes ids as colours, `id = R + 256 G + 65536 B` (the COCO panoptic convention).
+    """Converts ids to colors, `id = R + 256 G + 65536 B` (the COCO panoptic convention).
 
     Args:
         ids: int [H, W], values 0..2**24 - 1.
@@ -35,10 +35,10 @@ def ids_to_rgb(ids: np.ndarray) -> np.ndarray:
 
 
 def rgb_to_ids(rgb: Any) -> Any:
-    """Reads ids from colours, the inverse of `ids_to_rgb`.
+    """Converts colors to ids, the inverse of `ids_to_rgb`.
 
     Args:
-        rgb: int32 [H, W, 3] (cast before: uint8 would overflow).
+        rgb: int32 [H, W, 3], not uint8, which would overflow.
 
     Returns:
         int32 [H, W].
@@ -54,14 +54,14 @@ def classes_of_values(
     Args:
         values: int64 [N], distinct values `class * divisor + instance`, not negative.
         dataset_info: The meaning of the classes.
-        name: What the map is, for the message ("ground-truth", "predicted").
+        name: Name of the map in the message ("ground-truth", "predicted").
         divisor: The data set's label_divisor if not given; 1 for class maps.
 
     Returns:
         int64 [N], contiguous class ids or -1.
 
     Raises:
-        UserError: If the class of a value is neither one of the data set's nor void.
+        UserError: If the class of a value is neither a class of the data set nor void.
     """
     divisor = divisor or dataset_info.label_divisor
     classes = values // divisor

@@ -1,38 +1,37 @@
 """The input pipeline: from TFRecords to training batches and evaluation examples.
 
-Training is exactly resumable: the order of the examples and all that is random about them depend on the seed and the
-step alone. Epoch e visits the records in a permutation drawn from (seed, e); the n-th example ever drawn is augmented
-with the seed (seed, n). As records are addressed by their place in the files, every epoch is shuffled completely
-without a buffer, and resuming at a later step reads nothing of what it skips.
+Training is exactly resumable: the order of the examples and their augmentation depend on the seed and the step alone.
+Epoch e visits the records in a permutation drawn from (seed, e); the n-th example of the training is augmented with the
+seed (seed, n). Records are read by their offsets in the files, so every epoch is shuffled completely without a buffer,
+and resuming at a later step reads none of the skipped records.
 """
 
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from deeplab2_like.configs.schema import ColorJitterConfig
-from deeplab2_like.data import augment, tfrecord
+from deeplab2_like.configs.schema import DataConfig
+from deeplab2_like.data import augment
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.record_errors import report_bad_records, require
+from deeplab2_like.data.records import parse_example
+from deeplab2_like.data.shards import RecordIndex, read_index
 from deeplab2_like.errors import UserError
 
 Targets = dict[str, tf.Tensor]
 
-# Data sets up to this size are held in memory, as serialized records, unless the user says otherwise.
+# Serialized records of a data set up to this size are held in memory unless the caller decides otherwise.
 CACHE_LIMIT_BYTES = 2**30
 
 
-def make_train_dataset(
+def make_train_dataset(  # noqa: PLR0913 - batches, their parts and the source of randomness
     files: Sequence[str],
+    config: DataConfig,
     *,
     make_targets: Callable[[tf.Tensor], Targets],
     dataset_info: DatasetInfo,
     batch_size: int,
-    crop_size: tuple[int, int],
     pad_value: Sequence[int],
-    scale_range: tuple[float, float] = (1.0, 1.0),
-    flip: bool = True,
-    dihedral: bool = False,
-    color_jitter: ColorJitterConfig | None = None,
     seed: int = 0,
     start_step: int = 0,
     num_parts: int = 1,
@@ -43,22 +42,18 @@ def make_train_dataset(
     """Makes the endless data set of training batches.
 
     Args:
-        files: TFRecord files, as `tfrecord.list_shards` gives them.
-        make_targets: A system's targets from one panoptic map, int32 [h, w]; all of static shape.
-        dataset_info: What the labels mean.
+        files: TFRecord files, as `shards.list_shards` gives them.
+        config: Section `data` of a config, see `augment.augment` for the keys that are used.
+        make_targets: Makes a system's targets from one panoptic map, int32 [h, w]; all of static shape.
+        dataset_info: The meaning of the labels.
         batch_size: Examples per batch, over all replicas.
-        crop_size: Height and width of the training images.
-        pad_value: Colour of padded pixels, red, green and blue; best the mean that the system normalises to zero.
-        scale_range: See `augment.augment`, as for the next three.
-        flip: Whether to mirror left and right.
-        dihedral: Whether to turn and mirror in all eight ways.
-        color_jitter: How to change colours.
+        pad_value: Color of padded pixels, red, green and blue; best the mean that the system normalizes to zero.
         seed: Decides order and augmentation.
-        start_step: Number of batches to leave out at the beginning, to resume there.
-        num_parts: Into how many equal parts each batch is cut, one for each replica.
-        parts: Which of them are wanted here, in growing order; they come one after the other.
+        start_step: Number of batches to skip at the beginning, to resume there.
+        num_parts: Number of equal parts of each batch, one for each replica.
+        parts: The parts to yield, in ascending order, one after the other.
         cache: Whether to hold all serialized records in memory; None: if they are smaller than `CACHE_LIMIT_BYTES`.
-        num_parallel_calls: Examples prepared at once.
+        num_parallel_calls: Number of examples prepared at once.
 
     Returns:
         Yields `{"image": uint8 [B, h, w, 3], "image_id": string [B], "targets": make_targets' dict, each [B, ...]}`
@@ -66,13 +61,13 @@ def make_train_dataset(
 
     Raises:
         UserError: If the files hold no records or are damaged, or a batch cannot be cut. While iterating, a faulty
-            record raises a TensorFlow error, which `tfrecord.user_errors` turns into a `UserError`.
+            record raises a TensorFlow error, which `record_errors.report_bad_records` turns into a `UserError`.
     """
     if batch_size % num_parts:
         raise UserError(f"A batch of {batch_size} images cannot be cut into {num_parts} equal parts.")
-    index = tfrecord.read_index(files)
+    index = read_index(files)
     if not len(index):
-        raise UserError(f"The TFRecord files hold no examples ({_names(files)}); convert the data set again.")
+        raise UserError(f"The TFRecord files hold no examples ({_list_names(files)}); convert the data set again.")
     if cache is None:
         cache = index.num_bytes <= CACHE_LIMIT_BYTES
     read = _cached_reader(index) if cache else file_reader(index)
@@ -81,14 +76,10 @@ def make_train_dataset(
         example = read_example(read(record), dataset_info)
         example = augment.augment(
             example,
+            config,
             seed=tf.stack([tf.constant(seed, tf.int64), number]),
-            crop_size=crop_size,
             void=dataset_info.void,
             pad_value=pad_value,
-            scale_range=scale_range,
-            flip=flip,
-            dihedral=dihedral,
-            color_jitter=color_jitter,
         )
         return {
             "image": example["image"],
@@ -97,10 +88,11 @@ def make_train_dataset(
         }
 
     part_size = batch_size // num_parts
+    # The examples of other parts are skipped before they are read, so each worker reads and augments its own only.
     dataset = _numbered_records(len(index), seed=seed, start=start_step * batch_size)
     if len(parts) < num_parts:
-        wanted = tf.constant(list(parts), tf.int64)
-        dataset = dataset.filter(lambda number, _: tf.reduce_any(number % batch_size // part_size == wanted))
+        own_parts = tf.constant(list(parts), tf.int64)
+        dataset = dataset.filter(lambda number, _: tf.reduce_any(number % batch_size // part_size == own_parts))
     dataset = dataset.map(prepare, num_parallel_calls=num_parallel_calls, deterministic=True)
     return dataset.batch(part_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
@@ -111,9 +103,9 @@ def make_eval_dataset(
     """Makes the data set of whole, unaltered images for evaluation, each once, in the order of the files.
 
     Args:
-        files: TFRecord files, as `tfrecord.list_shards` gives them.
-        dataset_info: What the labels mean.
-        num_parallel_calls: Examples read at once.
+        files: TFRecord files, as `shards.list_shards` gives them.
+        dataset_info: The meaning of the labels.
+        num_parallel_calls: Number of examples read at once.
 
     Returns:
         Yields `{"image": uint8 [H, W, 3], "panoptic": int32 [H, W], "image_id": string []}`, not batched.
@@ -128,7 +120,7 @@ def make_eval_dataset(
 
 
 def _numbered_records(num_records: int, *, seed: int, start: int) -> tf.data.Dataset:
-    """Endless pairs (number of the example, position of its record), int64 [], from number `start` on."""
+    """Makes endless pairs (number of the example, position of its record), int64 [], from number `start` on."""
 
     def epoch(number: tf.Tensor) -> tf.data.Dataset:
         # Negative, so that no epoch shares its random numbers with the augmentation of an example.
@@ -141,18 +133,18 @@ def _numbered_records(num_records: int, *, seed: int, start: int) -> tf.data.Dat
     return records.enumerate(start=start)
 
 
-def _cached_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]:
+def _cached_reader(index: RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a function from a record's position, int64 [], to its bytes, string []; holds all records in memory."""
     contents: list[bytes] = []
     for path in index.files:
-        with tfrecord.user_errors([path]):
+        with report_bad_records([path]):
             contents.extend(tf.data.TFRecordDataset(path).as_numpy_iterator())
-    with tf.device("CPU:0"):
+    with tf.device("CPU:0"):  # GPUs cannot hold strings.
         records = tf.constant(contents)
     return lambda position: tf.gather(records, position)
 
 
-def file_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]:
+def file_reader(index: RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a function from a record's position, int64 [], to its bytes, string []; reads that record alone."""
     with tf.device("CPU:0"):
         files = tf.constant(index.files)
@@ -160,7 +152,7 @@ def file_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]
         offsets = tf.constant(index.offsets)
 
     def read(position: tf.Tensor) -> tf.Tensor:
-        # `tf.data.TFRecordDataset` does not offer the offset that its operation takes.
+        # The raw operation, because `tf.data.TFRecordDataset` has no argument for the offset.
         variant = tf.raw_ops.TFRecordDatasetV2(
             filenames=tf.gather(files, file_numbers[position])[None],
             compression_type="",
@@ -176,13 +168,19 @@ def file_reader(index: tfrecord.RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]
 def read_example(
     serialized: tf.Tensor, dataset_info: DatasetInfo, *, check_classes: bool = True
 ) -> dict[str, tf.Tensor]:
-    """Reads a record as `tfrecord.parse_example` does, and takes `DatasetInfo.record_offset` off its classes.
+    """Parses a record, and subtracts `DatasetInfo.record_offset` from its classes.
 
-    With `check_classes` it stops on a panoptic value whose class the data set does not have.
+    Args:
+        serialized: string [], a serialized `tf.train.Example`.
+        dataset_info: The meaning of the labels.
+        check_classes: Whether a panoptic value of an unknown class raises a TensorFlow error.
+
+    Returns:
+        The keys of `records.parse_example`.
     """
-    example = tfrecord.parse_example(serialized)
+    example = parse_example(serialized)
     panoptic, divisor, offset = example["panoptic"], dataset_info.label_divisor, dataset_info.record_offset
-    # Compared with the smallest values of classes: to divide each pixel would take several times as long.
+    # Compares values with the limits of the classes, as dividing each pixel would take several times as long.
     first_void = (0 if offset else dataset_info.ignore_label) * divisor
     is_void = (panoptic >= first_void) & (panoptic < first_void + max(offset, 1) * divisor)
     allowed = (panoptic >= offset * divisor) & (panoptic < (offset + dataset_info.num_classes) * divisor) | is_void
@@ -202,12 +200,12 @@ def read_example(
         ]
 
     if check_classes:
-        with tf.control_dependencies([tfrecord.require(tf.reduce_all(allowed), message)]):
+        with tf.control_dependencies([require(tf.reduce_all(allowed), message)]):
             panoptic = tf.identity(panoptic)
     if offset:
         panoptic = tf.where(is_void, dataset_info.void, panoptic - offset * divisor)
     return {**example, "panoptic": panoptic}
 
 
-def _names(files: Sequence[str]) -> str:
+def _list_names(files: Sequence[str]) -> str:
     return ", ".join(files[:3]) + (", ..." if len(files) > 3 else "") if files else "no files"

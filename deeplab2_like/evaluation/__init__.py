@@ -1,1 +1,1 @@
-"""Evaluation: streaming metrics, the COCO panoptic file format, reports. Needs NumPy, no deep learning stack."""
+"""Evaluation: streaming metrics, the COCO panoptic file format, reports, and the evaluation of models."""

@@ -1,8 +1,8 @@
 """The COCO panoptic file format: one PNG of segment ids per image and one JSON for all.
 
-A PNG holds `id = R + 256 G + 65536 B`, 0 for void. The ids we write are **the panoptic value + 1**: unique by
-construction, never 0 (class 0 without an instance has panoptic value 0), and readable back by subtracting one. They fit
-24 bits because void, which is written as 0, is the largest class. Category ids in the JSON are the data set's own.
+A PNG holds `id = R + 256 G + 65536 B`, 0 for void. The ids that this module writes are **the panoptic value + 1**: they
+are unique, never 0 (class 0 without an instance has panoptic value 0), and give the panoptic value back. They fit 24
+bits because void, which is written as 0, is the largest class. Category ids in the JSON are the data set's own.
 """
 
 import contextlib
@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from deeplab2_like.data.coco_segments import Segment, ids_to_panoptic, parse_segments, read_segment_ids
+from deeplab2_like.data.coco_segments import Segment, ids_to_panoptic, parse_segments
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import read_id_png, write_png
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.data.panoptic_label import classes_of_values, ids_to_rgb
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import read_json, write_atomically, write_png
+from deeplab2_like.files import make_folder, read_json, require_local, write_atomically
+from deeplab2_like.paths import path_inside
+from deeplab2_like.temporary import remove_leftovers
 
 
 def segments_info(
@@ -39,14 +42,15 @@ def segments_info(
         ground_truth: Whether instance 0 of a thing class is a crowd; predictions have none.
 
     Returns:
-        One mapping per segment: `id`, `category_id`, `iscrowd`, `area`, `bbox` [x, y, width, height], maybe `score`.
+        One mapping per segment: `id`, `category_id`, `iscrowd`, `area`, `bbox` [x, y, width, height] and, if given,
+        `score`.
 
     Raises:
         UserError: If the map holds an unknown class.
     """
     table = list_segments(panoptic)
     classes = classes_of_values(table.values, dataset_info, name="panoptic")
-    described = []
+    segments = []
     for value, class_id, area, box in zip(
         table.values.tolist(), classes.tolist(), table.areas.tolist(), table.boxes.tolist(), strict=True
     ):
@@ -64,19 +68,19 @@ def segments_info(
         }
         if scores and value in scores:
             segment["score"] = float(scores[value])
-        described.append(segment)
-    return described
+        segments.append(segment)
+    return segments
 
 
 def panoptic_to_ids(panoptic: np.ndarray, dataset_info: DatasetInfo) -> np.ndarray:
-    """Turns a panoptic map, int32 [H, W], into the ids of its PNG, int32 [H, W]: value + 1, and 0 for void."""
+    """Converts a panoptic map, int32 [H, W], to the ids of its PNG, int32 [H, W]: value + 1, and 0 for void."""
     return np.where(panoptic >= dataset_info.void, 0, panoptic + 1).astype(np.int32)
 
 
 class CocoPanopticWriter:
-    """Writes panoptic maps one by one; `OUTPUT_DIR/NAME/*.png` at once, `OUTPUT_DIR/NAME.json` on `close`.
+    """Writes panoptic maps one by one: `OUTPUT_DIR/NAME/*.png` on `add`, `OUTPUT_DIR/NAME.json` on `close`.
 
-    As a context manager it closes itself, unless an error ends the block: then no JSON is left.
+    A context manager that closes itself, unless an error ends the block: then it writes no JSON.
     """
 
     def __init__(
@@ -87,13 +91,13 @@ class CocoPanopticWriter:
         name: str = "panoptic",
         ground_truth: bool = False,
     ) -> None:
-        """Prepares a folder.
+        """Creates a writer.
 
         Args:
-            output_dir: Is made if missing.
+            output_dir: The folder; it is created if missing.
             dataset_info: The meaning of the maps.
             name: Name of the JSON file and of the PNG folder.
-            ground_truth: Write instance 0 of a thing class as a crowd region.
+            ground_truth: Whether to write instance 0 of a thing class as a crowd region.
         """
         self.json_file = Path(output_dir) / f"{name}.json"
         self.png_dir = Path(output_dir) / name
@@ -102,6 +106,19 @@ class CocoPanopticWriter:
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
         self._image_of_png: dict[str, int | str] = {}
+
+    def start(self) -> None:
+        """Makes the output folder, and removes what must not stay in it beside the files of this run.
+
+        That is the JSON of an earlier run, which would describe other PNG files should this one end early, and what
+        killed runs have left.
+
+        Raises:
+            UserError: If the folder cannot be made.
+        """
+        make_folder(self.json_file.parent)
+        remove_leftovers(self.png_dir, recursive=True)
+        self.json_file.unlink(missing_ok=True)
 
     def add(
         self,
@@ -114,17 +131,17 @@ class CocoPanopticWriter:
         """Writes the PNG of an image.
 
         Args:
-            image_id: The data set's id of the image (COCO's are ints; a submission must repeat them exactly).
-            file_name: The image's file name, maybe with folders; the PNG gets the same with the ending `.png`.
+            image_id: The data set's id of the image (COCO's are ints; a submission must have exactly these).
+            file_name: The image's file name, with or without folders; the PNG has the same name with suffix `.png`.
             panoptic: int32 [H, W], panoptic map.
             scores: Panoptic value -> score, for the segments that have one.
-            png_name: Another name for the PNG, maybe with folders, where images differ in their endings only.
+            png_name: Another name for the PNG, for images whose names differ in their suffixes only.
 
         Raises:
-            UserError: If the name leaves the folder or was used before, the map holds an unknown class, or the file
+            UserError: If the name leaves the folder or was used before, the map has an unknown class, or the file
                 cannot be written.
         """
-        image_id = image_id.item() if isinstance(image_id, np.generic) else image_id
+        image_id = image_id.item() if isinstance(image_id, np.generic) else image_id  # JSON takes no NumPy numbers.
         png_name = png_name or str(PurePosixPath(file_name).with_suffix(".png"))
         if PurePosixPath(png_name).is_absolute() or ".." in PurePosixPath(png_name).parts:
             raise UserError(
@@ -136,12 +153,13 @@ class CocoPanopticWriter:
                 "names must differ in more than their endings."
             )
         panoptic = np.asarray(panoptic)
-        described = segments_info(panoptic, self.dataset_info, scores=scores, ground_truth=self.ground_truth)
+        segments = segments_info(panoptic, self.dataset_info, scores=scores, ground_truth=self.ground_truth)
         write_png(self.png_dir / png_name, ids_to_rgb(panoptic_to_ids(panoptic, self.dataset_info)))
+        # After the PNG, so that the JSON lists no image whose PNG could not be written.
         height, width = panoptic.shape
         self._image_of_png[png_name] = image_id
         self._images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        self._annotations.append({"image_id": image_id, "file_name": png_name, "segments_info": described})
+        self._annotations.append({"image_id": image_id, "file_name": png_name, "segments_info": segments})
 
     def close(self) -> Path:
         """Writes the JSON, whole or not at all, and returns its path."""
@@ -167,7 +185,7 @@ class CocoPanopticReader:
     """Reads panoptic maps from COCO panoptic files, image by image.
 
     Attributes:
-        dataset_info: The meaning of the maps, from the JSON's categories unless given.
+        dataset_info: The meaning of the maps; by default from the JSON's categories.
         annotations: Image id -> annotation, in the order of the JSON.
     """
 
@@ -184,21 +202,23 @@ class CocoPanopticReader:
         Args:
             json_file: COCO panoptic JSON.
             png_dir: Folder with the PNG files that it names.
-            dataset_info: Use these categories, not the JSON's (a prediction's JSON may lack them, but must not
-                contradict).
-            label_divisor: For the categories of the JSON; above the number of instances of a class in any image.
+            dataset_info: The meaning of the maps. The JSON then needs no categories, but those that it has must agree.
+            label_divisor: Label divisor if the categories come from the JSON; above the number of instances of a class
+                in any image.
 
         Raises:
             UserError: If a file or folder is missing or damaged, or an image is annotated twice.
         """
+        for path in (json_file, png_dir):
+            require_local(path)
         self.json_file, self.png_dir = Path(json_file), Path(png_dir)
         if not self.json_file.is_file():
             raise UserError(f"COCO panoptic JSON '{json_file}' does not exist.")
         if not self.png_dir.is_dir():
             raise UserError(f"Folder '{png_dir}' with the PNG files of '{json_file}' does not exist.")
         content = read_json(self.json_file)
-        wanted = ("annotations",) if dataset_info else ("annotations", "categories")
-        missing = [key for key in wanted if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+        required = ("annotations",) if dataset_info else ("annotations", "categories")
+        missing = [key for key in required if not isinstance(content, dict) or not isinstance(content.get(key), list)]
         if missing:
             raise UserError(f"'{json_file}' has no '{missing[0]}'; give a COCO panoptic JSON.")
         self.dataset_info = dataset_info or DatasetInfo.from_coco_categories(
@@ -218,7 +238,7 @@ class CocoPanopticReader:
             self.annotations[annotation["image_id"]] = annotation
 
     def _check_categories(self, categories: Any) -> None:
-        """Raises `UserError` if the JSON gives an id another name, or another kind, than the data set does."""
+        """Raises `UserError` if a category of the JSON has another name or kind than in the data set."""
         info = self.dataset_info
         kinds = {True: "thing", False: "stuff"}
         for category in categories if isinstance(categories, list) else ():
@@ -243,32 +263,32 @@ class CocoPanopticReader:
             yield image_id, self.read(image_id)
 
     def read(self, image_id: int | str) -> np.ndarray:
-        """Reads an image's panoptic map, int32 [H, W]; see `ids_to_panoptic` for what it merges and raises."""
+        """Reads an image's panoptic map, int32 [H, W]; see `ids_to_panoptic`, which merges crowds."""
         ids, segments = self.read_segments(image_id)
-        with self._naming(image_id):
-            return ids_to_panoptic(ids, segments, self.dataset_info, png=f"'{self._png_of(image_id)}'")
+        with self._errors_with_name(image_id):
+            return ids_to_panoptic(ids, segments, self.dataset_info, png=f"'{self._png_file(image_id)}'")
 
     def read_segments(self, image_id: int | str) -> tuple[np.ndarray, list[Segment]]:
         """Reads an image's segment ids, int32 [H, W], and their meaning, for `PanopticQuality.update_from_segments`.
 
-        Unlike `read` this keeps several crowd or stuff segments of one class apart, as the official tool does. May be
-        called from several threads.
+        Unlike `read` this keeps several crowd or stuff segments of one class apart, as panopticapi does. Several
+        threads may call it.
 
         Raises:
             UserError: If the image has no annotation, its PNG is missing or damaged, or its segments are wrong.
         """
         if image_id not in self.annotations:
             raise UserError(f"'{self.json_file}' has no annotation of image '{image_id}'.")
-        with self._naming(image_id):
+        with self._errors_with_name(image_id):
             segments = parse_segments(self.annotations[image_id]["segments_info"], self.dataset_info)
-            return read_segment_ids(self._png_of(image_id)), segments
+            return read_id_png(self._png_file(image_id)), segments
 
-    def _png_of(self, image_id: int | str) -> Path:
-        return self.png_dir / self.annotations[image_id]["file_name"]
+    def _png_file(self, image_id: int | str) -> Path:
+        return path_inside(self.png_dir, self.annotations[image_id]["file_name"])
 
     @contextlib.contextmanager
-    def _naming(self, image_id: int | str) -> Iterator[None]:
-        """Adds the image's name to errors."""
+    def _errors_with_name(self, image_id: int | str) -> Iterator[None]:
+        """Adds the image's name to the message of errors."""
         try:
             yield
         except UserError as error:

@@ -1,4 +1,4 @@
-"""Evaluates COCO panoptic files against each other: no model, no TensorFlow, any data set in this format."""
+"""Evaluation of COCO panoptic files, from any program; needs neither a model nor TensorFlow."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,8 @@ from typing import Any
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation import report
 from deeplab2_like.evaluation.coco_format import CocoPanopticReader
-from deeplab2_like.evaluation.panoptic_quality import ClassifiedOverlaps, Matches, PanopticQuality, overlap_segments
+from deeplab2_like.evaluation.overlaps import ClassifiedOverlaps, count_segment_overlaps
+from deeplab2_like.evaluation.panoptic_quality import Matches, PanopticQuality
 from deeplab2_like.evaluation.semantic_iou import SemanticIoU
 from deeplab2_like.files import make_folder
 from deeplab2_like.parallel import map_in_order
@@ -27,9 +28,9 @@ def evaluate_files(
 ) -> dict[str, Any]:
     """Computes PQ and mIoU of a prediction in the COCO panoptic format.
 
-    The ground truth says which images and categories count. The prediction's JSON needs `annotations` only; those of
-    other images are left out. Images are read side by side and counted in the order of the ground truth, so the numbers
-    do not depend on `workers`, to the last bit; the memory does not grow with the number of images but for the JSON.
+    The ground truth decides which images and categories count. The prediction's JSON needs `annotations` only; those of
+    other images are ignored. Images are read in parallel and counted in the order of the ground truth, so the result
+    does not depend on `workers`, to the last bit. Only the JSON takes memory that grows with the number of images.
 
     Args:
         ground_truth: The JSON of the labels.
@@ -37,16 +38,16 @@ def evaluate_files(
         prediction: The JSON of the predictions.
         prediction_dir: The folder of its PNG files.
         output_dir: Folder for `metrics.json`; None writes no file.
-        reference_crowd_rule: Count exactly as panopticapi does on one core, see `PanopticQuality`.
-        workers: Threads; None: one per core. Most of the time goes into PNG files, which are decoded side by side.
-        progress: Called after each image with the numbers of images done and of all.
+        reference_crowd_rule: Whether to count exactly as panopticapi does on one core, see `PanopticQuality`.
+        workers: Number of threads; None: one per core. Most of the time goes into decoding PNG files.
+        progress: Called after each image with the number of images done and the total.
 
     Returns:
         The content of `metrics.json`: "panoptic" and "semantic", in percent.
 
     Raises:
         UserError: If a file or folder is missing or damaged, an image has no prediction, maps differ in size, or a
-            PNG and its list of segments do not fit together.
+            PNG and its list of segments do not have the same ids.
     """
     workers = (os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
@@ -63,21 +64,22 @@ def evaluate_files(
             "are missing); predict every image of the ground truth, and give the same 'image_id'."
         )
     if output_dir is not None:
-        make_folder(output_dir)  # Now, as the evaluation may take long.
+        make_folder(output_dir)  # Before the evaluation, which may take long, so that an error comes early.
     quality, iou = PanopticQuality(info, reference_crowd_rule=reference_crowd_rule), SemanticIoU(info)
 
-    def compare(image_id: int | str) -> tuple[Matches, ClassifiedOverlaps]:
+    # Runs in several threads: it reads files and changes no state. The sums below are added in order.
+    def match(image_id: int | str) -> tuple[Matches, ClassifiedOverlaps]:
         truth_ids, truth_segments = truth.read_segments(image_id)
         predicted_ids, predicted_segments = predicted.read_segments(image_id)
         try:
-            found = overlap_segments(truth_ids, truth_segments, predicted_ids, predicted_segments, info)
-            return quality.match_segments(found, truth_segments), found
+            overlaps = count_segment_overlaps(truth_ids, truth_segments, predicted_ids, predicted_segments, info)
+            return quality.match_segments(overlaps, truth_segments), overlaps
         except UserError as error:
             raise UserError(f"Image '{image_id}': {error}") from error
 
-    for done, (matches, found) in enumerate(map_in_order(compare, truth.annotations, workers=workers), start=1):
+    for done, (matches, overlaps) in enumerate(map_in_order(match, truth.annotations, workers=workers), start=1):
         quality.add(matches)
-        iou.add(found)
+        iou.add(overlaps)
         if progress is not None:
             progress(done, len(truth))
     metrics = report.metrics_dict(panoptic=quality.result(), semantic=iou.result())

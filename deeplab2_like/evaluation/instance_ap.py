@@ -1,8 +1,8 @@
 """Average precision (AP) of instance masks and boxes, computed by pycocotools.
 
-Two ways to say what was found: the segments of a panoptic prediction with their scores, or explicit masks, which may
-overlap and usually give a higher AP. The ground truth always comes from the panoptic map: its instances, and its crowd
-regions (instance 0 of a thing class), which neither count as missed nor make predictions on them wrong.
+Predictions are either the segments of a panoptic map with their scores, or masks, which may overlap and usually give a
+higher AP. The ground truth always comes from the panoptic map: its instances, and its crowd regions (instance 0 of a
+thing class), which are never false negatives and do not turn predictions on them into false positives.
 
 Ground-truth boxes are the tight boxes of the masks. Only run-length encodings are kept in memory.
 """
@@ -22,10 +22,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import find_runs
 from deeplab2_like.data.panoptic_label import classes_of_values
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.panoptic_quality import (
-    check_maps,
-    require_same_categories,
-)
+from deeplab2_like.evaluation.checks import check_maps, require_same_categories
 
 # pycocotools' form of a run-length encoded mask: {"size": [H, W], "counts": bytes}.
 Rle = dict[str, Any]
@@ -33,7 +30,7 @@ Rle = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class AveragePrecision:
-    """Average precision as COCO defines it, fractions in [0, 1]; None where there is no ground truth to find.
+    """Average precision as COCO defines it, fractions in [0, 1]; None where there is no ground truth.
 
     Attributes:
         ap: Mean over IoU thresholds 0.50, 0.55, ..., 0.95.
@@ -63,22 +60,22 @@ class InstanceAPResult:
 
 
 class _Image(NamedTuple):
-    """Size, ground truth and predictions of an image, the latter as COCO annotations without ids."""
+    """Size, ground truth and predictions of an image; the latter two as COCO annotations without ids."""
 
     height: int
     width: int
     truth: list[dict[str, Any]]
-    found: list[dict[str, Any]]
+    predictions: list[dict[str, Any]]
 
 
 class InstanceAP:
-    """Streaming average precision: collects all images, `result` evaluates them at once.
+    """Average precision over a data set: collects all images, and `result` evaluates them at once.
 
-    As in COCO, only the 100 best-scored predictions of each class in an image count.
+    As in COCO, only the 100 predictions with the highest scores of each class in an image count.
     """
 
     def __init__(self, dataset_info: DatasetInfo) -> None:
-        """Starts without images; `dataset_info` says what the maps mean."""
+        """Creates the metric without any images; `dataset_info` is the meaning of the maps."""
         self.dataset_info = dataset_info
         self.reset_state()
 
@@ -90,7 +87,7 @@ class InstanceAP:
         """Adds the images of another metric, for instance of another process.
 
         Raises:
-            UserError: If the other metric is for other classes, or both hold an image.
+            UserError: If the other metric is for other classes, or both have the same image.
         """
         require_same_categories("AP", self.dataset_info, other.dataset_info)
         for image_id in other._images:
@@ -110,7 +107,7 @@ class InstanceAP:
         """Adds an image whose predictions are the thing segments of a panoptic map.
 
         Args:
-            image_id: Names the image; each may come once.
+            image_id: Id of the image; each may be added once.
             ground_truth: int32 [H, W], panoptic map.
             prediction: int32 [H, W], panoptic map.
             segment_id: int [K], panoptic value of each segment.
@@ -118,20 +115,20 @@ class InstanceAP:
             segment_score: float [K], its score. Rows with score 0 are unused; so are segments without a pixel.
 
         Raises:
-            UserError: If the shapes differ, a class is unknown, or the image came before.
+            UserError: If the shapes differ, a class is unknown, or the image was added before.
         """
         (ground_truth,), (prediction,) = check_maps(ground_truth, prediction)
         score, class_id = np.asarray(segment_score), np.asarray(segment_class)
         used = (score > 0) & np.isin(class_id, self.dataset_info.thing_classes)
         values = np.asarray(segment_id)[used]
-        found = [
-            _prediction(rle, class_id=int(row_class), score=float(row_score))
+        predictions = [
+            _make_prediction(rle, class_id=int(row_class), score=float(row_score))
             for rle, row_class, row_score in zip(
                 segments_to_rle(prediction, values), class_id[used], score[used], strict=True
             )
-            if mask_utils.area(rle) > 0
+            if mask_utils.area(rle) > 0  # Segments may lose all their pixels to others.
         ]
-        self._add(image_id, ground_truth, found)
+        self._add(image_id, ground_truth, predictions)
 
     def update_from_instances(
         self,
@@ -146,7 +143,7 @@ class InstanceAP:
         """Adds an image whose predictions are masks that may overlap.
 
         Args:
-            image_id: Names the image; each may come once.
+            image_id: Id of the image; each may be added once.
             ground_truth: int32 [H, W], panoptic map.
             masks: bool [N, H, W], or anything that yields N masks [H, W] one by one.
             scores: float [N]. Rows with score 0 are unused.
@@ -154,10 +151,10 @@ class InstanceAP:
             boxes: float [N, 4], y_min, x_min, y_max, x_max in pixels; the tight boxes of the masks if not given.
 
         Raises:
-            UserError: If a mask's size differs, a class is not a thing, or the image came before.
+            UserError: If a mask's size differs, a class is not a thing, or the image was added before.
         """
         (ground_truth,), _ = check_maps(ground_truth, ground_truth)
-        found = []
+        predictions = []
         box_rows: Iterable[Any] = [None] * len(scores) if boxes is None else boxes
         for mask, score, class_id, box in zip(masks, scores, classes, box_rows, strict=True):
             if score <= 0:
@@ -173,15 +170,15 @@ class InstanceAP:
                     f"'{self.dataset_info.name}' (they are {list(self.dataset_info.thing_classes)})."
                 )
             rle = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
-            found.append(_prediction(rle, class_id=int(class_id), score=float(score), box=box))
-        self._add(image_id, ground_truth, found)
+            predictions.append(_make_prediction(rle, class_id=int(class_id), score=float(score), box=box))
+        self._add(image_id, ground_truth, predictions)
 
     def result(self) -> InstanceAPResult:
         """Evaluates all images added so far."""
         return InstanceAPResult(mask=self._evaluate("segm"), box=self._evaluate("bbox"))
 
-    def _add(self, image_id: int | str, ground_truth: np.ndarray, found: list[dict[str, Any]]) -> None:
-        """Files the ground truth, int32 [H, W], and the predictions of an image."""
+    def _add(self, image_id: int | str, ground_truth: np.ndarray, predictions: list[dict[str, Any]]) -> None:
+        """Stores the ground truth, int32 [H, W], and the predictions of an image."""
         self._check_new(image_id)
         ends, _ = find_runs(ground_truth.reshape(-1))
         values = np.unique(ground_truth.reshape(-1)[ends])
@@ -200,10 +197,10 @@ class InstanceAP:
             )
         ]
         height, width = ground_truth.shape
-        self._images[image_id] = _Image(height, width, truth, found)
+        self._images[image_id] = _Image(height, width, truth, predictions)
 
     def _check_new(self, image_id: int | str) -> None:
-        """Refuses an image that is already there."""
+        """Raises `UserError` if the image was added before."""
         if image_id in self._images:
             raise UserError(f"Image '{image_id}' was added twice; every image may be evaluated once.")
 
@@ -214,12 +211,12 @@ class InstanceAP:
         if not self._images or not class_ids:
             return AveragePrecision(None, None, None, None, None, None, per_class=dict.fromkeys(names))
         truth = [(i, row) for i, image in enumerate(self._images.values()) for row in image.truth]
-        found = [(i, row) for i, image in enumerate(self._images.values()) for row in image.found]
+        predictions = [(i, row) for i, image in enumerate(self._images.values()) for row in image.predictions]
         if kind == "bbox":
-            # As in COCO, the size class of a predicted box is the box's area, not the mask's.
-            found = [(i, row | {"area": row["bbox"][2] * row["bbox"][3]}) for i, row in found]
+            # As in COCO, the area of the box, not of the mask, decides whether a predicted box is small or large.
+            predictions = [(i, row | {"area": row["bbox"][2] * row["bbox"][3]}) for i, row in predictions]
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress and a table.
-            evaluation = COCOeval(self._coco(truth), self._coco(found), kind)
+            evaluation = COCOeval(self._make_coco(truth), self._make_coco(predictions), kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -229,15 +226,15 @@ class InstanceAP:
         ap, ap50, ap75, small, medium, large = (None if value < 0 else float(value) for value in evaluation.stats[:6])
         return AveragePrecision(ap, ap50, ap75, small, medium, large, per_class)
 
-    def _coco(self, rows: list[tuple[int, dict[str, Any]]]) -> COCO:
-        """Makes pycocotools' index of annotations, given with the positions of their images."""
+    def _make_coco(self, rows: list[tuple[int, dict[str, Any]]]) -> COCO:
+        """Makes pycocotools' index of annotations; `rows` are pairs of an image's position and an annotation."""
         coco = COCO()
         coco.dataset = {
             "images": [
                 {"id": i, "height": image.height, "width": image.width} for i, image in enumerate(self._images.values())
             ],
             "categories": [{"id": class_id} for class_id in self.dataset_info.thing_classes],
-            # Ids count from 1: COCOeval takes the id 0 of a matched object for "no match".
+            # Ids count from 1, because COCOeval takes id 0 of a matched object for "no match".
             "annotations": [row | {"id": number, "image_id": i} for number, (i, row) in enumerate(rows, start=1)],
         }
         coco.createIndex()
@@ -245,7 +242,7 @@ class InstanceAP:
 
 
 def segments_to_rle(panoptic: np.ndarray, values: Sequence[int] | np.ndarray) -> list[Rle]:
-    """Encodes segments of a map as COCO run lengths without making a mask of any.
+    """Encodes segments of a map as COCO run lengths without making masks.
 
     Args:
         panoptic: int32 [H, W].
@@ -267,14 +264,14 @@ def segments_to_rle(panoptic: np.ndarray, values: Sequence[int] | np.ndarray) ->
         start = stop - lengths[runs]
         bounds = np.stack([start, stop], axis=1).reshape(-1)  # [2 * runs]
         counts = np.diff(bounds, prepend=0, append=flat.size)  # background, segment, background, ...
-        if counts[-1] == 0:
+        if counts[-1] == 0:  # The segment reaches the last pixel, so no background follows.
             counts = counts[:-1]
         encoded.append(mask_utils.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width))
     return encoded
 
 
-def _prediction(rle: Rle, *, class_id: int, score: float, box: np.ndarray | None = None) -> dict[str, Any]:
-    """A COCO result; `box` is y_min, x_min, y_max, x_max, by default that of the mask."""
+def _make_prediction(rle: Rle, *, class_id: int, score: float, box: np.ndarray | None = None) -> dict[str, Any]:
+    """Makes a COCO result; `box` is y_min, x_min, y_max, x_max, by default that of the mask."""
     if box is None:
         coco_box = mask_utils.toBbox(rle).tolist()
     else:
@@ -291,6 +288,6 @@ def _prediction(rle: Rle, *, class_id: int, score: float, box: np.ndarray | None
 
 
 def _mean_defined(precision: np.ndarray) -> float | None:
-    """The mean of the entries that are not -1, None without any."""
+    """Returns the mean of the entries that are not -1, None without any."""
     defined = precision[precision > -1]
     return float(defined.mean()) if defined.size else None

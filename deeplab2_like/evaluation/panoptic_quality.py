@@ -1,4 +1,4 @@
-"""Panoptic quality (PQ) as the COCO panoptic challenge defines it (Kirillov et al., "Panoptic Segmentation", sec. 4).
+"""Panoptic quality (PQ) of the COCO panoptic challenge (Kirillov et al., "Panoptic Segmentation", section 4).
 
 Every distinct value of a panoptic map is one segment. A predicted segment and a ground-truth segment of the same class
 match if their intersection over union is above 0.5; prediction pixels on void ground truth are left out of the union.
@@ -6,14 +6,12 @@ Then, per class, `PQ = sum of matched IoU / (TP + FP / 2 + FN / 2) = SQ * RQ`.
 
 The rules for the special cases:
 
-* **Void** ground truth is nobody's segment. Void in a prediction is no segment either.
+* **Void** is no segment, neither in the ground truth nor in a prediction.
 * **Crowd** in the ground truth is instance 0 of a thing class. It never matches and is never a false negative.
 * A prediction without a match is a false positive, unless more than half of it lies on void and crowd of its class.
 * **In a prediction, instance 0 of a thing class is a segment like any other**: predictions have no crowds.
 * Stuff segments carry instance 0; other instance ids of a stuff class are separate segments.
-* Averages run over the classes with TP + FP + FN > 0, so a class that is only hallucinated counts with PQ 0.
-
-The pairs of ground truth and prediction are counted in runs (`data/label_runs.py`), not pixels: only runs are sorted.
+* Averages run over the classes with TP + FP + FN > 0, so a class that is only predicted counts with PQ 0.
 """
 
 import dataclasses
@@ -22,18 +20,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deeplab2_like.data.coco_segments import Segment, check_ids
-from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE, DatasetInfo
-from deeplab2_like.data.label_runs import find_run_values
-from deeplab2_like.data.panoptic_label import classes_of_values
-from deeplab2_like.errors import UserError
-
-_MAX_RUN = 2**16 - 1
+from deeplab2_like.data.coco_segments import Segment
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.evaluation.checks import check_maps, require_same_categories
+from deeplab2_like.evaluation.overlaps import ClassifiedOverlaps, count_panoptic_overlaps, count_segment_overlaps
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassQuality:
-    """Quality of one class, all fractions in [0, 1]; zeros for a class that neither map ever showed.
+    """Quality of one class, all fractions in [0, 1]; zeros for a class that occurs nowhere.
 
     Attributes:
         pq: Panoptic quality.
@@ -60,7 +55,7 @@ class MeanQuality:
         pq: Mean panoptic quality.
         sq: Mean segmentation quality.
         rq: Mean recognition quality.
-        num_classes: Number of classes averaged over, those with TP + FP + FN > 0. With 0 the means are 0.
+        num_classes: Number of classes in the means, those with TP + FP + FN > 0. Without any the means are 0.
     """
 
     pq: float
@@ -86,255 +81,46 @@ class PanopticQualityResult:
     per_class: dict[str, ClassQuality]
 
 
-class Overlaps(NamedTuple):
-    """The pairs of values that two maps take at the same pixels.
-
-    Attributes:
-        first_values: int64 [N], the distinct values of the first map, ascending.
-        second_values: int64 [M], the distinct values of the second map, ascending.
-        first_index: int64 [P], per pair the position in `first_values`.
-        second_index: int64 [P], per pair the position in `second_values`.
-        pixels: int64 [P], number of pixels of each pair.
-    """
-
-    first_values: np.ndarray
-    second_values: np.ndarray
-    first_index: np.ndarray
-    second_index: np.ndarray
-    pixels: np.ndarray
-
-
-class ClassifiedOverlaps(NamedTuple):
-    """The pairs of ground-truth and predicted values of an image, and the classes of the values.
-
-    Attributes:
-        overlaps: Pairs of N ground-truth and M predicted values.
-        truth_classes: int64 [N], class ids, -1 for void.
-        predicted_classes: int64 [M], class ids, -1 for void.
-    """
-
-    overlaps: Overlaps
-    truth_classes: np.ndarray
-    predicted_classes: np.ndarray
-
-
 class Matches(NamedTuple):
-    """What panoptic quality counts in one image.
+    """The true positives, false positives and false negatives of one image.
 
     Attributes:
-        classes: int64 [T], class ids of the matched pairs, in the order of the ground truth's values.
-        iou: float64 [T], their IoU.
-        missed: int64 [F], class ids of the ground-truth segments without a match.
-        spurious: int64 [S], class ids of the predicted segments without a match.
+        matched_classes: int64 [T], class ids of the matched pairs, in the order of the ground truth's values.
+        matched_iou: float64 [T], IoU of the matched pairs.
+        false_negative_classes: int64 [N], class ids of the ground-truth segments without a match.
+        false_positive_classes: int64 [P], class ids of the predicted segments without a match.
     """
 
-    classes: np.ndarray
-    iou: np.ndarray
-    missed: np.ndarray
-    spurious: np.ndarray
-
-
-def count_overlaps(first: np.ndarray, second: np.ndarray) -> Overlaps:
-    """Counts the pixels of each pair of values, in time that grows with the boundaries rather than with the areas.
-
-    Args:
-        first: Integers of any shape, values 0..2**24 - 1, which is what a panoptic PNG can hold.
-        second: Integers of the same shape and range.
-
-    Returns:
-        The pairs that occur, each once, ordered by the first value and then by the second.
-
-    Raises:
-        UserError: If a value is out of range.
-    """
-    first, second = first.reshape(-1), second.reshape(-1)  # [H*W]
-    if first.size == 0:
-        empty = np.zeros(0, np.int64)
-        return Overlaps(empty, empty, empty, empty, empty)
-    lengths, (first_runs, second_runs) = find_run_values(first, second)
-    if lengths.max() > _MAX_RUN:
-        lengths, pieces = _split_long_runs(lengths)
-        first_runs, second_runs = np.repeat(first_runs, pieces), np.repeat(second_runs, pieces)
-    # Value, value and length in 24 + 24 + 16 bits: one sort brings equal pairs together and takes the lengths along.
-    runs = _checked(first_runs)
-    runs <<= 24
-    runs |= _checked(second_runs)
-    runs <<= 16
-    runs |= lengths.view(np.uint64)
-    runs.sort()
-    keys = runs >> 16
-    is_start = np.ones(keys.size, bool)
-    np.not_equal(keys[1:], keys[:-1], out=is_start[1:])
-    (starts,) = is_start.nonzero()  # [P]
-    runs &= _MAX_RUN
-    pixels = np.add.reduceat(runs.view(np.int64), starts)
-    pairs = keys[starts].view(np.int64)
-    first_values, first_index = _distinct(pairs >> 24)
-    second_values, second_index = _distinct(pairs & MAX_PANOPTIC_VALUE)
-    return Overlaps(first_values, second_values, first_index, second_index, pixels)
-
-
-def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same as `np.unique` with `return_inverse`, at half its cost for some dozens of values."""
-    ordered = np.sort(values)
-    is_new = np.ones(ordered.size, bool)
-    np.not_equal(ordered[1:], ordered[:-1], out=is_new[1:])
-    distinct = ordered[is_new]
-    return distinct, distinct.searchsorted(values)
-
-
-def _split_long_runs(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Splits runs of these lengths, int64 [R], so that none is longer than 16 bits hold.
-
-    Returns:
-        The lengths of all pieces, int64, and the number of pieces of each run, int64 [R].
-    """
-    pieces = -(-lengths // _MAX_RUN)
-    last = np.cumsum(pieces) - 1
-    split = np.full(last[-1] + 1, _MAX_RUN)
-    split[last] = lengths - (pieces - 1) * _MAX_RUN
-    return split, pieces
-
-
-def _checked(values: np.ndarray) -> np.ndarray:
-    """Returns the values of the runs, [R], as uint64 after checking that they fit 24 bits."""
-    unsigned = values.astype(np.uint64)  # Negative values become very large.
-    if unsigned.max() > MAX_PANOPTIC_VALUE:
-        wrong = int(values.min() if values.min() < 0 else values.max())
-        raise UserError(
-            f"A label map holds value {wrong}; values must be 0..{MAX_PANOPTIC_VALUE} (24 bits): check how it was read."
-        )
-    return unsigned
-
-
-def check_maps(ground_truth: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Checks a pair of label maps and gives both a batch axis.
-
-    Args:
-        ground_truth: Integers [H, W] or [B, H, W].
-        prediction: Integers of the same shape.
-
-    Returns:
-        Both maps as [B, H, W].
-
-    Raises:
-        UserError: If the shapes differ, have another rank, or the values are not integers.
-    """
-    ground_truth, prediction = np.asarray(ground_truth), np.asarray(prediction)
-    for name, labels in (("ground-truth", ground_truth), ("predicted", prediction)):
-        if labels.dtype.kind not in "iu":
-            raise UserError(f"The {name} map has type {labels.dtype}; label maps hold integers, convert it to int32.")
-    if ground_truth.shape != prediction.shape:
-        raise UserError(
-            f"The ground-truth map has shape {ground_truth.shape} but the predicted map {prediction.shape}; resize the "
-            "prediction to the size of the ground truth."
-        )
-    if ground_truth.ndim not in (2, 3):
-        raise UserError(f"Label maps must be [H, W] or [B, H, W], got shape {ground_truth.shape}.")
-    if ground_truth.ndim == 2:
-        ground_truth, prediction = ground_truth[None], prediction[None]  # [1, H, W]
-    return ground_truth, prediction
-
-
-def overlap_panoptic(
-    ground_truth: np.ndarray, prediction: np.ndarray, dataset_info: DatasetInfo, *, divisor: int | None = None
-) -> ClassifiedOverlaps:
-    """Counts the overlaps of two maps whose values are `class * divisor + instance`.
-
-    Args:
-        ground_truth: Integers [H, W].
-        prediction: Integers [H, W].
-        dataset_info: The meaning of the classes.
-        divisor: The data set's label_divisor if not given; 1 for class maps.
-
-    Raises:
-        UserError: If a map holds an unknown class.
-    """
-    overlaps = count_overlaps(ground_truth, prediction)
-    return ClassifiedOverlaps(
-        overlaps,
-        classes_of_values(overlaps.first_values, dataset_info, name="ground-truth", divisor=divisor),
-        classes_of_values(overlaps.second_values, dataset_info, name="predicted", divisor=divisor),
-    )
-
-
-def overlap_segments(
-    ground_truth: np.ndarray,
-    ground_truth_segments: Sequence[Segment],
-    prediction: np.ndarray,
-    predicted_segments: Sequence[Segment],
-    dataset_info: DatasetInfo,
-) -> ClassifiedOverlaps:
-    """Counts the overlaps of two maps of segment ids, as in COCO panoptic files; id 0 is void.
-
-    Args:
-        ground_truth: Integers [H, W], segment ids.
-        ground_truth_segments: The meaning of its ids.
-        prediction: Integers [H, W], segment ids.
-        predicted_segments: The meaning of its ids.
-        dataset_info: The meaning of the classes.
-
-    Raises:
-        UserError: If the shapes differ, a class is unknown, or an id occurs only in the map or only in the list.
-    """
-    (truth_map,), (predicted_map,) = check_maps(ground_truth, prediction)
-    overlaps = count_overlaps(truth_map, predicted_map)
-    return ClassifiedOverlaps(
-        overlaps,
-        _classes_of_ids(overlaps.first_values, ground_truth_segments, dataset_info, name="ground-truth"),
-        _classes_of_ids(overlaps.second_values, predicted_segments, dataset_info, name="predicted"),
-    )
-
-
-def _classes_of_ids(
-    values: np.ndarray, segments: Sequence[Segment], dataset_info: DatasetInfo, *, name: str
-) -> np.ndarray:
-    """Returns the class, int64 [N], of each id, int64 [N], -1 for id 0; map and list must name the same ids."""
-    check_ids(values, segments, png=f"the {name} map")
-    class_of_id = {0: -1}
-    for segment in segments:
-        if not 0 <= segment.class_id < dataset_info.num_classes:
-            raise UserError(
-                f"The {name} segment {segment.id} has class {segment.class_id}; data set '{dataset_info.name}' has "
-                f"classes 0..{dataset_info.num_classes - 1}."
-            )
-        class_of_id[segment.id] = segment.class_id
-    return np.array([class_of_id[value] for value in values.tolist()], np.int64)
-
-
-def require_same_categories(metric: str, first: DatasetInfo, second: DatasetInfo) -> None:
-    """Raises `UserError` unless two metrics, named by what they measure, are for the same classes."""
-    if first.categories != second.categories:
-        raise UserError(
-            f"Cannot merge the {metric} of data sets '{first.name}' and '{second.name}': their categories differ; "
-            "evaluate both with the same ones."
-        )
+    matched_classes: np.ndarray
+    matched_iou: np.ndarray
+    false_negative_classes: np.ndarray
+    false_positive_classes: np.ndarray
 
 
 class PanopticQuality:
     """Streaming panoptic quality.
 
-    A panoptic map has at most one crowd segment per class (instance 0); several of one class arise only with segments
-    (`update_from_segments`).
+    A panoptic map has at most one crowd segment per class (instance 0); only lists of segments (`update_from_segments`)
+    can have several of one class.
 
-    An image is matched first, which changes nothing and may happen in any thread, and then added. What is added one
-    image after the other in the same order gives the same numbers to the last bit.
+    An image is first matched (`match_panoptic`, `match_segments`), which changes no state and may happen in any thread,
+    and then added (`add`). Images added in the same order give the same result to the last bit.
     """
 
     def __init__(self, dataset_info: DatasetInfo, *, reference_crowd_rule: bool = False) -> None:
-        """Starts at zero.
+        """Creates the metric without any images.
 
         Args:
             dataset_info: The meaning of the maps.
-            reference_crowd_rule: With several crowd segments of a class in one image, excuse false positives by the
-                last listed one only, as panopticapi does, instead of by all; and, also as it does, take the areas of
-                ground-truth segments from their list, where it states them, not from the map. Matters only for
+            reference_crowd_rule: Whether to count as panopticapi does: with several crowd segments of a class in one
+                image, only the last listed one, instead of all, excuses false positives; and the areas of ground-truth
+                segments are those of their list, where it has them, not those of the map. Matters only for lists of
                 segments.
         """
         self.dataset_info = dataset_info
         self.reference_crowd_rule = reference_crowd_rule
         self._is_thing = np.array([category.is_thing for category in dataset_info.categories])
-        self._is_thing_or_void = np.append(self._is_thing, False)  # Void, class -1, finds its place at the end.
+        self._is_thing_or_void = np.append(self._is_thing, False)  # Void, class -1, indexes the last entry.
         self.reset_state()
 
     def reset_state(self) -> None:
@@ -346,7 +132,7 @@ class PanopticQuality:
         self.false_negatives = np.zeros(num_classes, np.int64)
 
     def merge(self, other: "PanopticQuality") -> None:
-        """Adds what another metric has counted, for instance in another process.
+        """Adds the counts of another metric, for instance of another process.
 
         Raises:
             UserError: If the other metric is for other classes.
@@ -368,7 +154,7 @@ class PanopticQuality:
             UserError: If the shapes differ or a map holds an unknown class.
         """
         for truth_map, predicted_map in zip(*check_maps(ground_truth, prediction), strict=True):
-            self.add(self.match_panoptic(overlap_panoptic(truth_map, predicted_map, self.dataset_info)))
+            self.add(self.match_panoptic(count_panoptic_overlaps(truth_map, predicted_map, self.dataset_info)))
 
     def update_from_segments(
         self,
@@ -388,62 +174,65 @@ class PanopticQuality:
         Raises:
             UserError: If the shapes differ, a class is unknown, or an id occurs only in the map or only in the list.
         """
-        found = overlap_segments(ground_truth, ground_truth_segments, prediction, predicted_segments, self.dataset_info)
-        self.add(self.match_segments(found, ground_truth_segments))
+        overlaps = count_segment_overlaps(
+            ground_truth, ground_truth_segments, prediction, predicted_segments, self.dataset_info
+        )
+        self.add(self.match_segments(overlaps, ground_truth_segments))
 
-    def match_panoptic(self, found: ClassifiedOverlaps) -> Matches:
-        """Matches the segments of one image without counting it yet; `add` does.
-
-        Args:
-            found: What `overlap_panoptic` returned.
-        """
-        crowd = found.overlaps.first_values % self.dataset_info.label_divisor == 0
-        crowd &= self._is_thing_or_void[found.truth_classes]
-        return _match(found, crowd=crowd, excusing=crowd)
-
-    def match_segments(self, found: ClassifiedOverlaps, ground_truth_segments: Sequence[Segment]) -> Matches:
-        """Matches the segments of one image without counting it yet; `add` does.
+    def match_panoptic(self, overlaps: ClassifiedOverlaps) -> Matches:
+        """Matches the segments of one image; changes no state.
 
         Args:
-            found: What `overlap_segments` returned.
-            ground_truth_segments: The list that it was given.
+            overlaps: The result of `count_panoptic_overlaps`.
         """
-        values = found.overlaps.first_values
+        crowd = overlaps.pairs.first_values % self.dataset_info.label_divisor == 0
+        crowd &= self._is_thing_or_void[overlaps.truth_classes]
+        return _match(overlaps, crowd=crowd, excusing=crowd)
+
+    def match_segments(self, overlaps: ClassifiedOverlaps, ground_truth_segments: Sequence[Segment]) -> Matches:
+        """Matches the segments of one image; changes no state.
+
+        Args:
+            overlaps: The result of `count_segment_overlaps`.
+            ground_truth_segments: The list of segments that `count_segment_overlaps` was given.
+        """
+        values = overlaps.pairs.first_values
         crowds = {segment.id: segment for segment in ground_truth_segments if segment.is_crowd}
         crowd = np.isin(values, list(crowds))
         if not self.reference_crowd_rule:
-            return _match(found, crowd=crowd, excusing=crowd)
+            return _match(overlaps, crowd=crowd, excusing=crowd)
         last = {segment.class_id: segment.id for segment in crowds.values()}
         stated = {segment.id: segment.area for segment in ground_truth_segments if segment.area is not None}
-        counted = np.bincount(found.overlaps.first_index, found.overlaps.pixels, values.size)
+        counted = np.bincount(overlaps.pairs.first_index, overlaps.pairs.pixels, values.size)
         truth_area = np.array([stated.get(value, area) for value, area in zip(values.tolist(), counted, strict=True)])
-        return _match(found, crowd=crowd, excusing=np.isin(values, list(last.values())), truth_area=truth_area)
+        return _match(overlaps, crowd=crowd, excusing=np.isin(values, list(last.values())), truth_area=truth_area)
 
     def add(self, matches: Matches) -> None:
         """Counts one image."""
         num_classes = self.dataset_info.num_classes
-        np.add.at(self.iou_sum, matches.classes, matches.iou)  # One by one, see the class.
-        self.true_positives += np.bincount(matches.classes, minlength=num_classes)
-        self.false_negatives += np.bincount(matches.missed, minlength=num_classes)
-        self.false_positives += np.bincount(matches.spurious, minlength=num_classes)
+        # Not by `bincount`, which would sum the IoUs of an image first: another order of additions, another last bit.
+        np.add.at(self.iou_sum, matches.matched_classes, matches.matched_iou)
+        self.true_positives += np.bincount(matches.matched_classes, minlength=num_classes)
+        self.false_negatives += np.bincount(matches.false_negative_classes, minlength=num_classes)
+        self.false_positives += np.bincount(matches.false_positive_classes, minlength=num_classes)
 
     def result(self) -> PanopticQualityResult:
         """Returns the quality of all images counted so far."""
         true_positives = self.true_positives
         segments = true_positives + 0.5 * self.false_positives + 0.5 * self.false_negatives
         sq = self.iou_sum / np.maximum(true_positives, 1)
-        rq = true_positives / np.maximum(segments, 0.5)  # Any segment at all makes at least one half.
+        rq = true_positives / np.maximum(segments, 0.5)  # One segment counts at least one half.
         pq = self.iou_sum / np.maximum(segments, 0.5)
         things = self._is_thing
 
         def mean(selected: np.ndarray) -> MeanQuality:
             selected = selected & (segments > 0)
-            count = int(selected.sum())
-            if count == 0:
+            num_classes = int(selected.sum())
+            if num_classes == 0:
                 return MeanQuality(0.0, 0.0, 0.0, 0)
-            # Added one by one as panopticapi does; `mean` adds in another order, which may change the last bit.
-            pq_mean, sq_mean, rq_mean = (float(values[selected].cumsum()[-1]) / count for values in (pq, sq, rq))
-            return MeanQuality(pq_mean, sq_mean, rq_mean, count)
+            # `cumsum` adds one by one as panopticapi does; `mean` adds in another order, which may change the last bit.
+            pq_mean, sq_mean, rq_mean = (float(values[selected].cumsum()[-1]) / num_classes for values in (pq, sq, rq))
+            return MeanQuality(pq_mean, sq_mean, rq_mean, num_classes)
 
         return PanopticQualityResult(
             all=mean(np.ones_like(things)),
@@ -464,22 +253,22 @@ class PanopticQuality:
 
 
 def _match(
-    found: ClassifiedOverlaps, *, crowd: np.ndarray, excusing: np.ndarray, truth_area: np.ndarray | None = None
+    overlaps: ClassifiedOverlaps, *, crowd: np.ndarray, excusing: np.ndarray, truth_area: np.ndarray | None = None
 ) -> Matches:
     """Matches the segments of one image.
 
     Args:
-        found: The overlaps of N ground-truth and M predicted segments.
+        overlaps: The overlaps of N ground-truth and M predicted segments.
         crowd: bool [N], crowd segments of the ground truth.
-        excusing: bool [N], the crowd segments that excuse a false positive of their class.
+        excusing: bool [N], the crowd segments that excuse false positives of their class.
         truth_area: float64 [N], the areas of the ground-truth segments; by default they are counted.
     """
-    truth, predicted, pixels = found.overlaps.first_index, found.overlaps.second_index, found.overlaps.pixels
-    truth_classes, predicted_classes = found.truth_classes, found.predicted_classes
+    truth, predicted, pixels = overlaps.pairs.first_index, overlaps.pairs.second_index, overlaps.pairs.pixels
+    truth_classes, predicted_classes = overlaps.truth_classes, overlaps.predicted_classes
     num_truth, num_predicted = truth_classes.size, predicted_classes.size
     classes_of_truth = truth_classes[truth]
     same_class = classes_of_truth == predicted_classes[predicted]
-    to_find = (truth_classes >= 0) & ~crowd
+    matchable = (truth_classes >= 0) & ~crowd
 
     # bincount adds in float64, which is exact for any number of pixels below 2**53.
     if truth_area is None:
@@ -488,19 +277,19 @@ def _match(
     void_area = np.bincount(predicted, pixels * (classes_of_truth < 0), num_predicted)
     excused_area = void_area + np.bincount(predicted, pixels * (excusing[truth] & same_class), num_predicted)
 
-    (candidates,) = (same_class & to_find[truth]).nonzero()  # [K], few of all pairs.
+    (candidates,) = (same_class & matchable[truth]).nonzero()  # [K], few of all pairs.
     truth, predicted, pixels = truth[candidates], predicted[candidates], pixels[candidates]
     union = truth_area[truth] + (predicted_area - void_area)[predicted] - pixels
     # An IoU above 0.5 makes the match unique on both sides, as segments of one map do not overlap.
-    match = 2 * pixels > union
-    truth, predicted = truth[match], predicted[match]
-    missed = to_find
-    missed[truth] = False
-    spurious = (predicted_classes >= 0) & (2 * excused_area <= predicted_area)
-    spurious[predicted] = False
+    is_match = 2 * pixels > union
+    truth, predicted = truth[is_match], predicted[is_match]
+    false_negative = matchable
+    false_negative[truth] = False
+    false_positive = (predicted_classes >= 0) & (2 * excused_area <= predicted_area)
+    false_positive[predicted] = False
     return Matches(
-        classes=truth_classes[truth],
-        iou=pixels[match] / union[match],
-        missed=truth_classes[missed],
-        spurious=predicted_classes[spurious],
+        matched_classes=truth_classes[truth],
+        matched_iou=pixels[is_match] / union[is_match],
+        false_negative_classes=truth_classes[false_negative],
+        false_positive_classes=predicted_classes[false_positive],
     )

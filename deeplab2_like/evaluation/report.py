@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: `metrics.json` and a table, both in percent as papers print them."""
+"""Reports of an evaluation: `metrics.json`, a table and TensorBoard events, in percent as papers print them."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def metrics_dict(
     semantic: SemanticIoUResult | None = None,
     instance: InstanceAPResult | None = None,
 ) -> dict[str, Any]:
-    """Arranges results as `metrics.json` holds them.
+    """Arranges results in the form of `metrics.json`.
 
     Args:
         panoptic: Result of `PanopticQuality`, if it was computed.
@@ -31,8 +31,8 @@ def metrics_dict(
 
     Returns:
         Nested mappings with "panoptic" ("all", "things", "stuff", "per_class"), "semantic" and "instance", each only if
-        given. Fractions are in percent; "tp", "fp" and "fn" are counts. An AP without any ground truth (say, of large
-        objects where there are none) is left out.
+        given. Fractions are in percent; "tp", "fp" and "fn" are counts. An AP without any ground truth (for instance of
+        large objects where there are none) is left out.
     """
     metrics: dict[str, Any] = {}
     if panoptic is not None:
@@ -67,7 +67,7 @@ def scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Names the numbers of `metrics_dict` for TensorBoard, without those of single classes.
 
     Returns:
-        Such as `panoptic/pq`, `panoptic/things_pq`, `semantic/miou`, `instance/mask_ap`, in percent.
+        Names, such as `panoptic/pq`, `panoptic/things_pq`, `semantic/miou`, `instance/mask_ap`, and numbers in percent.
     """
     scalars = {
         f"panoptic/{name}" if group == "all" else f"panoptic/{group}_{name}": value
@@ -90,8 +90,8 @@ def write_metrics(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> N
 
 
 def write_events(folder: str | os.PathLike[str], metrics: Mapping[str, Any], *, step: int) -> None:
-    """Adds the numbers of `scalar_metrics` to the TensorBoard events of a folder, as those of a training step."""
-    import tensorflow as tf  # Here, because metrics of files need no TensorFlow.
+    """Adds the numbers of `scalar_metrics` to the TensorBoard events of a folder, at a training step."""
+    import tensorflow as tf  # Imported here, because `evaluate_files` works without TensorFlow.
 
     writer = tf.summary.create_file_writer(str(folder))
     with writer.as_default(step=step):
@@ -110,29 +110,29 @@ def write_results(
     images: int,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes `metrics.json`, with what was evaluated, and, for plain numbers of the model, TensorBoard's events.
+    """Writes `metrics.json`, and, for an evaluation without options, TensorBoard events.
 
     Args:
-        folder: Where to.
-        metrics: What `metrics_dict` returned.
+        folder: The folder of both.
+        metrics: The mapping of `metrics_dict`.
         model_dir: The model folder.
         step: The training step of the weights.
         split: Name of the split.
-        images: Number of its images.
-        options: What else the numbers depend on; with any of them they are no numbers of the model alone.
+        images: Number of images of the split.
+        options: Further settings that change the numbers, such as an oracle.
 
     Returns:
-        The content of `metrics.json`: `metrics` and `evaluation`.
+        The content of `metrics.json`: `metrics`, and a description of the evaluation under the key `evaluation`.
 
     Raises:
         UserError: If the file cannot be written.
     """
     options = options or {}
-    of_what = {"model_dir": str(model_dir), "step": step, "split": split, "images": images, **options}
-    content = {**metrics, "evaluation": of_what}
+    description = {"model_dir": str(model_dir), "step": step, "split": split, "images": images, **options}
+    content = {**metrics, "evaluation": description}
     write_metrics(Path(folder) / "metrics.json", content)
     if not options:
-        # Numbers of an oracle, say, would look like those of the training.
+        # With options, for instance an oracle, TensorBoard would show the numbers as those of the plain model.
         write_events(folder, metrics, step=step)
     return content
 
@@ -141,7 +141,7 @@ def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console
     """Prints the mapping of `metrics_dict` as a table; plain text where there is no terminal.
 
     Args:
-        metrics: What `metrics_dict` returned, or `metrics.json` read back.
+        metrics: The mapping of `metrics_dict`, or the content of `metrics.json`.
         title: A line above the table, for instance the data set and the checkpoint.
         console: Where to print; standard output by default.
     """
@@ -153,14 +153,14 @@ def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console
             table.add_column(header, justify="right", no_wrap=True)
         groups = ("all", "things", "stuff")
         for group in groups:
-            table.add_row(group, *_percents(panoptic[group], "pq", "sq", "rq"), "", "", "", style="bold")
+            table.add_row(group, *_format_percents(panoptic[group], "pq", "sq", "rq"), "", "", "", style="bold")
         table.add_section()
         for name, quality in panoptic["per_class"].items():
             counts = [quality[key] for key in ("tp", "fp", "fn")]
             if not any(counts):
-                continue  # A class that nobody showed has no quality; zeros would look like failures.
-            values = _percents(quality, "pq", "sq", "rq")
-            # Text, as rich would read brackets in a plain name as markup.
+                continue  # A class that occurs nowhere has no quality; zeros would look like failures.
+            values = _format_percents(quality, "pq", "sq", "rq")
+            # As `Text`, because rich would read brackets in a plain string as markup.
             table.add_row(Text(name), *values, *(str(count) for count in counts))
         console.print(table)
         # Again, as the first rows of a table of many classes scroll away.
@@ -177,13 +177,13 @@ def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console
             _print_line(console, f"{kind.capitalize()} AP", precisions)
 
 
-def _percents(values: Mapping[str, float], *keys: str) -> list[str]:
-    """Formats percentages with one digit more than papers print."""
+def _format_percents(values: Mapping[str, float], *keys: str) -> list[str]:
+    """Formats percentages with two digits, one more than most papers print."""
     return [f"{values[key]:.2f}" for key in keys]
 
 
 def _print_line(console: Console, name: str, values: Mapping[str, float]) -> None:
-    """Prints named percentages in one line."""
+    """Prints named percentages on one line."""
     console.print(
         f"{name + ':':<10}" + "  ".join(f"{key} {value:.2f}" for key, value in values.items()), highlight=False
     )

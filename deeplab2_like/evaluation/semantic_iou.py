@@ -1,16 +1,12 @@
-"""Mean and frequency-weighted intersection over union of the classes, the measure of semantic segmentation."""
+"""Mean and frequency-weighted intersection over union of the classes, the metrics of semantic segmentation."""
 
 import dataclasses
 
 import numpy as np
 
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.evaluation.panoptic_quality import (
-    ClassifiedOverlaps,
-    check_maps,
-    overlap_panoptic,
-    require_same_categories,
-)
+from deeplab2_like.evaluation.checks import check_maps, require_same_categories
+from deeplab2_like.evaluation.overlaps import ClassifiedOverlaps, count_panoptic_overlaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +14,8 @@ class SemanticIoUResult:
     """Semantic segmentation quality of a data set, fractions in [0, 1].
 
     Attributes:
-        miou: Mean IoU over the classes that occur in the ground truth or the prediction; 0 if none does.
-        fwiou: Mean IoU weighted by the classes' share of the labelled ground-truth pixels; 0 if there are none.
+        miou: Mean IoU over the classes that occur in the ground truth or the prediction; 0 without any.
+        fwiou: Mean IoU weighted by the classes' share of the labeled ground-truth pixels; 0 if there are none.
         per_class: Class name -> IoU, in the order of the classes; 0 for a class that occurs nowhere.
     """
 
@@ -31,15 +27,15 @@ class SemanticIoUResult:
 class SemanticIoU:
     """Streaming confusion matrix.
 
-    Pixels that are void in the ground truth are ignored. Pixels that are void only in the prediction count as missed:
-    they enter the union of their true class and of no other. Crowd regions count like any other pixels of their class.
+    Pixels that are void in the ground truth are ignored. Pixels that are void only in the prediction enter the union of
+    their true class and of no other. Crowd regions count like any other pixels of their class.
 
     Attributes:
         confusion: int64 [C, C + 1], pixels by true class and predicted class; the last column is predicted void.
     """
 
     def __init__(self, dataset_info: DatasetInfo) -> None:
-        """Starts at zero; `dataset_info` says what the maps mean."""
+        """Creates the metric without any images; `dataset_info` is the meaning of the maps."""
         self.dataset_info = dataset_info
         self.reset_state()
 
@@ -49,7 +45,7 @@ class SemanticIoU:
         self.confusion = np.zeros((num_classes, num_classes + 1), np.int64)
 
     def merge(self, other: "SemanticIoU") -> None:
-        """Adds what another metric has counted, for instance in another process.
+        """Adds the counts of another metric, for instance of another process.
 
         Raises:
             UserError: If the other metric is for other classes.
@@ -81,13 +77,13 @@ class SemanticIoU:
         """
         self._update(ground_truth, prediction, divisor=1)
 
-    def add(self, found: ClassifiedOverlaps) -> None:
-        """Counts one image whose overlaps are known."""
-        # Void is -1: a predicted void falls into the last column by itself, a true void is left out.
-        rows = found.truth_classes[found.overlaps.first_index]
-        columns = found.predicted_classes[found.overlaps.second_index]
-        labelled = rows >= 0
-        np.add.at(self.confusion, (rows[labelled], columns[labelled]), found.overlaps.pixels[labelled])
+    def add(self, overlaps: ClassifiedOverlaps) -> None:
+        """Counts one image, given the overlaps of its maps."""
+        # Void is -1, so a predicted void indexes the last column; a true void is left out.
+        rows = overlaps.truth_classes[overlaps.pairs.first_index]
+        columns = overlaps.predicted_classes[overlaps.pairs.second_index]
+        labeled = rows >= 0
+        np.add.at(self.confusion, (rows[labeled], columns[labeled]), overlaps.pairs.pixels[labeled])
 
     def result(self) -> SemanticIoUResult:
         """Returns the IoU of all pixels counted so far."""
@@ -107,4 +103,4 @@ class SemanticIoU:
     def _update(self, ground_truth: np.ndarray, prediction: np.ndarray, *, divisor: int) -> None:
         """Adds the pixels of maps whose values are `class * divisor + instance`."""
         for truth_map, predicted_map in zip(*check_maps(ground_truth, prediction), strict=True):
-            self.add(overlap_panoptic(truth_map, predicted_map, self.dataset_info, divisor=divisor))
+            self.add(count_panoptic_overlaps(truth_map, predicted_map, self.dataset_info, divisor=divisor))

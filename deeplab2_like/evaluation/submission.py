@@ -1,7 +1,7 @@
-"""Files that the benchmark servers of COCO and Cityscapes take, also for images without labels.
+"""Submissions to the benchmark servers of COCO and Cityscapes, also for images without labels.
 
-Both take panoptic segmentations in the COCO panoptic format, and differ in the ids. Cityscapes takes two more kinds of
-results, made here of the same predictions: class maps and instance masks.
+Both servers take panoptic segmentations in the COCO panoptic format, with different ids. Cityscapes has two more
+benchmarks, whose files are made from the same predictions: class maps and instance masks.
 """
 
 import abc
@@ -18,23 +18,25 @@ import numpy as np
 
 from deeplab2_like.data import known_datasets
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import write_png
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter
-from deeplab2_like.files import image_id_of_name, make_folder, write_atomically, write_png
+from deeplab2_like.files import image_id_of_name, write_atomically
+from deeplab2_like.temporary import remove_leftovers
 
 # Name -> label id of the classes that Cityscapes evaluates.
 CITYSCAPES_LABEL_IDS = {category.name: category.id for category in known_datasets.CITYSCAPES}
 CITYSCAPES_UNLABELED = 0
 
-# City, number of the sequence and number of the frame, by which the servers find the prediction of an image.
+# City, number of the sequence and number of the frame, by which the server finds the prediction of an image.
 _CITYSCAPES_NAME = re.compile(r"([^_\s]+_\d{6}_\d{6})([_.].*)?")
 
 
 class Instances(NamedTuple):
-    """Instances of an image, whose masks may overlap.
+    """The instances of an image; their masks may overlap.
 
     Attributes:
-        masks: bool [N, H, W], or anything that yields N masks [H, W] one by one.
+        masks: bool [N, H, W], or an iterable that yields N masks [H, W] one by one.
         classes: int [N], class ids (contiguous).
         scores: float [N]. Rows with score 0 are unused.
     """
@@ -45,13 +47,13 @@ class Instances(NamedTuple):
 
 
 class Submission(abc.ABC):
-    """Writes predictions one by one for a server; the JSON, which makes them complete, on `close`.
+    """Writes predictions for a server: the files of an image on `add`, and the JSON, which completes them, on `close`.
 
-    As a context manager it closes itself, unless an error ends the block: then there is no JSON.
+    A context manager that closes itself, unless an error ends the block: then it writes no JSON.
 
     Attributes:
         output_dir: The folder of all files.
-        dataset_info: The meaning of the maps, with the category ids that the server knows.
+        dataset_info: The meaning of the maps, with the category ids of the server.
     """
 
     def __init__(
@@ -62,24 +64,23 @@ class Submission(abc.ABC):
         image_ids: Mapping[str, int | str] | None = None,
         stem: str = "panoptic",
     ) -> None:
-        """Makes the folder and removes the JSON of an earlier run, which must not describe the files of this one.
+        """Creates the folder and removes the JSON of an earlier run, as it does not describe the files of this one.
 
         Args:
-            output_dir: Is made if missing.
+            output_dir: The folder; it is created if missing.
             dataset_info: The meaning of the maps.
-            image_ids: File name -> id, see `read_image_ids`; by default the names tell the ids.
-            stem: Name of the panoptic JSON without its ending, and of the folder of its PNG files.
+            image_ids: File name -> id, see `read_image_ids`; by default the ids are derived from the names.
+            stem: Name of the panoptic JSON without its suffix, and of the folder of its PNG files.
 
         Raises:
-            UserError: If the data set does not fit the benchmark, or the folder cannot be made.
+            UserError: If the data set does not match the benchmark, or the folder cannot be created.
         """
         self.output_dir = Path(output_dir)
         self.dataset_info = dataset_info
         self._image_ids = image_ids
         self._panoptic = CocoPanopticWriter(output_dir, dataset_info, name=stem)
         self._name_of_image_id: dict[int | str, str] = {}
-        make_folder(output_dir)
-        self._panoptic.json_file.unlink(missing_ok=True)
+        self._panoptic.start()
 
     def add(
         self,
@@ -91,22 +92,22 @@ class Submission(abc.ABC):
         """Writes the files of an image.
 
         Args:
-            image_name: The image's file name, maybe with folders.
+            image_name: The image's file name, with or without folders.
             panoptic: int32 [H, W], panoptic map.
             scores: Panoptic value -> score, for the segments that have one.
-            instances: Where a benchmark takes instances, used for them instead of the thing segments.
+            instances: Instances for the benchmarks that take them; by default the thing segments.
 
         Raises:
-            UserError: If the image has no id on the server, or that of an earlier one, the map or an instance does not
-                fit the data set, or a file cannot be written.
+            UserError: If the image has no id on the server or the same id as an earlier one, the map or an instance
+                does not match the data set, or a file cannot be written.
         """
         image_id = self._image_id(image_name)
-        self._check_new(image_id, image_name, self._name_of_image_id)
+        self._check_new(image_id, image_name, self._name_of_image_id)  # Before any file is written.
         self._panoptic.add(image_id, image_name, panoptic, scores, png_name=self._png_name(image_name))
         self._name_of_image_id[image_id] = image_name
 
     def check_names(self, image_names: Iterable[str]) -> None:
-        """Checks names of images before any of them is predicted.
+        """Checks the names of all images before the first one is predicted.
 
         Raises:
             UserError: If the server has no id for one of them, or the same id for two.
@@ -143,10 +144,10 @@ class Submission(abc.ABC):
 
     @abc.abstractmethod
     def _image_id(self, image_name: str) -> int | str:
-        """The server's id of an image; raises `UserError` if it has none."""
+        """Returns the server's id of an image; raises `UserError` if it has none."""
 
     def _png_name(self, image_name: str) -> str | None:
-        """The name of the panoptic PNG; None for that of the image with another ending."""
+        """Returns the name of the panoptic PNG; None for the image's name with suffix `.png`."""
         return None
 
 
@@ -155,15 +156,15 @@ class CocoSubmission(Submission):
 
     COCO's server takes a zip file of the two, with STEM `panoptic_test-dev2017_ALGORITHM_results`.
 
-    An image's id is the one in `image_ids`. Without `image_ids` it is the image's name without folder and ending, as a
-    number if it is one.
+    The id of an image is looked up in `image_ids`. Without `image_ids` it is the name without folder and suffix, as a
+    number where possible.
     """
 
     def _image_id(self, image_name: str) -> int | str:
         path = PurePosixPath(image_name)
         if self._image_ids is None:
             return image_id_of_name(path.stem)
-        # DeepLab2's records name images without folder and ending.
+        # Images in DeepLab2's records are named without folder and suffix.
         for name in (image_name, path.name, f"{path.name}.jpg"):
             if name in self._image_ids:
                 return self._image_ids[name]
@@ -174,18 +175,18 @@ class CocoSubmission(Submission):
 
 
 class CityscapesSubmission(Submission):
-    """Results for the three benchmarks of Cityscapes.
+    """Files for the three benchmarks of Cityscapes.
 
-    The scripts of Cityscapes search a folder and its subfolders for the one file that begins with the image's id,
+    The scripts of Cityscapes search a folder and its subfolders for the one file whose name begins with the image's id,
     CITY_000000_000000. So each benchmark has a folder of its own, and each is submitted as a zip file of its own:
 
     * panoptic: `OUTPUT_DIR/STEM.json` and `OUTPUT_DIR/STEM/ID.png`;
-    * semantic: `OUTPUT_DIR/semantic/ID_pred_labelIds.png`, grey, the label id of each pixel, 0 for void;
+    * semantic: `OUTPUT_DIR/semantic/ID_pred_labelIds.png`, gray, the label id of each pixel, 0 for void;
     * instances: `OUTPUT_DIR/instances/ID.txt` with a line `masks/ID_000.png LABEL_ID SCORE` for each instance, and the
-      masks, grey, 255 inside and 0 outside.
+      masks, gray, 255 inside and 0 outside.
 
-    All ids of classes are Cityscapes' label ids ("road" is 7), found by the names of the classes. So it does not matter
-    whether the data set was made with label ids or with train ids ("road" is 0).
+    All class ids are Cityscapes' label ids ("road" is 7), looked up by the names of the classes. So it does not matter
+    whether the data set was converted with label ids or with train ids ("road" is 0).
     """
 
     def __init__(
@@ -209,7 +210,9 @@ class CityscapesSubmission(Submission):
         super().__init__(output_dir, dataclasses.replace(dataset_info, categories=categories), stem=stem)
         self.semantic_dir = self.output_dir / "semantic"
         self.instance_dir = self.output_dir / "instances"
-        # One entry more, for void.
+        for folder in (self.semantic_dir, self.instance_dir):
+            remove_leftovers(folder, recursive=True)
+        # The last entry is for void.
         self._label_ids = np.array([category.id for category in categories] + [CITYSCAPES_UNLABELED], np.uint8)
 
     def add(
@@ -226,11 +229,11 @@ class CityscapesSubmission(Submission):
         write_png(self.semantic_dir / f"{image_id}_pred_labelIds.png", self._label_ids[classes])
 
         if instances is None:
-            found = _thing_segments(panoptic, scores, self.dataset_info)
+            rows = _thing_segments(panoptic, scores, self.dataset_info)
         else:
-            found = zip(*instances, strict=True)
+            rows = zip(*instances, strict=True)
         lines: list[str] = []
-        for mask, class_id, score in found:
+        for mask, class_id, score in rows:
             if score <= 0 or not mask.any():
                 continue
             if mask.shape != panoptic.shape or not 0 <= class_id < self.dataset_info.num_classes:
@@ -242,7 +245,7 @@ class CityscapesSubmission(Submission):
             mask_file = f"masks/{image_id}_{len(lines):03d}.png"
             write_png(self.instance_dir / mask_file, np.where(mask, 255, 0).astype(np.uint8))
             lines.append(f"{mask_file} {self._label_ids[class_id]} {score:.9g}\n")
-        # Also if there are none, as each image needs its file. Last, as it names the masks.
+        # Every image needs this file, also without instances. It is written last, as it refers to the masks.
         write_atomically(self.instance_dir / f"{image_id}.txt", "".join(lines).encode())
 
     def close(self) -> list[Path]:
@@ -273,17 +276,17 @@ def make_submission(
     image_ids: Mapping[str, int | str] | None = None,
     stem: str = "panoptic",
 ) -> Submission:
-    """Prepares a folder for the results of a benchmark.
+    """Creates the submission to a benchmark.
 
     Args:
-        name: One of `SUBMISSIONS`.
-        output_dir: Is made if missing.
+        name: A key of `SUBMISSIONS`.
+        output_dir: The folder; it is created if missing.
         dataset_info: The meaning of the maps.
         image_ids: File name -> id, see `read_image_ids`; only for COCO.
-        stem: Name of the panoptic JSON without its ending, and of the folder of its PNG files.
+        stem: Name of the panoptic JSON without its suffix, and of the folder of its PNG files.
 
     Raises:
-        UserError: If the name is unknown, the data set does not fit the benchmark, or the folder cannot be made.
+        UserError: If the name is unknown, the data set does not match the benchmark, or the folder cannot be created.
     """
     if name not in SUBMISSIONS:
         raise unknown_name("submission", name, SUBMISSIONS)
@@ -315,8 +318,8 @@ def read_image_ids(json_file: str | os.PathLike[str]) -> dict[str, int | str]:
     image_ids = dict(names_and_ids)
     if len(image_ids) < len(names_and_ids):
         names = [name for name, _ in names_and_ids]
-        doubled = next(name for position, name in enumerate(names) if name in names[:position])
-        raise UserError(f"'{json_file}' lists image '{doubled}' twice; file names must differ.")
+        duplicate = next(name for position, name in enumerate(names) if name in names[:position])
+        raise UserError(f"'{json_file}' lists image '{duplicate}' twice; file names must differ.")
     return image_ids
 
 

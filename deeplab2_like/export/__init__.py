@@ -1,1 +1,1 @@
-"""Export to a SavedModel, and prediction with it. `predictor` needs neither Keras nor the code of the systems."""
+"""Export to a SavedModel, and prediction with it. `predictor` needs neither Keras nor the systems."""

@@ -1,6 +1,6 @@
-"""Prediction with an exported model: one image at a time in Python, or files to pictures and COCO panoptic files.
+"""Prediction with an exported model: of single images in Python, or of files, to pictures and COCO panoptic files.
 
-Needs TensorFlow for the SavedModel, but neither Keras nor the code of the systems.
+Needs TensorFlow to load the SavedModel, but neither Keras nor the code of the systems.
 """
 
 import dataclasses
@@ -13,10 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.image_files import list_images, read_image
+from deeplab2_like.data.images import list_images, read_image, write_png
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter, segments_info
-from deeplab2_like.files import distinct_names, image_ids_of_names, make_folder, write_png
+from deeplab2_like.export.versions import MODEL_FILE, newest_export
+from deeplab2_like.files import distinct_names, image_ids_of_names, literal_folder, require_local
+from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.visualize import draw_overlay, side_by_side
 
 
@@ -26,10 +28,10 @@ class Segment:
 
     Attributes:
         id: Its id in COCO panoptic PNG and JSON files, which is its value in the panoptic map + 1.
-        category_id: The data set's own id of its class.
+        category_id: The data set's id of its class.
         category_name: The name of its class.
         is_thing: Whether it is a countable object.
-        score: How sure the model is, 0 or more.
+        score: Confidence of the model, 0 or more.
         area: Number of pixels.
         bbox: Tight box y_min, x_min, y_max, x_max in pixels; the maxima are exclusive (height is y_max - y_min). COCO
             files have COCO's x, y, width, height instead.
@@ -46,11 +48,11 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PanopticPrediction:
-    """What a model sees in an image.
+    """The prediction for one image.
 
     Attributes:
         panoptic: int32 [H, W], panoptic map, see `DatasetInfo`.
-        segments: The segments of the map in ascending order of their ids; void is none.
+        segments: The segments of the map in ascending order of their ids, without void.
         dataset_info: The meaning of the map.
     """
 
@@ -60,11 +62,11 @@ class PanopticPrediction:
 
     @property
     def scores(self) -> dict[int, float]:
-        """The score of each segment by its value in the panoptic map, as `CocoPanopticWriter.add` takes them."""
+        """The score of each segment by its value in the panoptic map, as `CocoPanopticWriter.add` expects."""
         return {segment.id - 1: segment.score for segment in self.segments}
 
     def draw(self, image: np.ndarray) -> np.ndarray:
-        """Paints the prediction over its image, uint8 [H, W, 3]; returns uint8 [H, W, 3]."""
+        """Draws the prediction over its image, uint8 [H, W, 3]; returns uint8 [H, W, 3]."""
         return draw_overlay(image, self.panoptic, self.dataset_info)
 
     def save_coco(self, output_dir: str | os.PathLike[str], file_name: str, image_id: int | str | None = None) -> Path:
@@ -73,15 +75,15 @@ class PanopticPrediction:
         For several images in one JSON use `predict_files` or `CocoPanopticWriter`.
 
         Args:
-            output_dir: Is made if missing.
-            file_name: The image's file name; the PNG gets the same with the ending `.png`.
-            image_id: The data set's id of the image; by default the file name without its ending.
+            output_dir: The folder; created if missing.
+            file_name: The image's file name; that of the PNG has the suffix `.png` instead.
+            image_id: The data set's id of the image; by default the file name without suffix.
 
         Returns:
             The path of the JSON.
 
         Raises:
-            UserError: If the name leaves the folder, or a file cannot be written.
+            UserError: If the name leads out of the folder, or a file cannot be written.
         """
         image_id = Path(file_name).stem if image_id is None else image_id
         with CocoPanopticWriter(output_dir, self.dataset_info) as writer:
@@ -90,10 +92,10 @@ class PanopticPrediction:
 
 
 class Predictor:
-    """An exported model, ready to be called with images of any size.
+    """An exported model, which can be called with images of any size.
 
     Example:
-        predictor = Predictor("exported")
+        predictor = Predictor("models/panoptic")
         prediction = predictor(image)  # uint8 [H, W, 3], RGB
         prediction.draw(image)
 
@@ -101,21 +103,23 @@ class Predictor:
         dataset_info: The meaning of the predicted maps.
 
     Args:
-        exported_dir: A folder that `deeplab2-like export` wrote.
+        exported_dir: An export, or a folder of versions that `deeplab2-like export` wrote, of which the newest is
+            used.
         compiled: Use the post-processing compiled by XLA: faster for many images of one size, but each new size is
             compiled first and stays in memory.
 
     Raises:
-        UserError: If the folder is no export, or is damaged.
+        UserError: If the folder is not an export, or is damaged.
     """
 
     def __init__(self, exported_dir: str | os.PathLike[str], *, compiled: bool = False) -> None:
-        folder = Path(exported_dir)
-        _require_export(folder)
+        require_local(exported_dir)
+        folder = _find_export(Path(exported_dir))
         self.dataset_info = DatasetInfo.load(folder)
-        # TensorFlow has no type of its own for the error that a damaged file gives.
+        # TensorFlow raises errors of many types for damaged files.
         try:
-            self._model = tf.saved_model.load(str(folder))
+            with literal_folder(folder) as readable:
+                self._model = tf.saved_model.load(str(readable))
         except (OSError, ValueError, RuntimeError, LookupError, AttributeError, tf.errors.OpError) as error:
             raise UserError(
                 f"The exported model '{folder}' is damaged ({_first_line(error)}); export it again."
@@ -134,10 +138,10 @@ class Predictor:
             image: uint8 [H, W, 3], RGB, at least one pixel.
 
         Returns:
-            The prediction, of the image's size.
+            The prediction, with the image's size.
 
         Raises:
-            UserError: If the image has another type or shape, or is too large for the memory.
+            UserError: If the image has another type or shape, or memory is insufficient for its size.
         """
         if not isinstance(image, np.ndarray):
             raise UserError(f"An image must be a NumPy array, uint8 [H, W, 3], but is a {type(image).__name__}.")
@@ -150,13 +154,13 @@ class Predictor:
             outputs = {key: value[0].numpy() for key, value in self._infer(images=tf.constant(image[None])).items()}
         except tf.errors.ResourceExhaustedError as error:
             raise UserError(
-                f"The memory does not suffice for an image of {image.shape[0]} x {image.shape[1]} pixels (height x "
-                "width); reduce it."
+                f"Not enough memory for an image of {image.shape[0]} x {image.shape[1]} pixels (height x width); "
+                "downscale it."
             ) from error
         return self._describe(outputs)
 
     def _describe(self, outputs: Mapping[str, np.ndarray]) -> PanopticPrediction:
-        """Makes a prediction of the model's outputs for one image."""
+        """Makes a prediction from the model's outputs for one image."""
         used = outputs["segment_score"] > 0
         ids, values = outputs["segment_id"][used].tolist(), outputs["segment_score"][used].tolist()
         scores = dict(zip(ids, values, strict=True))
@@ -167,7 +171,7 @@ class Predictor:
         return PanopticPrediction(outputs["panoptic"], segments, self.dataset_info)
 
     def _segment(self, described: Mapping[str, Any]) -> Segment:
-        """Turns an entry of `segments_info` into a `Segment`."""
+        """Converts an entry of `segments_info` to a `Segment`."""
         x, y, width, height = described["bbox"]
         category = self.dataset_info.categories[self.dataset_info.class_of_category_id[described["category_id"]]]
         return Segment(
@@ -175,7 +179,7 @@ class Predictor:
             category_id=category.id,
             category_name=category.name,
             is_thing=category.is_thing,
-            # A score so small that it rounds to zero cannot be told from none.
+            # Scores that round to zero are left out of the entry.
             score=described.get("score", 0.0),
             area=described["area"],
             bbox=(y, x, y + height, x + width),
@@ -184,13 +188,13 @@ class Predictor:
 
 @dataclasses.dataclass(frozen=True)
 class PredictionSummary:
-    """What became of the images of `predict_files`.
+    """The result of `predict_files`.
 
     Attributes:
         images: Number of images predicted.
-        skipped: For each image left out, what was wrong with it.
+        skipped: The fault of each skipped image.
         pictures_dir: The folder of the pictures.
-        json_file: The COCO panoptic JSON; its PNG files are in the folder of the same name beside it.
+        json_file: The COCO panoptic JSON; its PNGs are in the folder of the same name beside it.
     """
 
     images: int
@@ -208,26 +212,26 @@ def predict_files(
     on_error: Literal["stop", "skip"] = "stop",
     progress: Callable[[int, int], None] | None = None,
 ) -> PredictionSummary:
-    """Predicts an image file, or all images directly in a folder, one after the other.
+    """Predicts an image file, or all images directly in a folder.
 
     Writes `OUTPUT_DIR/pictures/NAME.png` (image and prediction), `OUTPUT_DIR/panoptic/NAME.png` and, at the end,
-    `OUTPUT_DIR/panoptic.json`. NAME is the image's name without its ending, or with it where two images differ in
-    nothing else. The image id in the JSON is NAME; if all names are different numbers, it is the number, as in COCO.
+    `OUTPUT_DIR/panoptic.json`. NAME is the image's name without suffix, or with it where several images differ
+    only in that. The image id in the JSON is NAME, or, as in COCO, the number if all names are different numbers.
 
     Args:
-        model_dir: A folder that `deeplab2-like export` wrote.
-        input_path: An image file, or a folder; see `image_files.list_images`.
-        output_dir: Is made if missing.
+        model_dir: See `Predictor`.
+        input_path: An image file, or a folder; see `images.list_images`.
+        output_dir: The folder of the results; created if missing.
         compiled: See `Predictor`.
-        on_error: "stop" at the first image that cannot be read, or "skip" it and report it.
-        progress: Called after each image with the numbers of images done and of all.
+        on_error: "stop" at the first image that cannot be read, or "skip" such images and report them.
+        progress: Called after each image with the number of images done and the total.
 
     Returns:
-        What was written and skipped.
+        The number of predicted images, the skipped ones, and the paths of the results.
 
     Raises:
-        UserError: If there is no image, an image cannot be read and `on_error` is "stop", or none can be read. Then
-            there is no JSON.
+        UserError: If there is no image, an image cannot be read and `on_error` is "stop", or none can be read. No
+            JSON is written then.
     """
     if on_error not in ("stop", "skip"):
         raise unknown_name("value of on_error", on_error, ("stop", "skip"))
@@ -240,9 +244,8 @@ def predict_files(
     for folder in (pictures_dir, writer.png_dir):
         if files[0].resolve().parent == folder.resolve():
             raise UserError(f"The output would replace the images in '{folder}'; choose another output folder.")
-    make_folder(output_dir)
-    # The JSON of an earlier run must not describe the PNG files of this one, should it end early.
-    writer.json_file.unlink(missing_ok=True)
+    writer.start()
+    remove_leftovers(pictures_dir)
 
     skipped: list[str] = []
     for done, (file, name, image_id) in enumerate(zip(files, names, image_ids, strict=True), start=1):
@@ -267,18 +270,24 @@ def predict_files(
     return PredictionSummary(len(files) - len(skipped), tuple(skipped), pictures_dir, writer.close())
 
 
-def _require_export(folder: Path) -> None:
-    """Raises `UserError`, with advice for folders of other kinds, unless `folder` is an export."""
+def _find_export(folder: Path) -> Path:
+    """Returns the folder itself or its newest version; raises `UserError`, with advice, if there is no export."""
     if not folder.is_dir():
         raise UserError(f"Exported model '{folder}' does not exist; give a folder that `deeplab2-like export` wrote.")
-    if not (folder / "saved_model.pb").is_file():
-        versions = sorted(file.parent.name for file in folder.glob("*/saved_model.pb"))
-        advice = "give a folder that `deeplab2-like export` wrote"
-        if versions:
-            advice = f"give the folder of a version, such as '{folder / versions[-1]}'"
-        elif (folder / "checkpoints").is_dir():
-            advice = "as it is a model folder, export it first with `deeplab2-like export`"
-        raise UserError(f"'{folder}' is no exported model, for it has no saved_model.pb; {advice}.")
+    if (folder / MODEL_FILE).is_file():
+        return folder
+    newest = newest_export(folder)
+    if newest is not None:
+        return newest
+    exports = sorted(
+        file.parent.name for file in folder.glob(f"*/{MODEL_FILE}") if not file.parent.name.startswith(".")
+    )
+    advice = "give a folder that `deeplab2-like export` wrote"
+    if exports:
+        advice = f"give the folder of one, such as '{folder / exports[-1]}'"
+    elif (folder / "checkpoints").is_dir():
+        advice = "as it is a model folder, export it first with `deeplab2-like export`"
+    raise UserError(f"'{folder}' is not an exported model, because it has no {MODEL_FILE}; {advice}.")
 
 
 def _first_line(error: BaseException) -> str:

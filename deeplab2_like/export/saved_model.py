@@ -1,19 +1,18 @@
-"""Export of a system to a SavedModel that needs neither this package nor Keras to load, and has no custom op.
+"""Export of a system to a SavedModel, which needs neither this package nor Keras to load, and has no custom ops.
 
-The folder holds the SavedModel, `dataset_info.json` and, if known, `config.yaml`. For TensorFlow Serving, which wants a
-folder per version, export to `NAME/1`.
+An export is a folder with the SavedModel, `dataset_info.json` and, if known, `config.yaml`. `export_model_folder`
+numbers exports, because TensorFlow Serving expects a folder per version: `NAME/1`, `NAME/2` and so on.
 
-Signatures, all returning the dictionary of `PanopticSystem.postprocess`:
+The signatures all return the dictionary of `PanopticSystem.postprocess`:
 
-- `serving_default`: `images`, uint8 [B, H, W, 3] RGB; B, H and W are free.
-- `encoded`: `image_bytes`, string [B] of whole JPEG, PNG, BMP or GIF files, all of one size; B is at least 1.
-- `compiled`: as `serving_default`, its post-processing compiled by XLA in stages. A new image size is compiled on its
-  first use (seconds), and stays in memory. Not the default, as a server may be built without XLA.
+- `serving_default`: `images`, uint8 [B, H, W, 3] RGB; B, H and W are arbitrary.
+- `encoded`: `image_bytes`, string [B] of whole JPEG, PNG, BMP or GIF files, all of the same size; B is at least 1.
+- `compiled`: like `serving_default`, with post-processing compiled by XLA in stages. A new image size is compiled on
+  its first use (seconds), and stays in memory. Not the default, because a server may be built without XLA.
 """
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,16 +22,15 @@ import tensorflow as tf
 
 from deeplab2_like import files
 from deeplab2_like.configs import Config, save_config
-from deeplab2_like.data import dataset_info as dataset_info_module
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.evaluate import compile_with_xla
-from deeplab2_like.model.layers import compiled_stages
-from deeplab2_like.model.system import PanopticSystem
+from deeplab2_like.evaluation.inference import compile_with_xla
+from deeplab2_like.export.versions import MODEL_FILE, is_export, list_versions, newest_export, version_number
+from deeplab2_like.model.base import PanopticSystem
+from deeplab2_like.model.stages import compiled_stages
+from deeplab2_like.temporary import TemporaryFolder, remove_leftovers
 
-_MODEL_FILE = "saved_model.pb"
-
-# The image, odd-sized, on which a new export must agree with the system, and the least share of pixels that do. It is
-# not 1, as some devices choose their algorithms anew, which rounds differently, and two classes may be almost equal.
+# Height and width of the image on which a new export is compared with the system, and the minimum share of equal
+# pixels. It is not 1, because devices may choose other algorithms with other rounding, and scores may be almost equal.
 _CHECK_SIZE = (97, 131)
 _CHECK_AGREEMENT = 0.98
 
@@ -43,43 +41,36 @@ def export_saved_model(
     *,
     config: Config | None = None,
     check: bool = True,
+    replace: bool = False,
 ) -> Path:
-    """Exports a system; the module describes the result.
+    """Exports a system to a folder; see the module for its content.
 
-    The folder appears whole or not at all. An earlier export is replaced; any other folder with something in it is not.
+    The folder appears whole or not at all. If it replaces an earlier export, there is always the old or the new one,
+    where the operating system can exchange two folders in one step.
 
     Args:
-        system: With its variables created.
-        output_dir: The SavedModel's folder; its parents are made if missing.
-        config: Where the system comes from; kept as `config.yaml`.
+        system: The system, with its variables created.
+        output_dir: The folder of the export; its parents are created if missing.
+        config: The config of the system, saved as `config.yaml`.
         check: Whether to load the SavedModel and compare it with the system before it appears.
+        replace: Whether to replace an earlier export. Other folders are never replaced unless they are empty.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: If Keras does not run on TensorFlow, or the folder is in use by something else or cannot be written.
+        UserError: If Keras does not run on TensorFlow, or the folder is in use or cannot be written.
         RuntimeError: If the check fails.
     """
-    if keras.backend.backend() != "tensorflow":
-        raise UserError(
-            f"Keras runs on {keras.backend.backend()}, but only TensorFlow can write a SavedModel; set "
-            "KERAS_BACKEND=tensorflow."
-        )
+    _require_tensorflow()
+    files.require_local(output_dir)
     folder = Path(output_dir).resolve()
-    _require_free(folder, name=str(output_dir))
-    with _folder_beside(folder, name=str(output_dir)) as beside:
-        signatures = _trace(system)
-        # Only variables are tracked, not the Keras objects, whose own saving would store them a second time.
-        module = tf.Module()
-        module.weights = [weight.value for weight in system.weights]
-        tf.saved_model.save(module, str(beside), signatures=signatures)
-        system.dataset_info.save(beside)
-        if config is not None:
-            save_config(config, beside / "config.yaml")
-        if check:
-            _check(beside, signatures["serving_default"])
-    return folder
+    _clean_up(folder)
+    _require_free(folder, name=str(output_dir), replace=replace)
+    with _folder_beside(folder, name=str(output_dir), replace=replace) as beside:
+        _write(system, beside, config=config, check=check)
+        _require_free(folder, name=str(output_dir), replace=replace)  # Again, as writing takes a while.
+    return Path(output_dir)
 
 
 def export_model_folder(
@@ -88,26 +79,88 @@ def export_model_folder(
     overrides: Sequence[str] = (),
     *,
     checkpoint: str = "last",
+    replace: bool = False,
 ) -> Path:
-    """Exports a checkpoint of a model folder, see `export_saved_model`.
+    """Exports a checkpoint of a model folder as a version, see `export_saved_model`.
 
     Args:
         model_dir: A folder that training wrote.
-        output_dir: The SavedModel's folder.
+        output_dir: A folder of versions, in which the next free number is used, at first 1; or, if its name is a
+            number, the version itself.
         overrides: Changes to the config, `key.path=value`, such as thresholds of the post-processing.
-        checkpoint: Which one, see `find_checkpoint`.
+        checkpoint: The checkpoint, see `find_checkpoint`.
+        replace: Whether to replace an earlier export: the version that `output_dir` names, the export that
+            `output_dir` itself is, or else the newest version in it.
 
     Returns:
-        The folder.
+        The folder that was written.
 
     Raises:
-        UserError: If the model folder cannot be loaded, or the export cannot be written.
+        UserError: If the model folder cannot be loaded, an export already exists and `replace` is False, or the export
+            cannot be written.
     """
-    from deeplab2_like.checkpoint import load_model_folder
+    from deeplab2_like.model_folder import load_model_folder
 
-    _require_free(Path(output_dir).resolve(), name=str(output_dir))
+    _require_tensorflow()
+    folder = _place(Path(output_dir), replace=replace)
     config, system, _ = load_model_folder(model_dir, overrides, checkpoint=checkpoint)
-    return export_saved_model(system, output_dir, config=config)
+    if folder is not None:
+        return export_saved_model(system, folder, config=config, replace=replace)
+    return _export_new_version(system, Path(output_dir), config=config)
+
+
+def _place(output_dir: Path, *, replace: bool) -> Path | None:
+    """Decides where to write an export, see `export_model_folder`; None for a new version in `output_dir`."""
+    files.require_local(output_dir)
+    # The name as given, not that of a link's target.
+    is_version = version_number(Path(os.path.abspath(output_dir)).name) is not None
+    versions_dir = output_dir.resolve()
+    _clean_up(versions_dir)
+    if is_version or (versions_dir / MODEL_FILE).is_file():
+        _require_free(versions_dir, name=str(output_dir), replace=replace)
+        return output_dir
+    _require_folder(versions_dir, name=str(output_dir))
+    remove_leftovers(versions_dir)
+    newest = newest_export(versions_dir) if replace else None
+    return None if newest is None else output_dir / newest.name
+
+
+def _export_new_version(system: PanopticSystem, output_dir: Path, *, config: Config) -> Path:
+    """Exports to the next free number in a folder of versions; returns the folder that was written."""
+    versions_dir = output_dir.resolve()
+    number = max(list_versions(versions_dir), default=0) + 1
+    with _write_errors(str(output_dir)), _temporary_folder(versions_dir / str(number)) as temporary:
+        _write(system, temporary.path, config=config, check=True)
+        while True:
+            try:
+                temporary.publish(versions_dir / str(number))
+                return output_dir / str(number)
+            except OSError:
+                if not os.path.lexists(versions_dir / str(number)):
+                    raise
+                number += 1  # Another export has taken the number.
+
+
+def _require_tensorflow() -> None:
+    if keras.backend.backend() != "tensorflow":
+        raise UserError(
+            f"Keras runs on {keras.backend.backend()}, but only TensorFlow can write a SavedModel; set "
+            "KERAS_BACKEND=tensorflow."
+        )
+
+
+def _write(system: PanopticSystem, folder: Path, *, config: Config | None, check: bool) -> None:
+    """Writes all files of an export into an empty folder; see `export_saved_model` for `check`."""
+    signatures = _trace(system)
+    # Only variables are tracked, because Keras objects would store their state a second time.
+    module = tf.Module()
+    module.weights = [weight.value for weight in system.weights]
+    tf.saved_model.save(module, str(folder), signatures=signatures)
+    system.dataset_info.save(folder)
+    if config is not None:
+        save_config(config, folder / "config.yaml")
+    if check:
+        _check(folder, signatures["serving_default"])
 
 
 def _trace(system: PanopticSystem) -> dict[str, tf.types.experimental.ConcreteFunction]:
@@ -123,7 +176,7 @@ def _trace(system: PanopticSystem) -> dict[str, tf.types.experimental.ConcreteFu
     def infer_encoded(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         return infer(_decode_images(image_bytes))
 
-    # Servers' REST interfaces know by the ending `_bytes` that a value is base64.
+    # TensorFlow Serving's REST interface recognizes base64 values by the suffix `_bytes`.
     image_bytes = tf.TensorSpec([None], tf.string, name="image_bytes")
     return {
         "serving_default": infer,
@@ -151,58 +204,84 @@ def _decode_images(image_bytes: tf.Tensor) -> tf.Tensor:
     return images.stack()  # [B, H, W, 3]
 
 
-def _require_free(folder: Path, *, name: str) -> None:
-    """Raises `UserError` unless `folder` is missing, empty or an export; `name` is what the user called it."""
+def _require_folder(folder: Path, *, name: str) -> None:
+    """Raises `UserError` if `folder`, which the user gave as `name`, is a file."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"Cannot export to '{name}', which is a file; give a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_export(folder):
+
+
+def _require_free(folder: Path, *, name: str, replace: bool) -> None:
+    """Raises `UserError` unless `folder`, which the user gave as `name`, is missing, empty or an export to replace."""
+    _require_folder(folder, name=name)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not is_export(folder):
         raise UserError(
-            f"Folder '{name}' holds something else than an export, which would be lost; give a new folder, or that of "
-            "an earlier export to replace it."
+            f"Folder '{name}' has files that are not an export and would be lost; give a new folder, or that of an "
+            "earlier export to replace it."
+        )
+    if not replace:
+        is_version = version_number(folder.name) is not None
+        other = f"'{Path(name).parent}' to write the next version" if is_version else "a new folder"
+        raise UserError(
+            f"'{name}' already has an export; give {other}, or replace this one with --replace (in Python with "
+            "replace=True)."
         )
 
 
-def _is_export(folder: Path) -> bool:
-    return (folder / _MODEL_FILE).is_file() and (folder / dataset_info_module.FILE_NAME).is_file()
+@contextlib.contextmanager
+def _folder_beside(folder: Path, *, name: str, replace: bool = True) -> Iterator[Path]:
+    """Yields a temporary folder beside `folder` to write into, and renames it to `folder` at the end.
+
+    After an error `folder` is unchanged.
+
+    Args:
+        folder: The folder to write; its parents are created if missing.
+        name: The path as the user gave it.
+        replace: Whether to replace an existing folder, which is an error otherwise.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    with _write_errors(name), _temporary_folder(folder) as temporary:
+        yield temporary.path
+        if replace:
+            temporary.replace()
+        else:
+            temporary.publish()
+
+
+def _temporary_folder(folder: Path) -> TemporaryFolder:
+    """Creates a temporary folder beside `folder`, and missing parents of it; raises `OSError`."""
+    if not folder.parent.exists():  # If it is a file, the error below is clearer.
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    _clean_up(folder)
+    return TemporaryFolder(folder)
+
+
+def _clean_up(folder: Path) -> None:
+    """Removes leftovers of killed exports beside `folder`, and restores an export that one was replacing."""
+    is_version = version_number(folder.name) is not None
+    remove_leftovers(folder.parent, of=None if is_version else folder.name)
 
 
 @contextlib.contextmanager
-def _folder_beside(folder: Path, *, name: str) -> Iterator[Path]:
-    """Gives a hidden folder beside `folder` to write into, and puts it in the place of `folder` at the end.
-
-    If an error ends the block, `folder` is as it was.
-
-    Raises:
-        UserError: If nothing can be written there.
-    """
-    beside = files.beside(folder)
-    replaced = beside.with_name(f"{beside.name}.replaced")
+def _write_errors(name: str) -> Iterator[None]:
+    """Turns errors about a folder that cannot be written into `UserError`; `name` is the folder as the user gave it."""
     try:
-        try:
-            beside.mkdir(parents=True)
-            yield beside
-            if folder.exists():
-                folder.rename(replaced)
-            try:
-                beside.rename(folder)
-            except OSError:
-                if replaced.exists():
-                    replaced.rename(folder)
-                raise
-        finally:
-            for leftover in (beside, replaced):
-                shutil.rmtree(leftover, ignore_errors=True)
+        yield
     except (OSError, tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError) as error:
         raise files.cannot_write(name, error) from error
 
 
 def _check(folder: Path, infer: tf.types.experimental.ConcreteFunction) -> None:
-    """Compares the SavedModel in `folder` with the function it was made of, on an image of coloured noise.
+    """Compares the SavedModel in `folder` with the function it was made from, on an image of random noise.
 
     Raises:
         RuntimeError: If they differ.
     """
-    loaded = tf.saved_model.load(str(folder)).signatures["serving_default"]
+    with files.literal_folder(folder) as readable:
+        loaded = tf.saved_model.load(str(readable)).signatures["serving_default"]
     noise = np.random.default_rng(0).integers(0, 256, (1, *_CHECK_SIZE, 3), np.uint8)
     expected = infer(tf.constant(noise))["panoptic"].numpy()
     received = loaded(images=tf.constant(noise))["panoptic"].numpy()
@@ -210,5 +289,5 @@ def _check(folder: Path, infer: tf.types.experimental.ConcreteFunction) -> None:
     if agreement < _CHECK_AGREEMENT:
         raise RuntimeError(
             f"The exported model agrees with the system on only {100 * agreement:.1f} % of a test image's pixels, so "
-            "it was discarded; this is a fault of the library."
+            "it was discarded; this is a bug in the library."
         )

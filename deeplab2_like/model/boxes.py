@@ -1,7 +1,7 @@
-"""Box arithmetic in `keras.ops`: areas, overlaps, the encoding of box regression, suppression of duplicates.
+"""Operations on boxes: area, IoU, encoding for regression, non-maximum suppression.
 
-A box is [y_min, x_min, y_max, x_max] in image pixels, exclusive at its end: a box around one pixel has side 1. All is
-float32. Rows that only fill up a table may hold anything finite.
+A box is float32 [y_min, x_min, y_max, x_max] in pixels, exclusive at its end: a box around one pixel has side 1. Unused
+rows of a table may hold any finite values.
 """
 
 import math
@@ -10,16 +10,17 @@ from typing import Any
 
 from keras import ops
 
-from deeplab2_like.model.layers import Tensor, stage
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.stages import stage
 
-# Largest log scale of a predicted side: from an anchor of 16 pixels to a side of 1000.
+# Largest logarithm of a predicted scale: from an anchor of 16 pixels to a side of 1000 pixels.
 _MAX_LOG_SCALE = math.log(1000.0 / 16.0)
-# Keeps the logarithms and quotients of empty rows finite.
+# Keeps logarithms and quotients of unused rows finite.
 _SMALLEST_SIDE = 1e-6
 
 
 def take_rows(table: Tensor, index: Tensor) -> Tensor:
-    """Looks up rows of a batch of tables.
+    """Takes rows from each table of a batch.
 
     Args:
         table: [B, N, ...].
@@ -35,13 +36,13 @@ def take_rows(table: Tensor, index: Tensor) -> Tensor:
 
 
 def box_area(boxes: Tensor) -> Tensor:
-    """Areas of boxes float32 [..., 4], as [...]; zero where an end is before its start."""
+    """Returns the areas of boxes, float32 [..., 4] to [...]; zero for boxes whose end is before their start."""
     y_min, x_min, y_max, x_max = ops.unstack(boxes, 4, axis=-1)
     return ops.maximum(y_max - y_min, 0.0) * ops.maximum(x_max - x_min, 0.0)
 
 
 def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union of every pair.
+    """Computes the intersection over union (IoU) of every pair.
 
     Args:
         first: float32 [..., N, 4].
@@ -59,16 +60,16 @@ def pairwise_iou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def encode_boxes(boxes: Tensor, reference: Tensor, weights: Sequence[float]) -> Tensor:
-    """Writes boxes relative to reference boxes (anchors or RoIs), as regression targets.
+    """Encodes boxes relative to reference boxes (anchors or RoIs), as regression targets.
 
     Args:
         boxes: float32 [..., 4].
         reference: float32 [..., 4].
-        weights: Factors of the four numbers, in their order.
+        weights: Factors of dy, dx, dh and dw.
 
     Returns:
-        float32 [..., 4], (dy, dx, dh, dw): shift of the centre in sides of the reference, and log ratio of the sides.
-        Detectron2 orders them (dx, dy, dw, dh).
+        float32 [..., 4], (dy, dx, dh, dw): shift of the center in sides of the reference, and logarithm of the ratio of
+        the sides. Detectron2 orders them (dx, dy, dw, dh).
     """
     center, size = _center_and_size(boxes)
     reference_center, reference_size = _center_and_size(reference)
@@ -79,7 +80,7 @@ def encode_boxes(boxes: Tensor, reference: Tensor, weights: Sequence[float]) -> 
 
 
 def decode_boxes(deltas: Tensor, reference: Tensor, weights: Sequence[float]) -> Tensor:
-    """The inverse of `encode_boxes`.
+    """Decodes boxes, the inverse of `encode_boxes`.
 
     Args:
         deltas: float32 [..., 4], (dy, dx, dh, dw).
@@ -87,7 +88,7 @@ def decode_boxes(deltas: Tensor, reference: Tensor, weights: Sequence[float]) ->
         weights: Factors with which the deltas were encoded.
 
     Returns:
-        float32 [..., 4]. The log ratios are cut at log(1000 / 16) first, so that no box becomes infinite.
+        float32 [..., 4]. dh and dw are limited to log(1000 / 16), so that no box becomes infinite.
     """
     deltas = ops.cast(deltas, "float32") / ops.array(weights, "float32")
     reference_center, reference_size = _center_and_size(reference)
@@ -102,7 +103,7 @@ def _center_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clip_boxes(boxes: Tensor, image_size: tuple[Any, Any]) -> Tensor:
-    """Cuts boxes float32 [..., 4] at the borders of an image of the given height and width."""
+    """Clips boxes, float32 [..., 4], to an image of the given height and width."""
     height, width = (ops.cast(side, "float32") for side in image_size)
     limit = ops.stack([height, width, height, width])
     return ops.minimum(ops.maximum(boxes, 0.0), limit)
@@ -112,45 +113,59 @@ def clip_boxes(boxes: Tensor, image_size: tuple[Any, Any]) -> Tensor:
 def non_maximum_suppression(
     boxes: Tensor, valid: Tensor, *, iou_threshold: float, classes: Tensor | None = None
 ) -> Tensor:
-    """Greedy non-maximum suppression: a box goes if a better one that stays overlaps it too much.
+    """Greedy non-maximum suppression: removes a box if a better one that is kept overlaps it too much.
 
     Args:
         boxes: float32 [B, N, 4], the best first.
         valid: bool [B, N], the rows that take part.
-        iou_threshold: A box goes if the overlap is above this.
+        iou_threshold: Largest IoU with a better box that is kept.
         classes: int [B, N]; if given, only boxes of the same class suppress each other.
 
     Returns:
-        bool [B, N], the rows that stay. No gradient.
+        bool [B, N], the rows that are kept, without a gradient.
     """
     boxes = ops.stop_gradient(boxes)
     rank = ops.arange(ops.shape(boxes)[1])
     overlaps = (pairwise_iou(boxes, boxes) > iou_threshold) & (rank[:, None] < rank[None, :])  # [B, better, worse]
     if classes is not None:
         overlaps = overlaps & (classes[:, :, None] == classes[:, None, :])
-    return keep_best(overlaps, valid)
+    return suppress(overlaps, valid)
 
 
-def keep_best(excludes: Tensor, valid: Tensor) -> Tensor:
-    """Keeps, greedily, what no better one that is kept excludes.
+def suppress(suppresses: Tensor, valid: Tensor) -> Tensor:
+    """Keeps, greedily, the rows that no better row that is kept suppresses.
 
-    The greedy result is the only fixed point of "a row stays if no better row that stays excludes it", and is reached
-    from "all stay" in as many steps as the longest chain of exclusions is long, usually a few.
+    The greedy result is the only fixed point of "a row is kept if no better row that is kept suppresses it". Iterating
+    from "all are kept" reaches it in as many steps as the longest chain of suppressions has rows, usually a few.
 
     Args:
-        excludes: bool [B, better, worse], true only where the first row is before the second one.
+        suppresses: bool [B, better, worse], true only where the first row is before the second one.
         valid: bool [B, N], the rows that take part.
 
     Returns:
-        bool [B, N], the rows that stay.
+        bool [B, N], the rows that are kept.
     """
 
-    def exclude(keep: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
+    def step(keep: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
         del changed
-        after = valid & ~ops.any(excludes & keep[:, :, None], axis=1)
+        after = valid & ~ops.any(suppresses & keep[:, :, None], axis=1)
         return after, ops.any(after != keep)
 
     keep, _ = ops.while_loop(
-        lambda keep, changed: changed, exclude, (valid, ops.any(valid)), maximum_iterations=valid.shape[1]
+        lambda keep, changed: changed, step, (valid, ops.any(valid)), maximum_iterations=valid.shape[1]
     )
     return keep
+
+
+def boxes_around_masks(masks: Tensor) -> Tensor:
+    """Returns the tight boxes around masks, bool [B, N, H, W] to float32 [B, N, 4]; zeros for empty masks."""
+    sides = []
+    for axis in (3, 2):
+        is_touched = ops.cast(ops.any(masks, axis=axis), "int32")  # [B, N, H] or [B, N, W]
+        size = ops.shape(is_touched)[-1]
+        first = ops.argmax(is_touched, axis=-1)
+        last = size - ops.argmax(ops.flip(is_touched, axis=-1), axis=-1)
+        is_empty = ops.sum(is_touched, axis=-1) == 0
+        sides.append([ops.where(is_empty, 0, ops.cast(side, "int32")) for side in (first, last)])
+    (top, bottom), (left, right) = sides
+    return ops.cast(ops.stack([top, left, bottom, right], axis=-1), "float32")

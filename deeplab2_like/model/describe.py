@@ -1,4 +1,4 @@
-"""What a system costs: parameters, multiply-adds and shapes, part by part, without computing anything."""
+"""The cost of a system: parameters, multiply-adds and output shapes of each layer, without running it."""
 
 import dataclasses
 import functools
@@ -12,24 +12,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deeplab2_like.model.base import PanopticSystem
 from deeplab2_like.model.deformable import DeformableConvNorm
 from deeplab2_like.model.layers import ConvNorm
-from deeplab2_like.model.system import PanopticSystem
 
 Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass
 class Part:
-    """One layer of a network, with everything inside it.
+    """One layer of a network, including its inner layers.
 
     Attributes:
-        name: Names of the layers from the network down, joined by "/".
-        parameters: Elements of all its weights, moving statistics included.
-        multiply_adds: Of one image.
+        name: Names of the layers from the network to this one, joined by "/".
+        parameters: Elements of all its weights, including moving statistics.
+        multiply_adds: Multiply-adds for one image.
         output_shapes: Shape of each output of the last call by name, without the batch axis; a single tensor has the
             name "".
-        calls: How often it is called for one image; a head that runs on every level of a pyramid has several.
+        calls: Number of calls for one image; a head on a pyramid has one per level.
     """
 
     name: str
@@ -41,22 +41,22 @@ class Part:
 
 @dataclasses.dataclass
 class Description:
-    """What a network costs for one image.
+    """The cost of a network for one image.
 
-    Multiply-adds are those of convolutions and dense layers, as papers count them: normalisation (which can be folded
-    into a convolution), activations, resizing and post-processing are left out. Activations are counted as papers do,
-    too: the elements of what convolutions and dense layers put out.
+    As in most papers, multiply-adds are those of convolutions and dense layers only, without normalization (which can
+    be folded into a convolution), activation functions, resizing and post-processing; activations are the elements of
+    the outputs of these layers.
 
     Attributes:
         height: Height of the image, in pixels.
         width: Width of the image, in pixels.
-        parameters: Elements of all weights, moving statistics of normalisation included.
-        trainable_parameters: Elements of the weights that training changes.
-        multiply_adds: Of one image.
-        activations: Of one image.
+        parameters: Elements of all weights, including moving statistics of normalizations.
+        trainable_parameters: Elements of the trainable weights.
+        multiply_adds: Multiply-adds for one image.
+        activations: Elements of the outputs of convolutions and dense layers for one image.
         output_shapes: Shape of each output by name, without the batch axis.
-        parts: Layers of the network and their layers, in the order in which they run.
-        uncounted: Names of layers that hold kernels but that no rule counts; empty if `multiply_adds` is complete.
+        parts: Layers of the network and their inner layers, in the order in which they run.
+        uncounted: Names of layers that have kernels but no rule to count them; empty if `multiply_adds` is complete.
     """
 
     height: int
@@ -70,17 +70,17 @@ class Description:
     uncounted: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as numbers, strings, lists and dictionaries, for JSON."""
+        """Returns the description as numbers, strings, lists and dictionaries, for JSON."""
         return dataclasses.asdict(self)
 
 
 def describe(system: PanopticSystem, height: int, width: int) -> Description:
-    """Counts what a system costs for one image of a size, without running it.
+    """Counts the cost of a system for one image, without running it.
 
-    The image is padded as the system pads every image, so the count is that of the padded size.
+    The system pads the image, so the multiply-adds are those of the padded size.
 
     Args:
-        system: The system; its variables are created if they are not there yet.
+        system: The system; its variables are created if needed.
         height: Height of the image, in pixels.
         width: Width of the image, in pixels.
     """
@@ -88,11 +88,11 @@ def describe(system: PanopticSystem, height: int, width: int) -> Description:
 
 
 def print_description(description: Description, *, console: Console | None = None) -> None:
-    """Prints a table of the parts, and a line of totals.
+    """Prints a table of the parts and a line of totals.
 
     Args:
-        description: What `describe` returned.
-        console: Where to print; standard output by default.
+        description: Result of `describe`.
+        console: The console; standard output by default.
     """
     console = console or Console()
     table = Table(title=f"Image of {description.height} x {description.width} pixels", title_justify="left")
@@ -121,12 +121,12 @@ def print_description(description: Description, *, console: Console | None = Non
 
 
 def describe_layer(layer: keras.layers.Layer, input_shape: Sequence[int], *, dtype: str = "float32") -> Description:
-    """Counts what a layer costs for one input, without running it.
+    """Counts the cost of a layer for one input, without running it.
 
     Args:
-        layer: The layer. A layer that has not been called yet is built by the description.
+        layer: The layer; it is built if needed.
         input_shape: Shape of its input without the batch axis; height and width first.
-        dtype: Type of its input.
+        dtype: Dtype of its input.
     """
     inputs = keras.KerasTensor((1, *input_shape), dtype=dtype)
     if not layer.built:
@@ -148,7 +148,7 @@ def describe_layer(layer: keras.layers.Layer, input_shape: Sequence[int], *, dty
 
 
 class _Call(keras.layers.Layer):
-    """Calls a layer inside its own call: called by itself, a functional model skips the calls of its layers."""
+    """Calls a layer from its own call, because a functional model called directly skips the calls of its layers."""
 
     def __init__(self, layer: keras.layers.Layer) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class _Call(keras.layers.Layer):
 
 
 class _Recorder:
-    """Follows the calls of a layer's inner layers; parts are listed two levels deep."""
+    """Records the calls of the inner layers of a layer; parts are listed two levels deep."""
 
     def __init__(self, root: keras.layers.Layer) -> None:
         self.root = root
@@ -171,7 +171,7 @@ class _Recorder:
         self._stack: list[keras.layers.Layer] = []
 
     def recording(self) -> Any:
-        """Context in which calls are recorded."""
+        """Returns a context in which calls are recorded."""
         original = keras.layers.Layer.__call__
 
         @functools.wraps(original)
@@ -223,7 +223,7 @@ class _Recorder:
 
 
 def multiply_adds(layer: Any, inputs: Any, outputs: Any) -> int | None:
-    """Multiply-adds of one call of a layer itself, without its inner layers.
+    """Counts the multiply-adds of one call of a layer, without its inner layers.
 
     Args:
         layer: A Keras layer.
@@ -231,7 +231,7 @@ def multiply_adds(layer: Any, inputs: Any, outputs: Any) -> int | None:
         outputs: Its output, [B, ..., C].
 
     Returns:
-        The count over the batch; 0 for layers that do not multiply by a kernel; None where no rule is known.
+        The count for the whole batch; 0 for layers without a kernel; None if no rule counts the layer.
     """
     for kinds, positions in _RULES:
         if isinstance(layer, kinds):
@@ -241,7 +241,8 @@ def multiply_adds(layer: Any, inputs: Any, outputs: Any) -> int | None:
     return None if has_kernel else 0
 
 
-# A kernel is applied once at each position of the output, or, transposed, of the input.
+# Kinds of layers, and the positions at which they apply their kernel: those of the output, or, for a transposed
+# convolution, of the input.
 _RULES: tuple[tuple[Any, Callable[[Any, Any], Sequence[int]]], ...] = (
     ((keras.layers.Conv2DTranspose,), lambda inputs, outputs: inputs.shape[:-1]),
     (

@@ -1,70 +1,46 @@
 """Feature pyramid network (Lin et al., "Feature pyramid networks for object detection", CVPR 2017)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import keras
-import pydantic
 from keras import ops
 
-from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.layers import ConvNorm, Norm, Tensor
-
-
-class FpnConfig(StrictModel):
-    """The feature pyramid."""
-
-    channels: int = pydantic.Field(256, ge=2)
-    finest_level: Literal["p1", "p2"] = pydantic.Field(
-        "p2", description="`p2` has stride 4, as in the paper; `p1`, stride 2, is for objects of a few pixels."
-    )
-    norm: Norm | None = pydantic.Field(None, description="Normalisation after each convolution; null, as in the paper.")
-
-
-def backbone_features(finest_level: str) -> dict[str, str]:
-    """Names of the backbone's features by the levels that are made of them, from the finest level to p5."""
-    features = {"p1": "stem", "p2": "res2", "p3": "res3", "p4": "res4", "p5": "res5"}
-    return {level: feature for level, feature in features.items() if level >= finest_level}
-
-
-def are_consecutive_levels(names: Sequence[str]) -> bool:
-    """Whether these are names of levels of a pyramid, one after the other, fine to coarse."""
-    known = ["p1", "p2", "p3", "p4", "p5", "p6", "p7"]
-    first = known.index(names[0]) if names and names[0] in known else 0
-    return bool(names) and list(names) == known[first : first + len(names)]
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.layers import ConvNorm, Tensor
 
 
 class FeaturePyramid(keras.layers.Layer):
-    """Backbone features of all scales, each with the semantics of the coarser ones, all with the same channels.
+    """A feature pyramid: features of several scales, all with the same number of channels.
 
-    From the coarsest feature down, each level adds a 1x1 convolution of the backbone's feature (`lateralN`) to the
-    level above, enlarged twofold by repeating pixels; a 3x3 convolution (`outputN`) gives the level. Level N, named
-    "pN", has stride 2**N. There is no activation.
+    From the coarsest level to the finest, a 1x1 convolution of the backbone feature (`lateralN`) is added to the sum of
+    the next coarser level, upsampled twofold by repeating pixels; a 3x3 convolution of the sum (`outputN`) is the
+    level. Level N, named `pN`, has stride 2**N. There is no activation.
 
-    Levels coarser than the backbone's features are made from the coarsest level:
+    Levels coarser than the backbone features are made one from the other, starting from the coarsest level:
 
-    - `subsample`: every second pixel of the level before (Mask R-CNN);
-    - `convolve`: a 3x3 convolution of stride 2 of the level before, with a ReLU between two of them (RetinaNet, FCOS).
+    - `subsample`: every second pixel (Mask R-CNN);
+    - `convolve`: a 3x3 convolution with stride 2, with a ReLU between two of them (RetinaNet, FCOS).
 
     Args:
-        strides: Stride of each backbone feature, by its name; those of `features` must double from one to the next.
+        strides: Stride of each backbone feature, by its name; those of `features` must double.
         features: Names of the backbone features, fine to coarse.
         channels: Channels of all levels.
-        coarser_levels: How many levels are added beyond the coarsest feature.
-        coarser: How they are made.
-        norm: The normalisation after each convolution; None for none, as in the paper.
+        coarser_levels: Number of levels beyond the coarsest feature.
+        coarser: How these levels are made.
+        norm: The normalization after each convolution; None for none, as in the paper.
 
     Attributes:
         strides: Stride of each level, by its name, fine to coarse.
         channels: Channels of all levels.
 
-    Input: dictionary of features, float [B, h, w, C]; and, if wanted, `context`, float [B, h, w, channels] or
-    [B, 1, 1, channels], which is added to the coarsest feature after its 1x1 convolution. Output: dictionary of levels,
-    float [B, ceil(H / stride), ceil(W / stride), channels].
-
     Raises:
         UserError: If the strides do not double.
+
+    Input: dictionary of features, float [B, h, w, C], and optionally `context`, float [B, h, w, channels] or
+    [B, 1, 1, channels], which is added to the coarsest feature after its 1x1 convolution.
+    Output: dictionary of levels, float [B, ceil(H / stride), ceil(W / stride), channels].
     """
 
     def __init__(
@@ -116,7 +92,7 @@ class FeaturePyramid(keras.layers.Layer):
     def call(
         self, features: Mapping[str, Tensor], context: Tensor | None = None, training: bool = False
     ) -> dict[str, Tensor]:
-        """Builds the pyramid; see the class."""
+        """Makes the pyramid."""
         pyramid: dict[str, Tensor] = {}
         above = None
         for level, feature, lateral, output in reversed(
@@ -140,17 +116,8 @@ class FeaturePyramid(keras.layers.Layer):
 
 
 def repeat_pixels(x: Tensor) -> Tensor:
-    """Enlarges twofold, each pixel becoming four: float [B, h, w, C] to float [B, 2h, 2w, C]."""
+    """Upsamples twofold by repeating each pixel: float [B, h, w, C] to float [B, 2h, 2w, C]."""
     batch, height, width = ops.shape(x)[:3]
     channels = x.shape[-1]
     both = ops.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
     return ops.reshape(both, (batch, 2 * height, 2 * width, channels))  # [B, 2h, 2w, C]
-
-
-def split_channels(pyramid: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gives each of two branches its own half of the channels of every level (Panoptic FPN, Table 3d)."""
-    half = next(iter(pyramid.values())).shape[-1] // 2
-    return (
-        {name: level[..., :half] for name, level in pyramid.items()},
-        {name: level[..., half:] for name, level in pyramid.items()},
-    )

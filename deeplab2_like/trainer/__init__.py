@@ -1,1 +1,1 @@
-"""Training: strategies, optimiser, checkpoints, the loop."""
+"""Training: strategies, optimizer, checkpoints, the loop."""

@@ -11,7 +11,7 @@ from deeplab2_like.model import PanopticSystem
 class WeightAverage:
     """An exponential moving average of all weights of a system, moving statistics included.
 
-    Keras' own average of an optimiser leaves moving statistics out, which then do not fit the averaged weights.
+    Keras' own average of an optimizer leaves moving statistics out, which then do not fit the averaged weights.
 
     Attributes:
         variables: The averages by the weights' paths.

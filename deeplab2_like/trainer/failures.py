@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from deeplab2_like.data.images import write_png
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import beside, cannot_write, write_png
+from deeplab2_like.files import cannot_write
+from deeplab2_like.temporary import TemporaryFile, remove_leftovers
 from deeplab2_like.trainer.trainer import NonFiniteError
 
 _VALUES = {"loss": "The sum of the losses", "gradient_norm": "The gradient"}
@@ -38,13 +40,12 @@ def non_finite(
 def _save_batch(batch: Mapping[str, Any], names: list[str], folder: Path) -> str:
     """Returns a sentence that says where the batch is."""
     try:
+        remove_leftovers(folder)
         for number, (name, image) in enumerate(zip(names, batch["image"].numpy(), strict=True)):
             write_png(folder / f"{number}_{Path(name).stem}.png", image)
-        path = folder / "targets.npz"
-        hidden = beside(path)
-        with hidden.open("wb") as file:
-            np.savez_compressed(file, **{name: value.numpy() for name, value in batch["targets"].items()})
-        hidden.replace(path)
+        with TemporaryFile(folder / "targets.npz") as temporary:
+            np.savez_compressed(temporary.file, **{name: value.numpy() for name, value in batch["targets"].items()})
+            temporary.publish()
     except OSError as error:
         return f"The batch cannot be saved: {cannot_write(folder, error)}"
     except UserError as error:

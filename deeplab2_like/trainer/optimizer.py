@@ -1,4 +1,4 @@
-"""Optimisers and the learning rate schedules of the papers."""
+"""Optimizers and the learning rate schedules of the papers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from deeplab2_like.configs.schema import OptimizerConfig, ScheduleConfig
 from deeplab2_like.errors import unknown_name
 from deeplab2_like.model import PanopticSystem
 
@@ -53,45 +54,35 @@ class LearningRate(keras.optimizers.schedules.LearningRateSchedule):
         return rate * (self.warmup_start + (1.0 - self.warmup_start) * progress)
 
 
-def make_schedule(
-    name: str,
-    *,
-    peak: float,
-    steps: int,
-    power: float = 0.9,
-    boundaries: Sequence[int] = (),
-    decay_factor: float = 0.1,
-    warmup_steps: int = 0,
-    warmup_start: float = 0.0,
-) -> LearningRate:
-    """Builds the learning rate over time.
+def make_schedule(config: ScheduleConfig, *, peak: float, steps: int) -> LearningRate:
+    """Builds the learning rate schedule.
 
     Args:
-        name: A key of `SCHEDULES`.
+        config: Its name, a key of `SCHEDULES`, and options.
         peak: The highest learning rate.
         steps: Step at which `poly` and `cosine` are zero.
-        power: Exponent of `poly`.
-        boundaries: Steps from which on `step` multiplies by another `decay_factor`.
-        decay_factor: See `boundaries`.
-        warmup_steps: See `LearningRate`.
-        warmup_start: See `LearningRate`.
 
     Raises:
         UserError: If there is no such schedule.
     """
-    if name not in SCHEDULES:
-        raise unknown_name("schedule", name, SCHEDULES)
-    options = {"steps": steps, "power": power, "boundaries": tuple(boundaries), "decay_factor": decay_factor}
+    if config.name not in SCHEDULES:
+        raise unknown_name("schedule", config.name, SCHEDULES)
+    options = {
+        "steps": steps,
+        "power": config.power,
+        "boundaries": config.boundaries,
+        "decay_factor": config.decay_factor,
+    }
     return LearningRate(
         peak=peak,
-        decay=lambda step: SCHEDULES[name](step, **options),
-        warmup_steps=warmup_steps,
-        warmup_start=warmup_start,
+        decay=lambda step: SCHEDULES[config.name](step, **options),
+        warmup_steps=config.warmup_steps,
+        warmup_start=config.warmup_start,
     )
 
 
 class _Multiplied:
-    """What the trainer needs of an optimiser beyond Keras' own.
+    """Learning rate multipliers, and gradients that are already summed over replicas.
 
     Attributes:
         multipliers: Factor of the learning rate of each variable, in the order of `build`; None for 1 everywhere.
@@ -125,30 +116,28 @@ OPTIMIZERS: dict[str, Callable[[Any, float], keras.optimizers.Optimizer]] = {
 
 
 def make_optimizer(
-    name: str,
+    config: OptimizerConfig,
     *,
     learning_rate: Any,
-    momentum: float,
     variables: Sequence[keras.Variable] | None = None,
     multipliers: Sequence[float] | None = None,
     scale_loss: bool = False,
 ) -> keras.optimizers.Optimizer:
-    """Builds an optimiser of gradients that are summed over replicas already.
+    """Builds an optimizer for gradients that are already summed over replicas.
 
     Args:
-        name: A key of `OPTIMIZERS`.
+        config: Its name, a key of `OPTIMIZERS`, and its momentum; the rest is applied by the trainer.
         learning_rate: A number or a Keras schedule.
-        momentum: Momentum of SGD, unused by Adam.
-        variables: What to optimise; None builds the optimiser later.
+        variables: The trainable variables; None builds the optimizer later.
         multipliers: Factor of the learning rate of each variable; None for 1 everywhere.
-        scale_loss: Whether to scale the loss dynamically, as float16 needs, leaving out steps that overflow.
+        scale_loss: Whether to scale the loss dynamically, as float16 needs, and to skip steps that overflow.
 
     Raises:
-        UserError: If there is no such optimiser.
+        UserError: If there is no such optimizer.
     """
-    if name not in OPTIMIZERS:
-        raise unknown_name("optimizer", name, OPTIMIZERS)
-    optimizer = OPTIMIZERS[name](learning_rate, momentum)
+    if config.name not in OPTIMIZERS:
+        raise unknown_name("optimizer", config.name, OPTIMIZERS)
+    optimizer = OPTIMIZERS[config.name](learning_rate, config.momentum)
     optimizer.multipliers = multipliers
     if scale_loss:
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale")
@@ -162,25 +151,25 @@ def learning_rate_multipliers(system: PanopticSystem, multipliers: Mapping[str, 
 
     Args:
         system: The system.
-        multipliers: Factor by the name of a part: names of layers joined by "/", from the network down. Of several
-            that fit a weight the longest counts.
+        multipliers: Factor by the name of a part: layer names joined by "/", from the top. The longest matching name
+            wins.
 
     Returns:
-        Factor by the weight's path, 1 where nothing fits.
+        Factor by the weight's path, 1 where no name matches.
 
     Raises:
-        UserError: If a name fits no weight.
+        UserError: If a name matches no weight.
     """
     relative = {weight.path: weight.path.partition("/")[2] for weight in system.weights}
     for part in multipliers:
         if not any(_is_within(path, part) for path in relative.values()):
             known = {path.partition("/")[0] for path in relative.values()}
             raise unknown_name("part of the network in trainer.optimizer.multipliers", part, known)
-    found = {}
+    factors = {}
     for path, inner in relative.items():
         fitting = [part for part in multipliers if _is_within(inner, part)]
-        found[path] = multipliers[max(fitting, key=len)] if fitting else 1.0
-    return found
+        factors[path] = multipliers[max(fitting, key=len)] if fitting else 1.0
+    return factors
 
 
 def _is_within(path: str, part: str) -> bool:
@@ -190,12 +179,12 @@ def _is_within(path: str, part: str) -> bool:
 def freeze(system: PanopticSystem, factors: Mapping[str, float]) -> None:
     """Takes the weights whose factor is 0 out of training.
 
-    A layer all of whose own weights are frozen is frozen itself, so that batch normalisation uses the statistics that
-    it has and leaves them as they are.
+    A layer whose own weights are all frozen is frozen itself, so that batch normalization uses its stored statistics
+    and does not update them.
 
     Args:
         system: The system, changed in place.
-        factors: What `learning_rate_multipliers` returned.
+        factors: Result of `learning_rate_multipliers`.
     """
     for layer in system._flatten_layers():
         inner = {id(weight) for child in layer._flatten_layers(include_self=False) for weight in child.weights}
@@ -210,7 +199,7 @@ def freeze(system: PanopticSystem, factors: Mapping[str, float]) -> None:
 def add_weight_decay(
     gradients: Sequence[tf.Tensor], variables: Sequence[keras.Variable], weight_decay: float
 ) -> list[tf.Tensor]:
-    """Adds the gradient of an L2 penalty, `weight_decay * w`, except to the scales and shifts of normalisations."""
+    """Adds the gradient of an L2 penalty, `weight_decay * w`, except to the scales and shifts of normalizations."""
     return [
         gradient + weight_decay * variable.value if variable.name not in ("gamma", "beta") else gradient
         for gradient, variable in zip(gradients, variables, strict=True)

@@ -1,5 +1,7 @@
-"""Stopping on SIGTERM, as schedulers send it before they take a machine away."""
+"""Stopping on a signal: Ctrl-C, a terminal that is closed, a scheduler that takes the machine away."""
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -8,18 +10,32 @@ import tensorflow as tf
 
 from deeplab2_like.trainer.strategy import worker_of
 
-# What a shell reports of a process that SIGTERM has ended, so that `train && evaluate` does not go on.
-STOPPED_STATUS = 128 + signal.SIGTERM
+# Windows has no SIGHUP.
+_SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class StopTraining(Exception):
-    """Raised between two steps, after somebody has asked for the end."""
+    """Raised between two steps, after a signal has asked for the end.
+
+    Attributes:
+        signal: The signal.
+    """
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.signal = number
+
+
+def exit_status(number: signal.Signals) -> int:
+    """The status with which a shell reports a process that a signal has ended; `train && evaluate` then ends, too."""
+    return 128 + number
 
 
 class StopSignal:
-    """Notes SIGTERM while the context is open; a second one ends the process at once, as usual.
+    """Notes SIGINT, SIGTERM and SIGHUP while the context is open; a second one does what it did before.
 
-    Python delivers signals to the main thread alone; elsewhere nothing is noted.
+    A signal that is ignored when the context opens stays ignored, as `nohup` has it. Python delivers signals to the
+    main thread alone; elsewhere nothing is noted.
 
     Args:
         strategy: The strategy, all workers of which stop if one of them is asked to.
@@ -28,42 +44,60 @@ class StopSignal:
     def __init__(self, strategy: tf.distribute.Strategy) -> None:
         self._strategy = strategy
         self._several_workers = worker_of(strategy)[1] > 1
-        self._noted = False
+        self._noted: signal.Signals | None = None
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
         self._sum = tf.function(self._sum_over_replicas)
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+            # None is a handler that was not set from Python, and could not be set again.
+            self._before = {
+                number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)
+            }
+            for number in self._before:
+                signal.signal(number, self._note)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if threading.current_thread() is threading.main_thread() and not self._noted:
-            signal.signal(signal.SIGTERM, self._before)
+        self._restore_handlers()
 
     @property
-    def noted(self) -> bool:
-        """Whether this process has been asked to stop."""
+    def noted(self) -> signal.Signals | None:
+        """The signal that has asked this process to stop, if any has."""
         return self._noted
 
-    def raise_if_any(self, is_asked: bool) -> None:
+    def raise_if_any(self, asked_by: signal.Signals | None) -> None:
         """To be called by all workers after the same step.
 
         Args:
-            is_asked: Whether this one wants the end, for instance as `noted` says.
+            asked_by: The signal for which this worker wants the end, for instance `noted`.
 
         Raises:
             StopTraining: If one of them does.
         """
         if self._several_workers:
-            is_asked = float(self._sum(tf.constant(float(is_asked)))) > 0
-        if is_asked:
-            raise StopTraining
+            flags = tf.constant([float(number is asked_by) for number in _SIGNALS])
+            counts = self._sum(flags).numpy().tolist()
+            asked_by = next((number for number, count in zip(_SIGNALS, counts, strict=True) if count), None)
+        if asked_by is not None:
+            raise StopTraining(asked_by)
 
-    def _sum_over_replicas(self, flag: tf.Tensor) -> tf.Tensor:
-        return self._strategy.reduce("SUM", self._strategy.run(lambda value: value, args=(flag,)), axis=None)
+    def _sum_over_replicas(self, flags: tf.Tensor) -> tf.Tensor:
+        return self._strategy.reduce("SUM", self._strategy.run(lambda value: value, args=(flags,)), axis=None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = True
-        signal.signal(signal.SIGTERM, self._before)
+        self._noted = signal.Signals(number)
+        self._restore_handlers()
+        # Not by `print`, which the signal may have interrupted. A terminal that is closed takes nothing.
+        with contextlib.suppress(OSError):
+            notice = f"{self._noted.name}: saving and stopping after this step; a second signal ends the process now.\n"
+            os.write(2, (b"\n" if os.isatty(2) else b"") + notice.encode())
+
+    def _restore_handlers(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before = {}

@@ -1,4 +1,4 @@
-"""One training step, for any system and any `tf.distribute` strategy, and what is known about the steps of a loop."""
+"""One training step for any system and any `tf.distribute` strategy, and the report of a loop of steps."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +9,7 @@ import numpy as np
 import orbit
 import tensorflow as tf
 
+from deeplab2_like.configs.schema import TrainerConfig
 from deeplab2_like.model import PanopticSystem
 from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.optimizer import add_weight_decay
@@ -29,62 +30,54 @@ class NonFiniteError(Exception):
 
 
 class Trainer(orbit.StandardTrainer):
-    """One optimiser step for Orbit's loop.
+    """One optimizer step for Orbit's loop.
 
     Args:
         dataset: Distributed batches of `pipeline.make_train_dataset`, of images and targets.
+        config: Gradient clipping, weight decay, gradient accumulation, and the batch size, to report the speed. Each
+            batch divides its losses by its own normalizers, so accumulation equals one large batch if these are equal.
         system: The system to train.
-        optimizer: Its optimiser, built, of `make_optimizer`.
+        optimizer: Its optimizer from `make_optimizer`, built.
         strategy: The distribution strategy of both.
-        weight_decay: Factor of the L2 penalty.
-        clip_norm: Largest global norm of the gradient, or None.
-        clip_value: Largest absolute value of an element of the gradient, after `clip_norm`, or None.
-        accumulate_steps: Batches whose gradients are averaged for one optimiser step. Each batch divides its losses by
-            its own normalizers, so this equals one large batch where these are the same in all of them.
-        average: What takes in the weights after each step, or None.
-        step: Counts the steps, also those that a scaled loss leaves out; int64 scalar.
-        images_per_step: Images of a step over all devices, to report the speed.
+        average: Moving average of the weights to update after each step, or None.
+        step: Number of steps done, skipped ones included; int64 scalar.
         after_step: Called after every step.
-        reports_after: Whether a loop that ends after a step, counted from 1, reports; by default each does.
+        is_report_due: Whether a loop that ends after a step, counted from 1, reports; by default each does.
     """
 
     def __init__(
         self,
         dataset: Any,
+        config: TrainerConfig,
         *,
         system: PanopticSystem,
         optimizer: keras.optimizers.Optimizer,
         strategy: tf.distribute.Strategy,
-        weight_decay: float,
-        clip_norm: float | None,
-        after_step: Callable[[], None],
-        clip_value: float | None = None,
-        accumulate_steps: int = 1,
         average: WeightAverage | None = None,
         step: tf.Variable | None = None,
-        images_per_step: int = 0,
-        reports_after: Callable[[int], bool] = lambda step: True,
+        after_step: Callable[[], None] = lambda: None,
+        is_report_due: Callable[[int], bool] = lambda step: True,
     ) -> None:
         super().__init__(dataset, orbit.StandardTrainerOptions(use_tf_while_loop=False, use_tf_function=False))
         self._system = system
         self._optimizer = optimizer
         self._strategy = strategy
-        self._weight_decay = weight_decay
-        self._clip_norm = clip_norm
-        self._clip_value = clip_value
-        self._accumulate_steps = accumulate_steps
+        self._weight_decay = config.optimizer.weight_decay
+        self._clip_norm = config.optimizer.clip_norm
+        self._clip_value = config.optimizer.clip_value
+        self._accumulate_steps = config.accumulate_steps
         self._average = average
         self._step = make_step_counter() if step is None else step
-        self._images_per_step = images_per_step
+        self._images_per_step = config.batch_size * config.accumulate_steps
         self._after_step = after_step
-        self._reports_after = reports_after
+        self._is_report_due = is_report_due
         self._compiled_step = tf.function(self._distributed_step)
         self._scales_loss = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         self._sums: list[tf.Variable] = []
-        if accumulate_steps > 1:
+        if self._accumulate_steps > 1:
             with strategy.scope():
                 self._sums = [self._make_sum(variable) for variable in system.trainable_variables]
-        # Of the batches of each step since the last check, and of each step since the last report.
+        # Values of each batch of each step since the last check, and of each step since the last report.
         self._values: list[list[dict[str, tf.Tensor]]] = []
         self._unreported: list[dict[str, float]] = []
         self._clock = _Clock()
@@ -113,16 +106,16 @@ class Trainer(orbit.StandardTrainer):
         self._after_step()
 
     def train_loop_end(self) -> dict[str, float]:
-        """Returns what there is to log of all steps since the last report; nothing if none is due.
+        """Returns the values to log of all steps since the last report, or nothing if no report is due.
 
-        Those are means, but for the learning rate of the last step and the number of steps that a scaled loss left out.
+        Values are means, except for the learning rate of the last step and the number of skipped steps.
 
         Raises:
             NonFiniteError: See `check_values`.
         """
         self.check_values()
         self._clock.stop()
-        if not self._unreported or not self._reports_after(int(self._step.numpy())):
+        if not self._unreported or not self._is_report_due(int(self._step.numpy())):
             return {}
         steps, self._unreported = self._unreported, []
         means = {name: _mean_of_finite([step[name] for step in steps]) for name in steps[0]}
@@ -135,11 +128,11 @@ class Trainer(orbit.StandardTrainer):
         }
 
     def check_values(self) -> None:
-        """Checks the steps since the last check; to be called before anything is saved.
+        """Checks the steps since the last check; must be called before anything is saved.
 
         Raises:
-            NonFiniteError: If a loss or the gradient of any of them is not finite. With a scaled loss a gradient that
-                overflows only leaves out its step.
+            NonFiniteError: If a loss or the gradient of any of them is not finite. With a scaled loss, a gradient that
+                overflows only skips its step.
         """
         steps = [
             {
@@ -149,7 +142,7 @@ class Trainer(orbit.StandardTrainer):
             for batches in self._values
         ]
         self._values = []
-        # The earliest step is the cause: its update spoils the weights, and with them all terms of the steps after it.
+        # The earliest step is the cause: its update spoils the weights, and so all terms of later steps.
         for position, step in enumerate(steps):
             for name, value in step.items():
                 overflows = name == "gradient_norm" and step.get("loss_scale", 1.0) > 1.0
@@ -166,11 +159,11 @@ class Trainer(orbit.StandardTrainer):
 
         Args:
             batch: This replica's share of the batch.
-            is_last: Whether it is the last one of an optimiser step.
+            is_last: Whether it is the last one of an optimizer step.
 
         Returns:
-            What the strategy sums over replicas to each loss, their sum, and, of the last batch, the norm of the
-            gradient and the learning rate.
+            This replica's share of each loss, of their sum and, for the last batch, of the gradient norm and of the
+            learning rate; the sum over replicas gives the value.
         """
         gradients, shares = self._gradients(batch)
         if self._accumulate_steps > 1:
@@ -190,7 +183,7 @@ class Trainer(orbit.StandardTrainer):
         with tf.GradientTape() as tape:
             outputs = self._system(batch["image"], targets=batch["targets"], training=True)
             losses = self._system.compute_losses(batch["targets"], outputs)
-            # Divided by what all replicas count together, so that the sum over replicas is the loss of the whole batch.
+            # The normalizer of all replicas, so that the sum over replicas is the loss of the whole batch.
             counts = context.all_reduce("SUM", [loss.normalizer for loss in losses.values()])
             shares = {
                 name: self._system.loss_weights[name] * tf.math.divide_no_nan(loss.total, count)
@@ -201,11 +194,11 @@ class Trainer(orbit.StandardTrainer):
         gradients = tape.gradient(scaled, [variable.value for variable in self._system.trainable_variables])
         if self._scales_loss:
             gradients = [gradient / self._loss_scale() for gradient in gradients]
-        # The terms come first, so that a term is named rather than the sum.
+        # Terms first, so that an error names a term rather than the sum.
         return gradients, {**shares, "loss": total}
 
     def _apply(self, gradients: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
-        """Sums gradients over replicas and updates the variables; returns what there is to report."""
+        """Sums gradients over replicas and updates the variables; returns the values to report."""
         context = tf.distribute.get_replica_context()
         variables = self._system.trainable_variables
         replicas = self._strategy.num_replicas_in_sync
@@ -213,7 +206,7 @@ class Trainer(orbit.StandardTrainer):
         if self._weight_decay:
             gradients = add_weight_decay(gradients, variables, self._weight_decay)
         norm = tf.linalg.global_norm(gradients)
-        # The learning rate now, as the optimiser counts this step when it applies the gradients.
+        # Read now, as the optimizer counts this step when it applies the gradients.
         rate = tf.cast(tf.convert_to_tensor(self._optimizer.learning_rate), tf.float32)
         report = {"gradient_norm": norm / replicas, "learning_rate": rate / replicas}
         if self._clip_norm is not None:
@@ -223,7 +216,7 @@ class Trainer(orbit.StandardTrainer):
         if self._scales_loss:
             scale = self._loss_scale()
             report["loss_scale"] = scale / replicas
-            # The optimiser divides by the scale, and must see an overflow that clipping may have hidden.
+            # The optimizer divides by the scale, and must see an overflow that clipping may have hidden.
             scale = tf.where(tf.math.is_finite(norm), scale, np.nan)
             gradients = [gradient * scale for gradient in gradients]
         self._optimizer.apply_gradients(zip(gradients, variables, strict=True))
@@ -254,10 +247,10 @@ def _mean_of_finite(values: Sequence[float]) -> float:
 
 
 class _Clock:
-    """Speed, and the share of the time that went by while there was no batch, of the loops since the last report.
+    """Measures speed, and the share of time spent waiting for data, of the loops since the last report.
 
-    Where devices compute while the program goes on, some of that waiting hurts nobody: the share is an upper bound.
-    The very first step is left out, as it compiles.
+    Devices may compute while the program waits, so the share is an upper bound. The first step is left out, as it
+    compiles.
     """
 
     def __init__(self) -> None:

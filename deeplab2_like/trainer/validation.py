@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from deeplab2_like.checkpoint import keep_best
+from deeplab2_like.checkpoint_files import save_if_best
 from deeplab2_like.data import pipeline
-from deeplab2_like.evaluation.evaluate import evaluate, make_inference_function, of_example
+from deeplab2_like.evaluation.evaluate import evaluate
+from deeplab2_like.evaluation.inference import make_example_function, make_inference_function
 from deeplab2_like.evaluation.report import write_results
 from deeplab2_like.files import write_atomically
 from deeplab2_like.model import PanopticSystem
+from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.summaries import draw_predictions
 
@@ -87,7 +89,7 @@ class Validation:
 
         with self.evaluated_weights():
             try:
-                return evaluate(self._system, until_stopped(), infer=of_example(self.infer))
+                return evaluate(self._system, until_stopped(), infer=make_example_function(self.infer))
             except _StoppedError:
                 return None
 
@@ -104,10 +106,11 @@ class Validation:
         if metrics is None:
             return None
         folder = self._model_dir / self._split
+        remove_leftovers(folder)
         write_results(folder, metrics, model_dir=self._model_dir, step=step, split=self._split, images=self._images)
         quality = metrics["panoptic"]["all"]["pq"]
         with self.evaluated_weights():
-            is_best = keep_best(self._model_dir, self._system, step=step, pq=quality)
+            is_best = save_if_best(self._model_dir, self._system, step=step, pq=quality)
         # Last, as it says that all of it is done.
         write_atomically(folder / _EVALUATED_FILE, f"{step}\n".encode())
         return f"PQ {quality:.2f} on split '{self._split}'{', the best so far' if is_best else ''}"

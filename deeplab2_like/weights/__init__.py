@@ -1,1 +1,1 @@
-"""Importers of released checkpoints, one file per source."""
+"""Importers of released weights, one module per model."""

@@ -1,4 +1,4 @@
-"""Sets the variables of a system to arrays of a released checkpoint: all of them, or none."""
+"""Sets the variables of a system to the arrays of a released checkpoint: all of them, or none."""
 
 import fnmatch
 import re
@@ -11,11 +11,11 @@ import numpy as np
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem
 
-# What stands in a checkpoint besides weights: counters, constants, and what older versions stored.
+# Entries of a checkpoint that are not weights: counters, constants, and anchors that older versions stored.
 _IGNORED = ("*.num_batches_tracked", "pixel_mean", "pixel_std", "*.anchor_generator.cell_anchors.*")
 
 
-# PyTorch's names of the variables of a convolution, a dense layer or a normalisation after one.
+# PyTorch's names of the variables of a convolution or dense layer and of the normalization after it.
 _VARIABLES = {
     "kernel": "weight",
     "bias": "bias",
@@ -43,20 +43,45 @@ def split_path(path: str) -> tuple[str, str] | None:
 
 
 def residual_layer_name(layer: str, prefix: str) -> str | None:
-    """Detectron2's name of a layer of a residual block, below a prefix such as `backbone`; None if it is none."""
+    """Returns Detectron2's name of a layer.
+
+    Args:
+        layer: Path of the layer inside the system.
+        prefix: Detectron2's name of the backbone, such as `backbone`.
+
+    Returns:
+        The name, such as `backbone.res2.0.conv1`; None if the layer is not part of a residual block.
+    """
     block = re.fullmatch(r"backbone/(res\d)/block(\d+)/(\w+)", layer)
     return None if block is None else f"{prefix}.{block[1]}.{int(block[2]) - 1}.{block[3]}"
 
 
 def semantic_layer_name(layer: str, branch: str, prefix: str) -> str | None:
-    """Detectron2's name of a stage of Semantic FPN, at the path `branch` here; None if it is none."""
+    """Returns Detectron2's name of a layer.
+
+    Args:
+        layer: Path of the layer inside the system.
+        branch: Path of Semantic FPN inside the system.
+        prefix: Detectron2's name of Semantic FPN, such as `sem_seg_head`.
+
+    Returns:
+        The name, such as `sem_seg_head.p3.0`; None if the layer is not a convolution of Semantic FPN.
+    """
     stage = re.fullmatch(rf"{branch}/(p\d)_conv(\d)", layer)
-    # There, an enlargement follows each convolution and is counted, too.
+    # Detectron2 also counts the upsampling after each convolution.
     return None if stage is None else f"{prefix}.{stage[1]}.{2 * (int(stage[2]) - 1)}"
 
 
 def listed_name(layer: str, names: Sequence[tuple[str, str]]) -> str | None:
-    """The name of a layer by a list of patterns and what they become; None if none fits."""
+    """Returns the name of a layer.
+
+    Args:
+        layer: Path of the layer inside the system.
+        names: Regular expressions for paths, each with the template of the name.
+
+    Returns:
+        The name from the first expression that matches; None if none matches.
+    """
     for pattern, name in names:
         found = re.fullmatch(pattern, layer)
         if found is not None:
@@ -74,16 +99,17 @@ def assign_by_name(
     what: str,
     config_function: str,
 ) -> None:
-    """Sets the variables of a system; nothing is changed unless everything fits.
+    """Sets the variables of a system by name. Nothing changes unless all weights fit.
 
     Args:
-        system: The system, its variables created.
-        state: Arrays by the checkpoint's names.
-        name_of: From the path of a variable to its name in the checkpoint, or None if there is nothing like it.
-        to_keras: From the path of a variable and the checkpoint's array to the value of the variable.
-        keep_initial: Patterns with `*` of names that are not loaded.
-        what: What the system is called in messages.
-        config_function: What gives the config that fits, in messages.
+        system: The system, with its variables created.
+        state: Arrays by their names in the checkpoint.
+        name_of: Maps the path of a variable to its name in the checkpoint, or to None if the checkpoint has no such
+            variable.
+        to_keras: Maps the path of a variable and the array in the checkpoint to the value of the variable.
+        keep_initial: Patterns with `*` for names that are not loaded.
+        what: Name of the system, for messages.
+        config_function: Name of the function that returns the config for these weights, for messages.
 
     Raises:
         UserError: If names are missing or left over, a shape differs, or a pattern matches nothing.
@@ -91,7 +117,7 @@ def assign_by_name(
     for pattern in keep_initial:
         if not fnmatch.filter(state, pattern):
             raise UserError(
-                f"keep_initial pattern '{pattern}' matches no name of the checkpoint; its names look like "
+                f"keep_initial pattern '{pattern}' matches no name in the checkpoint; its names look like "
                 f"{', '.join(list(state)[:2])}."
             )
 
@@ -111,11 +137,11 @@ def assign_by_name(
         unused.discard(name)
         try:
             array = to_keras(variable.path, state[name])
-        except ValueError:  # A shape that cannot be brought into another order.
+        except ValueError:  # The array has too few or too many axes.
             array = state[name]
         if array.shape != tuple(variable.shape):
             misshapen.append(
-                f"{name} is {state[name].shape}, which gives {array.shape} and not {tuple(variable.shape)}"
+                f"{name} is {state[name].shape}, which gives {array.shape} instead of {tuple(variable.shape)}"
             )
         else:
             assignments.append((variable, array))
@@ -127,23 +153,23 @@ def assign_by_name(
     if problems:
         raise UserError(
             f"The checkpoint does not fit this {what}: {'; '.join(problems)}; use the config of "
-            f"`{config_function}`, or name in `keep_initial` what shall not be loaded."
+            f"`{config_function}`, or list the names that should not be loaded in `keep_initial`."
         )
     for variable, array in assignments:
         variable.assign(array)
 
 
 def check_epsilon(system: PanopticSystem, epsilon: float, source: str) -> None:
-    """Raises `UserError` if the batch normalisation of the system adds something else to the variance than `epsilon`.
+    """Raises `UserError` if the epsilon of the batch normalization differs from that of the weights.
 
     Args:
-        system: The system, its variables created.
-        epsilon: What the weights were trained with.
-        source: Whose weights these are, in the message.
+        system: The system, with its variables created.
+        epsilon: The epsilon that the weights were trained with.
+        source: Origin of the weights, for the message.
     """
     for layer in system._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization) and not np.isclose(layer.epsilon, epsilon, rtol=1e-3):
             raise UserError(
-                f"Config key 'model.norm.epsilon' is {layer.epsilon}, but {source}'s weights were trained with "
-                f"{epsilon}; set it to that."
+                f"Config key 'model.norm.epsilon' is {layer.epsilon}, but the weights of {source} were trained "
+                f"with {epsilon}; set it to that value."
             )

@@ -1,7 +1,7 @@
-"""Weights of the released Panoptic FCN, which is written on Detectron2.
+"""The released weights of Panoptic FCN, whose code is based on Detectron2.
 
-Images are BGR there, yet the mean colour that is subtracted is in the order of RGB: 123.675 from blue. The released
-weights were trained so, so `panoptic_fcn_config` swaps the mean, too.
+The released code reads images as BGR, but subtracts the mean color in RGB order: 123.675 from blue. The weights were
+trained that way, so `panoptic_fcn_config` swaps the mean, too.
 """
 
 import re
@@ -24,15 +24,18 @@ _EPSILON = 1e-5
 
 
 def panoptic_fcn_config(*, depth: Literal[50, 101] = 50, enhanced: bool = False) -> PanopticFCNConfig:
-    """The `model` section with which the released weights compute what they compute there.
+    """Makes the `model` section for the released weights.
 
-    The differences to our defaults: stride in the first convolution of a block, frozen batch normalisation, the swapped
-    mean colour, images that are not divided by a standard deviation but resized, and the behaviour of that code.
+    It differs from the defaults in the stride of the first convolution of a block, frozen batch normalization, the
+    swapped mean color, no division by a standard deviation, resized images, and `reference_behavior`.
 
     Args:
         depth: Layers of the ResNet.
         enhanced: Whether it is the enhanced version (marked * in the paper): an encoder of 256 channels with deformable
             convolutions.
+
+    Returns:
+        The section.
     """
     return PanopticFCNConfig.model_validate(
         {
@@ -43,22 +46,22 @@ def panoptic_fcn_config(*, depth: Literal[50, 101] = 50, enhanced: bool = False)
                 "stride_in_1x1": True,
             },
             "norm": {"kind": "frozen_batch", "epsilon": _EPSILON},
-            # Of red, green and blue: what is subtracted from blue is the mean of red.
+            # Red, green, blue: the mean of red is subtracted from blue.
             "image_mean": (103.53, 116.28, 123.675),
             "image_std": (1.0, 1.0, 1.0),
             "encoder": {"channels": 256, "deformable": True} if enhanced else {},
-            "postprocess": {"resize": {"short_side": 800, "long_side": 1333}},
-            "reference_behaviour": True,
+            "resize": {"short_side": 800, "long_side": 1333},
+            "reference_behavior": True,
         }
     )
 
 
-# From the path of one of our layers to the name for it there.
+# Patterns of the path of a layer, and its name in the released code.
 _LAYERS: tuple[tuple[str, str], ...] = (
     (r"backbone/stem/(conv\d)", r"backbone.bottom_up.stem.\1"),
     (r"fpn/(lateral|output)(\d)", r"backbone.fpn_\1\2"),
     (r"fpn/coarser(\d)", r"backbone.top_block.p\1"),
-    # A deformable convolution has its own kernel beside the one of its offsets.
+    # A deformable convolution has its own kernel and the kernel of its offsets.
     (r"position_head/conv(\d)", r"position_head.position_head.position_head_head_\1.dcnv2"),
     (r"position_head/conv(\d)/offset", r"position_head.position_head.position_head_head_\1.offset_mask_conv"),
     (r"position_head/centers", r"position_head.out_inst"),
@@ -73,14 +76,14 @@ _LAYERS: tuple[tuple[str, str], ...] = (
 
 
 def panoptic_fcn_name(path: str, *, enhanced: bool = False) -> str | None:
-    """The released code's name of a variable of our Panoptic FCN.
+    """Returns the name that a variable has in the released code.
 
     Args:
         path: Path of the variable, such as `panoptic_fcn/kernel_head/conv1/conv/kernel`.
         enhanced: Whether the encoder has deformable convolutions.
 
     Returns:
-        The name, such as `kernel_head.kernel_head.kernel_head_head_1.weight`; None if there is nothing like it.
+        The name, such as `kernel_head.kernel_head.kernel_head_head_1.weight`; None if it has none.
     """
     parts = split_path(path)
     if parts is None:
@@ -101,17 +104,17 @@ def load_panoptic_fcn(
 ) -> None:
     """Sets the variables of a Panoptic FCN to released weights.
 
-    Nothing is changed unless everything fits. Images are RGB here: the first kernel is turned round. What leaves no
-    trace in the weights (strides, mean colour, behaviour) must be set in the config, see `panoptic_fcn_config`.
+    Nothing changes unless all weights fit. The input channels of the first kernel are reversed, because images are RGB
+    here. Settings that the weights do not show (strides, mean color, behavior) come from `panoptic_fcn_config`.
 
     Args:
-        system: The system; its variables are created if they are not there yet.
-        state: Arrays by the names of the released code, see `deeplab2_like.weights.detectron2.read_checkpoint`.
-        keep_initial: Patterns with `*` of names that are not loaded, for example `position_head.out_*` for a data set
-            with other classes.
+        system: The system; its variables are created if needed.
+        state: Arrays by their names in the released code, see `deeplab2_like.weights.detectron2.read_checkpoint`.
+        keep_initial: Patterns with `*` of names to leave out, for example `position_head.out_*` for a data set with
+            other classes.
 
     Raises:
-        UserError: If names are missing or left over, a shape differs, a pattern matches nothing, or batch normalisation
+        UserError: If names are missing or left over, a shape differs, a pattern matches nothing, or batch normalization
             has another epsilon.
     """
     if not system.built:
@@ -132,7 +135,7 @@ def load_panoptic_fcn(
 def _to_keras(path: str, array: np.ndarray) -> np.ndarray:
     layer = path.partition("/")[2]
     if layer.startswith("kernel_head/embed_") and array.ndim == 4:
-        return array[:, :, 0, 0].T  # A 1x1 convolution of kernels that are picked.
+        return array[:, :, 0, 0].T  # A 1x1 convolution there, a dense layer here.
     if array.ndim == 4:
         array = array.transpose(2, 3, 1, 0)
         return array[:, :, ::-1] if layer == "backbone/stem/conv1/conv/kernel" else array

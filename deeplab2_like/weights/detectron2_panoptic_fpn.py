@@ -1,6 +1,6 @@
-"""Weights of Detectron2's Panoptic FPN.
+"""Import of Detectron2's Panoptic FPN weights.
 
-Layouts differ in more than the order of axes: Detectron2 takes images in BGR, writes box deltas as (dx, dy, dw, dh),
+Layouts differ in more than the order of axes: Detectron2 reads images in BGR, orders box deltas as (dx, dy, dw, dh),
 and flattens the features of a box channels first.
 """
 
@@ -23,10 +23,11 @@ _EPSILON = 1e-5
 
 
 def panoptic_fpn_config(*, depth: Literal[50, 101] = 50) -> PanopticFPNConfig:
-    """The `model` section with which Detectron2's weights compute what they compute there.
+    """Returns the `model` section with which Detectron2's weights give the same results as in Detectron2.
 
-    The differences to our defaults: stride in the first convolution of a block, frozen batch normalisation, images that
-    are not divided by a standard deviation but resized, and as many samples in RoIAlign as the size of a box asks for.
+    It differs from the defaults in the stride in the first convolution of a block, frozen batch normalization, images
+    that are resized and not divided by a standard deviation, and a number of samples in RoIAlign that depends on the
+    size of the box.
 
     Args:
         depth: Layers of the ResNet.
@@ -42,12 +43,12 @@ def panoptic_fpn_config(*, depth: Literal[50, 101] = 50) -> PanopticFPNConfig:
             "norm": {"kind": "frozen_batch", "epsilon": _EPSILON},
             "image_std": (1.0, 1.0, 1.0),
             "roi": {"sampling_ratio": 0},
-            "postprocess": {"resize": {"short_side": 800, "long_side": 1333}},
+            "resize": {"short_side": 800, "long_side": 1333},
         }
     )
 
 
-# From the path of one of our layers to Detectron2's name for it.
+# Patterns of layer paths in this library, and Detectron2's names.
 _LAYERS: tuple[tuple[str, str], ...] = (
     (r"backbone/stem/(conv\d)", r"backbone.bottom_up.stem.\1"),
     (r"fpn/(lateral|output)(\d)", r"backbone.fpn_\1\2"),
@@ -66,13 +67,13 @@ _BOX_RESOLUTION = 7
 
 
 def panoptic_fpn_name(path: str) -> str | None:
-    """Detectron2's name of a variable of our Panoptic FPN.
+    """Returns Detectron2's name of a variable of `PanopticFPN`.
 
     Args:
         path: Path of the variable, such as `panoptic_fpn/backbone/res2/block1/conv1/conv/kernel`.
 
     Returns:
-        The name, such as `backbone.bottom_up.res2.0.conv1.weight`; None if Detectron2 has nothing like it.
+        The name, such as `backbone.bottom_up.res2.0.conv1.weight`; None if Detectron2 has no such variable.
     """
     parts = split_path(path)
     if parts is None:
@@ -91,19 +92,20 @@ def panoptic_fpn_name(path: str) -> str | None:
 def load_panoptic_fpn(
     system: PanopticFPN, state: Mapping[str, np.ndarray], *, keep_initial: Sequence[str] = ()
 ) -> None:
-    """Sets the variables of a Panoptic FPN to weights of Detectron2's.
+    """Sets the variables of a Panoptic FPN to Detectron2's weights.
 
-    Nothing is changed unless everything fits. Images are RGB here: the first kernel is turned round. What leaves no
-    trace in the weights (strides, mean colour) must be set in the config, see `panoptic_fpn_config`.
+    Nothing is changed unless all weights fit. Images are RGB here, so the input channels of the first kernel are
+    reversed. Settings that the weights do not contain (strides, mean color) must be set in the config, see
+    `panoptic_fpn_config`.
 
     Args:
-        system: The system; its variables are created if they are not there yet.
+        system: The system; missing variables are created.
         state: Arrays by Detectron2's names, see `deeplab2_like.weights.detectron2.read_checkpoint`.
         keep_initial: Patterns with `*` of Detectron2's names that are not loaded, for example
             `sem_seg_head.predictor.*` for a data set with other classes.
 
     Raises:
-        UserError: If names are missing or left over, a shape differs, a pattern matches nothing, or batch normalisation
+        UserError: If names are missing or left over, a shape differs, a pattern matches nothing, or batch normalization
             has another epsilon.
     """
     if not system.built:
@@ -121,6 +123,7 @@ def load_panoptic_fpn(
 
 
 def _to_keras(path: str, array: np.ndarray) -> np.ndarray:
+    """Converts an array of Detectron2 to the layout of the variable with this path."""
     layer = path.partition("/")[2].removeprefix("detector/")
     if layer.startswith(("rpn_head/deltas", "box_head/deltas")):
         # (dx, dy, dw, dh) of each anchor or class, to (dy, dx, dh, dw).
@@ -131,7 +134,7 @@ def _to_keras(path: str, array: np.ndarray) -> np.ndarray:
     if array.ndim == 2:
         return array.T
     if array.ndim == 4:
-        # A transposed convolution stores (in, out, height, width), which Keras wants as (height, width, out, in).
+        # A transposed convolution stores (in, out, height, width), and Keras (height, width, out, in).
         array = array.transpose(2, 3, 1, 0)
         return array[:, :, ::-1] if layer == "backbone/stem/conv1/conv/kernel" else array
     return array

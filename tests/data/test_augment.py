@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from deeplab2_like.configs.schema import ColorJitterConfig
+from deeplab2_like.configs.schema import ColorJitterConfig, DataConfig
 from deeplab2_like.data.augment import augment
 
 VOID = 255_000
@@ -21,8 +21,9 @@ def example_of(height, width, rng_seed=0):
     }
 
 
-def run(example, seed, crop_size, **arguments):
+def run(example, seed, crop_size, flip=False, **settings):
     """Augments in a graph of unknown image size, as the pipeline does; returns NumPy arrays."""
+    config = DataConfig(crop_size=crop_size, flip=flip, **settings)
     signature = {
         "image": tf.TensorSpec([None, None, 3], tf.uint8),
         "panoptic": tf.TensorSpec([None, None], tf.int32),
@@ -31,7 +32,7 @@ def run(example, seed, crop_size, **arguments):
 
     @tf.function(input_signature=[signature, tf.TensorSpec([2], tf.int64)])
     def function(example, seed):
-        result = augment(example, seed=seed, crop_size=crop_size, void=VOID, pad_value=PAD, **arguments)
+        result = augment(example, config, seed=seed, void=VOID, pad_value=PAD)
         assert result["image"].shape == (*crop_size, 3)
         assert result["panoptic"].shape == crop_size
         return result
@@ -81,14 +82,14 @@ def test_small_image_is_padded_at_a_random_place():
     ("scale", "size"), [(0.4, (3, 5)), (0.5, (4, 6)), (0.75, (6, 9)), (1.7, (14, 20)), (3.0, (24, 36))]
 )
 def test_scaled_image_equals_resize(scale, size):
-    # Smooth, so that an image half a pixel off would differ by several grey levels.
+    # Smooth, so that an image half a pixel off would differ by several gray levels.
     y, x = np.mgrid[0:8, 0:12]
     example = example_of(8, 12)
     example["image"] = tf.constant(np.stack([20 * y + 10, 15 * x + 10, 8 * (x + y)], -1).astype(np.uint8))
     (result,) = run(example, [0], size, scale_range=(scale, scale))
     expected = tf.image.resize(example["image"], size, antialias=scale < 0.5)
     np.testing.assert_allclose(result["image"], expected, atol=0.51)
-    # Label: the source pixel that holds the centre of the new one.
+    # Label: the source pixel that holds the center of the new one.
     for row in range(size[0]):
         for column in range(size[1]):
             source = int((row + 0.5) * 8 / size[0]), int((column + 0.5) * 12 / size[1])
@@ -105,7 +106,7 @@ def test_crop_of_scaled_image_equals_resize_then_crop():
         corners.add((y, x))
         expected_panoptic = np.arange(96).reshape(8, 12)[y : y + 3, x : x + 4].repeat(2, axis=0).repeat(2, axis=1)
         np.testing.assert_array_equal(result["panoptic"], expected_panoptic)
-        # At its border the window does not see its neighbours.
+        # At its border the window does not see its neighbors.
         expected = large[2 * y : 2 * y + 6, 2 * x : 2 * x + 8]
         np.testing.assert_allclose(result["image"][1:-1, 1:-1], expected[1:-1, 1:-1], atol=0.51)
     assert {y for y, _ in corners} == set(range(6))
@@ -121,7 +122,7 @@ def test_window_is_rounded_to_whole_pixels():
 
 
 def test_image_and_label_stay_aligned():
-    # Left half bright and labelled 1, right half dark and labelled 0, so that each pixel tells its own label.
+    # Left half bright and labeled 1, right half dark and labeled 0, so that each pixel tells its own label.
     label = np.repeat([[1] * 8 + [0] * 8], 12, axis=0).astype(np.int32)
     example = {
         "image": tf.constant(np.repeat(label[:, :, None] * 240, 3, axis=2).astype(np.uint8)),
@@ -139,7 +140,7 @@ def test_image_and_label_stay_aligned():
 
 
 def test_scale_covers_its_range():
-    # An image of 100 x 100 in a crop of 200 x 200: the labelled area tells the scale.
+    # An image of 100 x 100 in a crop of 200 x 200: the labeled area tells the scale.
     example = example_of(100, 100)
     scales = [
         (result["panoptic"] != VOID).any(axis=0).sum() / 100
@@ -182,9 +183,9 @@ def test_dihedral_works_on_oblong_images():
     # A crop of 4 x 4 of a 2 x 4 image: two rows, or after a turn two columns, are padding.
     shapes = set()
     for result in run(example_of(2, 4), range(20), (4, 4), dihedral=True):
-        labelled = result["panoptic"] != VOID
-        shapes.add((int(labelled.any(axis=1).sum()), int(labelled.any(axis=0).sum())))
-        assert sorted(result["panoptic"][labelled]) == list(range(8))
+        labeled = result["panoptic"] != VOID
+        shapes.add((int(labeled.any(axis=1).sum()), int(labeled.any(axis=0).sum())))
+        assert sorted(result["panoptic"][labeled]) == list(range(8))
     assert shapes == {(2, 4), (4, 2)}
 
 
@@ -214,7 +215,7 @@ def jittered(jitter, image):
 
 
 IMAGE = np.array([[[100, 50, 20], [60, 60, 60]], [[20, 80, 110], [90, 30, 70]]], np.uint8)
-GREY_WEIGHTS = np.array([0.2989, 0.587, 0.114])
+GRAY_WEIGHTS = np.array([0.2989, 0.587, 0.114])
 
 
 def test_brightness_multiplies():
@@ -227,8 +228,8 @@ def test_brightness_multiplies():
     assert 1.3 < max(factors) <= 1.51
 
 
-def test_contrast_keeps_the_mean_grey():
-    mean = (IMAGE @ GREY_WEIGHTS).mean()
+def test_contrast_keeps_the_mean_gray():
+    mean = (IMAGE @ GRAY_WEIGHTS).mean()
     spreads = []
     for image in jittered(ColorJitterConfig(contrast=0.3), IMAGE):
         spread = (image[0, 0, 0] - mean) / (100 - mean)
@@ -237,11 +238,11 @@ def test_contrast_keeps_the_mean_grey():
     assert 0.65 < min(spreads) < 0.8 < 1.2 < max(spreads) < 1.35
 
 
-def test_saturation_keeps_each_grey():
-    greys = IMAGE @ GREY_WEIGHTS
+def test_saturation_keeps_each_gray():
+    grays = IMAGE @ GRAY_WEIGHTS
     spreads = []
     for image in jittered(ColorJitterConfig(saturation=0.3), IMAGE):
-        np.testing.assert_allclose(image @ GREY_WEIGHTS, greys, atol=1)
+        np.testing.assert_allclose(image @ GRAY_WEIGHTS, grays, atol=1)
         np.testing.assert_array_equal(image[0, 1], [60, 60, 60])
         spreads.append((image[0, 0].max() - image[0, 0].min()) / 80)
     assert 0.65 < min(spreads) < 0.8 < 1.2 < max(spreads) < 1.35
@@ -259,9 +260,9 @@ def test_hue_keeps_value_and_saturation():
 def test_jitter_spares_the_padding():
     example = example_of(2, 2)
     example["image"] = tf.constant(IMAGE)
-    mean = (IMAGE @ GREY_WEIGHTS).mean()
+    mean = (IMAGE @ GRAY_WEIGHTS).mean()
     for result in run(example, range(5), (4, 4), color_jitter=ColorJitterConfig(contrast=0.3)):
         inside = result["panoptic"] != VOID
         assert (result["image"][~inside] == PAD).all()
-        # The mean grey is that of the image alone.
-        assert abs((result["image"][inside] @ GREY_WEIGHTS).mean() - mean) < 1
+        # The mean gray is that of the image alone.
+        assert abs((result["image"][inside] @ GRAY_WEIGHTS).mean() - mean) < 1

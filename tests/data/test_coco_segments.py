@@ -1,12 +1,10 @@
 """Segments of COCO panoptic annotations: worked maps, PNG files of all kinds, and messages about faults."""
 
-import cv2
 import numpy as np
 import pytest
 
-from deeplab2_like.data.coco_segments import Segment, ids_to_panoptic, parse_segments, read_segment_ids
+from deeplab2_like.data.coco_segments import Segment, ids_to_panoptic, parse_segments
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
-from deeplab2_like.data.panoptic_label import ids_to_rgb
 from deeplab2_like.errors import UserError
 
 INFO = DatasetInfo(
@@ -58,7 +56,7 @@ def test_fields_of_a_segment():
             [{"id": 1, "category_id": 8}],
             r"segment 1 has category_id 8, which 'categories' does not list \(those of 'toy'",
         ),
-        ([{"id": 0, "category_id": 7}], "a segment has id 0, which stands for unlabelled pixels"),
+        ([{"id": 0, "category_id": 7}], "a segment has id 0, which stands for unlabeled pixels"),
         ([{"id": 1, "category_id": 7}] * 2, "'segments_info' lists id 1 more than once"),
     ],
 )
@@ -76,34 +74,3 @@ def test_map_and_list_must_fit():
     few = DatasetInfo("few", INFO.categories, label_divisor=2)
     with pytest.raises(UserError, match=r"has more than 1 instances of 'cat'; use a label_divisor above 2"):
         ids_to_panoptic(np.array([[1, 2]]), [Segment(1, 1), Segment(2, 1)], few)
-
-
-def test_ids_in_all_bytes(tmp_path):
-    ids = np.array([[0, 1, 255, 256], [65535, 65536, 70_000, 2**24 - 1]])
-    cv2.imwrite(str(tmp_path / "a.png"), ids_to_rgb(ids)[..., ::-1])
-    read = read_segment_ids(tmp_path / "a.png")
-    assert read.dtype == np.int32
-    np.testing.assert_array_equal(read, ids)
-
-
-def test_faulty_files(tmp_path, capfd):
-    def write(image):
-        cv2.imwrite(str(tmp_path / "a.png"), image)
-
-    with pytest.raises(UserError, match=r"the panoptic PNG '.*a\.png' cannot be read \(No such file"):
-        read_segment_ids(tmp_path / "a.png")
-    for image, found in (
-        (np.zeros((2, 2), np.uint8), "1 channels;"),
-        (np.zeros((2, 2, 4), np.uint8), "4 channels;"),
-        (np.zeros((2, 2, 3), np.uint16), "3 channels of 16 bits;"),
-    ):
-        write(image)
-        with pytest.raises(UserError, match=rf"a\.png' has {found} a panoptic PNG is RGB of 8 bits each"):
-            read_segment_ids(tmp_path / "a.png")
-    write(np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8))
-    whole = (tmp_path / "a.png").read_bytes()
-    for length in (0, 60, len(whole) // 2, len(whole) - 20):
-        (tmp_path / "a.png").write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"a\.png' is not a readable PNG, or cut short"):
-            read_segment_ids(tmp_path / "a.png")
-    capfd.readouterr()  # libpng says something about each.

@@ -16,7 +16,7 @@ HEIGHT, WIDTH = 2, 4
 
 
 def write_png(path: Path, values: Any) -> None:
-    """Writes grey values [H, W], 8 or 16 bits, or colours [H, W, 3] (blue, green, red)."""
+    """Writes gray values [H, W], 8 or 16 bits, or colors [H, W, 3] (blue, green, red)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), np.asarray(values))
 
@@ -25,7 +25,7 @@ def write_image(path: Path) -> None:
     write_png(path, np.zeros((HEIGHT, WIDTH, 3), np.uint8))
 
 
-def grey(value: int, kind: type = np.uint8) -> np.ndarray:
+def gray(value: int, kind: type = np.uint8) -> np.ndarray:
     return np.full((HEIGHT, WIDTH), value, kind)
 
 
@@ -39,7 +39,7 @@ def colors(blue: int, green: int, red: int) -> np.ndarray:
 def cityscapes(root: Path) -> tuple[list[str], Path]:
     write_image(root / "leftImg8bit" / "train" / "ulm" / "ulm_0_1_leftImg8bit.png")
     label = root / "gtFine" / "train" / "ulm" / "ulm_0_1_gtFine_instanceIds.png"
-    write_png(label, grey(26001, np.uint16))
+    write_png(label, gray(26001, np.uint16))
     return ["cityscapes", "--root", str(root), "--splits", "train"], label
 
 
@@ -48,13 +48,13 @@ def mapillary(root: Path) -> tuple[list[str], Path]:
     write_image(root / "training" / "images" / "a.jpg")
     (root / "config.json").write_text(json.dumps({"labels": [car]}))
     label = root / "training" / "instances" / "a.png"
-    write_png(label, grey(1, np.uint16))
+    write_png(label, gray(1, np.uint16))
     return ["mapillary", "--root", str(root), "--splits", "train"], label
 
 
 def ade20k(root: Path) -> tuple[list[str], Path]:
     write_image(root / "images" / "training" / "a.png")
-    write_png(root / "annotations" / "training" / "a.png", grey(1))
+    write_png(root / "annotations" / "training" / "a.png", gray(1))
     label = root / "annotations_instance" / "training" / "a.png"
     write_png(label, colors(0, 1, 1))
     return ["ade20k", "--root", str(root), "--splits", "train"], label
@@ -63,7 +63,7 @@ def ade20k(root: Path) -> tuple[list[str], Path]:
 def coco_instances(root: Path) -> tuple[list[str], Path]:
     write_image(root / "images" / "a.png")
     label = root / "stuff" / "a.png"
-    write_png(label, grey(7))
+    write_png(label, gray(7))
     (root / "classes.txt").write_text("7 road\n")
     content = {
         "images": [{"id": 1, "file_name": "a.png", "height": HEIGHT, "width": WIDTH}],
@@ -82,7 +82,7 @@ def labelme(root: Path) -> tuple[list[str], Path]:
     shape = {"label": "car", "points": [[0, 0], [2, 0], [2, 2], [0, 2]], "shape_type": "polygon"}
     content = {"shapes": [shape], "imagePath": "a.png", "imageHeight": HEIGHT, "imageWidth": WIDTH}
     label.write_text(json.dumps(content))
-    return ["labelme", "--root", str(root)], label
+    return ["labelme", "--root", str(root), "--split", "train"], label
 
 
 def cvat_masks(root: Path) -> tuple[list[str], Path]:
@@ -91,16 +91,16 @@ def cvat_masks(root: Path) -> tuple[list[str], Path]:
     label = root / "SegmentationObject" / "a.png"
     write_png(label, colors(0, 0, 9))
     (root / "labelmap.txt").write_text("car:255,0,0::\n")
-    return ["cvat-masks", "--root", str(root)], label
+    return ["cvat-masks", "--root", str(root), "--split", "train"], label
 
 
 def semantic_pngs(root: Path) -> tuple[list[str], Path]:
     write_image(root / "images" / "a.jpg")
     label = root / "labels" / "a.png"
-    write_png(label, grey(0))
+    write_png(label, gray(0))
     (root / "classes.txt").write_text("road\n")
     words = ["semantic-pngs", "--images", str(root / "images"), "--labels", str(root / "labels")]
-    return [*words, "--classes", str(root / "classes.txt")], label
+    return [*words, "--classes", str(root / "classes.txt"), "--split", "train"], label
 
 
 SOURCES = (cityscapes, mapillary, ade20k, coco_instances, labelme, cvat_masks, semantic_pngs)
@@ -118,7 +118,7 @@ def test_second_run(
         assert main([*command, *more]) == 0
         return capsys.readouterr().out
 
-    unchanged = "Split 'train': 1 examples, 0 skipped. It was there already"
+    unchanged = "Split 'train': 1 examples, 0 skipped. It already exists"
     first = said("--check")
     assert "Split 'train': 1 examples, 0 skipped.\n" in first
     assert "train: 1 images" in first  # Of the check.

@@ -10,10 +10,12 @@ import pytest
 from PIL import Image
 
 from deeplab2_like.cli import main
-from deeplab2_like.data import panoptic_label, pipeline, tfrecord
-from deeplab2_like.data.convert import labelled_images
+from deeplab2_like.data import panoptic_label, pipeline
+from deeplab2_like.data.convert import labeled_images
 from deeplab2_like.data.convert.cityscapes import convert_cityscapes
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.data.images import decode_image, read_value_png
+from deeplab2_like.data.shards import list_shards, list_splits
 from deeplab2_like.errors import UserError
 
 # 7 is the road, 26 a car; 26001 and 26004 are single cars, 26 alone is a group of them; 29001 is a caravan, which is no
@@ -72,7 +74,7 @@ class Source:
 
     def examples(self, split: str) -> list[dict[str, Any]]:
         folder = self.folder / "records"
-        dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
+        dataset = pipeline.make_eval_dataset(list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
         return list(dataset.as_numpy_iterator())
 
 
@@ -112,7 +114,7 @@ def test_coarse_labels_are_a_split_of_their_own(source: Source) -> None:
     source.convert(splits=["train"])
     assert [report.split for report in source.convert(coarse=True)] == ["train_extra_coarse"]
     np.testing.assert_array_equal(source.examples("train_extra_coarse")[0]["panoptic"], PANOPTIC)
-    assert tfrecord.available_splits(source.folder / "records") == ["train", "train_extra_coarse"]
+    assert list_splits(source.folder / "records") == ["train", "train_extra_coarse"]
 
 
 # Label ids, and the train ids that csCreatePanopticImgs writes on request.
@@ -151,7 +153,7 @@ def test_official_panoptic_folder_is_used_when_there(source: Source, ids: dict[s
     del categories[3]
     folder.with_suffix(".json").write_text(json.dumps(content))
     with pytest.raises(
-        UserError, match=r"is not what Cityscapes' own tools write \(KeyError\('wall'\)\); make it again"
+        UserError, match=r"is not in the format of Cityscapes' own tools \(KeyError\('wall'\)\); make it again"
     ):
         source.convert(splits=["train"])
 
@@ -172,7 +174,7 @@ def truncated_label(source: Source) -> None:
     path.write_bytes(path.read_bytes()[:50])
 
 
-def colour_label(source: Source) -> None:
+def color_label(source: Source) -> None:
     cv2.imwrite(str(source.label("train", NAMES[0])), np.zeros((3, 4, 3), np.uint8))
 
 
@@ -190,7 +192,7 @@ def other_size(source: Source) -> None:
         (absent_image, r"the image '.*leftImg8bit\.png' cannot be read \(No such file"),
         (absent_label, r"the PNG of instance ids '.*_gtFine_instanceIds\.png' cannot be read \(No such file"),
         (truncated_label, r"the PNG of instance ids '.*instanceIds\.png' is not a readable PNG, or cut short"),
-        (colour_label, r"the PNG of instance ids '.*instanceIds\.png' has 3 channels; it must be grey"),
+        (color_label, r"the PNG of instance ids '.*instanceIds\.png' has 3 channels; it must be gray"),
         (unknown_label_id, r"instanceIds\.png' has the value 34001; it must be a label id, 0 to 33, or such an id \*"),
         (other_size, r"is 3x4 but its label is 2x4"),
     ],
@@ -216,7 +218,7 @@ def test_folders_without_cities_are_named(source: Source) -> None:
     for folder in ("leftImg8bit", "gtFine"):
         (source.root / folder / "val").mkdir()
     with pytest.raises(
-        UserError, match=r"leftImg8bit.val' has no image CITY/\*_leftImg8bit\.png, nor '.*gtFine.val' a"
+        UserError, match=r"leftImg8bit.val' has no image CITY/\*_leftImg8bit\.png, and '.*gtFine.val' no"
     ):
         source.convert(splits=["val"])
 
@@ -225,13 +227,46 @@ def test_command(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     records = source.folder / "records"
     arguments = ["convert", "cityscapes", "--root", source.root, "--splits", "train", "--output-dir", records]
     assert main([str(argument) for argument in arguments]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "Split 'train': 2 examples, 0 skipped.",
-        f"Records are in {records}",
-        "things (8): person; rider; car; truck; bus; train; motorcycle; bicycle",
-        "stuff (11): road; sidewalk; building; wall; fence; pole; traffic light; traffic sign; vegetation; "
-        "terrain; sky",
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["Split 'train': 2 examples, 0 skipped.", f"Records are in {records}"]
+    # Of 12 pixels per image: 2 road, 1 sky, 3 of cars, of which two are single, 3 of two bicycles, and 3 void.
+    assert lines[3] == "train: 2 images, 25.0% of the pixels void"
+    assert [line.split() for line in lines[5:11] if "─" not in line] == [
+        ["class", "kind", "objects", "pixels"],
+        ["road", "stuff", "16.7%"],
+        ["sky", "stuff", "8.3%"],
+        ["car", "thing", "4", "25.0%"],
+        ["bicycle", "thing", "4", "25.0%"],
     ]
+    assert lines[12].startswith("Without pixels: sidewalk (stuff); building (stuff); wall (stuff); fence (stuff);")
+    assert lines[12].endswith(
+        "; person (thing); rider (thing); truck (thing); bus (thing); train (thing); motorcycle (thing)"
+    )
+    assert len(lines) == 13
+
+
+@pytest.mark.parametrize("field", ["file_name", "image_id"])
+def test_a_json_does_not_lead_out_of_its_folder(source: Source, field: str) -> None:
+    folder = source.root / "gtFine" / "cityscapes_panoptic_train"
+    folder.mkdir()
+    ids = np.full((3, 4), 7)
+    values: dict[str, Any] = {"image_id": "ulm_000001_000019", "file_name": "a.png"}
+    for path in (folder / "a.png", source.folder / "outside.png"):
+        cv2.imwrite(str(path), panoptic_label.ids_to_rgb(ids)[..., ::-1])
+    cv2.imwrite(str(source.folder / "x_leftImg8bit.png"), np.zeros((3, 4, 3), np.uint8))
+    values |= {"file_name": "../../../outside.png"} if field == "file_name" else {"image_id": "../../../../x"}
+    annotation = {**values, "segments_info": [{"id": 7, "category_id": 7}]}
+    categories = [{"id": i, "name": name} for name, i in LABEL_IDS.items()]
+    content = {"images": [], "annotations": [annotation], "categories": categories}
+    folder.with_suffix(".json").write_text(json.dumps(content))
+    source.image("train", NAMES[0]).unlink()
+    source.image("train", NAMES[1]).unlink(missing_ok=field == "image_id")
+    if field == "file_name":
+        source.add("train", names=NAMES[1:])
+    with pytest.raises(
+        UserError, match=rf"The file name '{values[field]}.*' leads outside of '.*train'; give the fold"
+    ):
+        source.convert(splits=["train"])
 
 
 # What all sources with label PNGs share.
@@ -255,9 +290,9 @@ def test_large_images_are_shrunk(source: Source) -> None:
 
 def test_a_shrunk_jpeg_stays_a_jpeg() -> None:
     _, jpeg = cv2.imencode(".jpg", np.full((10, 20, 3), 90, np.uint8))
-    shrunk, panoptic = labelled_images.shrink(jpeg.tobytes(), np.zeros((10, 20), np.int32), 10, name="a.jpg")
+    shrunk, panoptic = labeled_images.downscale(jpeg.tobytes(), np.zeros((10, 20), np.int32), 10, name="a.jpg")
     assert shrunk[:3] == b"\xff\xd8\xff"
-    assert tfrecord.decode_image_bytes(shrunk, "a.jpg")[0].shape == (5, 10, 3)
+    assert decode_image(shrunk, "a.jpg").shape == (5, 10, 3)
     assert panoptic.shape == (5, 10)
 
 
@@ -269,13 +304,13 @@ def test_max_side_is_checked(source: Source) -> None:
 def test_too_many_instances_ask_for_a_divisor() -> None:
     values = np.arange(1000).reshape(10, 100)
     with pytest.raises(UserError, match=r"more than 999 instances of 'car'; use a label_divisor above 1000"):
-        labelled_images.values_to_panoptic(values, lambda _: (1, True), INFO)
+        labeled_images.values_to_panoptic(values, lambda _: (1, True), INFO)
 
 
 def test_random_map_equals_a_pass_per_value() -> None:
     values = np.random.default_rng(0).integers(0, 40, (30, 50))
     # Odd values are cars, those that four divides sky, the others void.
-    found = labelled_images.values_to_panoptic(
+    found = labeled_images.values_to_panoptic(
         values, lambda v: (1, True) if v % 2 else (0, False) if v % 4 == 0 else None, INFO
     )
     expected = np.full(values.shape, 255_000)
@@ -285,9 +320,9 @@ def test_random_map_equals_a_pass_per_value() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_palette_is_not_turned_into_colours(tmp_path: Path) -> None:
+def test_a_palette_is_not_turned_into_colors(tmp_path: Path) -> None:
     values = np.array([[0, 3], [2, 1]], np.uint8)
     image = Image.frombytes("P", (2, 2), values.tobytes())
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 1, 2, 3])
     image.save(tmp_path / "palette.png")
-    np.testing.assert_array_equal(labelled_images.read_value_png(tmp_path / "palette.png", "PNG"), values)
+    np.testing.assert_array_equal(read_value_png(tmp_path / "palette.png", "PNG"), values)

@@ -10,11 +10,12 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from deeplab2_like.cli import main
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.convert import shapes
 from deeplab2_like.data.convert.class_lists import read_class_list
 from deeplab2_like.data.convert.coco_instances import convert_coco_instances
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 
 # Class ids are the positions: 0 car, 1 road, 2 person.
@@ -82,7 +83,7 @@ class Source:
 
     def labels(self) -> list[np.ndarray]:
         folder = self.folder / "records"
-        dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, "val"), dataset_info=DatasetInfo.load(folder))
+        dataset = pipeline.make_eval_dataset(list_shards(folder, "val"), dataset_info=DatasetInfo.load(folder))
         return [example["panoptic"] for example in dataset.as_numpy_iterator()]
 
 
@@ -202,8 +203,8 @@ def doubled_image(source: Source) -> None:
         (change("category_id", 2), "its annotation of id 11 has category_id 2, which 'categories' does not list"),
         (change("category_id", None), "its annotation of id 11 has category_id None, which"),
         (change("segmentation", []), "id 11 has no 'segmentation'; a box does not say which pixels are meant"),
-        (change("segmentation", [[0, 0, 1, 1]]), "id 11 has a polygon that is no list x, y, x, y"),
-        (change("segmentation", [[0, 0, 1, 1, 2, "x"]]), "id 11 has a polygon with a coordinate that is no number"),
+        (change("segmentation", [[0, 0, 1, 1]]), "id 11 has a polygon that is not a list x, y, x, y"),
+        (change("segmentation", [[0, 0, 1, 1, 2, "x"]]), "id 11 has a polygon with a coordinate that is not a number"),
         (
             change("segmentation", [[0, 0, 1, 1, 2, 1e9]]),
             "id 11 has a polygon with a coordinate far outside of",
@@ -240,7 +241,7 @@ def test_crowds_may_be_written_in_other_ways(source: Source) -> None:
 @pytest.mark.parametrize("height", [10**9, -3])
 def test_a_size_that_no_image_has(source: Source, height: int) -> None:
     source.content["images"][1]["height"] = height
-    with pytest.raises(UserError, match=rf"height and width are given as {height} and 6, which no image has"):
+    with pytest.raises(UserError, match=rf"height and width are given as {height} and 6, which is impossible"):
         source.convert()
 
 

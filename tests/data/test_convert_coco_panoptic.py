@@ -6,10 +6,11 @@ import cv2
 import numpy as np
 import pytest
 
-from deeplab2_like.data import panoptic_label, pipeline, tfrecord
+from deeplab2_like.data import panoptic_label, pipeline
 from deeplab2_like.data.convert import coco_panoptic, common
 from deeplab2_like.data.convert.scenes import convert_scenes
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards, list_splits
 from deeplab2_like.errors import UserError
 
 # Ids with gaps and out of order; class ids are the positions: 0 sky, 1 person, 2 car.
@@ -18,7 +19,7 @@ CATEGORIES = [
     {"id": 1, "name": "person", "isthing": 1, "color": [4, 5, 6]},
     {"id": 30, "name": "car", "isthing": 1, "color": [7, 8, 9]},
 ]
-# One id per byte of the PNG's colours, and 0 for unlabelled.
+# One id per byte of the PNG's colors, and 0 for unlabeled.
 IDS = np.array([[5, 5, 300, 300], [70_000, 70_001, 9, 0]])
 SEGMENTS = [
     {"id": 300, "category_id": 1, "iscrowd": 0},
@@ -66,7 +67,7 @@ class Source:
 
     def examples(self, split="train"):
         folder = self.folder / "records"
-        dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
+        dataset = pipeline.make_eval_dataset(list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
         return list(dataset.as_numpy_iterator())
 
 
@@ -122,7 +123,7 @@ def test_random_map_equals_a_pass_per_segment(source):
     np.testing.assert_array_equal(source.examples()[1]["panoptic"], expected)
 
 
-def test_unlabelled_image_is_all_void(source):
+def test_unlabeled_image_is_all_void(source):
     source.write_ids("b", np.zeros((2, 4), int))
     source.content["annotations"][1]["segments_info"] = []
     source.convert()
@@ -144,7 +145,7 @@ def test_files_do_not_depend_on_workers(tmp_path):
 
 def test_there_are_no_more_shards_than_images(source):
     source.convert(shards=50)
-    assert len(tfrecord.list_shards(source.folder / "records", "train")) == 3
+    assert len(list_shards(source.folder / "records", "train")) == 3
 
 
 @pytest.mark.parametrize(
@@ -154,13 +155,29 @@ def test_there_are_no_more_shards_than_images(source):
         ("panoptic_val2017.json", "val"),
         ("my-Validation.json", "val"),
         ("test.json", "test"),
-        ("valuable.json", "train"),  # No word of it is the name of a split.
-        ("labels.json", "train"),
+        ("instances_valid.json", "val"),
+        ("panoptic_minival2014.json", "val"),
+        ("dev.json", "val"),
+        ("training.v2.json", "train"),
+        ("image_info_test-dev2017.json", "test"),  # The first word counts.
+        ("Testing/labels.json", "test"),
+        ("valid/_annotations.coco.json", "val"),
+        ("train/val.json", "val"),  # The file's name counts before the folder's.
     ],
 )
 def test_split_is_guessed_from_the_file_name(source, json_name, split):
+    (source.folder / json_name).parent.mkdir(exist_ok=True)
     assert source.convert(json_name).split == split
-    assert tfrecord.available_splits(source.folder / "records") == [split]
+    assert list_splits(source.folder / "records") == [split]
+
+
+@pytest.mark.parametrize("json_name", ["a/valuable.json", "a/labels.json", "trainer/trainval2017.json", "a/devé.json"])
+def test_split_must_be_given_if_no_word_tells_it(source, json_name):
+    (source.folder / json_name).parent.mkdir()
+    message = r"neither the name nor that of the folder above has one of the words train, training, val.*with --split"
+    with pytest.raises(UserError, match=message):
+        source.convert(json_name)
+    assert not (source.folder / "records").exists()
 
 
 def test_split_name_can_be_given(source):
@@ -222,7 +239,7 @@ def test_second_split_with_more_instances_is_refused(source):
     source.convert()
     before = records(source.folder / "records")
     many_instances(source, 1000)
-    message = r"holds splits \(train\) of label_divisor 1000, but split 'val' takes 10000; convert all of them"
+    message = r"holds splits \(train\) with label_divisor 1000, but split 'val' needs 10000; convert all of them"
     with pytest.raises(UserError, match=message):
         source.convert("panoptic_val.json")
     assert records(source.folder / "records") == before
@@ -259,7 +276,7 @@ def truncated_png(source):
     path.write_bytes(path.read_bytes()[:60])
 
 
-def grey_png(source):
+def gray_png(source):
     cv2.imwrite(str(source.folder / "panoptic" / "b.png"), np.zeros((2, 4), np.uint8))
 
 
@@ -322,14 +339,14 @@ IMAGE_FAULTS = [
     (truncated_image, r"'b\.png' is not a readable image, or cut short"),
     (absent_png, r"the panoptic PNG '.*panoptic.b\.png' cannot be read \(No such file"),
     (truncated_png, r"'.*panoptic.b\.png' is not a readable PNG, or cut short"),
-    (grey_png, r"panoptic.b\.png' has 1 channels; a panoptic PNG is RGB"),
+    (gray_png, r"panoptic.b\.png' has 1 channels; a panoptic PNG is RGB"),
     (other_size, r"Image 'b\.png' is 4x2 but its label is 2x4"),
     (id_not_in_json, r"panoptic.b\.png' has pixels of id 300, which 'segments_info' does not list"),
     (largest_id_not_in_json, r"has pixels of id 16777215, which 'segments_info' does not list"),
     (id_not_in_png, r"'segments_info' lists id 77, of which '.*panoptic.b\.png' has no pixels"),
     (unknown_category, r"segment 300 has category_id 8, which 'categories' does not list"),
     (doubled_segment, r"'segments_info' lists id 300 more than once"),
-    (segment_zero, r"a segment has id 0, which stands for unlabelled pixels"),
+    (segment_zero, r"a segment has id 0, which stands for unlabeled pixels"),
     (segment_without_category, r"entry 0 of 'segments_info' lacks a whole number 'id' or 'category_id'"),
     (segment_with_half_an_id, r"entry 0 of 'segments_info' lacks a whole number 'id' or 'category_id'"),
     (segment_that_is_half_a_crowd, r"or an 'iscrowd' that is not 0 or 1"),
@@ -358,13 +375,13 @@ def test_doubled_annotation_is_named(source):
     report = source.convert(on_error="skip")
     assert report.examples == 3
     assert "'a.png'" in report.skipped[0]
-    assert "entry 3 of 'annotations' is another annotation of image_id 0; an image has one." in report.skipped[0]
+    assert "entry 3 of 'annotations' is a second annotation of image_id 0; an image must have one." in report.skipped[0]
 
 
 @pytest.mark.parametrize(
     ("kind", "entry", "message"),
     [
-        ("images", {"id": 9, "file_name": "d.png"}, "Image 'd.png' of .*: 'annotations' has none for image_id 9"),
+        ("images", {"id": 9, "file_name": "d.png"}, "Image 'd.png' of .*: 'annotations' has no entry for image_id 9"),
         ("images", {"file_name": "d.png"}, "Image 'd.png' of .*: entry 3 of 'images' lacks 'id' or 'file_name'"),
         (
             "annotations",
@@ -433,7 +450,7 @@ def test_faulty_json_is_named(source, text, message):
 
 def test_output_folder_that_cannot_be_made_is_named(source):
     (source.folder / "file").touch()
-    with pytest.raises(UserError, match=r"Output folder '.*file' cannot be made"):
+    with pytest.raises(UserError, match=r"Output folder '.*file' cannot be created"):
         source.convert(output_dir=source.folder / "file")
 
 
@@ -450,9 +467,11 @@ def test_workers_are_checked(source):
 def test_default_number_of_shards_grows_with_the_data(tmp_path):
     info = DatasetInfo.from_coco_categories(CATEGORIES, name="x")
     for split, count in (("small", 3), ("large", 1100)):
-        common.write_split(range(count), lambda i: b"%d" % i, info=info, output_dir=tmp_path, split=split)
-    assert len(tfrecord.list_shards(tmp_path, "small")) == 1
-    assert len(tfrecord.list_shards(tmp_path, "large")) == 2
+        common.write_split(
+            range(count), lambda i: common.Record(b"%d" % i), info=info, output_dir=tmp_path, split=split
+        )
+    assert len(list_shards(tmp_path, "small")) == 1
+    assert len(list_shards(tmp_path, "large")) == 2
 
 
 # Scenes.
@@ -466,7 +485,7 @@ def test_scenes_are_written_as_rendered(tmp_path):
     info = DatasetInfo.load(tmp_path)
     assert info == scenes.scenes_info()
     for split, first in (("train", 0), ("val", 1_000_000)):
-        dataset = pipeline.make_eval_dataset(tfrecord.list_shards(tmp_path, split), dataset_info=info)
+        dataset = pipeline.make_eval_dataset(list_shards(tmp_path, split), dataset_info=info)
         for number, example in enumerate(dataset.as_numpy_iterator()):
             image, panoptic = scenes.render_scene(first + number, height=48, width=64, seed=4)
             np.testing.assert_array_equal(example["image"], image)

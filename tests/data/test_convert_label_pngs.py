@@ -12,22 +12,23 @@ import pytest
 from PIL import Image
 
 from deeplab2_like.cli import main
-from deeplab2_like.data import known_datasets, panoptic_label, pipeline, tfrecord
+from deeplab2_like.data import known_datasets, panoptic_label, pipeline
 from deeplab2_like.data.convert.ade20k import convert_ade20k
 from deeplab2_like.data.convert.cvat_masks import convert_cvat_masks
 from deeplab2_like.data.convert.semantic_pngs import convert_semantic_pngs
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 
 
 def write_png(path: Path, values: Any) -> None:
-    """Writes grey values [H, W] or colours [H, W, 3] (red, green, blue)."""
+    """Writes gray values [H, W] or colors [H, W, 3] (red, green, blue)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(values, np.uint8)).save(path)
 
 
 def examples(folder: Path, split: str = "train") -> list[dict[str, Any]]:
-    dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
+    dataset = pipeline.make_eval_dataset(list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
     return list(dataset.as_numpy_iterator())
 
 
@@ -46,6 +47,7 @@ def semantic(tmp_path: Path) -> dict[str, Any]:
         "labels": tmp_path / "labels",
         "classes": tmp_path / "classes.txt",
         "output_dir": tmp_path / "records",
+        "split": "train",
     }
 
 
@@ -74,7 +76,7 @@ def test_a_value_without_a_class_is_named(semantic: dict[str, Any]) -> None:
     assert DatasetInfo.load(semantic["images"].parent / "other").num_classes == 1
 
 
-def test_grey_of_few_bits_is_refused(semantic: dict[str, Any]) -> None:
+def test_gray_of_few_bits_is_refused(semantic: dict[str, Any]) -> None:
     """Pillow would read 1 of 2 bits as 85."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
@@ -85,7 +87,7 @@ def test_grey_of_few_bits_is_refused(semantic: dict[str, Any]) -> None:
     header = struct.pack(">IIBBBBB", 3, 2, 2, 0, 0, 0, 0)
     content = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
     (semantic["labels"] / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
-    with pytest.raises(UserError, match=r"a\.png' is grey of 2 bits; save it with 8 or 16 bits"):
+    with pytest.raises(UserError, match=r"a\.png' is gray of 2 bits; save it with 8 or 16 bits"):
         convert_semantic_pngs(**semantic)
 
 
@@ -134,6 +136,47 @@ def test_semantic_command(semantic: dict[str, Any], capsys: pytest.CaptureFixtur
     assert "Split 'val': 2 examples, 0 skipped." in capsys.readouterr().out
 
 
+def test_split_is_guessed_from_the_folders(semantic: dict[str, Any]) -> None:
+    del semantic["split"]
+
+    def move(images: str, labels: str) -> None:
+        for key, name in (("images", images), ("labels", labels)):
+            new = semantic["classes"].parent / name
+            new.parent.mkdir(exist_ok=True)
+            semantic[key] = semantic[key].rename(new)
+
+    for images, labels, split in (
+        ("images_valid", "labels", "val"),  # One of the two tells it.
+        ("train/images", "train/labels", "train"),
+        ("val/test", "train/labels", "test"),  # Their own names count first.
+    ):
+        move(images, labels)
+        assert convert_semantic_pngs(**semantic)[0].split == split
+    move("a/train", "a/val")
+    with pytest.raises(
+        UserError, match=r"a/train' and '.*a/val' are of different splits \(train, val\); name the split with --sp"
+    ):
+        convert_semantic_pngs(**semantic)
+    move("a/images", "a/labels")
+    with pytest.raises(
+        UserError, match=r"a/labels' is unknown, because neither the name nor that of the folder above has"
+    ):
+        convert_semantic_pngs(**semantic)
+
+
+def test_other_folders_do_not_replace_a_split(semantic: dict[str, Any]) -> None:
+    convert_semantic_pngs(**semantic)
+    before = {path.name: path.read_bytes() for path in semantic["output_dir"].iterdir()}
+    other = {"labels": semantic["labels"].rename(semantic["labels"].with_name("others"))}
+    with pytest.raises(UserError, match=r"was made from '.*images' and '.*labels', not from '.*images' and '.*others'"):
+        convert_semantic_pngs(**(semantic | other))
+    assert {path.name: path.read_bytes() for path in semantic["output_dir"].iterdir()} == before
+    assert convert_semantic_pngs(**(semantic | other), replace=True)[0].examples == 2
+    # Of two images of 6 pixels: 4 road, 6 sky, 2 void; classes without objects.
+    (report,) = convert_semantic_pngs(**(semantic | other), max_side=3)
+    assert (report.is_unchanged, report.objects, report.pixels) == (False, (0, 0), (4, 6, 2))
+
+
 # CVAT's masks.
 
 BLACK, RED, GREEN, BLUE = (0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -148,12 +191,12 @@ def cvat(tmp_path: Path) -> dict[str, Any]:
     write_png(root / "SegmentationObject" / "a.png", [[RED, GREEN, GREEN, BLACK], [BLUE, BLACK, BLACK, BLACK]])
     lines = ["# label:color_rgb:parts:actions", "background:0,0,0::", "grass:0,255,0::", "car:255,0,0::"]
     (root / "labelmap.txt").write_text("\n".join(lines))
-    return {"root": root, "output_dir": tmp_path / "records", "stuff": ["grass"]}
+    return {"root": root, "output_dir": tmp_path / "records", "stuff": ["grass"], "split": "train"}
 
 
 def test_cvat_masks(cvat: dict[str, Any]) -> None:
     convert_cvat_masks(**cvat)
-    # Objects are numbered by their colours as R + 256 G + 65536 B: the red one is first.
+    # Objects are numbered by their colors as R + 256 G + 65536 B: the red one is first.
     expected = [[1001, 1002, 1002, 255000], [0, 0, 1000, 255000]]
     np.testing.assert_array_equal(examples(cvat["output_dir"])[0]["panoptic"], expected)
     info = DatasetInfo.load(cvat["output_dir"])
@@ -161,7 +204,7 @@ def test_cvat_masks(cvat: dict[str, Any]) -> None:
 
 
 def test_cvat_background_can_be_a_class(cvat: dict[str, Any]) -> None:
-    # In any colour.
+    # In any color.
     (cvat["root"] / "labelmap.txt").write_text("Background:0,0,255::\ngrass:0,255,0::\ncar:255,0,0::\n")
     write_png(cvat["root"] / "SegmentationClass" / "a.png", [[RED, RED, RED, BLACK], [GREEN, GREEN, RED, BLUE]])
     convert_cvat_masks(**cvat, background="rest")
@@ -171,9 +214,7 @@ def test_cvat_background_can_be_a_class(cvat: dict[str, Any]) -> None:
 
 def test_cvat_faults_are_named(cvat: dict[str, Any]) -> None:
     write_png(cvat["root"] / "SegmentationClass" / "a.png", [[(1, 2, 3)] * 4] * 2)
-    with pytest.raises(
-        UserError, match=r"Image 'a\.png' of .* has the colour 1,2,3, which labelmap\.txt does not list"
-    ):
+    with pytest.raises(UserError, match=r"Image 'a\.png' of .* has the color 1,2,3, which labelmap\.txt does not list"):
         convert_cvat_masks(**cvat)
     write_png(cvat["root"] / "SegmentationObject" / "a.png", [[RED]])
     with pytest.raises(
@@ -186,7 +227,7 @@ def test_cvat_faults_are_named(cvat: dict[str, Any]) -> None:
     ):
         convert_cvat_masks(**cvat)
     (cvat["root"] / "labelmap.txt").write_text("car:255,0,0::\nbus:255,0,0::\n")
-    with pytest.raises(UserError, match=r"labelmap\.txt' has two classes of the colour \(255, 0, 0\)"):
+    with pytest.raises(UserError, match=r"labelmap\.txt' has two classes of the color \(255, 0, 0\)"):
         convert_cvat_masks(**cvat)
     with pytest.raises(UserError, match=r"The folder of object PNGs '.*nowhere.SegmentationObject' does not exist"):
         convert_cvat_masks(**(cvat | {"root": cvat["root"] / "nowhere"}))
@@ -194,6 +235,7 @@ def test_cvat_faults_are_named(cvat: dict[str, Any]) -> None:
 
 def test_cvat_command(cvat: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     (cvat["root"] / "JPEGImages").rename(cvat["root"] / "pictures")
+    cvat["root"] = cvat["root"].rename(cvat["root"].with_name("export_train"))
     arguments = ["--root", cvat["root"], "--output-dir", cvat["output_dir"], "--images", cvat["root"] / "pictures"]
     assert main([str(word) for word in ("convert", "cvat-masks", *arguments, "--stuff", "grass")]) == 0
     assert "Split 'train': 1 examples, 0 skipped." in capsys.readouterr().out
@@ -262,7 +304,7 @@ def test_ade20k_faults_are_named(ade20k: dict[str, Any]) -> None:
         convert_ade20k(**ade20k, splits=["training"])
     (folder / "ade20k_panoptic_val.json").write_text("{}")
     with pytest.raises(
-        UserError, match=r"has ade20k_panoptic_val\.json but not such a JSON of every split, .* move this"
+        UserError, match=r"has ade20k_panoptic_val\.json but not such a JSON for every split, .* move this"
     ):
         convert_ade20k(**ade20k)
 

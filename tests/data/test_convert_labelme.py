@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from deeplab2_like.cli import main
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.convert.labelme import convert_labelme
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import encode_png
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import encode_png
 
 HEIGHT, WIDTH = 5, 8
 
@@ -74,13 +75,13 @@ class Source:
         (self.root / f"{name}.json").write_text(json.dumps({**content, **changes}))
 
     def convert(self, **changes: Any) -> Any:
-        arguments = {"root": self.root, "output_dir": self.folder / "records", "stuff": ["road"]}
+        arguments = {"root": self.root, "output_dir": self.folder / "records", "stuff": ["road"], "split": "train"}
         (report,) = convert_labelme(**(arguments | changes))
         return report
 
     def examples(self, split: str = "train") -> list[dict[str, Any]]:
         folder = self.folder / "records"
-        dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
+        dataset = pipeline.make_eval_dataset(list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
         return list(dataset.as_numpy_iterator())
 
     def label_of(self, shapes: list[dict[str, Any]], **changes: Any) -> np.ndarray:
@@ -127,7 +128,7 @@ def test_every_kind_of_shape(source: Source) -> None:
     label = source.label_of(
         [
             shape("car", "rectangle", [[2, 2], [0, 0]]),  # From any corner to the opposite one.
-            # Of pixel centres less than 1 from (5.5, 1.5): the middle and its four neighbours.
+            # Of pixel centers less than 1 from (5.5, 1.5): the middle and its four neighbors.
             shape("car", "circle", [[5.5, 1.5], [6.5, 1.5]]),
             shape("car", "mask", [[1, 4], [3, 4]], mask=picture),
             {"label": "car", "points": [[7, 3], [8, 3], [8, 5], [7, 5]]},  # As old files have it.
@@ -162,7 +163,7 @@ def test_classes_can_be_given(source: Source) -> None:
     assert [category.name for category in info.categories] == ["road", "tree", "car"]
     assert source.examples()[0]["panoptic"][4, 0] == 0
     with pytest.raises(
-        UserError, match=r"'a\.png' .*shape 1 is named 'car', which is no class; classes are road: correct"
+        UserError, match=r"'a\.png' .*shape 1 has the label 'car', which is not a class; classes are road: correct"
     ):
         source.convert(classes=["road"], output_dir=source.folder / "other")
 
@@ -182,7 +183,7 @@ def test_images_come_from_elsewhere(source: Source) -> None:
 
 
 def test_images_may_have_a_folder_of_their_own(source: Source) -> None:
-    # Neither the image nor the hidden file, as some systems leave them, counts as unlabelled.
+    # Neither the image nor the hidden file, as some systems leave them, counts as unlabeled.
     (source.root / "images").mkdir()
     (source.root / "a.png").rename(source.root / "images" / "photo.png")
     (source.root / ".hidden.png").write_bytes(b"")
@@ -233,15 +234,21 @@ PICTURE = base64.b64encode(encode_png(np.ones((2, 2), np.uint8))).decode()
     [
         (damaged(imageHeight=None), "lacks 'imageHeight' or 'imageWidth'; save it again in labelme"),
         (damaged(imageHeight=6), "is 5x8 but its label is 6x8"),
-        (damaged(imageHeight=10**9), "its height and width are given as 1000000000 and 8, which no image has"),
-        (no_json, "it has no JSON of its name beside it; label it in labelme, or remove it"),
+        (damaged(imageHeight=10**9), "its height and width are given as 1000000000 and 8, which is impossible"),
+        (no_json, "it has no JSON of the same name beside it; label it in labelme, or move it"),
         (no_image, r"the image '.*a\.png' cannot be read \(No such file"),
-        (with_shape(shape("car", "line", [[0, 0], [1, 1]])), "shape 5, 'car', is a line, which has no inside; polygon"),
-        (with_shape(shape("car", "polygon", [[0, 0], [1, 1]])), "shape 5, 'car', has a polygon that is no list x, y"),
+        (
+            with_shape(shape("car", "line", [[0, 0], [1, 1]])),
+            "shape 5, 'car', is a line, which has no inside; use polygon",
+        ),
+        (
+            with_shape(shape("car", "polygon", [[0, 0], [1, 1]])),
+            "shape 5, 'car', has a polygon that is not a list x, y",
+        ),
         (with_shape(shape("car", "circle", [[0, 0]])), "shape 5, 'car', is a circle of 1 points, not of 2"),
         (
             with_shape(shape("car", "circle", [[0, 0], [float("nan"), 1]])),
-            "has a point with a coordinate that is no num",
+            "has a point with a coordinate that is not a num",
         ),
         (
             with_shape(polygon("car", 0, 0, 1, 1, group_id=[1])),
@@ -249,13 +256,13 @@ PICTURE = base64.b64encode(encode_png(np.ones((2, 2), np.uint8))).decode()
         ),
         (with_shape(polygon(["car"], 0, 0, 1, 1)), r"shape 5 has label \['car'\] and group_id None; a label is text"),
         (with_shape(shape("car", "circle", [[0, "x"]])), "shape 5, 'car', has no list 'points' of pairs x, y"),
-        (with_shape(shape("car", "mask", [[0, 0], [1, 1]], mask="AAAA")), "has a 'mask' that is no readable PNG"),
+        (with_shape(shape("car", "mask", [[0, 0], [1, 1]], mask="AAAA")), "has a 'mask' that is not a readable PNG"),
         (with_shape(shape("car", "mask", [[0, 0], [1, 1]])), "has 'mask' that cannot be decoded"),
         (
             with_shape(shape("car", "mask", [[0, 0], [2, 1]], mask=PICTURE)),
-            "has a 'mask' of another size than its points",
+            "has a 'mask' that does not fit its points",
         ),
-        (with_shape(shape("car", "mask", [[7, 0], [8, 1]], mask=PICTURE)), "or one that leaves the image"),
+        (with_shape(shape("car", "mask", [[7, 0], [8, 1]], mask=PICTURE)), "or that extends beyond the image"),
     ],
 )
 def test_faulty_image_stops_or_is_skipped(source: Source, damage: Any, message: str) -> None:
@@ -271,7 +278,7 @@ def test_faulty_image_stops_or_is_skipped(source: Source, damage: Any, message: 
     ("text", "message"),
     [
         ("{", "is not a JSON file"),
-        ("[]", "has no list 'shapes', so it is no JSON of labelme; remove it from the folder"),
+        ("[]", "has no list 'shapes', so it is not a JSON of labelme; move it to another folder"),
     ],
 )
 def test_foreign_json_is_named(source: Source, text: str, message: str) -> None:
@@ -283,7 +290,7 @@ def test_foreign_json_is_named(source: Source, text: str, message: str) -> None:
 def test_a_folder_without_json_is_named(source: Source) -> None:
     for path in source.root.glob("*.json"):
         path.unlink()
-    with pytest.raises(UserError, match=r"labels' holds no JSON of labelme; give the folder in which labelme saves"):
+    with pytest.raises(UserError, match=r"labels' has no JSON of labelme; give the folder in which labelme saves"):
         source.convert()
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from deeplab2_like.cli import main
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.convert.mapillary import convert_mapillary
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 
 
@@ -24,7 +25,7 @@ LABELS = [
     label("void--unlabeled", "Unlabeled", instances=False, evaluate=False),
     label("object--vehicle--car", "Car", instances=True),
 ]
-# Label * 256 + instance: road; two cars, the first of which is instance 0; unlabelled.
+# Label * 256 + instance: road; two cars, the first of which is instance 0; unlabeled.
 INSTANCES = np.array([[0, 512, 512], [0, 513, 256]], np.uint16)
 # Road is class 0, Car class 1; instances count from 1.
 PANOPTIC = [[0, 1001, 1001], [0, 1002, 255000]]
@@ -53,7 +54,7 @@ class Source:
         return DatasetInfo.load(self.folder / "records")
 
     def labels(self, split: str) -> list[np.ndarray]:
-        files = tfrecord.list_shards(self.folder / "records", split)
+        files = list_shards(self.folder / "records", split)
         dataset = pipeline.make_eval_dataset(files, dataset_info=self.info())
         return [example["panoptic"] for example in dataset.as_numpy_iterator()]
 

@@ -9,10 +9,12 @@ import pytest
 import tensorflow as tf
 
 from deeplab2_like.cli import main
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.configs.schema import DataConfig
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.convert import common
 from deeplab2_like.data.convert.deeplab2_records import describe_deeplab2_records
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
 
 # With a divisor of 256: void; a person, which is class 1; a stuff class, the last one; another person.
@@ -46,7 +48,7 @@ def write(folder: Path, label: np.ndarray | None, *, split: str = "train") -> No
 
 
 def read(folder: Path, split: str = "train") -> list[np.ndarray]:
-    dataset = pipeline.make_eval_dataset(tfrecord.list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
+    dataset = pipeline.make_eval_dataset(list_shards(folder, split), dataset_info=DatasetInfo.load(folder))
     return [example["panoptic"] for example in dataset.as_numpy_iterator()]
 
 
@@ -67,13 +69,12 @@ def test_training_sees_the_same_labels(tmp_path: Path) -> None:
     write(tmp_path / "records", COCO)
     describe_deeplab2_records(tmp_path / "records", "coco")
     dataset = pipeline.make_train_dataset(
-        tfrecord.list_shards(tmp_path / "records", "train"),
+        list_shards(tmp_path / "records", "train"),
+        DataConfig(crop_size=(2, 4), flip=False),
         make_targets=lambda panoptic: {"panoptic": panoptic},
         dataset_info=DatasetInfo.load(tmp_path / "records"),
         batch_size=1,
-        crop_size=(2, 4),
         pad_value=(0, 0, 0),
-        flip=False,
     )
     label = next(dataset.as_numpy_iterator())["targets"]["panoptic"][0]
     # A column is added to reach the crop size, on either side, and is void.
@@ -111,7 +112,7 @@ def test_wrong_data_set_is_refused(tmp_path: Path) -> None:
             r"class 0, 'road', which is stuff, has an instance 257\.",
         ),
         # A road of Cityscapes, 0, would be void.
-        (np.zeros((2, 3), np.int32), "coco", r"All labels that were looked at are void\."),
+        (np.zeros((2, 3), np.int32), "coco", r"All labels that were checked are void\."),
     ],
 )
 def test_labels_that_make_no_sense_are_refused(tmp_path: Path, label: np.ndarray, data_set: str, message: str) -> None:
@@ -134,16 +135,14 @@ def test_other_mistakes_are_named(tmp_path: Path) -> None:
     write(tmp_path, COCO)
     info = DatasetInfo.from_coco_categories([{"id": 1, "name": "x", "isthing": 1}], name="other")
     info.save(tmp_path)
-    with pytest.raises(
-        UserError, match=r"dataset_info\.json' says something else than what is known of DeepLab2's coco"
-    ):
+    with pytest.raises(UserError, match=r"dataset_info\.json' differs from the one of DeepLab2's coco"):
         describe_deeplab2_records(tmp_path, "coco")
 
 
 def test_nothing_is_converted_into_such_a_folder(tmp_path: Path) -> None:
     write(tmp_path, COCO)
     describe_deeplab2_records(tmp_path, "coco")
-    with pytest.raises(UserError, match="holds records that DeepLab2 has made; choose another output folder"):
+    with pytest.raises(UserError, match="holds records that DeepLab2 made; choose another output folder"):
         common.agree_on_dataset_info(DatasetInfo.load(tmp_path), output_dir=tmp_path, split="val", max_instances=0)
 
 

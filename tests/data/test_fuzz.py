@@ -14,9 +14,13 @@ import pytest
 import tensorflow as tf
 
 from deeplab2_like import inspection
-from deeplab2_like.data import coco_segments, panoptic_label, pipeline, tfrecord
+from deeplab2_like.data import panoptic_label, pipeline
 from deeplab2_like.data.convert.coco_panoptic import check_segments, convert_coco_panoptic
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import decode_image, is_rgb_jpeg_or_png, read_id_png
+from deeplab2_like.data.record_errors import report_bad_records
+from deeplab2_like.data.records import parse_example
+from deeplab2_like.data.shards import ShardWriter, count_examples, list_shards, list_splits, read_index
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.coco_format import CocoPanopticReader
 
@@ -173,9 +177,9 @@ def outcomes(cases: int, attempt: Callable[[np.random.Generator], None]) -> tupl
 
 
 def read_all(folder: Path) -> list[Any]:
-    files = tfrecord.list_shards(folder, "train")
+    files = list_shards(folder, "train")
     dataset = pipeline.make_eval_dataset(files, dataset_info=DatasetInfo.load(folder), num_parallel_calls=1)
-    with tfrecord.user_errors(files):
+    with report_bad_records(files):
         return list(dataset.as_numpy_iterator())
 
 
@@ -189,11 +193,11 @@ def test_json_of_labels(source: Source, tmp_path: Path) -> None:
         try:
             source.convert(encoded, folder, ("stop", "skip")[int(rng.integers(0, 2))])
         except UserError:
-            assert not folder.exists() or not tfrecord.available_splits(folder)
+            assert not folder.exists() or not list_splits(folder)
             raise
         info = DatasetInfo.load(folder)
-        for split in tfrecord.available_splits(folder):
-            assert tfrecord.count_examples(tfrecord.list_shards(folder, split)) >= 1
+        for split in list_splits(folder):
+            assert count_examples(list_shards(folder, split)) >= 1
         assert info.num_classes >= 1
 
     succeeded, refused = outcomes(400, attempt)
@@ -223,7 +227,7 @@ def test_png_of_labels(source: Source, tmp_path: Path) -> None:
 
     def attempt(rng: np.random.Generator) -> None:
         path.write_bytes(mutated_bytes(content, rng))
-        ids = coco_segments.read_segment_ids(path)
+        ids = read_id_png(path)
         np.testing.assert_array_equal(ids, source.ids)
 
     _, refused = outcomes(300, attempt)
@@ -236,7 +240,9 @@ def test_images(source: Source, extension: str) -> None:
     content = bytes(cv2.imencode(extension, image)[1])
 
     def attempt(rng: np.random.Generator) -> None:
-        decoded, _ = tfrecord.decode_image_bytes(mutated_bytes(content, rng), "a")
+        mutated = mutated_bytes(content, rng)
+        decoded = decode_image(mutated, "a")
+        assert is_rgb_jpeg_or_png(mutated) in (True, False)
         assert decoded.ndim == 3
         assert decoded.shape[2] == 3
         if extension == ".png":
@@ -254,7 +260,7 @@ def test_record_files(records: Path, tmp_path: Path) -> None:
 
     def attempt(rng: np.random.Generator) -> None:
         (tmp_path / name).write_bytes(mutated_bytes(content, rng))
-        count = tfrecord.count_examples([str(tmp_path / name)])
+        count = count_examples([str(tmp_path / name)])
         found = read_all(tmp_path)
         assert len(found) == count
         for example in found:
@@ -267,13 +273,13 @@ def test_record_files(records: Path, tmp_path: Path) -> None:
 
 
 def test_contents_of_records(records: Path, tmp_path: Path) -> None:
-    index = tfrecord.read_index(tfrecord.list_shards(records, "train"))
+    index = read_index(list_shards(records, "train"))
     serialized = next(iter(tf.data.TFRecordDataset(index.files))).numpy()
     expected = read_all(records)[0]["panoptic"]
-    parse = tf.function(tfrecord.parse_example, input_signature=[tf.TensorSpec([], tf.string)])
+    parse = tf.function(parse_example, input_signature=[tf.TensorSpec([], tf.string)])
 
     def attempt(rng: np.random.Generator) -> None:
-        with tfrecord.user_errors():
+        with report_bad_records():
             example = parse(mutated_bytes(serialized, rng))
         np.testing.assert_array_equal(example["panoptic"], expected)
 
@@ -282,13 +288,13 @@ def test_contents_of_records(records: Path, tmp_path: Path) -> None:
 
 
 def test_inspection_of_records(records: Path, tmp_path: Path) -> None:
-    index = tfrecord.read_index(tfrecord.list_shards(records, "train"))
+    index = read_index(list_shards(records, "train"))
     serialized = next(iter(tf.data.TFRecordDataset(index.files))).numpy()
     info = json.loads((records / "dataset_info.json").read_text())
 
     def attempt(rng: np.random.Generator) -> None:
         (tmp_path / "dataset_info.json").write_text(json.dumps(mutated_tree(info, rng) if rng.random() < 0.5 else info))
-        with tfrecord.FileWriter(tmp_path / "train-00000-of-00001.tfrecord") as writer:
+        with ShardWriter(tmp_path / "train-00000-of-00001.tfrecord") as writer:
             for _ in range(3):
                 writer.write(mutated_bytes(serialized, rng) if rng.random() < 0.5 else serialized)
         found = inspection.inspect_records(tmp_path, pictures=3)

@@ -10,7 +10,7 @@ from deeplab2_like.data.label_runs import find_run_values, find_runs
 
 
 def plain_runs(*maps):
-    """Groups of equal neighbours, by the standard library."""
+    """Groups of equal neighbors, by the standard library."""
     groups = [
         (key, len(list(group))) for key, group in itertools.groupby(zip(*(m.tolist() for m in maps), strict=True))
     ]

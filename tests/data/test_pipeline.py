@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from deeplab2_like.configs.schema import ColorJitterConfig
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.configs.schema import ColorJitterConfig, DataConfig
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.record_errors import report_bad_records
+from deeplab2_like.data.records import serialize_example
+from deeplab2_like.data.shards import ShardWriter, list_shards, read_index, shard_names
 from deeplab2_like.errors import UserError
 
 INFO = DatasetInfo.from_coco_categories(
@@ -21,12 +24,12 @@ PAD = (9, 8, 7)
 def write(folder, panoptics, split="train", shards=2):
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (*panoptic.shape, 3), np.uint8) for panoptic in panoptics]
-    for part, name in enumerate(tfrecord.shard_names(split, shards)):
-        with tfrecord.FileWriter(folder / name) as writer:
+    for part, name in enumerate(shard_names(split, shards)):
+        with ShardWriter(folder / name) as writer:
             for number in range(part, len(panoptics), shards):
                 record = {"image": images[number], "panoptic": panoptics[number], "filename": str(number)}
-                writer.write(tfrecord.serialize_example(**record))
-    return tfrecord.list_shards(folder, split)
+                writer.write(serialize_example(**record))
+    return list_shards(folder, split)
 
 
 @pytest.fixture
@@ -39,22 +42,15 @@ def make_targets(panoptic):
     return {"label": panoptic, "pixels": tf.reduce_sum(tf.cast(panoptic != INFO.void, tf.int32))}
 
 
-def train(files, **changes):
-    arguments = {
-        "make_targets": make_targets,
-        "dataset_info": INFO,
-        "batch_size": 3,
-        "crop_size": (10, 11),
-        "pad_value": PAD,
-        "scale_range": (0.5, 2.0),
-        "color_jitter": ColorJitterConfig(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1),
-        "seed": 5,
-    }
-    return pipeline.make_train_dataset(files, **(arguments | changes))
+def train(files, *, crop_size=(10, 11), scale_range=(0.5, 2.0), **changes):
+    jitter = ColorJitterConfig(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1)
+    config = DataConfig(crop_size=crop_size, scale_range=scale_range, color_jitter=jitter)
+    arguments = {"make_targets": make_targets, "dataset_info": INFO, "batch_size": 3, "pad_value": PAD, "seed": 5}
+    return pipeline.make_train_dataset(files, config, **(arguments | changes))
 
 
 def take(dataset, count):
-    with tfrecord.user_errors():
+    with report_bad_records():
         return list(itertools.islice(dataset.as_numpy_iterator(), count))
 
 
@@ -75,12 +71,12 @@ def test_batches_have_static_shapes(files):
     }
     (batch,) = take(dataset, 1)
     for image_id, label, pixels in zip(batch["image_id"], *batch["targets"].values(), strict=True):
-        labelled = label[label != INFO.void]
-        assert (labelled == int(image_id) + 1).all()
-        assert pixels == labelled.size > 0
+        labeled = label[label != INFO.void]
+        assert (labeled == int(image_id) + 1).all()
+        assert pixels == labeled.size > 0
 
 
-def test_padding_has_the_given_colour(files):
+def test_padding_has_the_given_color(files):
     # Every image is 12 wide and at most 14 high, so that at most 14 * 12 of 20 * 20 pixels are not padding.
     (batch,) = take(train(files, crop_size=(20, 20), scale_range=(1.0, 1.0)), 1)
     for image, label in zip(batch["image"], batch["targets"]["label"], strict=True):
@@ -202,7 +198,7 @@ def test_truncated_file_is_refused(files):
 
 @pytest.mark.parametrize("cache", [True, False])
 def test_damaged_record_is_a_user_error(files, cache):
-    index = tfrecord.read_index(files)
+    index = read_index(files)
     assert index.file_numbers.tolist() == [0, 0, 0, 0, 1, 1, 1]
     with open(files[1], "r+b") as file:
         file.seek(index.offsets[5] + 40)
@@ -210,5 +206,5 @@ def test_damaged_record_is_a_user_error(files, cache):
     message = (
         r"^Record 1 \(counted from 0\) of '.*train-00001-of-00002\.tfrecord' is damaged; convert the data set again"
     )
-    with pytest.raises(UserError, match=message), tfrecord.user_errors(files):
+    with pytest.raises(UserError, match=message), report_bad_records(files):
         list(itertools.islice(train(files, cache=cache).as_numpy_iterator(), 5))

@@ -35,7 +35,7 @@ def has_crowd(panoptic: np.ndarray) -> bool:
 
 
 def has_touching_instances(panoptic: np.ndarray) -> bool:
-    """Whether two neighbouring pixels belong to different instances of one thing class."""
+    """Whether two neighboring pixels belong to different instances of one thing class."""
     for a, b in ((panoptic[:, 1:], panoptic[:, :-1]), (panoptic[1:], panoptic[:-1])):
         same_class = a // INFO.label_divisor == b // INFO.label_divisor
         both_instances = (a % INFO.label_divisor > 0) & (b % INFO.label_divisor > 0)
@@ -138,7 +138,7 @@ def test_some_objects_are_cut_into_parts_by_others(scenes: list[tuple[np.ndarray
 
 
 def test_labels_agree_with_the_picture(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """The borders between segments must show: across them grey levels change more than elsewhere."""
+    """The borders between segments must show: across them gray levels change more than elsewhere."""
     across, inside = [], []
     for image, panoptic in scenes:
         change = np.abs(np.diff(image.astype(np.float32).mean(axis=-1), axis=1))  # [H, W - 1]

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import random
@@ -16,11 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
+from kills import killed_at_the_end
 
-from deeplab2_like.data import tfrecord
-from deeplab2_like.data.convert import common
+from deeplab2_like.data.convert import common, unfinished
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import ShardWriter, count_examples, list_shards, read_index, shard_names
 from deeplab2_like.errors import UserError
+from deeplab2_like.temporary import TemporaryFile
 
 INFO = DatasetInfo.from_coco_categories([{"id": 1, "name": "thing", "isthing": 1}], name="made up")
 COUNT, SHARDS = 7, 3
@@ -36,12 +40,12 @@ class Conversion:
             path.write_text(f"contents {number}")
         self.made: list[str] = []
 
-    def make_record(self, path: Path) -> bytes:
+    def make_record(self, path: Path) -> common.Record:
         self.made.append(path.stem)
         content = path.read_bytes()
         if b"bad" in content:
             raise UserError(f"'{path.name}' is bad.")
-        return content
+        return common.Record(content)
 
     def run(self, output_dir: Path, **changes: Any) -> common.ConversionReport:
         self.made.clear()
@@ -75,8 +79,8 @@ def before_each_change(action: Callable[[str], None]) -> Iterator[None]:
 
         for name in ("replace", "unlink", "rmdir"):
             watch(os, name)
-        watch(Path, "write_bytes")
-        watch(tfrecord.tf.io.TFRecordWriter, "write")
+        watch(TemporaryFile, "publish")
+        watch(tf.io.TFRecordWriter, "write")
         yield
 
 
@@ -100,19 +104,152 @@ def test_killed_at_any_moment_it_ends_the_same(conversion: Conversion, tmp_path:
     for moment in moments:
         with contextlib.suppress(UserError):
             # What is there meanwhile is of one conversion, or is refused.
-            assert tfrecord.count_examples(tfrecord.list_shards(moment, "train")) in (9, COUNT)
+            assert count_examples(list_shards(moment, "train")) in (9, COUNT)
         hidden = moment / ".train.conversion"
         record = moment / ".train.conversion.json"
         is_finished = record.exists() and json.loads(record.read_bytes())["plan"]["examples"] == COUNT
         # Files hold the inputs 0 and 1, 2 and 3, 4 to 6.
         expected = []
-        for name, inputs in zip(tfrecord.shard_names("train", SHARDS), ("01", "23", "456"), strict=True):
+        for name, inputs in zip(shard_names("train", SHARDS), ("01", "23", "456"), strict=True):
             if not is_finished and not ((hidden / f"{name}.json").exists() and (hidden / "plan.json").exists()):
                 expected += list(inputs)
         report = conversion.run(moment)
         assert (conversion.made, report.is_unchanged) == (expected, is_finished)
         assert contents(moment) == straight
         assert not hidden.exists()
+
+
+def kill_before_each_change(inputs: Path, folder: Path, moments: Path) -> None:
+    """Converts `inputs` into copies of `folder`, each time in a process that is killed a change later."""
+    conversion = Conversion(inputs)
+    for moment in itertools.count():
+        copy = moments / f"{moment:03d}"
+        shutil.copytree(folder, copy)
+        if process := os.fork():
+            if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) != -signal.SIGKILL:
+                break
+            continue
+        num_changes = itertools.count()
+
+        def count_changes(event: str, arguments: tuple[Any, ...]) -> None:
+            is_writing = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            is_change = is_writing or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+            if is_change and next(num_changes) == moment:  # noqa: B023 (this process has one moment)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count_changes)
+        conversion.run(copy, source=[inputs], replace=True)
+        os._exit(0)
+
+
+def test_killed_while_it_replaces_another_source(conversion: Conversion, tmp_path: Path) -> None:
+    inputs = conversion.inputs[0].parent
+    old = Conversion(tmp_path / "old", count=9)
+    old_options = {"source": [tmp_path / "old"], "shards": 4}
+    old.run(tmp_path / "records", **old_options)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    arguments = [inputs, tmp_path / "records", tmp_path / "moments"]
+    subprocess.run([sys.executable, __file__, *map(str, arguments)], env=environment, check=True)
+    conversion.run(tmp_path / "straight", source=[inputs])
+    straight = contents(tmp_path / "straight")
+
+    *moments, last = sorted((tmp_path / "moments").iterdir())
+    assert contents(last) == straight
+    # A plan, three files and their notes, four moves out of the folder, three into it, the facts, ...
+    assert len(moments) > 30
+    found = set()
+    for moment in moments:
+        is_published = (moment / ".train.conversion" / "publish.json").exists()
+        try:
+            counts = count_examples(list_shards(moment, "train"))
+        except UserError:
+            counts = None
+            assert is_published  # All new files are there, and wait for the next run.
+        found.add(counts)
+        again = shutil.copytree(moment, tmp_path / "again" / moment.name)
+        conversion.run(moment, source=[inputs], replace=True)
+        assert contents(moment) == straight
+        # The run of the old source neither replaces the new one, nor removes what is unfinished of it.
+        with contextlib.suppress(UserError):
+            assert old.run(again, **old_options).is_unchanged
+        is_new = is_published or counts == COUNT
+        assert count_examples(list_shards(again, "train")) == (COUNT if is_new else 9)
+        assert not (again / ".train.conversion" / "publish.json").exists()
+    assert found == {9, None, COUNT}
+
+
+def test_another_source_does_not_replace_a_split(conversion: Conversion, tmp_path: Path) -> None:
+    folder, first, second = tmp_path / "records", tmp_path / "inputs", tmp_path / "other.json"
+    conversion.run(folder, source=[first])
+    before = contents(folder)
+    other = Conversion(tmp_path / "other", count=2)
+    message = (
+        rf"^Split 'train' in '{folder}' was made from '{first}', not from '{second}'; name another split with --split "
+        r"or another folder with --output-dir, or replace it with --replace\.$"
+    )
+    with pytest.raises(UserError, match=message):
+        other.run(folder, source=[second])
+    assert contents(folder) == before
+    # The same source, by another name and with other contents and options, replaces it.
+    (tmp_path / "link").symlink_to(first)
+    conversion.inputs[0].write_text("other")
+    assert conversion.run(folder, source=[tmp_path / "link"], shards=2).examples == COUNT
+    # Neither does a faulty one that may.
+    before = contents(folder)
+    other.inputs[1].write_text("bad")
+    with pytest.raises(UserError, match="is bad"):
+        other.run(folder, source=[second], shards=1, replace=True)
+    assert contents(folder) == before
+    other.inputs[1].write_text("good")
+    assert other.run(folder, source=[second], replace=True).examples == 2
+    assert count_examples(list_shards(folder, "train")) == 2
+    with pytest.raises(UserError, match=rf"was made from '{second}', not from no files \(by `convert scenes`\)"):
+        conversion.run(folder)
+
+
+def test_records_of_unknown_origin_are_not_replaced(conversion: Conversion, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "train-00000-of-00001.tfrecord") as writer:
+        writer.write(b"precious")
+    before = contents(tmp_path)
+    with pytest.raises(
+        UserError, match=r"was made from an unknown source \(by another program, or by an older version\)"
+    ):
+        conversion.run(tmp_path, source=[tmp_path / "inputs"])
+    assert contents(tmp_path) == before
+    assert conversion.run(tmp_path, source=[tmp_path / "inputs"], replace=True).examples == COUNT
+    assert not (tmp_path / "train-00000-of-00001.tfrecord").exists()
+
+
+def test_another_source_does_not_remove_an_interrupted_conversion(conversion: Conversion, tmp_path: Path) -> None:
+    folder = tmp_path / "records"
+    conversion.inputs[6].write_text("bad")
+    with pytest.raises(UserError, match="is bad"):
+        conversion.run(folder, source=[tmp_path / "inputs"])
+    before = contents(folder)
+    other = Conversion(tmp_path / "other")
+    message = rf"^An interrupted conversion of split 'train' in '{folder}' is from '.*inputs', not from '.*other'; name"
+    with pytest.raises(UserError, match=message):
+        other.run(folder, source=[tmp_path / "other"])
+    assert contents(folder) == before
+    assert other.run(folder, source=[tmp_path / "other"], replace=True).kept_files == 0
+    assert not (folder / ".train.conversion").exists()
+
+
+def test_a_split_is_not_put_beside_others_of_other_classes(
+    conversion: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished.UnfinishedSplit, "_move_into_place", stop)
+        with pytest.raises(KeyboardInterrupt):
+            conversion.run(tmp_path)
+    other = INFO.from_coco_categories(INFO.to_coco_categories(), name="x", label_divisor=5000)
+    conversion.run(tmp_path, split="val", info=other)
+    with pytest.raises(UserError, match=r"does not match the splits made since \(val\): .*label_divisor 1000 differ"):
+        conversion.run(tmp_path)
+    assert DatasetInfo.load(tmp_path) == other
 
 
 def test_what_is_finished_is_not_made_again(conversion: Conversion, tmp_path: Path) -> None:
@@ -128,7 +265,7 @@ def test_what_is_finished_is_not_made_again(conversion: Conversion, tmp_path: Pa
     assert conversion.made == ["4", "5", "6"]
     assert (report.kept_files, report.files, report.is_unchanged) == (2, 3, False)
     assert calls == [(5, 7), (6, 7), (7, 7)]
-    for name in tfrecord.shard_names("train", SHARDS):
+    for name in shard_names("train", SHARDS):
         assert (tmp_path / "records" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
 
 
@@ -158,7 +295,7 @@ def test_a_second_run_does_nothing(conversion: Conversion, tmp_path: Path) -> No
         lambda conversion, folder: (folder / "train-00001-of-00003.tfrecord").write_bytes(b""),
     ],
 )
-def test_a_second_run_mends_what_has_changed(
+def test_a_second_run_converts_what_has_changed(
     conversion: Conversion, tmp_path: Path, change: Callable[[Conversion, Path], None]
 ) -> None:
     conversion.run(tmp_path / "records")
@@ -170,23 +307,26 @@ def test_a_second_run_mends_what_has_changed(
 
 def test_a_file_cut_between_records_is_noticed(conversion: Conversion, tmp_path: Path) -> None:
     conversion.run(tmp_path)
-    (first, *_) = paths = tfrecord.list_shards(tmp_path, "train")
-    index = tfrecord.read_index([first])
+    (first, *_) = paths = list_shards(tmp_path, "train")
+    index = read_index([first])
     assert len(index) == 2
     with open(first, "r+b") as file:
         file.truncate(int(index.offsets[1]))
     with pytest.raises(UserError, match=r"train-00000-of-00003\.tfrecord' holds 1 of the 2 records that the"):
-        tfrecord.count_examples(paths)
+        count_examples(paths)
     conversion.run(tmp_path)
-    assert tfrecord.count_examples(paths) == COUNT
+    assert count_examples(paths) == COUNT
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[1, 2]", b'{"plan": {}, "files": 3}', b"\xff"])
 def test_a_damaged_note_of_an_earlier_run_is_ignored(conversion: Conversion, tmp_path: Path, content: bytes) -> None:
     conversion.run(tmp_path)
     (tmp_path / ".train.conversion.json").write_bytes(content)
-    assert tfrecord.count_examples(tfrecord.list_shards(tmp_path, "train")) == COUNT
-    assert not conversion.run(tmp_path).is_unchanged
+    assert count_examples(list_shards(tmp_path, "train")) == COUNT
+    # What the split was made from is not known any more.
+    with pytest.raises(UserError, match=r"was made from an unknown source"):
+        conversion.run(tmp_path)
+    assert not conversion.run(tmp_path, replace=True).is_unchanged
     assert conversion.run(tmp_path).is_unchanged
 
 
@@ -209,10 +349,15 @@ def test_another_interrupted_conversion_is_refused(
     with pytest.raises(UserError, match="is bad"):
         conversion.run(tmp_path)
     before = contents(tmp_path)
-    expected = rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*delete this folder"
+    expected = (
+        rf"'{tmp_path / '.train.conversion'}' holds an interrupted conversion with {message}.*start over with --replace"
+    )
     with pytest.raises(UserError, match=expected):
         conversion.run(tmp_path, **changes)
     assert contents(tmp_path) == before
+    conversion.inputs[6].write_text("good")
+    assert conversion.run(tmp_path, **changes, replace=True).kept_files == 0
+    assert not (tmp_path / ".train.conversion").exists()
 
 
 def test_what_another_version_has_begun_is_begun_anew(conversion: Conversion, tmp_path: Path) -> None:
@@ -253,7 +398,7 @@ def test_faults_of_finished_files_are_reported_after_a_kill(conversion: Conversi
     conversion.inputs[0].write_text("bad")
     original = conversion.make_record
 
-    def stopped(path: Path) -> bytes:
+    def stopped(path: Path) -> common.Record:
         if path.stem == "5":
             raise KeyboardInterrupt
         return original(path)
@@ -271,8 +416,9 @@ def test_without_inputs_every_run_begins_anew(conversion: Conversion, tmp_path: 
     for _ in range(2):
         assert not conversion.run(tmp_path, inputs_of=None).is_unchanged
         assert len(conversion.made) == COUNT
-    assert tfrecord.count_examples(tfrecord.list_shards(tmp_path, "train")) == COUNT
-    assert not list(tmp_path.glob(".*"))
+    assert count_examples(list_shards(tmp_path, "train")) == COUNT
+    # What the split was made from.
+    assert list(tmp_path.glob(".*")) == [tmp_path / ".train.conversion.json"]
 
 
 def test_full_disk_leaves_no_broken_file(conversion: Conversion, tmp_path: Path) -> None:
@@ -281,7 +427,7 @@ def test_full_disk_leaves_no_broken_file(conversion: Conversion, tmp_path: Path)
     changes: list[str] = []
     with before_each_change(changes.append):
         conversion.run(tmp_path / "counted")
-    fails = [number for number, name in enumerate(changes) if name in ("replace", "write", "write_bytes")]
+    fails = [number for number, name in enumerate(changes) if name in ("replace", "write", "publish")]
     assert len(fails) > 20
     for failing in fails:
         folder = tmp_path / f"full_{failing}"
@@ -335,15 +481,16 @@ def test_what_killed_processes_have_left_is_removed(conversion: Conversion, tmp_
     conversion.run(tmp_path / "straight")
     folder = tmp_path / "records"
     folder.mkdir()
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for name in ("dataset_info.json", ".train.conversion.json", "errors.jsonl"):
-        (folder / f".{name}.{ended.pid}").touch()
-    in_use = folder / f".dataset_info.json.{os.getppid()}"
-    in_use.touch()
-    conversion.run(folder)
-    assert in_use.exists()
-    in_use.unlink()
+
+    def write() -> None:
+        for name in ("dataset_info.json", ".train.conversion.json", "errors.jsonl"):
+            TemporaryFile(folder / name)
+
+    killed_at_the_end(write)
+    assert len(list(folder.iterdir())) == 3
+    with TemporaryFile(folder / "dataset_info.json") as in_use:
+        conversion.run(folder)
+        assert in_use.path.exists()
     assert contents(folder) == contents(tmp_path / "straight")
 
 
@@ -352,3 +499,7 @@ def test_fingerprint_sees_names_that_are_no_names(tmp_path: Path) -> None:
     names = [np.str_("a\0b"), "\udcff"]
     report = conversion.run(tmp_path / "records", inputs_of=lambda path: [Path(name) for name in names])
     assert report.examples == COUNT
+
+
+if __name__ == "__main__":
+    kill_before_each_change(*map(Path, sys.argv[1:]))

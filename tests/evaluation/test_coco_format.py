@@ -8,6 +8,7 @@ import pytest
 
 from deeplab2_like.data.coco_segments import Segment
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.data.images import write_png
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.coco_format import (
@@ -16,7 +17,6 @@ from deeplab2_like.evaluation.coco_format import (
     segments_info,
 )
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
-from deeplab2_like.files import write_png
 
 # Class 0 is stuff with panoptic value 0, the value that must not be taken for void.
 INFO = DatasetInfo(

@@ -1,4 +1,4 @@
-"""The evaluation of a system: it sees whole images, counts what comes out, and sees what an export gives."""
+"""The evaluation of a system: whole images, the metrics, and the same outputs as an export."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -7,18 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from one_convolution import OneConvolution, one_convolution_config
+from one_convolution import OneConvolution, OneConvolutionConfig, one_convolution_config
 
 from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.evaluate import (
-    _picture_name,
-    evaluate,
-    make_inference_function,
-    make_oracle_function,
-)
+from deeplab2_like.evaluation.evaluate import evaluate
+from deeplab2_like.evaluation.inference import make_inference_function, make_oracle_function
+from deeplab2_like.evaluation.model_folder import _picture_name
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import build_system
@@ -27,7 +24,7 @@ SIZES = ((16, 32), (24, 16), (16, 32))
 
 
 class Oracle:
-    """Stands for a system that knows the label: an image holds its own label, as colours."""
+    """Stands for a system that knows the label: an image is its own label, as colors."""
 
     def __init__(self, info: DatasetInfo) -> None:
         self.dataset_info = info
@@ -49,7 +46,7 @@ class Oracle:
 
 
 def examples(*, shown: Any = lambda label: label) -> Iterator[dict[str, tf.Tensor]]:
-    """Three scenes whose images are `shown(label)` as colours."""
+    """Three scenes whose images are `shown(label)` as colors."""
     for number, (height, width) in enumerate(SIZES):
         label = render_scene(number, height=height, width=width)[1]
         seen = shown(label)
@@ -113,7 +110,7 @@ def test_average_precision_is_that_of_a_system_s_own_instances() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_evaluation_sees_what_the_export_gives(compiled: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
-    system = OneConvolution(dataset_info=scenes_info(), channels=8).create_variables()
+    system = OneConvolution(OneConvolutionConfig(channels=8), scenes_info()).create_variables()
     exported = export_saved_model(
         system, tmp_path_factory.mktemp("export") / "exported", config=one_convolution_config(), check=False
     )
@@ -143,7 +140,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 
 def test_systems_without_a_rule_have_neither_views_nor_oracle() -> None:
-    system = OneConvolution(dataset_info=scenes_info(), channels=4).create_variables()
+    system = OneConvolution(OneConvolutionConfig(), scenes_info()).create_variables()
     infer = make_inference_function(system, flip=True)
     with pytest.raises(UserError, match="System 'one_convolution' does not define how the outputs of several views"):
         infer(tf.zeros((1, 8, 8, 3), tf.uint8))
@@ -152,20 +149,20 @@ def test_systems_without_a_rule_have_neither_views_nor_oracle() -> None:
 
 
 def test_views_that_do_not_fit_are_refused() -> None:
-    system = OneConvolution(dataset_info=scenes_info(), channels=4)
+    system = OneConvolution(OneConvolutionConfig(), scenes_info())
     for scales in ((), (0.5, 0.0), (float("nan"),)):
         with pytest.raises(UserError, match="Scales must be numbers above 0"):
             make_inference_function(system, scales=scales)
     fewer = dataclasses.replace(scenes_info(), categories=scenes_info().categories[:3])
     with pytest.raises(UserError, match="An ensemble needs models for the same classes; those of data sets 'scenes'"):
-        make_inference_function(system, ensemble=[OneConvolution(dataset_info=fewer, channels=4)])
+        make_inference_function(system, ensemble=[OneConvolution(OneConvolutionConfig(), fewer)])
     other = build_system(load_config("panoptic_deeplab/scenes_tiny"), scenes_info())
     with pytest.raises(UserError, match="models of one system, got 'one_convolution' and 'panoptic_deeplab'"):
         make_inference_function(system, ensemble=[other])
 
 
 def test_inference_takes_any_size() -> None:
-    system = OneConvolution(dataset_info=scenes_info(), channels=4).create_variables()
+    system = OneConvolution(OneConvolutionConfig(), scenes_info()).create_variables()
     infer = make_inference_function(system)
     for size in ((1, 1, 1), (2, 9, 5), (1, 8, 100)):
         assert infer(tf.zeros((*size, 3), tf.uint8))["panoptic"].shape == size

@@ -96,7 +96,7 @@ def fill(files, images, seed=0):
         files.add(image_id, describe(random, ids, crowds=True), describe(random, predicted, crowds=False))
 
 
-def reference(truth, truth_maps, prediction, predicted_maps):
+def reference(truth, truth_maps, prediction, predicted_maps):  # noqa: C901 - a plain reference in one function
     """What panopticapi's evaluation does on one core: dictionaries of pairs, areas of the truth from the JSON."""
     stats = {category["id"]: {"iou": 0.0, "tp": 0, "fp": 0, "fn": 0} for category in truth["categories"]}
     annotation_of = {annotation["image_id"]: annotation for annotation in prediction["annotations"]}

@@ -9,7 +9,8 @@ import pytest
 from deeplab2_like.data.coco_segments import Segment
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.panoptic_quality import PanopticQuality, count_overlaps
+from deeplab2_like.evaluation.overlaps import count_overlaps
+from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 
 # Classes 0 and 1 are things, 2 and 3 stuff; divisor 10, so 11 is instance 1 of class 1; 90 is void.
 INFO = DatasetInfo(

@@ -24,11 +24,11 @@ def test_worked_example():
     prediction = np.array([[5, 10, 7, 10, 10, 90, 1, 10]])
     metric.update_state(ground_truth, prediction)
     result = metric.result()
-    # cat: 2 of 3 pixels found, no other labelled pixel called cat: 2/3. sky: 2 shared; 3 true, 3 predicted on labelled
+    # cat: 2 of 3 pixels found, no other labeled pixel called cat: 2/3. sky: 2 shared; 3 true, 3 predicted on labeled
     # pixels, so the union is 4: 1/2. The void prediction makes sky miss a pixel. sea occurs nowhere: not in the mean.
     assert result.per_class == pytest.approx({"cat": 2 / 3, "sky": 1 / 2, "sea": 0.0})
     assert result.miou == pytest.approx((2 / 3 + 1 / 2) / 2)
-    # 3 of 6 labelled pixels are cat, 3 sky.
+    # 3 of 6 labeled pixels are cat, 3 sky.
     assert result.fwiou == pytest.approx((2 / 3 + 1 / 2) / 2)
     np.testing.assert_array_equal(metric.confusion, [[2, 1, 0, 0], [0, 2, 0, 1], [0, 0, 0, 0]])
 
@@ -41,7 +41,7 @@ def test_frequency_weights_and_hallucinated_class():
     assert metric.result().fwiou == pytest.approx(3 / 4)
 
 
-def test_nothing_labelled():
+def test_nothing_labeled():
     metric = SemanticIoU(INFO)
     assert (metric.result().miou, metric.result().fwiou) == (0.0, 0.0)
     metric.update_state(np.full((2, 2), 90), np.full((2, 2), 10))
@@ -58,14 +58,14 @@ def test_random_maps_equal_plain_masks():
         part.update_state(true_map * 10, predicted_map * 10)
     panoptic.merge(part)
     class_maps.update_from_class_maps(truth, predicted)
-    labelled = truth != 9
+    labeled = truth != 9
     expected = [
-        ((truth == c) & (predicted == c)).sum() / (((truth == c) | (predicted == c)) & labelled).sum() for c in range(3)
+        ((truth == c) & (predicted == c)).sum() / (((truth == c) | (predicted == c)) & labeled).sum() for c in range(3)
     ]
     for metric in (panoptic, class_maps):
         assert list(metric.result().per_class.values()) == pytest.approx(expected)
         assert metric.result().miou == pytest.approx(np.mean(expected))
-        share = [(truth == c).sum() / labelled.sum() for c in range(3)]
+        share = [(truth == c).sum() / labeled.sum() for c in range(3)]
         assert metric.result().fwiou == pytest.approx(np.dot(share, expected))
     panoptic.reset_state()
     assert panoptic.confusion.sum() == 0

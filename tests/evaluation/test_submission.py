@@ -49,7 +49,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _read(path: Path) -> np.ndarray:
-    """Reads an image as it is, uint8 [H, W] if it is grey."""
+    """Reads an image as it is, uint8 [H, W] if it is gray."""
     image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     assert image.dtype == np.uint8
     return image
@@ -313,5 +313,5 @@ def test_no_json_after_an_error_nor_that_of_an_earlier_run(tmp_path, name):
 
 def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"Output folder '.*file' cannot be made \(there is a file in its place\)"):
+    with pytest.raises(UserError, match=r"Output folder '.*file' cannot be created \(there is a file in its place\)"):
         make_submission("coco", tmp_path / "file", INFO)

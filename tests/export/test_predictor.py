@@ -134,7 +134,7 @@ def test_says_that_memory_does_not_suffice(predictor, monkeypatch):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
 
     monkeypatch.setattr(predictor, "_infer", fail)
-    with pytest.raises(UserError, match="memory does not suffice for an image of 4 x 5 pixels"):
+    with pytest.raises(UserError, match="Not enough memory for an image of 4 x 5 pixels"):
         predictor(np.zeros((4, 5, 3), np.uint8))
 
 
@@ -169,15 +169,31 @@ def test_save_coco_names_the_image_by_its_file(tmp_path):
 def test_refuses_folders_that_are_no_export(export_dir, tmp_path):
     with pytest.raises(UserError, match="absent' does not exist; give a folder that `deeplab2-like export` wrote"):
         Predictor(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"is no exported model, for it has no saved_model\.pb; give a folder that"):
+    with pytest.raises(
+        UserError, match=r"is not an exported model, because it has no saved_model\.pb; give a folder that"
+    ):
         Predictor(tmp_path)
     (tmp_path / "model" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="as it is a model folder, export it first with `deeplab2-like export`"):
         Predictor(tmp_path / "model")
     (tmp_path / "served").mkdir()
-    (tmp_path / "served" / "1").symlink_to(export_dir)
-    with pytest.raises(UserError, match=r"give the folder of a version, such as '.*served/1'"):
+    (tmp_path / "served" / "first").symlink_to(export_dir)
+    with pytest.raises(UserError, match=r"give the folder of one, such as '.*served/first'"):
         Predictor(tmp_path / "served")
+
+
+def test_takes_the_newest_version_that_is_whole(export_dir, tmp_path):
+    for name in ("2", "1", "first"):
+        (tmp_path / name / "variables").mkdir(parents=True)
+        (tmp_path / name / "saved_model.pb").write_bytes(b"damaged")
+        shutil.copy(export_dir / "dataset_info.json", tmp_path / name)
+    (tmp_path / "10").symlink_to(export_dir)
+    (tmp_path / "11").mkdir()
+    shutil.copy(export_dir / "dataset_info.json", tmp_path / "11")
+    assert Predictor(tmp_path).dataset_info == scenes_info()
+    (tmp_path / "10").unlink()
+    with pytest.raises(UserError, match=r"/2' is damaged .*; export it again"):
+        Predictor(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +285,7 @@ def test_predicts_one_file(export_dir, make_image, tmp_path):
 
 @pytest.mark.usefixtures("load_once")
 def test_a_strip_gives_a_picture_of_bounded_size(export_dir, make_image, tmp_path):
-    # Enlarged to a readable height, one row of 8000 pixels would fill gigabytes.
+    # Upsampled to a readable height, one row of 8000 pixels would fill gigabytes.
     file = _write(tmp_path / "strip.png", make_image(16, 8000)[:1])
     predict_files(export_dir, file, tmp_path / "out")
     height, width = cv2.imread(str(tmp_path / "out/pictures/strip.png")).shape[:2]

@@ -1,6 +1,9 @@
+import errno
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -8,15 +11,19 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from kills import files_in, kills
 from tensorflow.core.protobuf import saved_model_pb2
 
-from deeplab2_like.checkpoint import make_checkpoint, prepare_model_folder
+from deeplab2_like import model_folder as model_folder_module
+from deeplab2_like import temporary
+from deeplab2_like.checkpoint import make_checkpoint
 from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
-from deeplab2_like.export import saved_model
+from deeplab2_like.export import saved_model, versions
 from deeplab2_like.export.saved_model import export_model_folder, export_saved_model
+from deeplab2_like.model_folder import prepare_model_folder
 
 # None makes an import fail, as if the package were not installed.
 _LOAD_ELSEWHERE = """
@@ -179,7 +186,10 @@ def test_replaces_an_earlier_export_and_leaves_nothing_beside(small_system, smal
     folder = tmp_path / "new" / "exported"
     export_saved_model(small_system, folder, config=small_config)
     assert (folder / "config.yaml").is_file()
-    assert export_saved_model(small_system, folder) == folder
+    with pytest.raises(UserError, match=r"exported' already has an export; give a new folder, or replace .* --replace"):
+        export_saved_model(small_system, folder)
+    assert (folder / "config.yaml").is_file()
+    assert export_saved_model(small_system, folder, replace=True) == folder
     assert not (folder / "config.yaml").exists()
     assert os.listdir(folder.parent) == ["exported"]
 
@@ -194,7 +204,7 @@ def test_a_failed_export_leaves_the_earlier_one(small_system, tmp_path, monkeypa
 
     monkeypatch.setattr(saved_model, "_check", fail)
     with pytest.raises(KeyboardInterrupt):
-        export_saved_model(small_system, folder)
+        export_saved_model(small_system, folder, replace=True)
     assert (folder / "saved_model.pb").read_bytes() == before
     assert os.listdir(tmp_path) == ["exported"]
 
@@ -221,8 +231,8 @@ def test_an_export_that_answers_otherwise_does_not_appear(small_system, tmp_path
 def test_refuses_folders_with_other_content(small_system, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "text.md").write_text("x")
-    with pytest.raises(UserError, match="thesis' holds something else than an export"):
-        export_saved_model(small_system, tmp_path / "thesis")
+    with pytest.raises(UserError, match="thesis' has files that are not an export"):
+        export_saved_model(small_system, tmp_path / "thesis", replace=True)
     with pytest.raises(UserError, match=r"text\.md', which is a file; give a folder"):
         export_saved_model(small_system, tmp_path / "thesis" / "text.md")
     assert (tmp_path / "thesis" / "text.md").read_text() == "x"
@@ -247,13 +257,195 @@ def test_export_model_folder_exports_the_newest_checkpoint(small_system, small_c
     make_checkpoint(small_system, optimizer).save(str(tmp_path / "model/checkpoints/ckpt"))
     exported = {}
 
-    def remember(system, output_dir, *, config):
+    def remember(system, folder, *, config, check):
         exported.update(system=system, config=config)
-        return Path(output_dir)
 
-    monkeypatch.setattr(saved_model, "export_saved_model", remember)
+    monkeypatch.setattr(saved_model, "_write", remember)
     overrides = ["model.postprocess.center_threshold=0.5"]
-    assert export_model_folder(tmp_path / "model", tmp_path / "out", overrides) == tmp_path / "out"
+    assert export_model_folder(tmp_path / "model", tmp_path / "out", overrides) == tmp_path / "out" / "1"
     assert exported["config"].model.postprocess.center_threshold == 0.5
     for received, stored in zip(exported["system"].weights, small_system.weights, strict=True):
         np.testing.assert_array_equal(received.numpy(), stored.numpy(), err_msg=stored.path)
+
+
+# --- Versions. --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def export(monkeypatch) -> Callable[..., Path]:
+    """Exports a model that is no more than a text: `export(output_dir, content, replace=False)`."""
+    content = ""
+
+    def write(system, folder, *, config, check):
+        make_export(folder, content)
+
+    def run(output_dir: Path, new_content: str, **options) -> Path:
+        nonlocal content
+        content = new_content
+        return export_model_folder("model", output_dir, **options)
+
+    monkeypatch.setattr(saved_model, "_write", write)
+    monkeypatch.setattr(model_folder_module, "load_model_folder", lambda *_args, **_options: (None, None, 0))
+    return run
+
+
+def make_export(folder: Path, content: str) -> None:
+    (folder / "variables").mkdir(parents=True)
+    (folder / "variables" / "variables.index").write_text(content)
+    (folder / "saved_model.pb").write_text(content)
+    (folder / "dataset_info.json").write_text(content)
+
+
+def versions_in(folder: Path) -> dict[str, str]:
+    """Name -> content of everything in a folder, hidden folders included; all are whole."""
+    contents = {}
+    for path in sorted(folder.iterdir()):
+        assert set(files_in(path)) == {"dataset_info.json", "saved_model.pb", "variables/variables.index"}
+        (contents[path.name],) = set(files_in(path).values())
+    return {name: content.decode() for name, content in contents.items()}
+
+
+def test_versions_are_numbered(export, tmp_path):
+    models = tmp_path / "models"
+    assert export(models, "first") == models / "1"
+    assert export(models, "second") == models / "2"
+    # A number that was free stays so.
+    assert export(models / "9", "ninth") == models / "9"
+    assert export(models, "tenth") == models / "10"
+    assert versions_in(models) == {"1": "first", "10": "tenth", "2": "second", "9": "ninth"}
+    assert versions.newest_export(models) == models / "10"
+
+
+def test_paths_are_returned_as_they_were_given(export, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert export(Path("models"), "first") == Path("models/1")
+    assert export(Path("."), "first") == Path("1")
+    # The name of the link counts, not that of what it points to.
+    (tmp_path / "link").symlink_to("1")
+    (tmp_path / "link" / "saved_model.pb").unlink()
+    assert export(Path("link"), "inside") == Path("link/1")
+
+
+def test_other_things_in_a_folder_of_versions_stay(export, tmp_path):
+    (tmp_path / "2").write_text("a file")
+    (tmp_path / "notes.txt").write_text("x")
+    assert export(tmp_path, "third") == tmp_path / "3"
+    assert (tmp_path / "2").read_text() == "a file"
+    with pytest.raises(UserError, match=r"2', which is a file; give a folder"):
+        export(tmp_path / "2", "second", replace=True)
+    with pytest.raises(UserError, match=r"notes\.txt', which is a file; give a folder"):
+        export(tmp_path / "notes.txt", "first")
+
+
+def test_a_version_is_replaced_only_when_asked_to(export, tmp_path):
+    export(tmp_path, "first")
+    export(tmp_path, "second")
+    message = rf"1' already has an export; give '{tmp_path}' to write the next version, or replace this one with --rep"
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "1", "new")
+    assert versions_in(tmp_path) == {"1": "first", "2": "second"}
+    assert export(tmp_path / "1", "new", replace=True) == tmp_path / "1"
+    assert versions_in(tmp_path) == {"1": "new", "2": "second"}
+
+
+def test_without_a_number_the_newest_version_is_replaced(export, tmp_path):
+    assert export(tmp_path, "first", replace=True) == tmp_path / "1"
+    assert export(tmp_path, "second") == tmp_path / "2"
+    (tmp_path / "3").mkdir()  # No export.
+    assert export(tmp_path, "new", replace=True) == tmp_path / "2"
+    (tmp_path / "3").rmdir()
+    assert versions_in(tmp_path) == {"1": "first", "2": "new"}
+
+
+def test_an_export_is_no_folder_of_versions(export, tmp_path):
+    make_export(tmp_path / "exported", "old")
+    with pytest.raises(UserError, match="exported' already has an export; give a new folder, or replace"):
+        export(tmp_path / "exported", "new")
+    assert versions_in(tmp_path) == {"exported": "old"}
+    assert export(tmp_path / "exported", "new", replace=True) == tmp_path / "exported"
+    assert versions_in(tmp_path) == {"exported": "new"}
+
+
+def test_a_folder_with_a_saved_model_of_another_kind_is_kept(export, tmp_path):
+    (tmp_path / "saved_model.pb").write_text("x")
+    for replace in (False, True):
+        with pytest.raises(UserError, match="has files that are not an export and would be lost"):
+            export(tmp_path, "new", replace=replace)
+    assert os.listdir(tmp_path) == ["saved_model.pb"]
+
+
+def test_two_exports_at_once_get_two_numbers(export, tmp_path, monkeypatch):
+    write = saved_model._write
+
+    def write_slowly(system, folder, **options):
+        monkeypatch.setattr(saved_model, "_write", write)
+        export_model_folder("model", tmp_path)  # Begins later, and ends first.
+        write(system, folder, **options)
+
+    monkeypatch.setattr(saved_model, "_write", write_slowly)
+    assert export(tmp_path, "x") == tmp_path / "2"
+    assert versions_in(tmp_path) == {"1": "x", "2": "x"}
+
+
+def test_two_exports_to_one_version_at_once(export, tmp_path, monkeypatch):
+    write = saved_model._write
+
+    def write_slowly(system, folder, **options):
+        write(system, folder, **options)
+        make_export(tmp_path / "1", "other")
+
+    monkeypatch.setattr(saved_model, "_write", write_slowly)
+    with pytest.raises(UserError, match="1' already has an export"):
+        export(tmp_path / "1", "x")
+    assert versions_in(tmp_path) == {"1": "other"}
+
+
+# --- Kills. -----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_while_it_writes_a_version(export, tmp_path):
+    models = tmp_path / "models"
+
+    def start() -> None:
+        shutil.rmtree(models, ignore_errors=True)
+        make_export(models / "1", "first")
+
+    for operation in kills(lambda: export(models, "new"), prepare=start):
+        found = {name: content for name, content in _whole_in(models).items() if not name.startswith(".")}
+        assert found in ({"1": "first"}, {"1": "first", "2": "new"}), operation
+        number = len(found) + 1
+        assert export(models, "next") == models / str(number), operation
+        assert versions_in(models) == {**found, str(number): "next"}, operation
+
+
+def _whole_in(folder: Path) -> dict[str, str]:
+    """As `versions_in`, without what is unfinished and hidden."""
+    return {
+        path.name: (path / "saved_model.pb").read_text()
+        for path in folder.iterdir()
+        if len(files_in(path)) == 3 or not path.name.startswith(".")
+    }
+
+
+@pytest.mark.parametrize("way", ["exchange", "two steps"])
+def test_killed_while_it_replaces_a_version(export, tmp_path, monkeypatch, way):
+    def start() -> None:
+        shutil.rmtree(tmp_path / "models", ignore_errors=True)
+        make_export(tmp_path / "models" / "1", "old")
+
+    def cannot_exchange(*_: Path) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    if way == "two steps":
+        monkeypatch.setattr(temporary, "exchange", cannot_exchange)
+    version = tmp_path / "models" / "1"
+    for operation in kills(lambda: export(version, "new", replace=True), prepare=start):
+        if way == "exchange":
+            assert (version / "saved_model.pb").read_text() in ("old", "new"), operation
+            assert len(files_in(version)) == 3, operation
+        # The next start puts back what was moved away, also if it then refuses to replace it.
+        with pytest.raises(UserError, match="already has an export"):
+            export(version, "new")
+        assert versions_in(version.parent) in ({"1": "old"}, {"1": "new"}), operation
+        export(version, "newer", replace=True)
+        assert versions_in(version.parent) == {"1": "newer"}, operation

@@ -51,7 +51,7 @@ def test_iou_of_a_batch_compares_within_images() -> None:
 
 
 def test_encoding_by_hand() -> None:
-    # The reference is 4 high, 10 wide, centred at (2, 5); the box is 8 high, 5 wide, centred at (3, 10): the centre
+    # The reference is 4 high, 10 wide, centered at (2, 5); the box is 8 high, 5 wide, centered at (3, 10): the center
     # moves by 1/4 of the height and 1/2 of the width, the height doubles, the width halves.
     reference, box = boxes_of((0, 0, 4, 10)), boxes_of((-1, 7.5, 7, 12.5))
     found = encode_boxes(box, reference, ONES)
@@ -69,7 +69,7 @@ def test_decoding_inverts_encoding() -> None:
 
 
 def test_decoded_sides_are_limited() -> None:
-    # A side of 16 grows to 1000 at most, around its centre 8.
+    # A side of 16 grows to 1000 at most, around its center 8.
     found = decode_boxes(boxes_of((0, 0, 50, 1)), boxes_of((0, 0, 16, 16)), ONES)
     half = 8 * np.e
     np.testing.assert_allclose(found, [[8 - 500, 8 - half, 8 + 500, 8 + half]], rtol=1e-5)

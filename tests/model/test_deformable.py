@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from deeplab2_like.model.config import Norm
 from deeplab2_like.model.deformable import DeformableConvNorm, deformable_convolution, read_bilinear
 from deeplab2_like.model.describe import describe_layer
-from deeplab2_like.model.layers import ConvNorm, Norm
+from deeplab2_like.model.layers import ConvNorm
 
 
 def plain_convolution(

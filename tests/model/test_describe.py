@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.model.config import Norm
 from deeplab2_like.model.describe import describe, describe_layer, print_description
-from deeplab2_like.model.layers import ConvNorm, Norm, SeparableConvNorm
+from deeplab2_like.model.layers import ConvNorm, SeparableConvNorm
 from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab, PanopticDeepLabConfig
 
 NORM = Norm(kind="batch")
@@ -16,7 +17,7 @@ NORM = Norm(kind="batch")
 
 def test_convolution() -> None:
     description = describe_layer(ConvNorm(8, 3, strides=2, norm=NORM), (10, 6, 4))
-    # 5 x 3 positions, each 3 * 3 * 4 * 8 products. The kernel, and 4 vectors of batch normalisation, 2 of them trained.
+    # 5 x 3 positions, each 3 * 3 * 4 * 8 products. The kernel, and 4 vectors of batch normalization, 2 of them trained.
     assert description.multiply_adds == 15 * 288
     assert description.activations == 15 * 8
     assert description.parameters == 288 + 4 * 8
@@ -115,7 +116,7 @@ def test_panoptic_deeplab_costs_what_the_paper_says(backbone: str, published: fl
         categories=tuple(Category(id=i, name=f"class {i}", is_thing=i >= 11, color=(i, i, i)) for i in range(19)),
     )
     config = PanopticDeepLabConfig.model_validate({"backbone": {"name": backbone}})
-    system = PanopticDeepLab.from_model_config(config, info)
+    system = PanopticDeepLab(config, info)
     description = describe(system, 1024, 2048)
     assert description.multiply_adds / 1e9 == pytest.approx(published, rel=tolerance)
     assert description.uncounted == []

@@ -11,27 +11,10 @@ from keras import ops
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.model.boxes import decode_boxes
-from deeplab2_like.model.detection import (
-    BoxHead,
-    Detector,
-    MaskHead,
-    RoiConfig,
-    RpnConfig,
-    RpnHead,
-    box_losses,
-    detect,
-    instance_targets,
-    make_anchors,
-    mask_loss,
-    mask_targets,
-    masks_of_classes,
-    paste_masks,
-    propose,
-    roi_align,
-    rpn_losses,
-    sample_anchors,
-    sample_rois,
-)
+from deeplab2_like.model.detection.config import RoiConfig, RpnConfig
+from deeplab2_like.model.detection.detector import Detector
+from deeplab2_like.model.detection.instances import instance_targets
+from deeplab2_like.model.detection.masks import mask_targets, paste_masks
 from deeplab2_like.model.detection.matching import (
     crowd_share,
     match_boxes,
@@ -39,8 +22,18 @@ from deeplab2_like.model.detection.matching import (
     sample_balanced,
     top_k_padded,
 )
-from deeplab2_like.model.detection.roi_pooling import assign_levels
-from deeplab2_like.model.layers import compiled_stages
+from deeplab2_like.model.detection.roi_heads import (
+    BoxHead,
+    MaskHead,
+    box_losses,
+    detect,
+    mask_loss,
+    sample_rois,
+    select_masks,
+)
+from deeplab2_like.model.detection.roi_pooling import assign_levels, roi_align
+from deeplab2_like.model.detection.rpn import RpnHead, make_anchors, propose, rpn_losses, sample_anchors
+from deeplab2_like.model.stages import compiled_stages
 
 SEED = np.array([3, 5], np.int32)
 
@@ -234,15 +227,15 @@ def test_top_k_of_too_few() -> None:
 
 
 def test_anchors_by_hand() -> None:
-    # Ratios h/w of 1/4 and 1: half the size high, twice as wide. Centres at the top left of each 8x8 cell.
+    # Ratios h/w of 1/4 and 1: half the size high, twice as wide. Centers at the top left of each 8x8 cell.
     maps = {"p3": np.zeros((1, 1, 2, 1)), "p4": np.zeros((1, 1, 1, 1))}
-    found = make_anchors(maps, {"p3": 8, "p4": 16}, sizes=(4, 8), ratios=(0.25, 1))
+    found = make_anchors(maps, {"p3": 8, "p4": 16}, RpnConfig(anchor_sizes=(4.0, 8.0), anchor_ratios=(0.25, 1.0)))
     np.testing.assert_allclose(found["p3"], [[-1, -4, 1, 4], [-2, -2, 2, 2], [-1, 4, 1, 12], [-2, 6, 2, 10]])
     np.testing.assert_allclose(found["p4"], [[-2, -8, 2, 8], [-4, -4, 4, 4]])
 
 
 def test_rpn_head_keeps_the_order_of_the_anchors() -> None:
-    head = RpnHead(num_anchors=3, channels=8)
+    head = RpnHead(RpnConfig(channels=8))
     maps = {"p2": tf.zeros((2, 4, 5, 6)), "p3": tf.zeros((2, 2, 3, 6))}
     objectness, deltas = head(maps)
     assert {level: tuple(value.shape) for level, value in objectness.items()} == {"p2": (2, 60), "p3": (2, 18)}
@@ -283,7 +276,7 @@ ANCHORS = batch(
 
 
 def test_sampled_anchors_by_hand() -> None:
-    samples = sample_anchors(tf.constant(ANCHORS), targets_by_hand(), seed=SEED, number=8)
+    samples = sample_anchors(tf.constant(ANCHORS), targets_by_hand(), RpnConfig(samples=8), seed=SEED)
     found = {name: np.array(value)[0] for name, value in samples.items()}
     assert found["valid"].sum() == 4
     assert set(found["index"][found["positive"]]) == {0, 1}
@@ -294,7 +287,7 @@ def test_sampled_anchors_by_hand() -> None:
 
 
 def test_an_instance_without_a_good_anchor_keeps_its_best() -> None:
-    samples = sample_anchors(tf.constant(ANCHORS[3:]), targets_by_hand(), seed=SEED, number=4)
+    samples = sample_anchors(tf.constant(ANCHORS[3:]), targets_by_hand(), RpnConfig(samples=4), seed=SEED)
     positive = np.array(samples["positive"])
     np.testing.assert_array_equal(np.array(samples["index"])[positive], [0])
 
@@ -309,10 +302,10 @@ def test_rpn_losses_by_hand() -> None:
         "positive": np.array([[True, False, False]] * 2),
         "deltas": np.array([[[1, 1, 1, 2], [0] * 4, [0] * 4]] * 2, np.float32),
     }
-    fixed = rpn_losses(logits, deltas, samples)
+    fixed = rpn_losses(logits, deltas, samples, RpnConfig(normalizer="fixed"))
     np.testing.assert_allclose(fixed["rpn_class"], (2 * (np.log(2) + np.log(4 / 3)), 6), rtol=1e-6)
     np.testing.assert_allclose(fixed["rpn_box"], (2 * (1 + 2 + 2), 6), rtol=1e-6)
-    sampled = rpn_losses(logits, deltas, samples, normalizer="sampled")
+    sampled = rpn_losses(logits, deltas, samples, RpnConfig(normalizer="sampled"))
     assert {name: float(loss.normalizer) for name, loss in sampled.items()} == {"rpn_class": 4, "rpn_box": 4}
 
 
@@ -323,14 +316,16 @@ def test_proposals_by_hand() -> None:
     }
     objectness = {"p2": tf.constant([[1.0, 2.0, 0.5, -3.0]]), "p3": tf.constant([[1.5, 9.0]])}
     deltas = {level: tf.zeros((1, len(rows), 4)) for level, rows in anchors.items()}
-    found = propose(objectness, deltas, anchors, (32, 32), candidates=3, number=5)
+    config = RpnConfig(test_candidates=3, proposals=5)
+    found = propose(objectness, deltas, anchors, (32, 32), config)
     # p2: the last is not among the best three; the first falls to the second (IoU 90/110). p3: the same box as p2's
     # first stays, as levels do not suppress each other; the best one is outside of the image.
     np.testing.assert_array_equal(found["valid"][0], [True, True, True, False, False])
     np.testing.assert_array_equal(found["scores"][0], [2, 1.5, 0.5, 0, 0])
     np.testing.assert_allclose(found["boxes"][0, :3], [[0, 1, 10, 11], [0, 0, 10, 10], [20, 20, 30, 30]], atol=1e-5)
     np.testing.assert_array_equal(found["boxes"][0, 3:], np.zeros((2, 4)))
-    assert len(propose(objectness, deltas, anchors, (32, 32), candidates=3, number=2)["boxes"][0]) == 2
+    config = RpnConfig(test_candidates=3, proposals=2)
+    assert len(propose(objectness, deltas, anchors, (32, 32), config)["boxes"][0]) == 2
 
 
 # RoIAlign.
@@ -467,7 +462,8 @@ def test_sampled_rois_by_hand() -> None:
         "boxes": batch((0, 0, 16, 10), (0, 0, 16, 4), (30, 30, 60, 60), (40, 40, 56, 56), (0, 0, 16, 16)),
         "valid": np.array([[True, True, True, True, False]]),
     }
-    samples = sample_rois(proposals, targets_by_hand(), num_classes=3, seed=SEED, number=8, foreground_number=4)
+    config = RoiConfig(samples=8, foreground_share=0.5)
+    samples = sample_rois(proposals, targets_by_hand(), config, num_classes=3, seed=SEED)
     found = {name: np.array(value)[0] for name, value in samples.items()}
     # Foreground: the first (IoU 10/16) and the instance's own box; background: the second (4/16) and the third. The
     # fourth is crowd, the fifth and the second row of the table are unused.
@@ -486,10 +482,11 @@ def test_an_image_without_instances_gives_background_only() -> None:
     targets = targets_by_hand()
     targets["valid"] = np.zeros((1, 2), bool)
     proposals = {"boxes": batch((0, 0, 16, 16), (2, 2, 30, 30)), "valid": np.ones((1, 2), bool)}
-    samples = sample_rois(proposals, targets, num_classes=3, seed=SEED, number=4, foreground_number=2)
+    config = RoiConfig(samples=4, foreground_share=0.5)
+    samples = sample_rois(proposals, targets, config, num_classes=3, seed=SEED)
     assert not np.any(samples["foreground"])
     assert np.sum(samples["valid"]) == 2
-    losses = box_losses(tf.zeros((1, 4, 4)), tf.zeros((1, 4, 3, 4)), samples, weights=(10, 10, 5, 5))
+    losses = box_losses(tf.zeros((1, 4, 4)), tf.zeros((1, 4, 3, 4)), samples, config)
     np.testing.assert_allclose(losses["box_class"], (2 * np.log(4), 2), rtol=1e-6)
     assert float(losses["box"].total) == 0
     loss = mask_loss(
@@ -510,16 +507,17 @@ def test_box_losses_by_hand() -> None:
     deltas = np.zeros((1, 3, 2, 4), np.float32)
     deltas[:, :, 0] = 7
     deltas[:, :, 1, 0] = 0.5
-    losses = box_losses(np.zeros((1, 3, 3), np.float32), deltas, samples, weights=(10, 10, 5, 5))
+    losses = box_losses(np.zeros((1, 3, 3), np.float32), deltas, samples, RoiConfig())
     np.testing.assert_allclose(losses["box_class"], (2 * np.log(3), 2), rtol=1e-6)
     np.testing.assert_allclose(losses["box"], (0.5, 2), rtol=1e-5)
 
 
 def test_heads_have_the_shapes_and_names_that_checkpoints_rely_on() -> None:
-    box_head = BoxHead(num_classes=3, channels=16)
+    config = RoiConfig(box_channels=16, mask_channels=8, mask_convolutions=2)
+    box_head = BoxHead(config, num_classes=3)
     class_logits, deltas = box_head(tf.zeros((2, 5, 7, 7, 4)))
     assert (tuple(class_logits.shape), tuple(deltas.shape)) == ((2, 5, 4), (2, 5, 3, 4))
-    mask_head = MaskHead(num_classes=3, channels=8, convolutions=2)
+    mask_head = MaskHead(config, num_classes=3)
     assert tuple(mask_head(tf.zeros((2, 5, 14, 14, 4))).shape) == (2, 5, 28, 28, 3)
     names = [variable.path.split("/", 1)[1] for variable in (*box_head.variables, *mask_head.variables)]
     layers = ("dense1", "dense2", "classes", "deltas", "conv1", "conv2", "enlarge", "masks")
@@ -528,7 +526,7 @@ def test_heads_have_the_shapes_and_names_that_checkpoints_rely_on() -> None:
 
 def test_mask_of_a_class() -> None:
     logits = np.random.default_rng(0).standard_normal((1, 2, 4, 4, 3)).astype(np.float32)
-    found = masks_of_classes(logits, np.array([[2, 0]], np.int32))
+    found = select_masks(logits, np.array([[2, 0]], np.int32))
     np.testing.assert_array_equal(found, np.stack([logits[:, 0, ..., 2], logits[:, 1, ..., 0]], axis=1))
 
 
@@ -569,8 +567,7 @@ def test_detections_by_hand() -> None:
         np.zeros((1, 4, 2, 4), np.float32),
         proposals,
         (32, 8),
-        weights=(10, 10, 5, 5),
-        number=3,
+        RoiConfig(detections=3),
     )
     # Class 0: the second (0.6) suppresses the first (0.5), IoU 70/80 after clipping; class 1: the first, 0.3. The third
     # is below the threshold, and the fourth is unused.
@@ -586,14 +583,15 @@ def test_detections_use_the_deltas_of_their_class() -> None:
     deltas[0, 0, 1] = (1, -1, 0.5, 0.25)
     proposals = {"boxes": batch((10, 10, 20, 20)), "valid": np.array([[True]])}
     weights = (10.0, 10.0, 5.0, 5.0)
-    found = detect(np.array([[[0.0, 9, 0]]], np.float32), deltas, proposals, (64, 64), weights=weights, number=1)
+    config = RoiConfig(box_weights=weights)
+    found = detect(np.array([[[0.0, 9, 0]]], np.float32), deltas, proposals, (64, 64), config, max_detections=1)
     np.testing.assert_allclose(found["boxes"][0], decode_boxes(deltas[0, :, 1], proposals["boxes"][0], weights))
 
 
 def test_scores_have_a_gradient_in_training_and_are_the_same() -> None:
     rpn = RpnConfig(channels=8, anchor_sizes=(16.0, 32.0), train_candidates=20, test_candidates=20, proposals=20)
     roi = RoiConfig(samples=8, box_channels=8, mask_channels=8, mask_convolutions=1, detections=5)
-    detector = Detector(num_classes=2, strides={"p2": 4, "p3": 8}, roi_levels=("p2", "p3"), rpn=rpn, roi=roi)
+    detector = Detector(rpn, roi, num_classes=2, strides={"p2": 4, "p3": 8}, roi_levels=("p2", "p3"))
     rng = np.random.default_rng(0)
     maps = {
         level: tf.constant(rng.standard_normal((1, 64 // stride, 64 // stride, 8)), tf.float32)
@@ -602,7 +600,7 @@ def test_scores_have_a_gradient_in_training_and_are_the_same() -> None:
     expected = detector(maps, image_size=(64, 64))
     with tf.GradientTape() as tape:
         tape.watch(maps)
-        found = detector(maps, image_size=(64, 64), targets=targets_by_hand(), detections=5)
+        found = detector(maps, image_size=(64, 64), targets=targets_by_hand(), max_detections=5)
         total = ops.sum(found["scores"])
     assert np.all(expected["scores"] > 0)
     for name in ("boxes", "scores", "thing_classes", "masks"):
@@ -636,21 +634,20 @@ def test_a_full_mask_fills_its_box() -> None:
 
 @pytest.mark.parametrize("mode", ["graph", "stages", "compiled"])
 def test_everything_runs_in_a_graph_of_unknown_sizes(mode: str) -> None:
-    config, roi = RpnConfig(channels=8, proposals=20, test_candidates=30), RoiConfig(detections=5, box_channels=8)
-    rpn = RpnHead(num_anchors=3, channels=8)
-    box_head = BoxHead(num_classes=2, channels=8)
-    mask_head = MaskHead(num_classes=2, channels=8, convolutions=1)
+    rpn = RpnConfig(channels=8, anchor_sizes=(16.0, 32.0, 64.0), proposals=20, test_candidates=30)
+    roi = RoiConfig(detections=5, box_channels=8, mask_channels=8, mask_convolutions=1)
+    rpn_head, box_head, mask_head = RpnHead(rpn), BoxHead(roi, num_classes=2), MaskHead(roi, num_classes=2)
     strides = {"p2": 4, "p3": 8, "p4": 16}
 
     def infer(features: dict[str, tf.Tensor], size: tf.Tensor) -> dict[str, Any]:
         image_size = (size[0], size[1])
-        objectness, deltas = rpn(features)
-        anchors = make_anchors(features, strides, sizes=(16, 32, 64), ratios=config.anchor_ratios)
-        proposals = propose(objectness, deltas, anchors, image_size, candidates=30, number=20)
+        objectness, deltas = rpn_head(features)
+        anchors = make_anchors(features, strides, rpn)
+        proposals = propose(objectness, deltas, anchors, image_size, rpn)
         pooled = roi_align(features, strides, proposals["boxes"], output_size=7)
-        found = detect(*box_head(pooled), proposals, image_size, weights=roi.box_weights, number=5)
+        found = detect(*box_head(pooled), proposals, image_size, roi)
         pooled = roi_align(features, strides, found["boxes"], output_size=14)
-        masks = ops.sigmoid(masks_of_classes(mask_head(pooled), found["classes"]))
+        masks = ops.sigmoid(select_masks(mask_head(pooled), found["classes"]))
         return {"masks": masks, "pasted": paste_masks(masks, found["boxes"], *image_size), **found}
 
     rng = np.random.default_rng(0)
@@ -679,12 +676,10 @@ def test_everything_runs_in_a_graph_of_unknown_sizes(mode: str) -> None:
 
 def test_training_step_has_finite_gradients_for_every_variable() -> None:
     strides = {"p2": 4, "p3": 8}
-    layers: list[keras.layers.Layer] = [
-        RpnHead(num_anchors=3, channels=8),
-        BoxHead(num_classes=2, channels=8),
-        MaskHead(num_classes=2, channels=8, convolutions=1),
-    ]
-    rpn, box_head, mask_head = layers
+    rpn = RpnConfig(channels=8, anchor_sizes=(16.0, 32.0), samples=32, train_candidates=50, proposals=30)
+    roi = RoiConfig(samples=16, box_channels=8, mask_channels=8, mask_convolutions=1)
+    layers: list[keras.layers.Layer] = [RpnHead(rpn), BoxHead(roi, num_classes=2), MaskHead(roi, num_classes=2)]
+    rpn_head, box_head, mask_head = layers
     rng = np.random.default_rng(0)
     maps = {
         level: tf.constant(rng.standard_normal((1, 64 // stride, 64 // stride, 8)), tf.float32)
@@ -695,18 +690,19 @@ def test_training_step_has_finite_gradients_for_every_variable() -> None:
     @tf.function(jit_compile=True, autograph=False)
     def step(seed: tf.Tensor) -> tuple[dict[str, tf.Tensor], list[tf.Tensor]]:
         with tf.GradientTape() as tape:
-            objectness, deltas = rpn(maps)
-            anchors = make_anchors(maps, strides, sizes=(16, 32), ratios=(0.5, 1, 2))
-            drawn = sample_anchors(ops.concatenate(list(anchors.values())), targets, seed=seed, number=32)
+            objectness, deltas = rpn_head(maps)
+            anchors = make_anchors(maps, strides, rpn)
+            samples = sample_anchors(ops.concatenate(list(anchors.values())), targets, rpn, seed=seed)
             losses = rpn_losses(
                 ops.concatenate(list(objectness.values()), axis=1),
                 ops.concatenate(list(deltas.values()), axis=1),
-                drawn,
+                samples,
+                rpn,
             )
-            proposals = propose(objectness, deltas, anchors, (64, 64), candidates=50, number=30)
-            rois = sample_rois(proposals, targets, num_classes=2, seed=seed, number=16, foreground_number=4)
+            proposals = propose(objectness, deltas, anchors, (64, 64), rpn, training=True)
+            rois = sample_rois(proposals, targets, roi, num_classes=2, seed=seed)
             pooled = roi_align(maps, strides, rois["boxes"], output_size=7)
-            losses |= box_losses(*box_head(pooled), rois, weights=(10, 10, 5, 5))
+            losses |= box_losses(*box_head(pooled), rois, roi)
             boxes, row = rois["boxes"][:, :4], rois["row"][:, :4]
             pooled = roi_align(maps, strides, boxes, output_size=14)
             masks = mask_targets(targets["instance_map"], boxes, row)

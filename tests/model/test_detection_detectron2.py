@@ -8,18 +8,12 @@ import pytest
 import tensorflow as tf
 
 from deeplab2_like.model.boxes import encode_boxes
-from deeplab2_like.model.detection import (
-    box_losses,
-    detect,
-    make_anchors,
-    mask_targets,
-    paste_masks,
-    propose,
-    roi_align,
-    rpn_losses,
-)
+from deeplab2_like.model.detection.config import RoiConfig, RpnConfig
+from deeplab2_like.model.detection.masks import mask_targets, paste_masks
 from deeplab2_like.model.detection.matching import match_boxes
-from deeplab2_like.model.detection.rpn import label_anchors
+from deeplab2_like.model.detection.roi_heads import box_losses, detect
+from deeplab2_like.model.detection.roi_pooling import roi_align
+from deeplab2_like.model.detection.rpn import label_anchors, make_anchors, propose, rpn_losses
 
 FILE = Path(__file__).parents[1] / "data" / "detectron2_detection" / "stages.npz"
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
@@ -46,7 +40,7 @@ def pyramid(stages: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def anchors(stages: dict[str, np.ndarray]) -> dict[str, tf.Tensor]:
     sizes = {"p2": (32, 40), "p3": (16, 20), "p4": (8, 10), "p5": (4, 5), "p6": (2, 3)}
     maps = {level: np.zeros((1, *size, 1)) for level, size in sizes.items()}
-    return make_anchors(maps, STRIDES, sizes=(32, 64, 128, 256, 512), ratios=(0.5, 1, 2))
+    return make_anchors(maps, STRIDES, RpnConfig())
 
 
 def instance_masks(stages: dict[str, np.ndarray]) -> np.ndarray:
@@ -67,7 +61,7 @@ def test_proposals(stages: dict[str, np.ndarray]) -> None:
     deltas = {level: y_first(stages[f"rpn_deltas_{level}"]) for level in STRIDES if level != "p2"}
     p2 = np.zeros((1, objectness["p2"].shape[1], 4), np.float32)
     p2[0, stages["rpn_deltas_p2_rows"]] = y_first(stages["rpn_deltas_p2"])[0]
-    found = propose(objectness, {"p2": p2, **deltas}, anchors(stages), IMAGE_SIZE, candidates=1000)
+    found = propose(objectness, {"p2": p2, **deltas}, anchors(stages), IMAGE_SIZE, RpnConfig())
     assert int(tf.reduce_sum(tf.cast(found["valid"], tf.int32))) == 808
     np.testing.assert_array_equal(found["scores"][0, :808], stages["proposal_logits"])
     np.testing.assert_allclose(found["boxes"][0, :808:2], y_first(stages["proposal_boxes"])[0], atol=1e-4)
@@ -75,9 +69,7 @@ def test_proposals(stages: dict[str, np.ndarray]) -> None:
 
 def test_anchor_matching(stages: dict[str, np.ndarray]) -> None:
     all_anchors = tf.concat(list(anchors(stages).values()), axis=0)
-    positive, negative, row = label_anchors(
-        all_anchors, targets(stages), positive_iou=0.7, negative_iou=0.3, max_crowd_share=0.5
-    )
+    positive, negative, row = label_anchors(all_anchors, targets(stages), RpnConfig())
     np.testing.assert_array_equal(row[0], stages["rpn_match_index"])
     found = np.where(positive[0], 1, np.where(negative[0], 0, -1))
     # Fourteen anchors have the same best overlap with the third instance. Rounding leaves Detectron2 with five of them;
@@ -104,7 +96,7 @@ def test_rpn_losses(stages: dict[str, np.ndarray]) -> None:
         "positive": positive[None],
         "deltas": encode_boxes(boxes, tf.gather(all_anchors, index), (1.0, 1.0, 1.0, 1.0))[None],
     }
-    losses = rpn_losses(objectness, deltas, samples)
+    losses = rpn_losses(objectness, deltas, samples, RpnConfig())
     np.testing.assert_allclose(losses["rpn_class"].total / losses["rpn_class"].normalizer, stages["loss_rpn_cls"], 1e-5)
     np.testing.assert_allclose(losses["rpn_box"].total / losses["rpn_box"].normalizer, stages["loss_rpn_loc"], 1e-5)
 
@@ -122,7 +114,7 @@ def test_detections(stages: dict[str, np.ndarray]) -> None:
     deltas = np.zeros((1, 100, 80, 4), np.float32)
     deltas[0, proposal, thing] = y_first(stages["deltas"])[0]
     proposals = {"boxes": y_first(stages["class_boxes"]), "valid": np.ones((1, 100), bool)}
-    found = detect(stages["class_logits"][None], deltas, proposals, IMAGE_SIZE, weights=WEIGHTS)
+    found = detect(stages["class_logits"][None], deltas, proposals, IMAGE_SIZE, RoiConfig(box_weights=WEIGHTS))
     np.testing.assert_array_equal(found["classes"][0], stages["det_classes"])
     np.testing.assert_array_equal(found["proposal"][0], stages["det_proposal"])
     np.testing.assert_allclose(found["scores"][0], stages["det_scores"], atol=1e-6)
@@ -156,7 +148,7 @@ def test_box_regression_loss(stages: dict[str, np.ndarray]) -> None:
         "valid": np.ones((1, 512), bool),
     }
     deltas = np.pad(y_first(stages["box_deltas"])[:, :, None], [(0, 0), (0, 458), (0, 0), (0, 0)])
-    loss = box_losses(np.zeros((1, 512, 2), np.float32), deltas, samples, weights=WEIGHTS)["box"]
+    loss = box_losses(np.zeros((1, 512, 2), np.float32), deltas, samples, RoiConfig(box_weights=WEIGHTS))["box"]
     np.testing.assert_allclose(loss.total / loss.normalizer, stages["loss_box_reg"], 1e-5)
 
 

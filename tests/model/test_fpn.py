@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.fpn import FeaturePyramid, repeat_pixels, split_channels
-from deeplab2_like.model.layers import Norm
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.fpn import FeaturePyramid, repeat_pixels
+from deeplab2_like.model.panoptic_fpn.network import split_channels
 
 STRIDES = {"stem": 2, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
@@ -29,7 +30,7 @@ def test_levels_add_up_from_the_coarsest_down() -> None:
     pyramid = FeaturePyramid(strides=STRIDES, channels=1)
     inputs = features(channels=1)
     pyramid(inputs)
-    # Laterals that multiply by 1, 10, 100, 1000; outputs that copy (the centre of a 3x3 kernel is 1) and add 0.5.
+    # Laterals that multiply by 1, 10, 100, 1000; outputs that copy (the center of a 3x3 kernel is 1) and add 0.5.
     for power, (lateral, output) in enumerate(zip(pyramid.laterals, pyramid.outputs, strict=True)):
         lateral.conv.kernel.assign(np.full((1, 1, 1, 1), 10.0**power))
         output.conv.kernel.assign(np.pad(np.ones((1, 1, 1, 1)), [(1, 1), (1, 1), (0, 0), (0, 0)]))
@@ -89,7 +90,7 @@ def test_levels_start_at_the_finest_feature() -> None:
     assert list(pyramid(features())) == ["p1", "p2", "p3", "p4", "p5"]
 
 
-def test_normalisation() -> None:
+def test_normalization() -> None:
     pyramid = FeaturePyramid(strides=STRIDES, channels=32, norm=Norm(kind="group"), name="fpn")
     pyramid(features())
     paths = {weight.path for weight in pyramid.weights}

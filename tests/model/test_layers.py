@@ -11,20 +11,16 @@ import tensorflow as tf
 from keras import ops
 
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.layers import (
-    ConvNorm,
-    GroupedConv2D,
-    Norm,
-    SeparableConvNorm,
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.layers import ConvNorm, GroupedConv2D, SeparableConvNorm
+from deeplab2_like.model.resampling import (
     average_pool_within,
-    compiled_stages,
-    once_there_is,
     pad_to_multiple,
     phase_weights,
     resize_bilinear,
-    stage,
     upsample_bilinear,
 )
+from deeplab2_like.model.stages import compiled_stages, compute_after, stage
 
 
 def random_map(*shape: int) -> tf.Tensor:
@@ -38,7 +34,7 @@ def test_phases_of_factor_two() -> None:
 
 
 def test_upsampling_by_hand() -> None:
-    # 0 and 4, enlarged by 2: the outer pixels repeat the border, the inner ones are 1/4 and 3/4 of the way.
+    # 0 and 4, upsampled by 2: the outer pixels repeat the border, the inner ones are 1/4 and 3/4 of the way.
     found = upsample_bilinear(tf.constant([[[[0.0], [4.0]]]]), 2)
     np.testing.assert_array_equal(found[0, :, :, 0], [[0, 1, 3, 4], [0, 1, 3, 4]])
 
@@ -67,14 +63,14 @@ def test_upsampling_and_its_gradient_equal_tf(size: tuple[int, int], factor: int
 
 def test_upsampling_a_map_of_unknown_size() -> None:
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3])])
-    def enlarge(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def upsample(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = upsample_bilinear(x, 4)
         return y, tape.gradient(y, x)
 
     x = random_map(2, 3, 5, 3)
-    found, gradient = enlarge(x)
+    found, gradient = upsample(x)
     np.testing.assert_allclose(found, tf.image.resize(x, (12, 20)), atol=1e-6)
     # Every coarse pixel is shared out over sixteen fine ones.
     np.testing.assert_allclose(gradient, np.full(x.shape, 16.0), rtol=1e-5)
@@ -304,11 +300,11 @@ def test_grouped_convolution_is_that_of_tensorflow() -> None:
 def test_waiting_adds_nothing() -> None:
     for earlier in (tf.constant([3.0, 4.0]), tf.constant([np.nan]), tf.constant([-np.inf]), tf.zeros((0, 3))):
         for values in (tf.constant([1, 2]), tf.constant([0.5])):
-            np.testing.assert_array_equal(once_there_is(earlier, values), values)
+            np.testing.assert_array_equal(compute_after(earlier, values), values)
 
 
 def test_compilers_keep_the_waiting() -> None:
-    wait = tf.function(lambda earlier, values: once_there_is(earlier * earlier, values), jit_compile=True)
+    wait = tf.function(lambda earlier, values: compute_after(earlier * earlier, values), jit_compile=True)
     program = wait.experimental_get_compiler_ir(tf.zeros(4), tf.constant([1, 2, 3]))(stage="optimized_hlo")
     entry = program.rpartition("ENTRY")[2]
     (earlier,) = re.findall(r"(%\S+) = \S+ parameter\(0\)", entry)

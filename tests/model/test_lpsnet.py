@@ -38,34 +38,35 @@ class TestContract(SystemContract):
             layer.kernel.assign(scale * random.standard_normal(layer.kernel.shape))
 
     def solvable(self, label: np.ndarray, info: DatasetInfo) -> np.ndarray | None:
-        """Without things whose box overlaps that of another one of their class: border-ness may not tell them apart."""
-        return np.where(overlaps_within_its_class(label, info), info.void, label)
+        """Leaves out things whose boxes overlap within their class: border-ness may not tell these apart."""
+        return np.where(overlap_within_class(label, info), info.void, label)
 
 
-def overlaps_within_its_class(label: np.ndarray, info: DatasetInfo) -> np.ndarray:
-    """Pixels of crowds, and of things in whose box there is a pixel of their class that another such box has, too."""
+def overlap_within_class(label: np.ndarray, info: DatasetInfo) -> np.ndarray:
+    """Marks crowds, and things whose box shares a pixel of their class with another box of that class."""
     things = [value for value in np.unique(label) if value // info.label_divisor in info.thing_classes]
-    claims = {}
+    masks = {}
     for value in things:
         y, x = np.nonzero(label == value)
-        claim = np.zeros(label.shape, bool)
-        claim[y.min() : y.max() + 1, x.min() : x.max() + 1] = True
-        claims[value] = claim & (label // info.label_divisor == value // info.label_divisor)
-    found = np.zeros(label.shape, bool)
+        inside = np.zeros(label.shape, bool)
+        inside[y.min() : y.max() + 1, x.min() : x.max() + 1] = True
+        masks[value] = inside & (label // info.label_divisor == value // info.label_divisor)
+    overlapping = np.zeros(label.shape, bool)
     for value in things:
-        others = [claim for other, claim in claims.items() if other != value]
-        found |= (label == value) & (value % info.label_divisor == 0 or any((claims[value] & o).any() for o in others))
-    return found
+        is_crowd = value % info.label_divisor == 0
+        others = [mask for other, mask in masks.items() if other != value]
+        overlapping |= (label == value) & (is_crowd or any((masks[value] & mask).any() for mask in others))
+    return overlapping
 
 
 def test_scenes_that_cannot_be_perfect() -> None:
-    """Where boxes of a class overlap, much of the oracle's map is right all the same."""
+    """Where boxes of a class overlap, much of the oracle's map is still right."""
     info = scenes_info()
     system = build_small(info)
     contract = TestContract()
     metric = PanopticQuality(info)
     scenes = [render_scene(index, height=96, width=192)[1] for index in range(20)]
-    assert all(overlaps_within_its_class(label, info).any() for label in scenes)
+    assert all(overlap_within_class(label, info).any() for label in scenes)
     for label in scenes:
         metric.update_state(
             label, system.postprocess_targets(contract.targets_of(system, label))["panoptic"].numpy()[0]
@@ -74,7 +75,7 @@ def test_scenes_that_cannot_be_perfect() -> None:
     assert metric.result().stuff.pq == 1.0
 
 
-# The options of the paper's tables, and of this library, by what they change.
+# The options of the paper's tables and of this library.
 VARIANTS = {
     "global average": ["model.context.kind=global_average"],
     "no context": ["model.context.kind=none"],
@@ -84,13 +85,13 @@ VARIANTS = {
         "model.box={levels: [p1, p2], size_limits: [8], channels: 32}",
     ],
     "points in boxes": ["model.box.positives=box"],
-    "centre-ness": ["model.box.measured_to=box"],
+    "center-ness": ["model.box.measured_to=box"],
     "as FCOS": ["model.box.positives=box", "model.box.measured_to=box"],
     "three plain convolutions": ["model.semantic.convolutions=3", "model.semantic.deformable=false"],
-    "normalised semantic head": ["model.semantic.channels=32", "model.semantic.norm={kind: group}"],
+    "normalized semantic head": ["model.semantic.channels=32", "model.semantic.norm={kind: group}"],
     "smallest area": ["model.postprocess.conflicts=smallest_area"],
     "highest score": ["model.postprocess.conflicts=highest_score"],
-    "other size": ["model.postprocess.resize={short_side: 96, long_side: 128}"],
+    "other size": ["model.resize={short_side: 96, long_side: 128}"],
 }
 
 
@@ -104,7 +105,7 @@ def test_variants_train_and_predict(variant: str) -> None:
     assert all(0 < value < np.inf for value in losses.values())
     found = system.postprocess_targets(contract.targets_of(system, label))["panoptic"].numpy()[0]
     assert panoptic_quality(label, found, INFO) == 1.0
-    # A size that is no multiple of any stride.
+    # A size that is not a multiple of any stride.
     contract.excite(system)
     found = system.infer(paint(label)[None, :37, :53], with_instances=True)
     assert found["panoptic"].shape == (1, 37, 53)
@@ -115,10 +116,10 @@ def test_variants_train_and_predict(variant: str) -> None:
 
 
 def perfect_outputs(system: PanopticSystem, label: np.ndarray) -> dict[str, tf.Tensor]:
-    """What a perfect network says of a label, at the resolution of its heads."""
+    """The outputs of a perfect network, at the resolution of its heads."""
     targets = TestContract().targets_of(system, label)
     outputs = {"semantic_logits": 20.0 * tf.one_hot(label[None, 2::4, 2::4] // 1000, 4) - 10.0}
-    for level in system.level_strides:
+    for level in system.config.box.levels:
         outputs[f"distances_{level}"] = tf.maximum(targets[f"distances_{level}"], 1.0)
         # Away from 0 and 1, whose logits are infinite.
         border_ness = tf.clip_by_value(targets[f"border_ness_{level}"], 0.001, 0.999)
@@ -135,7 +136,7 @@ def test_perfect_outputs_give_the_label() -> None:
     label[4:28, 32:60] = 2002
     label[36:60, 12:32] = 3001
     found = system.postprocess(perfect_outputs(system, label), label.shape)
-    # Corners are rounded by interpolation.
+    # Interpolation rounds corners.
     assert panoptic_quality(label, found["panoptic"].numpy()[0], INFO) > 0.98
     # The best points are at y 12, x 12 of the first car: sqrt(8/16 * 8/16) = 1/2; y 12, x 44 of the second:
     # sqrt(8/16 * 12/16) = 0.612; y 44, x 20 of the person: sqrt(8/16 * 8/12) = 0.577.
@@ -148,11 +149,11 @@ def test_oracle_parts() -> None:
     label = hand_made_label()
     targets = TestContract().targets_of(system, label)
     perfect = perfect_outputs(system, label)
-    # A network that sees road everywhere has no things, whatever the boxes.
-    blind = perfect | {"semantic_logits": tf.one_hot(tf.ones((1, 16, 16), tf.int32), 4) * 9.0}
-    found = system.postprocess_with_truth(blind, targets, label.shape, ["boxes"])["panoptic"].numpy()
+    # A network that predicts road everywhere has no things, for any boxes.
+    all_road = perfect | {"semantic_logits": tf.one_hot(tf.ones((1, 16, 16), tf.int32), 4) * 9.0}
+    found = system.postprocess_with_truth(all_road, targets, label.shape, ["boxes"])["panoptic"].numpy()
     assert set(np.unique(found)) == {1000}
-    # One without boxes has stuff only.
+    # A network without boxes has stuff only.
     without_boxes = perfect | {
         f"border_ness_{level}": perfect[f"border_ness_{level}"] * 0 - 9 for level in ("p3", "p4", "p5")
     }

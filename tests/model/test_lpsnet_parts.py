@@ -1,5 +1,7 @@
 """LPSNet's parts on cases worked out by hand, and its panoptic head against plain loops."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,13 +9,14 @@ from system_contract import INFO, hand_made_label
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.layers import Norm
+from deeplab2_like.model.config import Norm
 from deeplab2_like.model.lpsnet import PanopticHead
-from deeplab2_like.model.lpsnet.detection import boxes_of_distances, find_boxes, read_at_points
+from deeplab2_like.model.lpsnet.config import BoxConfig, ContextConfig, PostprocessConfig
 from deeplab2_like.model.lpsnet.losses import border_ness_loss, box_loss
 from deeplab2_like.model.lpsnet.network import PyramidPooling
+from deeplab2_like.model.lpsnet.postprocess import average_at_points, boxes_from_distances, find_boxes
 from deeplab2_like.model.lpsnet.targets import border_ness, make_targets, mask_borders
-from deeplab2_like.model.semantic_subnet import SemanticSubnet
+from deeplab2_like.model.semantic import SemanticSubnet
 
 # --- border-ness ------------------------------------------------------------------------------------------------------
 
@@ -38,9 +41,9 @@ def test_borders_of_a_mask() -> None:
     borders = mask_borders(tf.constant(instance_map), 2)
     np.testing.assert_array_equal(borders.left[0, 1], [1, 1, 1, 1])
     np.testing.assert_array_equal(borders.right[0, 1], [2, 2, 2, 5])
-    np.testing.assert_array_equal(borders.top[0, 1], [4, 0, 3, 3, 3, 4])  # Columns 0 and 5 have none.
+    np.testing.assert_array_equal(borders.top[0, 1], [4, 0, 3, 3, 3, 4])  # Columns 0 and 5 are empty.
     np.testing.assert_array_equal(borders.bottom[0, 1], [0, 4, 4, 4, 4, 0])
-    # The other row has no pixel at all.
+    # The other mask is empty.
     np.testing.assert_array_equal(borders.left[0, 0], [6] * 4)
     np.testing.assert_array_equal(borders.right[0, 0], [0] * 4)
     # At (3.5, 3.5): 2.5 to the left border, 0.5 up, 1.5 to the right, 0.5 down.
@@ -48,7 +51,7 @@ def test_borders_of_a_mask() -> None:
     np.testing.assert_allclose(found[0, 0], [2.5, 0.5, 1.5, 0.5])
 
 
-def test_what_is_in_front_does_not_cut_an_object() -> None:
+def test_an_occluder_adds_no_borders() -> None:
     """A car of columns 2 to 10 with a post in front: a pixel left of it is as far from the right border as without."""
     instance_map = np.ones((1, 2, 12), np.int32)
     instance_map[0, :, :2] = instance_map[0, :, 10:] = 0
@@ -61,18 +64,10 @@ def test_what_is_in_front_does_not_cut_an_object() -> None:
 # --- targets ----------------------------------------------------------------------------------------------------------
 
 
-def targets_of(label: np.ndarray, **options: object) -> dict[str, np.ndarray]:
-    defaults = {
-        "dataset_info": INFO,
-        "level_strides": {"p3": 8, "p4": 16},
-        "size_limits": (16,),
-        "size_multiple": 32,
-        "max_instances": 4,
-        "positives": "mask",
-        "measured_to": "mask",
-    }
-    found = make_targets(tf.constant(label), **(defaults | options))
-    return {name: value.numpy() for name, value in found.items()}
+def targets_of(label: np.ndarray, **box: Any) -> dict[str, np.ndarray]:
+    config = BoxConfig(**({"levels": ("p3", "p4"), "size_limits": (16,)} | box))
+    targets = make_targets(tf.constant(label), config, INFO, max_instances=4, size_multiple=32)
+    return {name: value.numpy() for name, value in targets.items()}
 
 
 def l_shape() -> np.ndarray:
@@ -98,29 +93,29 @@ def test_points_inside_masks() -> None:
     # On p4, (8, 8) is in the free corner and (24, 24) outside of the box.
     assert not found["positive_p4"].any()
     # Without limits p4 would have been p3: the same points, and all of the L.
-    found = targets_of(l_shape(), level_strides={"p3": 8}, size_limits=())
+    found = targets_of(l_shape(), levels=("p3",), size_limits=())
     expected = np.array([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
     np.testing.assert_array_equal(found["positive_p3"], expected)
     # (y 4, x 4) in the upright of the L: 4 to the left side, 4 up, 20 to the right, 20 down.
     np.testing.assert_allclose(found["distances_p3"][0, 0], [4, 4, 20, 20])
     # To the borders of the mask: 4 to the left, 4 to the right, 4 up, 20 down: sqrt(1 * 1/5).
     assert found["border_ness_p3"][0, 0] == pytest.approx(0.2**0.5)
-    # What is no positive is zero.
+    # Points that are not positive have zeros.
     assert not found["distances_p3"][1, 1].any()
 
 
 def test_center_ness_is_measured_to_boxes() -> None:
-    found = targets_of(l_shape(), level_strides={"p3": 8}, size_limits=(), measured_to="box")
+    found = targets_of(l_shape(), levels=("p3",), size_limits=(), measured_to="box")
     # 4 and 20 along both axes: sqrt(1/5 * 1/5).
     assert found["border_ness_p3"][0, 0] == pytest.approx(0.2)
 
 
 def test_points_inside_boxes_belong_to_the_smallest() -> None:
-    """As in FCOS: the free corner of the L counts, but where the person's box is, it is the person's."""
+    """As in FCOS: points in the free corner of the L belong to the car, except those in the person's box."""
     label = l_shape()
     label[4:12, 12:20] = 1000
-    label[8:16, 10:18] = 3001  # The box [8, 10, 16, 18] holds the point (12, 12).
-    found = targets_of(label, level_strides={"p3": 8}, size_limits=(), positives="box", measured_to="box")
+    label[8:16, 10:18] = 3001  # The box [8, 10, 16, 18] contains the point (12, 12).
+    found = targets_of(label, levels=("p3",), size_limits=(), positives="box", measured_to="box")
     np.testing.assert_array_equal(found["positive_p3"], np.pad(np.ones((3, 3), bool), [[0, 1], [0, 1]]))
     np.testing.assert_allclose(found["distances_p3"][1, 1], [2, 4, 6, 4])
     np.testing.assert_allclose(found["distances_p3"][0, 1], [12, 4, 12, 20])  # The car's, from (4, 12).
@@ -139,7 +134,7 @@ def test_level_limits() -> None:
 def test_crowds_and_padding_have_no_points() -> None:
     label = hand_made_label(40)
     label[:20] = 3000
-    found = targets_of(label, level_strides={"p3": 8, "p6": 64}, size_limits=(64,))
+    found = targets_of(label, levels=("p3", "p4", "p5", "p6"), size_limits=(64, 65, 66))
     assert found["positive_p3"].shape == (8, 8)
     assert found["positive_p6"].shape == (1, 1)
     assert not found["positive_p3"][:2].any()
@@ -174,7 +169,7 @@ def test_border_ness_loss() -> None:
 @pytest.mark.parametrize("size", [(7, 10), (2, 3)])
 def test_pyramid_pooling(size: tuple[int, int]) -> None:
     """Against plain averages of each bin, from floor(i h / b) to ceil((i + 1) h / b), read bilinearly."""
-    layer = PyramidPooling(bins=(1, 3), channels=32, output_channels=5, norm=Norm(kind="none"))
+    layer = PyramidPooling(ContextConfig(bins=(1, 3), channels=32, norm=Norm(kind="none")), output_channels=5)
     x = np.random.default_rng(0).standard_normal((1, *size, 4)).astype(np.float32)
     found = layer(tf.constant(x)).numpy()
 
@@ -216,27 +211,27 @@ def test_semantic_subnet_starts_as_plain_convolutions() -> None:
 # --- detection --------------------------------------------------------------------------------------------------------
 
 
-def test_boxes_of_distances() -> None:
+def test_boxes_from_distances() -> None:
     """Stride 8: the point of row 0, column 1 is at y 4, x 12."""
     distances = np.zeros((1, 1, 2, 4), np.float32)
     distances[0, 0, 1] = [2, 1, 3, 5]
-    np.testing.assert_allclose(boxes_of_distances(tf.constant(distances), 8)[0, 0, 1], [3, 10, 9, 15])
+    np.testing.assert_allclose(boxes_from_distances(tf.constant(distances), 8)[0, 0, 1], [3, 10, 9, 15])
 
 
-def test_read_at_points() -> None:
-    """Four cells per point: its middle is between cells 1 and 2. The second row of points reaches beyond the map."""
+def test_average_at_points() -> None:
+    """Four cells per point, which lies between cells 1 and 2. The second row of points extends beyond the map."""
     values = np.arange(24, dtype=np.float32).reshape(1, 6, 4, 1)
-    found = read_at_points(tf.constant(values), 4, (2, 1)).numpy()
+    found = average_at_points(tf.constant(values), 4, (2, 1)).numpy()
     # Rows 1 and 2, columns 1 and 2: (5 + 6 + 9 + 10) / 4. Then row 5 and one row of zeros: (21 + 22) / 4.
     np.testing.assert_allclose(found[0, :, 0, 0], [7.5, 10.75])
-    np.testing.assert_array_equal(read_at_points(tf.constant(values), 1, (6, 4)), values)
+    np.testing.assert_array_equal(average_at_points(tf.constant(values), 1, (6, 4)), values)
 
 
 def test_find_boxes() -> None:
-    """One level of stride 4 and three points; two see the same object of class 1, the third one of class 0."""
+    """One level of stride 4 with three points: two of the same object of class 1, one of an object of class 0."""
     probability = np.zeros((1, 1, 3, 2), np.float32)
     probability[0, 0] = [[0.1, 0.8], [0.2, 0.6], [0.5, 0.1]]
-    # Points are at x 2, 6, 10: both of the first have the box [0, 0, 4, 8], the third [0, 8, 4, 20], cut at 12.
+    # Points are at x 2, 6, 10: the first two have the box [0, 0, 4, 8], the third has [0, 8, 4, 20], clipped at 12.
     distances = np.array([[[[2, 2, 6, 2], [6, 2, 2, 2], [2, 2, 10, 2]]]], np.float32)
     logits = np.array([[[0.0, 9.0, 9.0]]], np.float32)
     found = find_boxes(
@@ -244,14 +239,11 @@ def test_find_boxes() -> None:
         {"p2": tf.constant(logits)},
         tf.constant(probability),
         (4, 12),
+        PostprocessConfig(class_threshold=0.3, candidates=9, nms_iou=0.6, detections=5),
         strides={"p2": 4},
         semantic_stride=4,
-        class_threshold=0.3,
-        candidates=9,
-        nms_iou=0.6,
-        number=5,
     )
-    # 0.8 * 0.5 is worse than 0.6 * 1, so the first point's box goes.
+    # 0.8 * 0.5 is worse than 0.6 * 1, so the box of the first point is removed.
     np.testing.assert_allclose(found.scores[0], [0.6, 0.5, 0, 0, 0], atol=1e-3)
     np.testing.assert_array_equal(found.classes[0, :2], [1, 0])
     np.testing.assert_allclose(found.boxes[0, :2], [[0, 0, 4, 8], [0, 8, 4, 12]], atol=1e-5)
@@ -279,12 +271,12 @@ def test_boxes_take_the_pixels_of_their_class() -> None:
     semantic[:, 2:6] = CAR
     semantic[1, 3] = PERSON
     found = paste(semantic, [[0, 1, 2, 5]], [0.9], [CAR])
-    # Column 5 is of the car's class, but in no box, and so is the person: void.
+    # Column 5 has the class of the car but is in no box; the person has no box either: both are void.
     void = INFO.void
     np.testing.assert_array_equal(found, [[0, 0, 2001, 2001, 2001, void, 0, 0], [0, 0, 2001, void, 2001, void, 0, 0]])
 
 
-def test_pixels_are_in_a_box_if_their_centres_are() -> None:
+def test_pixels_are_in_a_box_if_their_centers_are() -> None:
     semantic = np.full((1, 4), CAR)
     found = paste(semantic, [[0, 0.6, 1, 2.6]], [0.9], [CAR])
     np.testing.assert_array_equal(found, [[INFO.void, 2001, 2001, INFO.void]])
@@ -292,7 +284,7 @@ def test_pixels_are_in_a_box_if_their_centres_are() -> None:
 
 @pytest.mark.parametrize(("end", "kept"), [(17, True), (16, False)])
 def test_overlap_decides_what_is_dropped(end: int, kept: bool) -> None:
-    """A mask from column 7 on, of which three columns are covered: three of ten may be, three of nine are too many."""
+    """Three columns of a mask from column 7 are covered: three of ten are allowed, three of nine are too many."""
     semantic = np.full((1, 24), CAR)
     found = paste(semantic, [[0, 0, 1, 10], [0, 7, 1, end]], [0.9, 0.8], [CAR, CAR])
     assert (found[0, :10] == 2001).all()
@@ -300,7 +292,7 @@ def test_overlap_decides_what_is_dropped(end: int, kept: bool) -> None:
 
 
 def test_order_is_that_of_scores() -> None:
-    """The second box is better, so it is the first instance and keeps what both claim."""
+    """The second box is better, so it is the first instance and keeps the pixels of both."""
     semantic = np.full((1, 20), CAR)
     found = paste(semantic, [[0, 0, 1, 10], [0, 8, 1, 20]], [0.7, 0.8], [CAR, CAR])
     np.testing.assert_array_equal(found[0], [2002] * 8 + [2001] * 12)
@@ -319,10 +311,10 @@ def test_three_rules_of_conflicts() -> None:
 
     assert shared(conflicts="highest_score") == [2001] * 3
     assert shared(conflicts="smallest_area") == [2002] * 3
-    # Border-ness of the centres of these columns, 9.5, 10.5, 11.5; along y all are in the middle.
+    # Border-ness of the centers of these columns, 9.5, 10.5, 11.5; along y all are in the middle.
     #   to the first box: sqrt(2.5 / 9.5) = 0.513, sqrt(1.5 / 10.5) = 0.378, sqrt(0.5 / 11.5) = 0.209
     #   to the second: sqrt(0.5 / 9.5) = 0.229, sqrt(1.5 / 8.5) = 0.420, sqrt(2.5 / 7.5) = 0.577
-    # The network says 0.5, which is the first; 0.41, nearer to the second; 0.3, nearer to the first (0.09 and 0.28).
+    # The prediction 0.5 is closer to the first; 0.41 to the second; 0.3 to the first (differences 0.09 and 0.28).
     predicted = np.zeros((1, 1, 19))
     predicted[0, 0, 9:12] = [0.5, 0.41, 0.3]
     assert shared(conflicts="closest_border_ness", predicted=predicted) == [2001, 2002, 2001]
@@ -400,7 +392,7 @@ def plain_head(
 
 @pytest.mark.parametrize("conflicts", ["closest_border_ness", "smallest_area", "highest_score"])
 def test_panoptic_head_against_plain_loops(conflicts: str) -> None:
-    """500 random scenes: patches of classes, boxes of all sizes, some not used, some without a pixel of their class."""
+    """500 random scenes: patches of classes, boxes of all sizes, some unused, some without a pixel of their class."""
     random = np.random.default_rng(0)
     head = PanopticHead(INFO, conflicts=conflicts, stuff_area_limit=0, size_limits=(4.0, 8.0))
     compiled = tf.function(head)
@@ -422,14 +414,15 @@ def test_panoptic_head_against_plain_loops(conflicts: str) -> None:
             expected = plain_head(*inputs, conflicts=conflicts, size_limits=(4.0, 8.0))
             np.testing.assert_array_equal(found[index], expected)
             overlaps += len(np.unique(expected[expected % 1000 > 0])) > 1
-    assert overlaps > 200  # Else this would show little.
+    assert overlaps > 200  # Otherwise the test covers few conflicts.
 
 
-def test_head_says_what_it_needs() -> None:
+def test_head_refuses_wrong_arguments() -> None:
     with pytest.raises(UserError, match="needs the predicted border-ness of each pixel; give it, or choose conflicts"):
         paste(np.zeros((2, 2)), [[0, 0, 1, 1]], [0.5], [CAR], conflicts="closest_border_ness")
     with pytest.raises(
-        UserError, match=r"Unknown rule of conflicts 'nearest'\. Known: closest_border_ness, smallest_area"
+        UserError,
+        match=r"Unknown rule of conflicts 'nearest'\. Known: closest_border_ness, highest_score, smallest",
     ):
         PanopticHead(INFO, conflicts="nearest")
     with pytest.raises(UserError, match=r"overlap_threshold is a share, 0 to 1, but it is 30"):
@@ -445,8 +438,8 @@ def test_head_says_what_it_needs() -> None:
         )
 
 
-def test_head_takes_what_models_give() -> None:
-    """Void as 255, types as NumPy makes them, no boxes, numbers that are none, classes that are no things."""
+def test_head_accepts_typical_outputs_of_models() -> None:
+    """Void as 255, default types of NumPy, no boxes, NaN as a score, a class that is not a thing class."""
     semantic = np.full((4, 4), CAR)
     semantic[0] = 255
     void = INFO.void
@@ -458,7 +451,7 @@ def test_head_takes_what_models_give() -> None:
         0
     ]
     np.testing.assert_array_equal(found, [[void] * 4, *[[2001, 2001, void, void]] * 3])
-    # A box far beyond the image; a pixel that one box alone claims has it, whatever the cost.
+    # A box far larger than the image; a pixel inside one box only belongs to it even if its cost is NaN.
     boxes = np.array([[[-1e10, -1e10, 1e10, 1e10]]])
     for rule in ("highest_score", "closest_border_ness"):
         head = PanopticHead(INFO, conflicts=rule, stuff_area_limit=0)
@@ -474,11 +467,8 @@ def test_points_in_the_padding_have_no_boxes() -> None:
         {"p2": tf.zeros((1, 1, 2))},
         tf.fill((1, 1, 2, 1), 0.9),
         (4, 4),
+        PostprocessConfig(class_threshold=0.1, candidates=4, nms_iou=0.6, detections=2),
         strides={"p2": 4},
         semantic_stride=4,
-        class_threshold=0.1,
-        candidates=4,
-        nms_iou=0.6,
-        number=2,
     )
     np.testing.assert_allclose(found.scores, [[0.45, 0]], atol=1e-6)

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from deeplab2_like.model.backbone import BackboneConfig, build_backbone
+from deeplab2_like.model.backbone import build_backbone
 from deeplab2_like.model.backbone.mobilenet_v3 import (
     LARGE,
     SMALL,
@@ -12,7 +12,7 @@ from deeplab2_like.model.backbone.mobilenet_v3 import (
     Stages,
     halve_last_stage,
 )
-from deeplab2_like.model.layers import Norm
+from deeplab2_like.model.config import BackboneConfig, Norm
 
 NORM = Norm(kind="batch")
 

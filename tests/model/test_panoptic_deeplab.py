@@ -9,7 +9,8 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem, build_system
-from deeplab2_like.model.system import View
+from deeplab2_like.model.base import View
+from deeplab2_like.model.geometry import Geometry
 
 SMALL = [
     "model.aspp.channels=16",
@@ -84,7 +85,7 @@ def test_views_of_other_sizes_and_mirror_images_agree_on_pixels_of_the_image(cen
             "center": tf.fill((*grid, 1), 0.25),
             "offset": tf.constant(offset, tf.float32) * tf.ones((*grid, 1)),
         }
-        views.append(View(outputs, (scale * 32, scale * 64), mirrored))
+        views.append(View(outputs, Geometry((32, 64), (scale * 32, scale * 64)), mirrored))
     merged = system.merge_views(views, (32, 64))
     assert merged["offset"].shape == (1, 32 // system.stride, 64 // system.stride, 2)
     np.testing.assert_allclose(merged["offset"][0, 1, 2], [-3.0, 5.0], atol=1e-5)
@@ -98,7 +99,7 @@ def test_views_average_probabilities() -> None:
     system = build_small(INFO, "model.semantic_only=true")
     grid = np.ones((1, 32 // system.stride, 32 // system.stride, 1), np.float32)
     views = [
-        View({"semantic_logits": tf.constant(np.log([a, b, 1e-9, 1e-9]) * grid, tf.float32)}, (32, 32), False)
+        View({"semantic_logits": tf.constant(np.log([a, b, 1e-9, 1e-9]) * grid, tf.float32)}, Geometry((32, 32)), False)
         for a, b in ((0.75, 0.25), (0.25, 0.75))
     ]
     merged = system.merge_views(views, (32, 32))["semantic_logits"]
@@ -117,7 +118,7 @@ def test_semantic_only_has_no_instance_branch() -> None:
 
 
 def test_semantic_labels_train_without_instance_losses() -> None:
-    """Labels without instances are crowds everywhere: their things teach classes, but no centres and offsets."""
+    """Labels without instances are crowds everywhere: their things teach classes, but no centers and offsets."""
     label = hand_made_label() // 1000 * 1000
     targets = build_small().make_targets(tf.constant(label))
     assert not targets["offset_weight"].numpy().any()

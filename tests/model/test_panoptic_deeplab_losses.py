@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from deeplab2_like.model.panoptic_deeplab.config import LossConfig
 from deeplab2_like.model.panoptic_deeplab.losses import bootstrapped_cross_entropy, compute_losses
 
 DETECTRON2 = Path(__file__).parents[1] / "data" / "detectron2_panoptic_deeplab" / "train.npz"
@@ -74,9 +75,8 @@ def losses_of(center_loss: Any = "mean_squared_error", **changes: Any) -> dict[s
     losses = compute_losses(
         {name: ops.array(value, "int32" if name == "semantic" else "float32") for name, value in targets.items()},
         {name: ops.array(value, "float32") for name, value in outputs.items()},
+        LossConfig(top_k_share=1.0, center=center_loss),
         stride=1,
-        top_k_share=1.0,
-        center_loss=center_loss,
     )
     return {name: [float(loss.total), float(loss.normalizer)] for name, loss in losses.items()}
 
@@ -102,7 +102,7 @@ def test_without_instances_the_normalizer_is_zero() -> None:
     assert losses["center"] == [0, 0]
 
 
-def test_predictions_are_enlarged_and_cropped() -> None:
+def test_predictions_are_upsampled_and_cropped() -> None:
     # One pixel at stride 4 for an image of 3x2: the same value everywhere, as nothing is beside it.
     zeros = np.zeros((1, 3, 2), np.float32)
     targets = {
@@ -118,7 +118,7 @@ def test_predictions_are_enlarged_and_cropped() -> None:
         "center": np.array([[[[0.5]]]]),
         "offset": np.array([[[[2.0, -1.0]]]]),
     }
-    losses = compute_losses(targets, outputs, stride=4, top_k_share=1.0, center_loss="mean_squared_error")
+    losses = compute_losses(targets, outputs, LossConfig(top_k_share=1.0), stride=4)
     found = {name: [float(loss.total), float(loss.normalizer)] for name, loss in losses.items()}
     assert found["semantic"] == pytest.approx([6 * 2 * LN2, 6])
     assert found["center"] == pytest.approx([6 * 0.25, 6])
@@ -128,7 +128,7 @@ def test_predictions_are_enlarged_and_cropped() -> None:
 def test_semantic_only() -> None:
     targets = {"semantic": ops.array(LABELS, "int32"), "semantic_weight": ops.array(WEIGHTS, "float32")}
     outputs = {"semantic_logits": ops.array(LOGITS, "float32")}
-    losses = compute_losses(targets, outputs, stride=1, top_k_share=0.5, center_loss="mean_squared_error")
+    losses = compute_losses(targets, outputs, LossConfig(top_k_share=0.5), stride=1)
     assert list(losses) == ["semantic"]
     assert float(losses["semantic"].total) == pytest.approx(5 * LN2)
 
@@ -148,7 +148,7 @@ def test_equals_detectron2() -> None:
     }
     # 20 % of 128 * 128 pixels are 3276.8. Detectron2 rounds down, this library to the nearest.
     share = 3276 / 128**2
-    losses = compute_losses(targets, outputs, stride=4, top_k_share=share, center_loss="mean_squared_error")
+    losses = compute_losses(targets, outputs, LossConfig(top_k_share=share), stride=4)
     assert float(losses["semantic"].normalizer) == 3276
     for name, weight in {"semantic": 1, "center": 200, "offset": 0.01}.items():
         total, normalizer = losses[name]

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.model.panoptic_deeplab.config import PostprocessConfig
 from deeplab2_like.model.panoptic_deeplab.postprocess import find_centers, postprocess
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,28 @@ def load_plain() -> ModuleType:
 
 
 plain = load_plain()
+
+
+def run_postprocess(
+    outputs: Mapping[str, Any],
+    size: Any,
+    *,
+    thing_classes: tuple[int, ...],
+    label_divisor: int,
+    ignore_label: int,
+    stride: int,
+    center_is_logit: bool = False,
+    **thresholds: Any,
+) -> dict[str, Any]:
+    """`postprocess` with the same options as the plain formulation."""
+    categories = [
+        Category(i, str(i), i in thing_classes, (0, 0, 0)) for i in range(outputs["semantic_logits"].shape[-1])
+    ]
+    info = DatasetInfo("made up", tuple(categories), label_divisor, ignore_label)
+    return postprocess(
+        outputs, size, PostprocessConfig(**thresholds), info, stride=stride, center_is_logit=center_is_logit
+    )
+
 
 # Two stuff classes (0, 1) and two thing classes (2, 3); void is 25500.
 OPTIONS: dict[str, Any] = {
@@ -63,7 +87,7 @@ def run(
         "offset": np.broadcast_to(np.float32(offset), (1, *class_map.shape, 2)),
     }
     tensors = {name: tf.constant(value) for name, value in outputs.items()}
-    found = postprocess(tensors, class_map.shape, **{**OPTIONS, **changes})
+    found = run_postprocess(tensors, class_map.shape, **{**OPTIONS, **changes})
     return {name: value.numpy()[0] for name, value in found.items()}
 
 
@@ -90,7 +114,7 @@ def test_two_instances_of_one_class() -> None:
     ]
     np.testing.assert_array_equal(found["panoptic"], expected)
     # Rows: three instances, then the four classes as stuff. The mean probability of class 2 in the first instance is
-    # 5/6 as its sixth pixel is sure of class 3: 0.9 * 5 / 6 = 0.75. Stuff has no centre; its score is the probability.
+    # 5/6 as its sixth pixel is sure of class 3: 0.9 * 5 / 6 = 0.75. Stuff has no center; its score is the probability.
     np.testing.assert_array_equal(found["segment_id"], [201, 202, 0, 0, 100, 0, 0])
     np.testing.assert_array_equal(found["segment_class"], [2, 2, 0, 0, 1, 0, 0])
     np.testing.assert_allclose(found["segment_score"], [0.75, 0.8, 0, 1, 1, 0, 0], atol=1e-6)
@@ -117,7 +141,7 @@ def test_instances_are_numbered_by_heat_within_their_class() -> None:
     np.testing.assert_allclose(found["segment_score"][:3], [0.9, 0.6, 0.3], atol=1e-6)
 
 
-def test_offsets_lead_to_the_centre() -> None:
+def test_offsets_lead_to_the_center() -> None:
     # All pixels point five to the left: columns 0 to 7 arrive nearer to column 0 (2 and 6 away for column 7), columns
     # 10 and 11 nearer to column 8 (at 5 and 6). Column 9 is halfway.
     found = run([[2] * 12], {(0, 0): 0.9, (0, 8): 0.8}, offset=(0.0, -5.0))
@@ -126,7 +150,7 @@ def test_offsets_lead_to_the_centre() -> None:
 
 
 def test_instance_without_pixels_is_left_out() -> None:
-    # The centre on the sky is the hottest, but has no thing pixels nearest to it.
+    # The center on the sky is the hottest, but has no thing pixels nearest to it.
     found = run([[0, 0, 0, 0, 0], [2, 2, 2, 2, 2]], {(0, 0): 0.9, (1, 2): 0.5}, offset=(0.0, 3.0))
     np.testing.assert_array_equal(found["panoptic"][1], 201)
     np.testing.assert_array_equal(found["segment_id"][:3], [0, 201, 0])
@@ -143,14 +167,14 @@ def test_small_stuff_becomes_void() -> None:
     np.testing.assert_allclose(found["segment_score"][3:], 0)
 
 
-def test_things_without_any_centre_become_void() -> None:
+def test_things_without_any_center_become_void() -> None:
     found = run(SCENE, {})
     np.testing.assert_array_equal(found["panoptic"], [[0] * 6, [VOID] * 6, [VOID] * 6, [100] * 6])
     np.testing.assert_array_equal(found["segment_id"], [0, 0, 0, 0, 100, 0, 0])
 
 
-def test_best_centres_are_kept() -> None:
-    # With one centre left, the better one, all twelve thing pixels are its instance.
+def test_best_centers_are_kept() -> None:
+    # With one center left, the better one, all twelve thing pixels are its instance.
     found = run(SCENE, {(1, 1): 0.8, (2, 4): 0.9}, top_k=1)
     np.testing.assert_array_equal(found["panoptic"][1:3], 201)
     np.testing.assert_allclose(found["segment_score"][0], 0.9 * 11 / 12, rtol=1e-6)
@@ -163,7 +187,7 @@ def test_heat_must_exceed_the_threshold() -> None:
 
 
 @pytest.mark.parametrize(("nms_kernel", "instances"), [(5, 2), (7, 1)])
-def test_a_centre_is_the_maximum_of_its_window(nms_kernel: int, instances: int) -> None:
+def test_a_center_is_the_maximum_of_its_window(nms_kernel: int, instances: int) -> None:
     # Three pixels apart: a window of 7 around one reaches the other, a window of 5 does not.
     found = run([[2] * 8] * 3, {(1, 2): 0.9, (1, 5): 0.8}, nms_kernel=nms_kernel)
     assert np.unique(found["panoptic"]).tolist() == [201, 202][:instances]
@@ -178,9 +202,9 @@ def test_heat_as_logits() -> None:
 def compare_with_plain(outputs: Mapping[str, np.ndarray], size: tuple[int, int], **options: Any) -> tuple[Any, Any]:
     """Runs both formulations and compares their maps; returns the results of both."""
     tensors = {name: tf.constant(value) for name, value in outputs.items()}
-    found = postprocess(tensors, size, center_is_logit=False, **options)
+    found = run_postprocess(tensors, size, **options)
     expected = plain.plain_postprocess(tensors, size, **options)
-    # The inputs leave nothing to rounding, with one exception: a pixel that points right between two centres goes to
+    # The inputs leave nothing to rounding, with one exception: a pixel that points right between two centers goes to
     # the one that is compared first.
     different = np.count_nonzero(found["panoptic"].numpy() != expected[0])
     assert different <= 3, f"{different} of {expected[0].size} pixels differ"
@@ -208,10 +232,10 @@ def random_batch(size: tuple[int, int], *, stride: int, **options: Any) -> dict[
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "no centres": ({"num_centers": 0}, {}),
-    "one centre": ({"num_centers": 1}, {}),
-    "60 centres": ({"num_centers": 60}, {}),
-    "200 centres": ({"num_centers": 200}, {}),
+    "no centers": ({"num_centers": 0}, {}),
+    "one center": ({"num_centers": 1}, {}),
+    "60 centers": ({"num_centers": 60}, {}),
+    "200 centers": ({"num_centers": 200}, {}),
     "more than top_k": ({"num_centers": 60}, {"top_k": 20}),
     "wide window": ({"num_centers": 60}, {"nms_kernel": 41}),
     "crowded": ({"num_centers": 150, "within": 30.0, "offset_noise": 10.0}, {}),
@@ -245,7 +269,7 @@ def test_equals_the_plain_formulation(case: str, stride: int) -> None:
 
 
 def test_images_of_a_batch_do_not_mix() -> None:
-    # No centres in the first image, some in the second.
+    # No centers in the first image, some in the second.
     images = [random_batch((61, 93), stride=4, num_centers=count) for count in (0, 8)]
     outputs = {name: np.concatenate([image[name][:1] for image in images]) for name in images[0]}
     found, (maps, scores) = compare_with_plain(outputs, (61, 93), stride=4, **{**CITYSCAPES, "stuff_area_limit": 0})
@@ -276,7 +300,7 @@ def all_operations(graph: Any) -> Iterator[tf.Operation]:
 
 def trace(size: tuple[int, int], num_centers: int) -> Any:
     def infer(outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return postprocess(outputs, size, stride=4, center_is_logit=False, **{**CITYSCAPES, "top_k": num_centers})
+        return run_postprocess(outputs, size, stride=4, **{**CITYSCAPES, "top_k": num_centers})
 
     rows, columns = (-(-side // 32) * 8 for side in size)
     channels = {"semantic_logits": 19, "center": 1, "offset": 2}
@@ -284,7 +308,7 @@ def trace(size: tuple[int, int], num_centers: int) -> Any:
     return tf.function(infer, autograph=False).get_concrete_function(specs)
 
 
-def test_nothing_holds_pixels_times_centres_or_classes() -> None:
+def test_nothing_holds_pixels_times_centers_or_classes() -> None:
     height, width, num_centers = 256, 512, 200
     concrete = trace((height, width), num_centers)
     # Loops have inputs that their conditions do not use, of which no shape is noted there.
@@ -294,7 +318,7 @@ def test_nothing_holds_pixels_times_centres_or_classes() -> None:
     # Loops are there, and what is in them is seen: the walk holds several maps of pixels.
     loops = [operation for operation in all_operations(concrete.graph) if operation.type.endswith("While")]
     assert len(loops) == 2
-    # 19 classes and 200 centres: either of them times pixels would be larger.
+    # 19 classes and 200 centers: either of them times pixels would be larger.
     largest = max(shape.num_elements() or 0 for shape in shapes)
     assert pixels <= largest <= 4 * pixels
     assert [shape for shape in shapes if not shape.is_fully_defined()] == []
@@ -308,11 +332,11 @@ def test_graph_of_unknown_size_gives_the_same() -> None:
 
     @tf.function(input_signature=[specs, tf.TensorSpec([2], tf.int32)], autograph=False)
     def infer(outputs: dict[str, tf.Tensor], size: tf.Tensor) -> dict[str, tf.Tensor]:
-        return postprocess(outputs, (size[0], size[1]), stride=4, center_is_logit=False, **CITYSCAPES)
+        return run_postprocess(outputs, (size[0], size[1]), stride=4, **CITYSCAPES)
 
     for size in ((61, 93), (33, 150)):
         outputs = random_batch(size, stride=4, num_centers=12)
-        expected = postprocess(outputs, size, stride=4, center_is_logit=False, **CITYSCAPES)
+        expected = run_postprocess(outputs, size, stride=4, **CITYSCAPES)
         found = infer({name: tf.constant(value) for name, value in outputs.items()}, tf.constant(size))
         assert len(np.unique(expected["panoptic"])) > 5
         np.testing.assert_array_equal(found["panoptic"], expected["panoptic"])
@@ -320,7 +344,7 @@ def test_graph_of_unknown_size_gives_the_same() -> None:
         np.testing.assert_allclose(found["segment_score"], expected["segment_score"], rtol=1e-5)
 
 
-# Detectron2 keeps centres strictly better than the k-th, so that its "top 5" are four.
+# Detectron2 keeps centers strictly better than the k-th, so that its "top 5" are four.
 @pytest.mark.parametrize(("name", "nms_kernel", "top_k"), [
     ("nms7_top200", 7, 200),
     ("nms41_top200", 41, 200),
@@ -337,7 +361,7 @@ def test_equals_detectron2(name: str, nms_kernel: int, top_k: int) -> None:
         "offset": tf.constant(offset[np.newaxis]),
     }
     options = {**CITYSCAPES, "stride": 1, "nms_kernel": nms_kernel, "top_k": top_k}
-    found = postprocess(outputs, size, center_is_logit=False, **options)
+    found = run_postprocess(outputs, size, **options)
 
     positions, heat = find_centers(
         outputs["center"],

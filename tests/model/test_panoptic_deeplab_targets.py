@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
+from deeplab2_like.model.panoptic_deeplab.config import LossConfig
 from deeplab2_like.model.panoptic_deeplab.targets import make_targets
 
 DETECTRON2 = Path(__file__).parents[1] / "data" / "detectron2_panoptic_deeplab" / "train.npz"
@@ -38,11 +39,13 @@ LABEL = np.array(
 )
 
 
-def targets_of(label: np.ndarray, info: DatasetInfo = INFO, **changes: Any) -> dict[str, np.ndarray]:
+def targets_of(
+    label: np.ndarray, info: DatasetInfo = INFO, *, semantic_only: bool = False, **changes: Any
+) -> dict[str, np.ndarray]:
     options: dict[str, Any] = {"sigma": 1.0, "small_instance_area": 5, "small_instance_weight": 3.0, **changes}
 
     def make(panoptic: tf.Tensor) -> dict[str, tf.Tensor]:
-        return make_targets(panoptic, dataset_info=info, **options)
+        return make_targets(panoptic, LossConfig(**options), info, semantic_only=semantic_only)
 
     targets = {name: value.numpy() for name, value in make(tf.constant(label)).items()}
     in_graph = tf.function(make)(tf.constant(label))  # As the input pipeline does, where a part is compiled.
@@ -70,7 +73,7 @@ def test_types_and_shapes() -> None:
 def test_shapes_are_static_in_a_graph() -> None:
     @tf.function(input_signature=[tf.TensorSpec([5, 7], tf.int32)])
     def make(label: tf.Tensor) -> dict[str, tf.Tensor]:
-        return make_targets(label, dataset_info=INFO, sigma=1.0, small_instance_area=5, small_instance_weight=3.0)
+        return make_targets(label, LossConfig(sigma=1.0, small_instance_area=5, small_instance_weight=3.0), INFO)
 
     shapes = make.get_concrete_function().structured_outputs
     assert {name: tuple(spec.shape) for name, spec in shapes.items()} == {
@@ -105,9 +108,9 @@ def test_classes_and_their_weights() -> None:
     assert targets_of(LABEL, small_instance_area=6)["semantic_weight"][1, 1] == 3
 
 
-def test_offsets_lead_to_the_centre_of_mass() -> None:
+def test_offsets_lead_to_the_center_of_mass() -> None:
     targets = targets_of(LABEL)
-    # 201: y = (1 + 1 + 2 + 2 + 2) / 5 = 1.6, x = (1 + 2 + 1 + 2 + 3) / 5 = 1.8. 301 is its own centre.
+    # 201: y = (1 + 1 + 2 + 2 + 2) / 5 = 1.6, x = (1 + 2 + 1 + 2 + 3) / 5 = 1.8. 301 is its own center.
     expected = np.zeros((5, 7, 2), np.float32)
     expected[1, 1], expected[1, 2] = (0.6, 0.8), (0.6, -0.2)
     expected[2, 1], expected[2, 2], expected[2, 3] = (-0.4, 0.8), (-0.4, -0.2), (-0.4, -1.2)
@@ -115,10 +118,10 @@ def test_offsets_lead_to_the_centre_of_mass() -> None:
     np.testing.assert_array_equal(targets["offset_weight"], np.isin(LABEL, [201, 301]))
 
 
-def test_gaussians_around_rounded_centres() -> None:
+def test_gaussians_around_rounded_centers() -> None:
     targets = targets_of(LABEL)
     center = targets["center"]
-    # 201's centre (1.6, 1.8) becomes pixel (2, 2), 301's is (4, 2).
+    # 201's center (1.6, 1.8) becomes pixel (2, 2), 301's is (4, 2).
     assert center[2, 2] == center[4, 2] == 1
     assert np.count_nonzero(center == 1) == 2
     # exp(-d^2 / 2): one pixel from both is the larger of two equal values, not their sum.
@@ -128,7 +131,7 @@ def test_gaussians_around_rounded_centres() -> None:
         assert center[position] == pytest.approx(np.exp(-square / 2)), position
     # No peak for the crowd at (2, 5): 9 from (2, 2).
     assert center[2, 5] == pytest.approx(np.exp(-4.5))
-    # Neither void nor crowd says where centres are; stuff does.
+    # Neither void nor crowd says where centers are; stuff does.
     np.testing.assert_array_equal(targets["center_weight"], ~np.isin(LABEL, [V, 300]))
 
 
@@ -143,7 +146,7 @@ def test_gaussian_ends_after_three_sigma_and_one() -> None:
 
 def test_a_crop_that_cuts_an_instance() -> None:
     targets = targets_of(LABEL[:, 2:])
-    # Of 201, pixels (1, 0), (2, 0), (2, 1) are left: centre (5/3, 1/3), pixel (2, 0); and three pixels are few.
+    # Of 201, pixels (1, 0), (2, 0), (2, 1) are left: center (5/3, 1/3), pixel (2, 0); and three pixels are few.
     np.testing.assert_allclose(targets["offset"][1, 0], [2 / 3, 1 / 3], atol=1e-6)
     np.testing.assert_allclose(targets["offset"][2, 1], [-1 / 3, -2 / 3], atol=1e-6)
     assert targets["center"][2, 0] == 1

@@ -10,6 +10,8 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 from deeplab2_like.model import PanopticSystem, build_system
+from deeplab2_like.model.config import ResizeConfig
+from deeplab2_like.model.panoptic_fcn import PanopticFCNConfig
 
 SMALL = [
     "model.fpn.channels=32",
@@ -43,7 +45,7 @@ class TestContract(SystemContract):
             layer.kernel.assign(scale * random.standard_normal(layer.kernel.shape))
 
 
-# The options of the paper's tables, and of this library, by what they change.
+# The options of the paper's tables and of this library.
 VARIANTS = {
     "deformable position head": ["model.head.deformable=true"],
     "four convolutions": ["model.head.convolutions=4"],
@@ -53,12 +55,12 @@ VARIANTS = {
     "enhanced encoder": ["model.encoder.deformable=true", "model.encoder.channels=64"],
     "plain dice loss": ["model.loss.weighted=false"],
     "one kernel": ["model.loss.kernels=1"],
-    "centres of boxes": ["model.loss.center=box"],
+    "centers of boxes": ["model.loss.center=box"],
     "fusion of any class": ["model.postprocess.class_aware=false"],
     "levels to p7": ["model.size_ranges={p3: [1, 64], p4: [32, 128], p5: [64, 256], p6: [128, 512], p7: [256, 2048]}"],
     "pyramid from stride 2": ["model.fpn.finest_level=p1", "model.size_ranges={p1: [1, 32], p2: [16, 256]}"],
-    "as the released code": ["model.reference_behaviour=true"],
-    "other size": ["model.postprocess.resize={short_side: 96, long_side: 128}"],
+    "as the released code": ["model.reference_behavior=true"],
+    "other size": ["model.resize={short_side: 96, long_side: 128}"],
 }
 
 
@@ -72,7 +74,7 @@ def test_variants_train_and_predict(variant: str) -> None:
     assert all(0 < value < np.inf for value in losses.values())
     found = system.postprocess_targets(contract.targets_of(system, label))["panoptic"].numpy()[0]
     assert panoptic_quality(label, found, INFO) == 1.0
-    # A size that is no multiple of any stride.
+    # A size that is not a multiple of any stride.
     contract.excite(system)
     found = system.infer(paint(label)[None, :37, :53], with_instances=True)
     assert found["panoptic"].shape == (1, 37, 53)
@@ -80,7 +82,7 @@ def test_variants_train_and_predict(variant: str) -> None:
 
 
 def perfect_outputs(system: PanopticSystem, label: np.ndarray) -> dict[str, tf.Tensor]:
-    """What a perfect network says of a label: heat maps, regions, and kernels that pick one channel of the feature.
+    """The outputs of a perfect network: heat maps, regions, and kernels that pick one channel of the feature.
 
     Channel n of the feature is 10 on the nth segment and 0 elsewhere; the last one is 1 everywhere. A kernel has
     1 for its own segment and -5 in the last channel, so logits are 5 and -5.
@@ -92,13 +94,13 @@ def perfect_outputs(system: PanopticSystem, label: np.ndarray) -> dict[str, tf.T
     width = system.encoder.convolutions[-1].conv.filters
     feature = np.pad(feature, [[0, 0], [0, 0], [0, width - feature.shape[-1]]])
     outputs = {"feature": tf.constant(feature[None], tf.float32)}
-    for level, stride in system.level_strides.items():
+    for level, stride in system.config.level_strides.items():
         at_level = label[stride // 2 :: stride, stride // 2 :: stride]
         heat = targets[f"heat_{level}"]
         outputs[f"center_{level}"] = 20.0 * heat - 10.0
         region = system.classes.of_class_map(tf.constant(at_level // 1000))
         outputs[f"region_{level}"] = 20.0 * tf.one_hot(region, 3)[None] - 10.0
-        # Around the centre of each object, and on stuff, the kernel of the segment that is there.
+        # Each position has the kernel of the segment at its center.
         kernel = np.zeros((*at_level.shape, system.kernel_head.channels), np.float32)
         kernel[
             np.arange(at_level.shape[0])[:, None], np.arange(at_level.shape[1]), np.searchsorted(segments, at_level)
@@ -113,7 +115,7 @@ def perfect_outputs(system: PanopticSystem, label: np.ndarray) -> dict[str, tf.T
 def test_perfect_outputs_give_the_label() -> None:
     """Signs, axes and strides of targets, positions, kernels, feature and masks, tied together without training."""
     system = build_small(INFO, "model.postprocess.similarity=0.999")
-    # Objects of one size, so that the centre of mass of each lies in it on both of its levels, in whole cells.
+    # Objects of similar sizes, so that each center of mass lies inside its object, in whole cells, on both levels.
     label = np.where(np.arange(64)[:, None] < 32, 0, 1000) * np.ones((1, 64), np.int32)
     label = label.astype(np.int32)
     label[4:28, 4:28] = 2001
@@ -121,7 +123,7 @@ def test_perfect_outputs_give_the_label() -> None:
     label[36:60, 12:32] = 3001
     found = system.postprocess(perfect_outputs(system, label), label.shape)["panoptic"].numpy()[0]
     assert set(np.unique(found)) - {INFO.void} == set(np.unique(label))
-    # Corners are rounded by interpolation, and where things meet stuff neither reaches one half.
+    # Interpolation rounds corners, and where things meet stuff neither reaches one half.
     metric = PanopticQuality(INFO)
     metric.update_state(label, found)
     assert metric.result().all.rq == 1.0
@@ -137,7 +139,7 @@ def test_oracle_parts_build_on_positions() -> None:
         UserError, match=r"'classes' of panoptic_fcn belongs to true positions; ask for --oracle positions class"
     ):
         system.postprocess_with_truth(outputs, targets, label.shape, ["classes"])
-    # True masks, but classes that an untrained network sees: all objects are there, each as one segment.
+    # True masks with the classes of an untrained network: every object is one segment.
     found = system.postprocess_with_truth(outputs, targets, label.shape, ["positions", "masks"])
     things = label % INFO.label_divisor > 0
     for value in np.unique(label[things]):
@@ -145,7 +147,7 @@ def test_oracle_parts_build_on_positions() -> None:
 
 
 def test_oracle_of_perfect_outputs() -> None:
-    """With true positions and perfect maps, predicted classes are the true ones."""
+    """With true positions and perfect outputs, predicted classes are the true ones."""
     system = build_small(INFO, "model.postprocess.similarity=0.999")
     label = hand_made_label()
     outputs = perfect_outputs(system, label)
@@ -172,21 +174,32 @@ def test_wrong_configs(override: str, message: str) -> None:
 
 def test_data_sets_that_do_not_fit() -> None:
     stuff = DatasetInfo.from_coco_categories([{"id": 1, "name": "sky", "isthing": 0}], name="sky")
-    with pytest.raises(UserError, match="'sky' has no things, so there are no centres for Panoptic FCN to find"):
+    with pytest.raises(UserError, match="'sky' has no things, so there are no centers for Panoptic FCN to find"):
         build_small(stuff)
     things = DatasetInfo.from_coco_categories([{"id": 1, "name": "car", "isthing": 1}], name="cars")
-    with pytest.raises(UserError, match="'cars' has no stuff, so nothing tells Panoptic FCN where no object is"):
+    with pytest.raises(UserError, match="'cars' has no stuff, so Panoptic FCN has no class for the background"):
         build_small(things)
     few = DatasetInfo.from_coco_categories([{"id": 1, "name": "car", "isthing": 1}], name="few", label_divisor=16)
     with pytest.raises(UserError, match=r"is 40, but label_divisor 16 of data set 'few' has room for 15 instances"):
         build_small(few)
 
 
-def test_a_center_counts_whatever_is_around_it() -> None:
-    """A car of 5x5 pixels in void, in a position of 8x8 of which most is unknown."""
+def test_a_center_counts_among_unknown_pixels() -> None:
+    """A car of 5x5 pixels in void, in a position of 8x8 pixels, most of which are unknown."""
     system = build_small()
     label = np.full((64, 64), INFO.void, np.int32)
     label[25:30, 25:30] = 2001
     losses = TestContract().losses_of(system, paint(label)[None], label)
     # One positive at the prior of 0.1, about 0.25 * 0.9^2 * -ln 0.1 = 0.47, and nothing else.
     assert losses["center"] == pytest.approx(0.47, abs=0.15)
+
+
+def test_old_keys_are_read() -> None:
+    old = PanopticFCNConfig.model_validate(
+        {"reference_behaviour": True, "postprocess": {"resize": {"short_side": 96, "long_side": 128}}}
+    )
+    assert old.reference_behavior
+    assert old.resize == ResizeConfig(short_side=96, long_side=128)
+    # An override sets the new key of an old config.
+    both = PanopticFCNConfig.model_validate({"reference_behaviour": True, "reference_behavior": False})
+    assert not both.reference_behavior

@@ -1,44 +1,38 @@
 """Targets, losses and post-processing of Panoptic FCN on cases worked out by hand, and against plain versions."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from system_contract import INFO
 
-from deeplab2_like.model.merge import enlarging_matrix
-from deeplab2_like.model.panoptic_fcn import losses
-from deeplab2_like.model.panoptic_fcn.losses import dice_loss, first_of, focal_loss, pick_kernels, pool_regions
-from deeplab2_like.model.panoptic_fcn.postprocess import (
-    boxes_of,
-    find_centers,
-    find_regions,
-    fuse_things,
-    measure_masks,
-)
-from deeplab2_like.model.panoptic_fcn.targets import four_samples, is_of_size, level_shares, make_targets
+from deeplab2_like.model.boxes import boxes_around_masks
+from deeplab2_like.model.panoptic_fcn import PanopticFCNConfig, dice
+from deeplab2_like.model.panoptic_fcn.config import LossConfig
+from deeplab2_like.model.panoptic_fcn.dice import dice_loss
+from deeplab2_like.model.panoptic_fcn.kernels import find_centers, find_regions, fuse_kernels, pool_regions
+from deeplab2_like.model.panoptic_fcn.losses import focal_loss, select_kernels, take_used_rows
+from deeplab2_like.model.panoptic_fcn.masks import measure_masks
+from deeplab2_like.model.panoptic_fcn.targets import is_in_size_range, make_targets, sample_cells, weighted_labels
+from deeplab2_like.model.resampling import upsampling_matrix
 
 # --- targets ---------------------------------------------------------------------------------------------------------
 
 
-def targets_of(label: np.ndarray, **changes: object) -> dict[str, np.ndarray]:
-    options = {
-        "dataset_info": INFO,
-        "level_strides": {"p3": 8, "p4": 16},
-        "size_ranges": {"p3": (1, 32), "p4": (16, 64)},
-        "stride": 4,
-        "size_multiple": 32,
-        "max_instances": 5,
-        "center": "mass",
-        "min_overlap": 0.7,
-    }
-    return {name: value.numpy() for name, value in make_targets(tf.constant(label), **{**options, **changes}).items()}
+def targets_of(label: np.ndarray, **loss: Any) -> dict[str, np.ndarray]:
+    config = PanopticFCNConfig(
+        size_ranges={"p3": (1, 32), "p4": (16, 64)}, loss=LossConfig(max_instances=5, min_overlap=0.7, **loss)
+    )
+    targets = make_targets(tf.constant(label), config, INFO, size_multiple=32)
+    return {name: value.numpy() for name, value in targets.items()}
 
 
 def test_heat_maps_of_two_cars_and_a_crowd() -> None:
     label = np.full((64, 96), 1000, np.int32)
     label[0:32, 0:32] = 2001  # Side 32, on both levels.
     label[40:48, 72:80] = 2002  # Side 8, on p3 alone.
-    label[48:64, 32:64] = 3000  # A crowd has no centre.
+    label[48:64, 32:64] = 3000  # A crowd has no center.
     targets = targets_of(label)
     assert targets["heat_p3"].shape == (8, 12, 2)
     assert targets["heat_p4"].shape == (4, 6, 2)
@@ -63,7 +57,7 @@ def test_center_of_a_box_and_of_mass() -> None:
     # Rows (8 * 0 + 1 + 2 + 3) / 11 = 6 / 11, columns (0 + ... + 7 + 0) / 11 = 28 / 11, times 4.
     np.testing.assert_allclose(targets_of(label)["centers"][0], [24 / 11, 112 / 11], rtol=1e-6)
     np.testing.assert_allclose(targets_of(label, center="box")["centers"][0], [8, 16])
-    # One pixel that no sample hits has the centre of its box.
+    # One pixel between the samples has the center of its box.
     dot = np.full((32, 32), 1000, np.int32)
     dot[8, 8] = 2001
     np.testing.assert_allclose(targets_of(dot)["centers"][0], [8.5, 8.5])
@@ -71,17 +65,17 @@ def test_center_of_a_box_and_of_mass() -> None:
 
 def test_sizes_are_inclusive() -> None:
     boxes = np.array([[0, 0, 4, 16], [0, 0, 16, 64], [0, 0, 1, 1]], np.float32)  # Sides 8, 32 and 1.
-    np.testing.assert_array_equal(is_of_size(boxes, 8, 32), [True, True, False])
+    np.testing.assert_array_equal(is_in_size_range(boxes, 8, 32), [True, True, False])
 
 
 @pytest.mark.parametrize("size", [(4, 6), (2, 3), (3, 5), (1, 1)])
-def test_level_shares_are_bilinear(size: tuple[int, int]) -> None:
+def test_weighted_labels_are_bilinear(size: tuple[int, int]) -> None:
     labels = np.random.default_rng(0).integers(0, 3, (1, 32, 48)).astype(np.int32)
-    samples = four_samples(tf.constant(labels), 4)
+    samples = sample_cells(tf.constant(labels), 4)
     assert samples.shape == (1, 8, 12, 4)
     for value in range(3):
-        share = sum(np.where(label == value, part, 0.0) for label, part in level_shares(samples, size))
-        # The mask at stride 4 is bilinear, too: the mean of the four pixels in the middle of 4x4.
+        share = sum(np.where(label == value, part, 0.0) for label, part in weighted_labels(samples, size))
+        # The mask at stride 4 is bilinear, too: the mean of the four pixels in the middle of 4x4 pixels.
         mask = tf.image.resize((labels == value)[..., None].astype(np.float32), (8, 12))
         np.testing.assert_allclose(share, tf.image.resize(mask, size)[..., 0], atol=1e-6)
 
@@ -90,7 +84,7 @@ def test_level_shares_are_bilinear(size: tuple[int, int]) -> None:
 
 
 def test_focal_loss_by_hand() -> None:
-    # A positive at probability 0.5: 0.25 * 0.5^2 * ln 2. A negative at 0.75: 0.75 * 0.75^2 * ln 4. A third is left out.
+    # A positive at probability 0.5: 0.25 * 0.5^2 * ln 2. A negative at 0.75: 0.75 * 0.75^2 * ln 4. The third: weight 0.
     logits = tf.constant([0.0, np.log(3), 5.0], tf.float32)[None, None, :, None]
     targets = tf.constant([1.0, 0.0, 0.0])[None, None, :, None]
     weight = tf.constant([1.0, 1.0, 0.0])[None, None]
@@ -111,7 +105,7 @@ def plain_dice(
 
 @pytest.mark.parametrize("band_size", [1, 10**9])
 def test_dice_loss_in_bands_is_the_plain_one(band_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_BAND_SIZE", band_size)
+    monkeypatch.setattr(dice, "_BAND_SIZE", band_size)
     random = np.random.default_rng(0)
     feature = tf.constant(random.standard_normal((2, 5, 6, 3)), tf.float32)
     weights = tf.constant(random.standard_normal((2, 4, 2, 3)), tf.float32)
@@ -137,31 +131,31 @@ def test_dice_loss_by_hand() -> None:
     assert float(loss[0, 0, 0]) == pytest.approx(1 - 1 / 1.5, abs=1e-4)
 
 
-def test_kernels_are_those_that_score_best_inside() -> None:
+def test_kernels_with_the_best_scores_inside_are_selected() -> None:
     # A level of 2x2 positions at stride 8; the object (row 0 of the table) covers the two of the left column.
     label = np.zeros((1, 16, 16), np.int32)
     label[:, :, :8] = 1
-    samples = four_samples(tf.constant(label), 4)
+    samples = sample_cells(tf.constant(label), 4)
     kernels = tf.reshape(tf.range(4.0), (1, 2, 2, 1))
-    # Class 1 scores 0.2, 0.9; 0.6, 0.8 there; class 0 is of no interest.
+    # The scores of class 1; those of class 0 must not matter.
     score = np.array([[0.2, 0.9], [0.6, 0.8]])
     logits = np.stack([np.full((2, 2), 3.0), np.log(score / (1 - score))], axis=-1)[None]
-    options = {
-        "instances": level_shares(samples, (2, 2)),
+    options: dict[str, Any] = {
+        "instances": weighted_labels(samples, (2, 2)),
         "classes": tf.constant([[1]]),
         "positions": tf.constant([[[1, 1]]]),
     }
-    picked, share = pick_kernels(kernels, tf.constant(logits, tf.float32), number=3, weighted=True, **options)
-    # The better one of the two first, with shares 0.6 / 0.8 and 0.2 / 0.8; the third has none.
-    np.testing.assert_allclose(picked[0, 0, :2, 0], [2, 0])
+    selected, share = select_kernels(kernels, tf.constant(logits, tf.float32), count=3, weighted=True, **options)
+    # The better of the two first, with weights 0.6 / 0.8 and 0.2 / 0.8; the third has weight 0.
+    np.testing.assert_allclose(selected[0, 0, :2, 0], [2, 0])
     np.testing.assert_allclose(share[0, 0], [0.75, 0.25, 0], atol=1e-6)
-    picked, share = pick_kernels(kernels, tf.constant(logits, tf.float32), number=3, weighted=False, **options)
-    np.testing.assert_allclose(picked[0, 0, :, 0], [3])  # The one at the centre.
+    selected, share = select_kernels(kernels, tf.constant(logits, tf.float32), count=3, weighted=False, **options)
+    np.testing.assert_allclose(selected[0, 0, :, 0], [3])  # The one at the center.
     np.testing.assert_allclose(share[0, 0], [1])
-    # An object that fills no position, such as row 1 of the table here, has the one at its centre.
+    # An object that fills no position, such as row 1 of the table here, uses the one at its center.
     options |= {"classes": tf.constant([[1, 1]]), "positions": tf.constant([[[0, 0], [0, 1]]])}
-    picked, share = pick_kernels(kernels, tf.constant(logits, tf.float32), number=3, weighted=True, **options)
-    assert float(picked[0, 1, 0, 0]) == 1
+    selected, share = select_kernels(kernels, tf.constant(logits, tf.float32), count=3, weighted=True, **options)
+    assert float(selected[0, 1, 0, 0]) == 1
     np.testing.assert_allclose(share[0, 1], [1, 0, 0], atol=1e-6)
 
 
@@ -174,7 +168,7 @@ def test_regions_are_averaged_over_themselves_or_over_the_map() -> None:
 
 def test_used_rows_come_first() -> None:
     rows = {"value": tf.constant([[10, 11, 12, 13]])}
-    kept, used = first_of(rows, tf.constant([[False, True, False, True]]), 3)
+    kept, used = take_used_rows(rows, tf.constant([[False, True, False, True]]), 3)
     np.testing.assert_array_equal(kept["value"][0, :2], [11, 13])
     np.testing.assert_array_equal(used[0], [True, True, False])
 
@@ -183,15 +177,15 @@ def test_used_rows_come_first() -> None:
 
 
 def test_centers_are_peaks_of_the_smoothed_map() -> None:
-    # 4x4 positions, one class. A peak of 0.9 in a corner with a neighbour of 0.6, and one of 0.8 far from it.
+    # 4x4 positions, one class. A peak of 0.9 in a corner with a neighbor of 0.6, and one of 0.8 far from it.
     probability = np.full((4, 4), 0.001)
     probability[0, 0], probability[0, 1], probability[3, 3] = 0.9, 0.6, 0.8
     logits = np.log(probability / (1 - probability))[None, ..., None].astype(np.float32)
     kernels = tf.reshape(tf.range(16.0), (1, 4, 4, 1))
-    found, scores, classes = find_centers(tf.constant(logits), kernels, window=3, threshold=0.05, number=5)
+    kernels_of_peaks, scores, classes = find_centers(tf.constant(logits), kernels, window=3, threshold=0.05, count=5)
     # (0.9 + (0.9 + 0.6 + 2 * 0.001) / 9) / 2 = 0.53344 and (0.8 + (0.8 + 3 * 0.001) / 9) / 2 = 0.44461.
     np.testing.assert_allclose(scores[0], [0.53344, 0.44461, 0, 0, 0], atol=1e-5)
-    np.testing.assert_allclose(found[0, :2, 0], [0, 15])
+    np.testing.assert_allclose(kernels_of_peaks[0, :2, 0], [0, 15])
     np.testing.assert_array_equal(classes[0, :2], [0, 0])
 
 
@@ -204,38 +198,38 @@ def test_regions_divide_a_level() -> None:
 
 
 def test_fusion_of_a_chain() -> None:
-    # Directions at 0, 20, 40 and 90 degrees: neighbours in the chain are alike from a cosine of 0.9 (25 degrees) on.
+    # Directions at 0, 20, 40 and 90 degrees: neighbors in the chain are similar, from a cosine of 0.9 (25 degrees).
     angle = np.radians([0, 20, 40, 90])
     weights = tf.constant(np.stack([np.cos(angle), np.sin(angle)], axis=-1)[None], tf.float32)
     scores, classes = tf.constant([[0.9, 0.8, 0.7, 0.6]]), tf.constant([[1, 1, 1, 1]])
-    options = {"similarity": 0.9, "class_aware": True}
-    fused, kept = fuse_things(weights, scores, classes, reference_behaviour=False, **options)
-    # The second joins the first; the third is like the second alone, which has gone, so it stays.
+    options: dict[str, Any] = {"similarity": 0.9, "class_aware": True}
+    fused, kept = fuse_kernels(weights, scores, classes, reference_behavior=False, **options)
+    # The second joins the first; the third is similar only to the second, which is removed, so it stays.
     np.testing.assert_allclose(kept[0], [0.9, 0, 0.7, 0.6])
     np.testing.assert_allclose(fused[0, 0], (weights[0, 0] + weights[0, 1]) / 2)
     np.testing.assert_allclose(fused[0, 2], weights[0, 2])
-    fused, kept = fuse_things(weights, scores, classes, reference_behaviour=True, **options)
-    # There, the third goes, as the second is like it, and is lost.
+    fused, kept = fuse_kernels(weights, scores, classes, reference_behavior=True, **options)
+    # The third is removed, because it is similar to the second, and joins none.
     np.testing.assert_allclose(kept[0], [0.9, 0, 0, 0.6])
     np.testing.assert_allclose(fused[0, 0], (weights[0, 0] + weights[0, 1]) / 2)
-    # Of another class, the second is another object, unless classes do not matter.
+    # With another class, the second is another object, unless classes do not matter.
     other = tf.constant([[1, 0, 1, 1]])
-    _, kept = fuse_things(weights, scores, other, reference_behaviour=False, **options)
+    _, kept = fuse_kernels(weights, scores, other, reference_behavior=False, **options)
     np.testing.assert_allclose(kept[0], [0.9, 0.8, 0.7, 0.6])
     options["class_aware"] = False
-    _, kept = fuse_things(weights, scores, other, reference_behaviour=False, **options)
+    _, kept = fuse_kernels(weights, scores, other, reference_behavior=False, **options)
     np.testing.assert_allclose(kept[0], [0.9, 0, 0.7, 0.6])
 
 
 def test_unused_rows_fuse_with_nothing() -> None:
     weights = tf.ones((1, 3, 2))
-    fused, kept = fuse_things(
+    fused, kept = fuse_kernels(
         weights,
         tf.constant([[0.9, 0.0, 0.0]]),
         tf.zeros((1, 3), tf.int32),
         similarity=0.9,
         class_aware=True,
-        reference_behaviour=False,
+        reference_behavior=False,
     )
     np.testing.assert_allclose(kept[0], [0.9, 0, 0])
     np.testing.assert_allclose(fused[0, 0], [1, 1])
@@ -256,17 +250,17 @@ def test_masks_are_measured_in_bands(height: int) -> None:
 
 
 @pytest.mark.parametrize("size", [None, 20, 7])
-def test_enlarging_is_bilinear_in_two_steps(size: int | None) -> None:
+def test_upsampling_is_bilinear_in_two_steps(size: int | None) -> None:
     values = np.random.default_rng(0).standard_normal((1, 4, 1, 1)).astype(np.float32)
-    seen = 13  # Of 16 pixels, 3 are padding.
-    expected = tf.image.resize(values, (16, 1))[:, :seen]
+    network_size = 13  # Of 16 pixels, 3 are padding.
+    expected = tf.image.resize(values, (16, 1))[:, :network_size]
     if size is not None:
         expected = tf.image.resize(expected, (size, 1))
-    matrix = enlarging_matrix(4, None if size is None else seen, size or seen, stride=4)
+    matrix = upsampling_matrix(4, None if size is None else network_size, size or network_size, stride=4)
     np.testing.assert_allclose(matrix @ values[0, :, :, 0], expected[0, :, :, 0], atol=1e-6)
 
 
 def test_boxes_of_masks() -> None:
     masks = np.zeros((1, 2, 5, 6), bool)
     masks[0, 0, 1:3, 2:6] = True
-    np.testing.assert_array_equal(boxes_of(tf.constant(masks))[0], [[1, 2, 3, 6], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(boxes_around_masks(tf.constant(masks))[0], [[1, 2, 3, 6], [0, 0, 0, 0]])

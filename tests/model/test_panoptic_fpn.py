@@ -55,11 +55,11 @@ VARIANTS = {
     "grouped pyramid": ["model.fpn.grouped=true"],
     "alternating losses": ["model.loss.training=alternate"],
     "pyramid from stride 2": ["model.fpn.finest_level=p1", "model.rpn.anchor_sizes=[8,16,28,48,80,128]"],
-    "normalised pyramid": ["model.fpn.norm={kind: group}"],
+    "normalized pyramid": ["model.fpn.norm={kind: group}"],
     "adaptive RoIAlign": ["model.roi.sampling_ratio=0"],
     "losses per drawn anchor": ["model.rpn.normalizer=sampled"],
     "frozen batch norm": ["model.norm.kind=frozen_batch"],
-    "other size": ["model.postprocess.resize={short_side: 96, long_side: 128}"],
+    "other size": ["model.resize={short_side: 96, long_side: 128}"],
 }
 
 
@@ -229,7 +229,7 @@ def test_cost_of_semantic_fpn_is_that_of_the_paper(
         [{"id": i, "name": f"class {i}", "isthing": int(i > 10)} for i in range(19)], name="street"
     )
     assert isinstance(settings, PanopticFPNConfig)
-    description = describe(PanopticFPN.from_model_config(settings, info), 1024, 2048)
+    description = describe(PanopticFPN(settings, info), 1024, 2048)
     assert description.multiply_adds / 1e12 == pytest.approx(trillion_multiply_adds, abs=5e-4)
     assert description.activations / 1e9 == pytest.approx(billion_activations, abs=5e-4)
     assert description.uncounted == []

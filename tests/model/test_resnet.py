@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.backbone import BackboneConfig, build_backbone
+from deeplab2_like.model.backbone import build_backbone
 from deeplab2_like.model.backbone.resnet import STAGES, BlockKind, ResidualBlock, Stem, StemLayer, atrous_stages
+from deeplab2_like.model.config import BackboneConfig, Norm
 from deeplab2_like.model.deformable import DeformableConvNorm
-from deeplab2_like.model.layers import Norm
 
 NORM = Norm(kind="batch")
 
@@ -41,7 +41,7 @@ def test_size_is_that_of_the_classifier_without_its_last_layer() -> None:
 
 
 # The classifiers of 101 layers hold 88,791,336 (32x8d) and 83,455,272 (64x4d) parameters, 2,049,000 of them in the last
-# layer. 152 layers are 4 more blocks in res3 (512 * 512 * 2 + 9 * 16 * 512, and 6 * 512 of normalisation) and 13 more
+# layer. 152 layers are 4 more blocks in res3 (512 * 512 * 2 + 9 * 16 * 512, and 6 * 512 of normalization) and 13 more
 # in res4, twice as wide.
 @pytest.mark.parametrize(
     ("name", "parameters"),
@@ -147,7 +147,7 @@ def test_paths_of_variables() -> None:
 
 def test_max_pool_looks_at_both_sides() -> None:
     # One convolution of stride 2 whose kernel copies the upper left pixel of its 3x3 window is replaced by ones at its
-    # centre: output (y, x) = input (2y, 2x). Pooling then takes rows 2y - 1 to 2y + 1 of that.
+    # center: output (y, x) = input (2y, 2x). Pooling then takes rows 2y - 1 to 2y + 1 of that.
     stem = StemLayer(Stem(((1, 3, 2),), max_pool=True), norm=Norm(kind="none"))
     stem(np.zeros((1, 16, 16, 3), np.float32))
     kernel = np.zeros((3, 3, 3, 1), np.float32)
@@ -174,7 +174,7 @@ def test_block_adds_its_input_before_the_last_relu() -> None:
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(block(x)), np.maximum(x, 0))
 
 
-def test_training_moves_the_statistics_of_every_normalisation() -> None:
+def test_training_moves_the_statistics_of_every_normalization() -> None:
     backbone = build_backbone(BackboneConfig(name="resnet_tiny"), norm=NORM)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     backbone(images, training=False)

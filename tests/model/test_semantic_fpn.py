@@ -8,8 +8,9 @@ import pytest
 import tensorflow as tf
 from system_contract import INFO
 
-from deeplab2_like.model.layers import Norm, upsample_bilinear
-from deeplab2_like.model.semantic_fpn import SemanticBranch, SemanticClasses, semantic_loss
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.resampling import upsample_bilinear
+from deeplab2_like.model.semantic import SemanticBranch, SemanticClasses, semantic_loss
 
 STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 
@@ -59,7 +60,7 @@ def test_branch_does_what_figure_3_says(aggregation: Literal["sum", "concatenati
         "p4": ["p4_conv1", "p4_conv2"],
         "p5": ["p5_conv1", "p5_conv2", "p5_conv3"],
     }
-    # Level by level, each stage followed by its own enlargement.
+    # Level by level, each stage followed by its own upsampling.
     maps = []
     for level, x in levels.items():
         for stage in layer.stages[level]:
@@ -80,9 +81,9 @@ def test_branch_has_the_size_of_the_paper() -> None:
     assert layer.count_params() == expected
 
 
-def test_loss_is_a_mean_over_labelled_pixels() -> None:
+def test_loss_is_a_mean_over_labeled_pixels() -> None:
     classes = SemanticClasses.of(INFO, things="other", paint_things=False)
-    # One logit covers 2x2 pixels; constant logits stay constant when enlarged.
+    # One logit covers 2x2 pixels; constant logits stay constant when upsampled.
     probability = np.array([0.5, 0.3, 0.2], np.float32)
     logits = tf.constant(np.log(probability) * np.ones((1, 1, 1, 1), np.float32))
     # sky, car, person, void: the classes 1, 0, 0 and none.

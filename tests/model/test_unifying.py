@@ -10,7 +10,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 from deeplab2_like.model import PanopticSystem, build_system
-from deeplab2_like.model.detection import mask_targets
+from deeplab2_like.model.detection.masks import mask_targets
 
 SMALL = [
     "model.fpn.channels=32",
@@ -63,7 +63,7 @@ VARIANTS = MODELS | {
     "no excitation": ["model.squeeze_excitation=false"],
     "deformable": ["model.semantic.deformable=true", "model.semantic.convolutions=2"],
     "pyramid from stride 2": ["model.fpn.finest_level=p1", "model.rpn.anchor_sizes=[8, 16, 28, 48, 80, 128]"],
-    "other size": ["model.postprocess.resize={short_side: 96, long_side: 128}"],
+    "other size": ["model.resize={short_side: 96, long_side: 128}"],
 }
 
 
@@ -76,7 +76,7 @@ def test_variants_train_and_predict(variant: str) -> None:
     assert list(losses) == list(system.loss_weights)
     assert all(0 < value < np.inf for value in losses.values())
     assert ("panoptic" in losses) == (variant not in ("A", "C1", "C2"))
-    assert ("mask" in losses) == system.panoptic_config.masks
+    assert ("mask" in losses) == system.config.panoptic.masks
     # No two objects of a class have boxes that overlap in this label, so masks are not needed for a perfect map.
     found = system.postprocess_targets(contract.targets_of(system, label))["panoptic"].numpy()[0]
     assert panoptic_quality(label, found, INFO) == 1.0
@@ -102,10 +102,10 @@ def perfect_outputs(system: PanopticSystem, label: np.ndarray) -> dict[str, tf.T
         "scores": tf.cast(targets["valid"], tf.float32),
         "thing_classes": targets["classes"],
     }
-    if system.panoptic_config.masks:
+    if system.config.panoptic.masks:
         outputs["masks"] = tf.cast(masks, tf.float32)
     if system.affinity_head is not None:
-        outputs["hand_out"] = outputs["gather"] = tf.zeros((1, *outputs["semantic_logits"].shape[1:3], 32))
+        outputs["query"] = outputs["key"] = tf.zeros((1, *outputs["semantic_logits"].shape[1:3], 32))
     return outputs
 
 

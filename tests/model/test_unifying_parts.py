@@ -8,10 +8,12 @@ import pytest
 import tensorflow as tf
 from system_contract import INFO
 
-from deeplab2_like.model.merge import enlarging_matrices
-from deeplab2_like.model.unifying.matching import match_detections, matching_loss, slot_targets
+from deeplab2_like.model.geometry import Geometry
+from deeplab2_like.model.unifying.config import SemanticConfig
+from deeplab2_like.model.unifying.losses import match_detections, matching_loss, slot_targets
 from deeplab2_like.model.unifying.network import AffinityHead, SqueezeExcitation
-from deeplab2_like.model.unifying.panoptic import best_slot, dynamic_potential, handed_on
+from deeplab2_like.model.unifying.postprocess import argmax_over_slots
+from deeplab2_like.model.unifying.potential import affinity_update, dynamic_potential
 
 # --- dynamic potential ------------------------------------------------------------------------------------------------
 
@@ -68,26 +70,26 @@ def interpolated(mask: np.ndarray, y: float, x: float) -> float:
 @pytest.mark.parametrize("variant", ["a", "b", "c"])
 @pytest.mark.parametrize("with_masks", [True, False])
 @pytest.mark.parametrize("with_affinities", [True, False])
-def test_best_slot_is_that_of_all_planes(variant: str, with_masks: bool, with_affinities: bool) -> None:
+def test_argmax_over_slots_is_that_of_all_planes(variant: str, with_masks: bool, with_affinities: bool) -> None:
     """Against each slot at full size on its own: an image of 9x14, cells of 4 pixels, classes 0 and 2 are stuff."""
     random = np.random.default_rng(3)
     logits = random.normal(size=(1, 3, 4, 4)).astype(np.float32)
     boxes = np.array([[[1.0, 2, 7, 9], [0, 5, 9, 14], [0, 0, 9, 14], [0, 0, 9, 14]]], np.float32)
     scores, classes = np.array([[0.9, 0.6, 0.4, 0]], np.float32), np.array([[1, 3, 1, 3]])
     masks = random.uniform(size=(1, 4, 3, 3)).astype(np.float32)
-    handed = 0.3 * random.uniform(size=(1, 6, 3, 4)).astype(np.float32)
-    found = best_slot(
+    update = 0.3 * random.uniform(size=(1, 6, 3, 4)).astype(np.float32)
+    found = argmax_over_slots(
         *(tf.constant(x) for x in (logits, boxes, scores, classes)),
         tf.constant(masks) if with_masks else None,
-        tf.constant(handed) if with_affinities else None,
-        *enlarging_matrices((3, 4), None, (9, 14), stride=4),
+        tf.constant(update) if with_affinities else None,
+        *Geometry((9, 14)).upsampling_matrices((3, 4), stride=4),
         stuff_classes=(0, 2),
         potential=variant,
     )
 
     values = logits if variant == "a" else tf.nn.softmax(logits).numpy()
     values = tf.image.resize(values, (12, 16)).numpy()[0, :9, :14]
-    added = tf.image.resize(handed.transpose(0, 2, 3, 1), (12, 16)).numpy()[0, :9, :14] * with_affinities
+    added = tf.image.resize(update.transpose(0, 2, 3, 1), (12, 16)).numpy()[0, :9, :14] * with_affinities
     expected = np.zeros((9, 14), int)
     for row, column in np.ndindex(9, 14):
         slots = []
@@ -113,11 +115,11 @@ def test_best_slot_is_that_of_all_planes(variant: str, with_masks: bool, with_af
 
 def test_affinities_equal_the_explicit_product() -> None:
     random = np.random.default_rng(0)
-    hand_out, gather = random.random((2, 2, 4, 5, 6)).astype(np.float32)
+    query, key = random.random((2, 2, 4, 5, 6)).astype(np.float32)
     psi = random.random((2, 7, 4, 5)).astype(np.float32)
-    affinity = hand_out.reshape(2, 20, 6) @ gather.reshape(2, 20, 6).transpose(0, 2, 1)  # [B, pixels, pixels]
+    affinity = query.reshape(2, 20, 6) @ key.reshape(2, 20, 6).transpose(0, 2, 1)  # [B, pixels, pixels]
     expected = np.einsum("bpq,bkq->bkp", affinity, psi.reshape(2, 7, 20)).reshape(psi.shape)
-    found = handed_on(*map(tf.constant, (psi, hand_out, gather)))
+    found = affinity_update(*map(tf.constant, (psi, query, key)))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -126,7 +128,7 @@ def test_affinities_reach_beyond_a_box() -> None:
     psi = np.array([[0.9, 0.0, 0.1], [0.0, 0.0, 0.2], [0.0, 0.9, 0.1], [0.0, 0.9, 0.1]], np.float32)
     feature = np.array([[1, 0], [1, 0], [0, 1], [0, 1]], np.float32)  # The object of each pixel.
     factors = (tf.constant(x[None, None]) for x in (feature, feature / 2))
-    found = psi + handed_on(tf.constant(psi.T[None, :, None]), *factors).numpy()[0, :, 0].T
+    found = psi + affinity_update(tf.constant(psi.T[None, :, None]), *factors).numpy()[0, :, 0].T
     np.testing.assert_array_equal(psi.argmax(axis=-1), [0, 2, 1, 1])
     np.testing.assert_array_equal(found.argmax(axis=-1), [0, 0, 1, 1])
     # The second pixel: 0 + (0.9 + 0) / 2 of the object, 0.2 + (0.1 + 0.2) / 2 of stuff.
@@ -137,14 +139,14 @@ def test_affinities_never_hold_all_pairs() -> None:
     """At 800x1300, stride 4, all pairs of pixels would take 17 GB; the growth of the peak stays below one."""
     program = (
         "import tensorflow as tf\n"
-        "from deeplab2_like.model.unifying.panoptic import handed_on\n"
+        "from deeplab2_like.model.unifying.potential import affinity_update\n"
         "def peak():\n"
         "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) / 2**20\n"
         "psi, phi = tf.random.uniform((1, 153, 200, 325)), tf.random.uniform((1, 200, 325, 128))\n"
         "before = peak()\n"
         "with tf.GradientTape() as tape:\n"
         "    tape.watch(phi)\n"
-        "    total = tf.reduce_sum(handed_on(psi, phi, phi))\n"
+        "    total = tf.reduce_sum(affinity_update(psi, phi, phi))\n"
         "tape.gradient(total, phi)\n"
         "print(peak() - before)\n"
     )
@@ -153,18 +155,17 @@ def test_affinities_never_hold_all_pairs() -> None:
 
 
 def test_factors_of_the_affinities() -> None:
-    """What is gathered is a mean over the image; what is handed out is positive, and small at first."""
-    head = AffinityHead(
-        strides={"p2": 4, "p3": 8}, input_channels=8, channels=32, convolutions=1, deformable=False, norm=None
-    )
+    """The key averages over the image without padding; the query is positive, and small at first."""
+    config = SemanticConfig(channels=32, convolutions=1, deformable=False, norm=None)
+    head = AffinityHead(config, strides={"p2": 4, "p3": 8}, input_channels=8)
     pyramid = {"p2": tf.random.normal((2, 8, 8, 8)), "p3": tf.random.normal((2, 4, 4, 8))}
-    hand_out, gather = head(pyramid, image_size=(32, 17))
-    assert hand_out.shape == gather.shape == (2, 8, 8, 32)
+    query, key = head(pyramid, image_size=(32, 17))
+    assert query.shape == key.shape == (2, 8, 8, 32)
     # The last three columns of stride 4 are padding of an image of 17 columns.
-    np.testing.assert_allclose(tf.reduce_sum(gather[:, :, :5], axis=(1, 2)), np.ones((2, 32)), rtol=1e-5)
-    assert (gather[:, :, 5:].numpy() == 0).all()
-    assert (hand_out.numpy() > 0).all()
-    assert hand_out.numpy().sum(axis=-1).mean() < 0.2
+    np.testing.assert_allclose(tf.reduce_sum(key[:, :, :5], axis=(1, 2)), np.ones((2, 32)), rtol=1e-5)
+    assert (key[:, :, 5:].numpy() == 0).all()
+    assert (query.numpy() > 0).all()
+    assert query.numpy().sum(axis=-1).mean() < 0.2
 
 
 def test_squeeze_excitation() -> None:
@@ -232,7 +233,7 @@ def test_slots_of_pixels() -> None:
         "instance_map": tf.constant([[[0, 0, 1, 2, 3, -1, -1]]]),
     }
     # Instance 0 is detection 1, instance 1 has none, instance 2 is detection 0.
-    found = slot_targets(targets, tf.constant([[1, -1, 0]]), dataset_info=INFO, detections=2, padded=(2, 8))
+    found = slot_targets(targets, tf.constant([[1, -1, 0]]), dataset_info=INFO, num_detections=2, padded_size=(2, 8))
     np.testing.assert_array_equal(found[0], [[2, 3, 1, -1, 0, -1, -1, -1], [-1] * 8])
 
 

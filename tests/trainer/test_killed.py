@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from one_convolution import one_convolution_config
 from training_processes import running, variables_of, wait_for_step
 
-from deeplab2_like.checkpoint import list_checkpoints
+from deeplab2_like.checkpoint_files import list_checkpoints
 from deeplab2_like.trainer.train import train
 from deeplab2_like.trainer.trainer import Trainer
 
@@ -48,7 +49,21 @@ def test_killed_again_and_again_it_ends_the_same(registered: None, records: Path
     assert not list(killed.rglob("*_temp*"))
 
 
-def test_sigterm_saves_and_says_how_to_resume(
+@pytest.fixture
+def noticed_signals() -> Iterator[None]:
+    """Signals that are not ignored, as SIGINT is in a process that a shell runs in the background."""
+
+    def fail(number: int, frame: Any) -> None:
+        raise AssertionError(f"signal {number} was not noted")
+
+    before = {number: signal.signal(number, fail) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("noticed_signals")
+def test_a_signal_saves_and_says_how_to_resume(
     registered: None,
     records: Path,
     tmp_path: Path,
@@ -58,23 +73,50 @@ def test_sigterm_saves_and_says_how_to_resume(
     config = one_convolution_config(data={"path": str(records)}, steps=12)
     train(config, tmp_path / "straight")
     original = Trainer.train_step
-    handler = signal.getsignal(signal.SIGTERM)
+    # Of each signal, the status with which a shell reports what it has ended; `train && evaluate` does not go on.
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+        folder = tmp_path / number.name
+        handler = signal.getsignal(number)
 
-    def terminated_in_step_5(self: Trainer, iterator: Any) -> None:
+        def stopped_in_step_5(self: Trainer, iterator: Any, number: signal.Signals = number) -> None:
+            if int(self._step) == 4:
+                os.kill(os.getpid(), number)
+            original(self, iterator)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", stopped_in_step_5)
+            with pytest.raises(SystemExit) as stop:
+                train(config, folder)
+        assert stop.value.code == status
+        message = f"Stopped by {number.name} after step 5 of 12, which is saved; run the same command again to resume"
+        assert capsys.readouterr().out.splitlines()[-1] == f"{message} from '{folder}'."
+        assert [Path(path).name for path in list_checkpoints(folder)] == ["ckpt-4", "ckpt-5"]
+        assert signal.getsignal(number) == handler
+    train(config, tmp_path / "SIGINT")
+    straight, resumed = variables_of(tmp_path / "straight"), variables_of(tmp_path / "SIGINT")
+    assert [name for name in straight if not np.array_equal(straight[name], resumed[name])] == []
+
+
+@pytest.mark.usefixtures("noticed_signals")
+def test_it_saves_though_its_terminal_is_gone(
+    registered: None, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer.train_step
+    reader, writer = os.pipe()
+
+    def closed_in_step_2(self: Trainer, iterator: Any) -> None:
+        if int(self._step) == 1:
+            os.close(reader)
         if int(self._step) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
         original(self, iterator)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", terminated_in_step_5)
+    monkeypatch.setattr(Trainer, "train_step", closed_in_step_2)
+    with os.fdopen(writer, "w") as output, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", output)
+        # It reports after every step.
+        config = one_convolution_config(data={"path": str(records)}, steps=9, log_every=1, checkpoint_every=100)
         with pytest.raises(SystemExit) as stop:
-            train(config, tmp_path / "stopped")
-    assert stop.value.code == 143  # Which is not success: `train && evaluate` does not go on.
-    folder = tmp_path / "stopped"
-    message = "Stopped by SIGTERM after step 5 of 12, which is saved; run the same command again to resume from"
-    assert capsys.readouterr().out.splitlines()[-1] == f"{message} '{folder}'."
-    assert [Path(path).name for path in list_checkpoints(tmp_path / "stopped")] == ["ckpt-4", "ckpt-5"]
-    assert signal.getsignal(signal.SIGTERM) == handler
-    train(config, tmp_path / "stopped")
-    straight, resumed = variables_of(tmp_path / "straight"), variables_of(tmp_path / "stopped")
-    assert [name for name in straight if not np.array_equal(straight[name], resumed[name])] == []
+            train(config, tmp_path)
+    assert stop.value.code == 129
+    assert [Path(path).name for path in list_checkpoints(tmp_path)] == ["ckpt-5"]

@@ -9,22 +9,18 @@ import pytest
 import tensorflow as tf
 from one_convolution import one_convolution_config
 
-from deeplab2_like.checkpoint import (
-    build_from_model_folder,
-    check_model_folder,
-    checkpoint_step,
-    find_checkpoint,
-    keep_best,
-    list_checkpoints,
-    load_model_folder,
-    prepare_model_folder,
-    read_best,
-    restore_system,
-)
+from deeplab2_like.checkpoint import restore_system
+from deeplab2_like.checkpoint_files import checkpoint_step, find_checkpoint, list_checkpoints, read_best, save_if_best
 from deeplab2_like.configs import load_config, save_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
+from deeplab2_like.model_folder import (
+    build_from_model_folder,
+    check_model_folder,
+    load_model_folder,
+    prepare_model_folder,
+)
 from deeplab2_like.trainer.train import train
 
 
@@ -41,7 +37,7 @@ def test_every_variable_is_restored(folder: Path) -> None:
     # Keras names them; "/" is "." then, escaped.
     names = [name for name in stored.get_variable_to_shape_map() if name.startswith("system/weights/")]
     values = {name.split("/")[2].replace(".S", "/"): stored.get_tensor(name) for name in names}
-    # Two convolutions of kernel and bias, and the four vectors of batch normalisation: all are kept in a list.
+    # Two convolutions of kernel and bias, and the four vectors of batch normalization: all are kept in a list.
     assert len(system.weights) == len(values) == 8
     for weight in system.weights:
         np.testing.assert_array_equal(weight.numpy(), values[weight.path])
@@ -72,7 +68,8 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
         Path(f"{path}.index").write_bytes(b"nothing")
     # Asked for by its step, it is an error.
     with pytest.raises(
-        UserError, match=r"Checkpoint '.*ckpt-6' is damaged or incomplete; delete it to use the one before"
+        UserError,
+        match=r"Checkpoint '.*ckpt-6' is damaged or incomplete; use another one \(`last` is the newest that is",
     ):
         load_model_folder(folder, checkpoint="6")
     # The newest is the one before, with a warning.
@@ -114,8 +111,8 @@ def test_checkpoints_are_found(folder: Path) -> None:
 def test_the_best_is_kept(folder: Path) -> None:
     assert read_best(folder) is None
     _, system, _ = load_model_folder(folder, checkpoint="4")
-    assert keep_best(folder, system, step=4, pq=12.5)
-    assert not keep_best(folder, system, step=6, pq=12.4)
+    assert save_if_best(folder, system, step=4, pq=12.5)
+    assert not save_if_best(folder, system, step=6, pq=12.4)
     assert read_best(folder) == (str(folder / "best" / "ckpt-4"), 12.5)
     # Training deletes its own; this one stays, also under its number.
     for file in (folder / "checkpoints").glob("ckpt-4.*"):
@@ -125,13 +122,16 @@ def test_the_best_is_kept(folder: Path) -> None:
     assert (config.system, step) == ("one_convolution", 4)
     for weight, expected in zip(loaded.weights, system.weights, strict=True):
         np.testing.assert_array_equal(weight, expected)
-    # A better one takes its place.
+    # A better one takes its place, also one of the same step, whose files are never mixed with those of the other.
     _, better, _ = load_model_folder(folder)
-    assert keep_best(folder, better, step=6, pq=13.0)
-    assert {path.name.partition(".")[0] for path in (folder / "best").iterdir()} == {"best", "ckpt-6"}
+    for step, name in ((6, "ckpt-6"), (6, "ckpt_again-6"), (6, "ckpt-6")):
+        assert save_if_best(folder, better, step=step, pq=13.0)
+        assert {path.name.partition(".")[0] for path in (folder / "best").iterdir()} == {"best", name}
+        assert find_checkpoint(folder, "best") == str(folder / "best" / name)
+        assert checkpoint_step(find_checkpoint(folder, "best")) == step
     np.testing.assert_array_equal(load_model_folder(folder, checkpoint="best")[1].weights[0], better.weights[0])
     (folder / "best" / "best.json").write_text("{}")
-    with pytest.raises(UserError, match=r"best.json' is damaged .*; delete the folder it is in"):
+    with pytest.raises(UserError, match=r"best.json' is damaged .*; move '.*best' elsewhere, and the next evaluation"):
         read_best(folder)
 
 
@@ -168,7 +168,7 @@ def test_checkpoint_of_another_config(folder: Path, records: Path) -> None:
     with pytest.raises(UserError, match=message):
         load_model_folder(folder, ["model.channels=5"])
     (folder / "config.yaml").unlink()
-    # Another optimiser has other variables: its step, and a momentum for each of six weights.
+    # Another optimizer has other variables: its step, and a momentum for each of six weights.
     message = (
         r"does not fit the config in 7 of 17 variables: optimizer/sgd/\S+ \(missing in the checkpoint, .* here\), .*; "
         r"use the config it was trained with, trainer.optimizer and trainer.precision for the optimizer's variables\.$"
@@ -230,8 +230,10 @@ def test_a_file_in_the_way(registered: None, records: Path, tmp_path: Path, monk
     def too_late(*arguments: object) -> None:
         raise AssertionError("built")
 
-    monkeypatch.setattr("deeplab2_like.trainer.train.build_system", too_late)
+    monkeypatch.setattr("deeplab2_like.trainer.run.build_system", too_late)
     for folder, reason in ((path, "there is a file in its place"), (path / "below" / "it", "Not a directory")):
-        with pytest.raises(UserError, match=rf"^Output folder '{folder}' cannot be made \({reason}\); choose another"):
+        with pytest.raises(
+            UserError, match=rf"^Output folder '{folder}' cannot be created \({reason}\); choose another"
+        ):
             train(one_convolution_config(data={"path": str(records)}), folder)
     assert path.read_bytes() == before

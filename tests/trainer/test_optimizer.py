@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from one_convolution import OneConvolution
+from one_convolution import OneConvolution, OneConvolutionConfig
 
 from deeplab2_like.configs.schema import OptimizerConfig, ScheduleConfig, TrainerConfig
 from deeplab2_like.data.scenes import scenes_info
@@ -21,7 +21,7 @@ from deeplab2_like.trainer.optimizer import (
     make_schedule,
 )
 from deeplab2_like.trainer.strategy import STRATEGIES, make_strategy
-from deeplab2_like.trainer.train import Trainer
+from deeplab2_like.trainer.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -36,13 +36,13 @@ from deeplab2_like.trainer.train import Trainer
     ],
 )
 def test_linear_decay_with_warmup(step: int, expected: float) -> None:
-    schedule = make_schedule("poly", peak=0.2, steps=10, power=1.0, warmup_steps=4)
+    schedule = make_schedule(ScheduleConfig(power=1.0, warmup_steps=4), peak=0.2, steps=10)
     assert float(schedule(step)) == pytest.approx(expected)
 
 
 def test_schedules() -> None:
     def rates(name: str, *at: int, **options: Any) -> list[float]:
-        schedule = make_schedule(name, peak=2.0, steps=100, **options)
+        schedule = make_schedule(ScheduleConfig(name=name, **options), peak=2.0, steps=100)
         return [float(schedule(step)) for step in at]
 
     # 1 - 75 / 100 is 1 / 4, whose root is 1 / 2.
@@ -58,7 +58,8 @@ def test_schedules() -> None:
 
 
 def test_a_schedule_computes_in_a_graph() -> None:
-    schedule = make_schedule("step", peak=1.0, steps=100, boundaries=(3,), decay_factor=0.5, warmup_steps=2)
+    config = ScheduleConfig(name="step", boundaries=(3,), decay_factor=0.5, warmup_steps=2)
+    schedule = make_schedule(config, peak=1.0, steps=100)
     rate = tf.function(schedule, jit_compile=True)
     assert [float(rate(tf.constant(step, tf.int64))) for step in (0, 2, 3)] == [0.5, 1.0, 0.5]
 
@@ -73,7 +74,7 @@ def test_boundaries_belong_to_steps() -> None:
     assert ScheduleConfig(name="step", boundaries=(4, 6)).boundaries == (4, 6)
 
 
-def test_weight_decay_leaves_normalisation_alone() -> None:
+def test_weight_decay_leaves_normalization_alone() -> None:
     network = keras.Sequential([keras.layers.Conv2D(2, 1), keras.layers.BatchNormalization()])
     network.build((1, 2, 2, 3))
     variables = network.trainable_variables
@@ -91,7 +92,7 @@ def test_weight_decay_leaves_normalisation_alone() -> None:
 def test_optimizers() -> None:
     def weight_after_two_steps(name: str) -> float:
         weight = keras.Variable(1.0)
-        optimizer = make_optimizer(name, learning_rate=0.1, momentum=0.5)
+        optimizer = make_optimizer(OptimizerConfig(name=name, momentum=0.5), learning_rate=0.1)
         for _ in range(2):
             optimizer.apply([tf.constant(2.0)], [weight])
         return float(weight)
@@ -104,9 +105,9 @@ def test_optimizers() -> None:
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match=r"Unknown optimizer 'adamw'\. Did you mean 'adam'\? Known: adam, sgd"):
-        make_optimizer("adamw", learning_rate=0.1, momentum=0.5)
+        make_optimizer(OptimizerConfig.model_construct(name="adamw"), learning_rate=0.1)
     with pytest.raises(UserError, match=r"Unknown schedule 'cosin'\. Did you mean 'cosine'\? Known: constant, cosine"):
-        make_schedule("cosin", peak=1.0, steps=10)
+        make_schedule(ScheduleConfig.model_construct(name="cosin"), peak=1.0, steps=10)
     with pytest.raises(
         UserError, match=r"Unknown strategy 'mirror'\. Did you mean 'mirrored'\? Known: mirrored, multi"
     ):
@@ -124,18 +125,16 @@ def step_of(
 ) -> tuple[list[np.ndarray], float]:
     """How far one step of SGD, learning rate 1, moves the weights, and the norm of the gradient that it reports."""
     keras.utils.set_random_seed(4)
-    system = OneConvolution(dataset_info=scenes_info(), channels=4).create_variables()
-    optimizer = make_optimizer("sgd", learning_rate=1.0, momentum=0.0)
+    system = OneConvolution(OneConvolutionConfig(), scenes_info()).create_variables()
+    optimizer = make_optimizer(OptimizerConfig(name="sgd", momentum=0.0), learning_rate=1.0)
     optimizer.build(system.trainable_variables)
+    settings = OptimizerConfig(weight_decay=weight_decay, clip_norm=clip_norm, clip_value=clip_value)
     trainer = Trainer(
         None,
+        TrainerConfig(steps=1, batch_size=1, learning_rate=1.0, optimizer=settings),
         system=system,
         optimizer=optimizer,
         strategy=tf.distribute.get_strategy(),
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
-        clip_value=clip_value,
-        after_step=lambda: None,
     )
     label = np.repeat([[0], [3000]], 8, axis=0) + np.zeros((1, 8), np.int32)
     targets = {name: target[None] for name, target in system.make_targets(tf.constant(label, tf.int32)).items()}
@@ -176,7 +175,7 @@ def test_clipping_by_value_cuts_each_element() -> None:
 
 def one_convolution() -> OneConvolution:
     keras.utils.set_random_seed(4)
-    return OneConvolution(dataset_info=scenes_info(), channels=4).create_variables()
+    return OneConvolution(OneConvolutionConfig(), scenes_info()).create_variables()
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
@@ -186,9 +185,8 @@ def test_multipliers_scale_the_steps_of_a_part(name: str) -> None:
         factors = learning_rate_multipliers(system, multipliers)
         variables = system.trainable_variables
         optimizer = make_optimizer(
-            name,
+            OptimizerConfig(name=name),
             learning_rate=0.01,
-            momentum=0.9,
             variables=variables,
             multipliers=[factors[variable.path] for variable in variables],
         )

@@ -18,14 +18,18 @@ import pytest
 import tensorflow as tf
 from one_convolution import one_convolution_config
 
-from deeplab2_like.checkpoint import list_checkpoints, load_model_folder
+from deeplab2_like.checkpoint_files import list_checkpoints
 from deeplab2_like.configs import load_config
-from deeplab2_like.data import pipeline, tfrecord
+from deeplab2_like.configs.schema import DataConfig
+from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
-from deeplab2_like.trainer import train as train_module
+from deeplab2_like.model_folder import load_model_folder
+from deeplab2_like.trainer import run as run_module
 from deeplab2_like.trainer.summaries import StepProfiler
-from deeplab2_like.trainer.train import Trainer, train
+from deeplab2_like.trainer.train import train
+from deeplab2_like.trainer.trainer import Trainer
 from deeplab2_like.trainer.validation import Validation
 
 # Panoptic-DeepLab with few channels, for a few steps. Dropout has a state, which resuming must restore.
@@ -73,7 +77,7 @@ def test_resuming_is_exact(records: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
     straight, resumed = (variables_of(list_checkpoints(tmp_path / name)[-1]) for name in ("straight", "cut"))
     assert straight.keys() == resumed.keys()
-    # Weights, running statistics, the optimiser's slots and step, the states of random generators.
+    # Weights, running statistics, the optimizer's slots and step, the states of random generators.
     for part in ("kernel", "gamma", "moving_variance", "optimizer", "iteration", "step", "generators"):
         assert any(part in name for name in straight), part
     different = [name for name in straight if not np.array_equal(straight[name], resumed[name])]
@@ -93,6 +97,7 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
 from deeplab2_like.configs import load_config
+from deeplab2_like.configs.schema import DataConfig
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import build_system
 from deeplab2_like.trainer.train import train
@@ -240,22 +245,22 @@ def test_the_first_value_that_is_not_finite_stops(
     config = one_convolution_config(data={"path": str(records)}, steps=12, log_every=4)
     original = Trainer.replica_step
 
-    def spoilt_from_step_7(self: Trainer, batch: dict[str, Any], is_last: bool) -> dict[str, Any]:
+    def spoiled_from_step_7(self: Trainer, batch: dict[str, Any], is_last: bool) -> dict[str, Any]:
         """One value, and from step 8 on all: both steps are in the loop from 6 to 8."""
         values = original(self, batch, is_last)
         values = {"semantic": values.pop("semantic"), "center": tf.constant(0.0), **values}
         step = self._optimizer.iterations.value
         return {key: tf.where(step >= (7 if key == name else 8), np.nan, value) for key, value in values.items()}
 
-    monkeypatch.setattr(Trainer, "replica_step", spoilt_from_step_7)
+    monkeypatch.setattr(Trainer, "replica_step", spoiled_from_step_7)
     # Step 7 is batch number 6, as the first is number 0.
     info = DatasetInfo.load(records)
     batches = pipeline.make_train_dataset(
-        tfrecord.list_shards(records, "train"),
+        list_shards(records, "train"),
+        DataConfig(crop_size=(16, 24)),
         make_targets=lambda panoptic: {},
         dataset_info=info,
         batch_size=2,
-        crop_size=(16, 24),
         pad_value=(128, 128, 128),
         seed=config.trainer.seed,
         start_step=6,
@@ -510,7 +515,7 @@ def test_changes_that_cannot_be_resumed_name_their_key(
         train(one_convolution_config(data=data, steps=2, pictures_every=None, **now), tmp_path)
     # They are refused because they do not work.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "_check_changes", lambda *arguments: None)
+        patch.setattr(run_module, "_check_changes", lambda *arguments: None)
         with pytest.raises(UserError, match="does not fit the config"):
             train(one_convolution_config(data=data, steps=2, pictures_every=None, **now), tmp_path)
 
@@ -626,12 +631,12 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_saved(
     seen = []
     original = Trainer.replica_step
 
-    def spoilt(self: Trainer, batch: dict[str, Any], is_last: bool) -> dict[str, Any]:
+    def spoiled(self: Trainer, batch: dict[str, Any], is_last: bool) -> dict[str, Any]:
         tf.py_function(lambda image: seen.append(image.numpy()), [batch["image"]], [])
         values = original(self, batch, is_last)
         return {**values, "semantic": tf.where(self._optimizer.iterations.value >= 3, np.nan, values["semantic"])}
 
-    monkeypatch.setattr(Trainer, "replica_step", spoilt)
+    monkeypatch.setattr(Trainer, "replica_step", spoiled)
     config = one_convolution_config(data={"path": str(records)}, accumulate_steps=2)
     with pytest.raises(UserError, match=r"Loss 'semantic' is not finite in step 3 .* targets are in '.*step_3'\.$"):
         train(config, tmp_path)

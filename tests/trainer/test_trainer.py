@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import ops
-from one_convolution import OneConvolution
+from one_convolution import OneConvolution, OneConvolutionConfig
 
+from deeplab2_like.configs.schema import OptimizerConfig, ScheduleConfig, TrainerConfig
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.model import Loss
 from deeplab2_like.trainer.average import WeightAverage
@@ -20,10 +21,10 @@ INFO = scenes_info()
 
 
 class WithoutNorm(OneConvolution):
-    """No batch normalisation and no dropout, so that a batch may be cut without changing anything."""
+    """No batch normalization and no dropout, so that a batch may be cut without changing anything."""
 
     def __init__(self) -> None:
-        super().__init__(dataset_info=INFO, channels=4)
+        super().__init__(OneConvolutionConfig(), INFO)
         for layer in self.stages[1:3]:
             self.stages.remove(layer)
 
@@ -54,19 +55,37 @@ def part_of(batch: dict[str, Any], first: int, last: int) -> dict[str, Any]:
 
 
 def trainer_of(
-    system: OneConvolution, batches: list[Any], *, optimizer: str = "sgd", scale_loss: bool = False, **options: Any
+    system: OneConvolution,
+    batches: list[Any],
+    *,
+    optimizer: str = "sgd",
+    scale_loss: bool = False,
+    clip_norm: float | None = 1.0,
+    clip_value: float | None = None,
+    accumulate_steps: int = 1,
+    batch_size: int = 1,
+    **options: Any,
 ) -> Trainer:
     """A trainer over the batches, again and again."""
     built = make_optimizer(
-        optimizer, learning_rate=0.1, momentum=0.9, variables=system.trainable_variables, scale_loss=scale_loss
+        OptimizerConfig(name=optimizer),
+        learning_rate=0.1,
+        variables=system.trainable_variables,
+        scale_loss=scale_loss,
     )
 
     def forever() -> Iterator[Any]:
         while True:
             yield from batches
 
-    settings: dict[str, Any] = {"weight_decay": 0.01, "clip_norm": 1.0, "after_step": lambda: None, **options}
-    trainer = Trainer(None, system=system, optimizer=built, strategy=tf.distribute.get_strategy(), **settings)
+    config = TrainerConfig(
+        steps=1,
+        batch_size=batch_size,
+        learning_rate=0.1,
+        accumulate_steps=accumulate_steps,
+        optimizer=OptimizerConfig(weight_decay=0.01, clip_norm=clip_norm, clip_value=clip_value),
+    )
+    trainer = Trainer(None, config, system=system, optimizer=built, strategy=tf.distribute.get_strategy(), **options)
     trainer._train_iter = forever()
     return trainer
 
@@ -215,7 +234,7 @@ def test_a_gradient_that_overflows_without_a_scale_stops() -> None:
 
 def test_speed_is_reported_after_the_first_step() -> None:
     system = fresh()
-    trainer = trainer_of(system, [batch_of(system, 2)], images_per_step=2)
+    trainer = trainer_of(system, [batch_of(system, 2)], batch_size=2)
     assert "images_per_second" not in trainer.train(tf.constant(1))
     report = trainer.train(tf.constant(3))
     assert report["images_per_second"] > 0
@@ -228,7 +247,7 @@ def test_reports_cover_all_steps_since_the_last_one() -> None:
     every_step = trainer_of(fresh(), batches)
     single = [every_step.train(tf.constant(1)) for _ in range(5)]
     # Loops of 2, 1, and 2 steps; only those that end at a multiple of 3 or of 5 report.
-    trainer = trainer_of(system, batches, reports_after=lambda step: step % 3 == 0 or step % 5 == 0)
+    trainer = trainer_of(system, batches, is_report_due=lambda step: step % 3 == 0 or step % 5 == 0)
     reports = [trainer.train(tf.constant(steps)) for steps in (2, 1, 2)]
     assert not reports[0]
     for report, steps in ((reports[1], single[:3]), (reports[2], single[3:])):
@@ -239,22 +258,19 @@ def test_reports_cover_all_steps_since_the_last_one() -> None:
 @pytest.mark.parametrize("scale_loss", [False, True])
 def test_the_learning_rate_is_that_of_the_step_done(scale_loss: bool) -> None:
     system = fresh()
-    schedule = make_schedule("poly", peak=0.1, steps=4, power=1.0)
+    schedule = make_schedule(ScheduleConfig(power=1.0), peak=0.1, steps=4)
     optimizer = make_optimizer(
-        "sgd",
+        OptimizerConfig(name="sgd"),
         learning_rate=schedule,
-        momentum=0.9,
         variables=system.trainable_variables,
         scale_loss=scale_loss,
     )
     trainer = Trainer(
         None,
+        TrainerConfig(steps=4, batch_size=1, learning_rate=0.1),
         system=system,
         optimizer=optimizer,
         strategy=tf.distribute.get_strategy(),
-        weight_decay=0.0,
-        clip_norm=None,
-        after_step=lambda: None,
     )
     trainer._train_iter = iter([batch_of(system, 1)] * 4)
     # It falls from 0.1 by a quarter per step; the last step still has one.

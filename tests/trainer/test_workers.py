@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 from training_processes import running, variables_of, wait_for_step
 
-from deeplab2_like.checkpoint import find_checkpoint, list_checkpoints
+from deeplab2_like.checkpoint_files import find_checkpoint, list_checkpoints
 from deeplab2_like.errors import UserError
 from deeplab2_like.trainer.strategy import is_chief, make_strategy, worker_of
 

@@ -22,7 +22,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 import keras
 import tensorflow as tf
-from one_convolution import OneConvolution, one_convolution_config, one_convolution_registered
+from one_convolution import ENTRY, OneConvolution, one_convolution_config, one_convolution_registered
 from tensorflow.python.checkpoint import checkpoint_management
 from tensorflow.python.ops import gen_io_ops
 
@@ -34,8 +34,8 @@ from deeplab2_like.trainer.trainer import Trainer
 class Synchronized(OneConvolution):
     """With statistics over all replicas, and without dropout, which depends on the devices."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         for layer in self.stages[1:3]:
             self.stages.remove(layer)
         self.stages.insert(1, keras.layers.BatchNormalization(synchronized=True, name="norm"))
@@ -81,6 +81,6 @@ if "die" in options:
 
 with one_convolution_registered():
     if options.get("synchronized"):
-        SYSTEMS["one_convolution"] = Synchronized
+        SYSTEMS["one_convolution"] = ENTRY._replace(system="__main__:Synchronized")
     train_module.train(one_convolution_config(**options["config"]), options["model_dir"])
 print("finished", flush=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from deeplab2_like.checkpoint import list_checkpoints
+from deeplab2_like.checkpoint_files import list_checkpoints
 
 # No process of these tests lives longer, whatever happens, in seconds.
 LIMIT = 120

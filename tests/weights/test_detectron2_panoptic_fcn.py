@@ -1,4 +1,4 @@
-"""The importer of the released Panoptic FCN, and all that follows from its weights.
+"""The importer of the released weights of Panoptic FCN, and all parts of the system on these weights.
 
 The reference numbers are described in data/detectron2_panoptic_fcn.
 """
@@ -14,10 +14,18 @@ from reference_state import read_reference_state
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
+from deeplab2_like.model.geometry import NETWORK_SIZE
 from deeplab2_like.model.panoptic_fcn import PanopticFCN
-from deeplab2_like.model.panoptic_fcn.losses import dice_loss, focal_loss, pick_kernels, pool_regions
-from deeplab2_like.model.panoptic_fcn.postprocess import find_centers, find_regions
-from deeplab2_like.model.panoptic_fcn.targets import four_samples, is_of_size, level_shares
+from deeplab2_like.model.panoptic_fcn.dice import dice_loss
+from deeplab2_like.model.panoptic_fcn.kernels import find_centers, find_regions, pool_regions
+from deeplab2_like.model.panoptic_fcn.losses import focal_loss, select_kernels
+from deeplab2_like.model.panoptic_fcn.postprocess import find_stuff, find_things
+from deeplab2_like.model.panoptic_fcn.targets import (
+    is_in_size_range,
+    region_targets,
+    sample_cells,
+    weighted_labels,
+)
 from deeplab2_like.weights.detectron2_panoptic_fcn import load_panoptic_fcn, panoptic_fcn_config, panoptic_fcn_name
 
 DATA = Path(__file__).parents[1] / "data" / "detectron2_panoptic_fcn"
@@ -37,9 +45,9 @@ def read(name: str) -> dict[str, np.ndarray]:
 
 def build_system(depth: Literal[50, 101] = 50, enhanced: bool = False, **postprocess: Any) -> PanopticFCN:
     config = panoptic_fcn_config(depth=depth, enhanced=enhanced)
-    # The reference image is as small as it is.
-    changed = config.postprocess.model_copy(update={"resize": None, **postprocess})
-    return PanopticFCN.from_model_config(config.model_copy(update={"postprocess": changed}), INFO)
+    # The reference image is small and not resized.
+    changed = config.postprocess.model_copy(update=postprocess)
+    return PanopticFCN(config.model_copy(update={"postprocess": changed, "resize": None}), INFO)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,7 @@ def test_network_computes_what_the_released_code_computes(system: PanopticFCN) -
     image = system.prepare_images(expected.pop("image")[None])
     features = system.backbone(image)
     pyramid = system.fpn(features)
-    # The heads get the reference's levels: deformable convolutions enlarge what a level is off by.
+    # The heads get the levels of the reference, because deformable convolutions amplify errors.
     levels = {level: tf.constant(expected[level][None]) for level in LEVELS}
     centers, regions = system.position_head(levels)
     kernels = system.kernel_head(levels)
@@ -83,17 +91,17 @@ def test_network_computes_what_the_released_code_computes(system: PanopticFCN) -
     assert computed.keys() == expected.keys()
     for name, reference in expected.items():
         difference = np.abs(keras.ops.convert_to_numpy(computed[name]) - reference) / reference.std()
-        # The encoder sums up the errors of all levels; fed with the reference's levels it is off by 3e-5.
+        # The encoder adds up the errors of all levels; on the levels of the reference its error is 3e-5.
         assert difference.max() < (1.5e-3 if name == "feature" else 1e-3), name
         assert difference.mean() < 2e-4, name
 
 
 @pytest.fixture(scope="module")
 def outputs() -> dict[str, tf.Tensor]:
-    """The maps that the released code computes."""
+    """The raw outputs of the released code."""
     data = read("postprocess")
     names = [f"{kind}_{level}" for kind in ("center", "region", "kernel") for level in LEVELS] + ["feature"]
-    return {name: tf.constant(data[name][None]) for name in names} | {"seen_size": tf.constant(IMAGE_SIZE)}
+    return {name: tf.constant(data[name][None]) for name in names} | {NETWORK_SIZE: tf.constant(IMAGE_SIZE)}
 
 
 def test_positions_and_fused_kernels(system: PanopticFCN, outputs: dict[str, tf.Tensor]) -> None:
@@ -104,9 +112,9 @@ def test_positions_and_fused_kernels(system: PanopticFCN, outputs: dict[str, tf.
             outputs[f"kernel_{level}"],
             window=3 if stride <= 32 else 5,
             threshold=0.05,
-            number=50,
+            count=50,
         )
-        for level, stride in system.level_strides.items()
+        for level, stride in system.config.level_strides.items()
     ]
     is_used = [scores.numpy()[0] > 0 for _, scores, _ in found]
     assert [used.sum() for used in is_used] == data["centers_per_level"].tolist()
@@ -117,14 +125,14 @@ def test_positions_and_fused_kernels(system: PanopticFCN, outputs: dict[str, tf.
     regions = [find_regions(outputs[f"region_{level}"], threshold=0.05)[1] for level in LEVELS]
     assert [int(tf.reduce_sum(tf.cast(used, tf.int32))) for used in regions] == data["regions_per_level"].tolist()
 
-    things = system._things(outputs)
+    things = find_things(outputs, system.config, system.kernel_head)
     kept = np.flatnonzero(things.scores.numpy()[0])
     np.testing.assert_array_equal(things.classes.numpy()[0, kept], data["fused_classes"])
     sampled = outputs["feature"][0, ::8, ::8]
     logits = tf.einsum("hwe,ne->nhw", sampled, tf.gather(things.weights[0], kept))
     np.testing.assert_allclose(logits, data["thing_mask_logits"], atol=1e-4 * data["thing_mask_logits"].std())
-    weights, is_there = system._stuff(outputs)
-    kept = np.flatnonzero(is_there.numpy()[0])
+    weights, present = find_stuff(outputs, system.config, system.kernel_head)
+    kept = np.flatnonzero(present.numpy()[0])
     np.testing.assert_array_equal(kept, data["stuff_classes"])
     logits = tf.einsum("hwe,se->shw", sampled, tf.gather(weights[0], kept))
     np.testing.assert_allclose(logits, data["stuff_mask_logits"], atol=1e-4 * data["stuff_mask_logits"].std())
@@ -153,7 +161,7 @@ def test_heat_maps(system: PanopticFCN) -> None:
     masks = unpacked_masks(data)
     panoptic = np.full((320, 384), INFO.void, np.int32)
     for number in range(7):
-        # Two pairs of masks overlap by some pixels, which moves no centre by a position here.
+        # Two pairs of masks overlap by some pixels, which does not change the position of any center here.
         panoptic[masks[number] == 1] = data["classes"][number] * INFO.label_divisor + number + 1
     targets = system.make_targets(tf.constant(panoptic))
     for level in LEVELS:
@@ -165,10 +173,10 @@ def test_losses_and_gradients(system: PanopticFCN) -> None:
     masks = unpacked_masks(data)
     pairs, region_pairs = float(data["pairs"]), float(data["region_pairs"])
     regions = np.where(data["regions"] == 255, 54, data["regions"]).astype(np.int32)
-    samples_of_regions = four_samples(tf.constant(regions[None]), 4)
+    samples_of_regions = sample_cells(tf.constant(regions[None]), 4)
     for level in LEVELS:
         size = data[f"region_target_{level}"].shape[:2]
-        targets = system._region_targets(level_shares(samples_of_regions, size))
+        targets = region_targets(weighted_labels(samples_of_regions, size), 54)
         np.testing.assert_array_equal(targets[0], data[f"region_target_{level}"])
 
     feature = tf.constant(data["feature"][None])
@@ -182,19 +190,19 @@ def test_losses_and_gradients(system: PanopticFCN) -> None:
             total = focal_loss(center, heat, everywhere, alpha=0.25, gamma=2.0) / pairs
             for number in range(7):
                 # One at a time, as these masks overlap, which those of a panoptic map do not.
-                if not is_of_size(data["boxes"][number], *system.size_ranges[level]):
+                if not is_in_size_range(data["boxes"][number], *system.config.size_ranges[level]):
                     continue
-                samples = four_samples(tf.constant(masks[number][None]), 4)
-                picked, share = pick_kernels(
+                samples = sample_cells(tf.constant(masks[number][None]), 4)
+                selected, share = select_kernels(
                     kernels,
                     center,
-                    instances=level_shares(samples, tuple(kernels.shape[1:3])),
+                    instances=weighted_labels(samples, tuple(kernels.shape[1:3])),
                     classes=tf.constant([[int(data["classes"][number])]]),
                     positions=tf.zeros((1, 1, 2), tf.int32),  # Not used where there is a mask.
-                    number=7,
+                    count=7,
                     weighted=True,
                 )
-                weights = system.kernel_head.embed_things(picked)
+                weights = system.kernel_head.embed_things(selected)
                 dice = dice_loss(feature, weights, tf.ones((1, 1), tf.int32), samples, all_cells)
                 total += system.loss_weights["thing_mask"] * tf.reduce_sum(dice * share) / pairs
             is_region = tf.cast(data[f"region_target_{level}"][None] > 0, tf.float32)

@@ -14,19 +14,13 @@ from reference_state import read_reference_state
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
+from deeplab2_like.model.base import Loss
 from deeplab2_like.model.boxes import encode_boxes
-from deeplab2_like.model.detection import (
-    box_losses,
-    make_anchors,
-    mask_loss,
-    mask_targets,
-    masks_of_classes,
-    rpn_losses,
-)
-from deeplab2_like.model.detection.rpn import label_anchors
+from deeplab2_like.model.detection.masks import mask_targets
+from deeplab2_like.model.detection.roi_heads import box_losses, mask_loss, select_masks
+from deeplab2_like.model.detection.rpn import label_anchors, make_anchors, rpn_losses
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
-from deeplab2_like.model.semantic_fpn import semantic_loss
-from deeplab2_like.model.system import Loss
+from deeplab2_like.model.semantic import semantic_loss
 from deeplab2_like.weights.detectron2_panoptic_fpn import load_panoptic_fpn, panoptic_fpn_config, panoptic_fpn_name
 
 DATA = Path(__file__).parents[1] / "data" / "detectron2_panoptic_fpn"
@@ -45,9 +39,9 @@ def read(name: str) -> dict[str, np.ndarray]:
 
 def build_system(depth: Literal[50, 101] = 50, **postprocess: Any) -> PanopticFPN:
     config = panoptic_fpn_config(depth=depth)
-    # The reference image is as small as it is.
-    changed = config.postprocess.model_copy(update={"resize": None, **postprocess})
-    return PanopticFPN.from_model_config(config.model_copy(update={"postprocess": changed}), INFO)
+    # The reference image is small, and was not resized.
+    changed = {"resize": None, "postprocess": config.postprocess.model_copy(update=postprocess)}
+    return PanopticFPN(config.model_copy(update=changed), INFO)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +65,7 @@ def test_network_computes_what_detectron2_computes(system: PanopticFPN) -> None:
     objectness, deltas = system.detector.rpn_head(pyramid)
     grid = {level: (*value.shape[1:3], 3) for level, value in pyramid.items()}
     step = {"p2": 4, "p3": 2, "p4": 1, "p5": 1, "p6": 1}
-    levels = {level: pyramid[level] for level in system.levels}
+    levels = {level: pyramid[level] for level in system.detector.roi_levels}
     pooled = system.detector.pool(levels, tf.constant(expected.pop("proposals")[None]), 7)
     class_logits, box_deltas = system.detector.box_head(pooled)
     found = {name: expected.pop(f"detection_{name}")[None] for name in ("boxes", "scores", "classes")}
@@ -119,7 +113,7 @@ def test_masks_and_maps_are_those_of_detectron2(system: PanopticFPN) -> None:
     outputs = {
         name: tf.constant(data[name][None]) for name in ("boxes", "scores", "thing_classes", "masks", "semantic_logits")
     }
-    outputs["seen_size"] = tf.constant(IMAGE_SIZE)
+    outputs["network_size"] = tf.constant(IMAGE_SIZE)
     found = system.instances(outputs, MAP_SIZE)
     assert found is not None
     np.testing.assert_allclose(found["boxes"][0], data["final_boxes"], rtol=1e-6)
@@ -138,15 +132,15 @@ def value(loss: Loss) -> float:
 def test_matching_and_losses_of_proposals(system: PanopticFPN) -> None:
     data = read("train")
     pyramid = {f"p{level}": np.zeros((1, -(-128 // 2**level), -(-160 // 2**level), 1)) for level in range(2, 7)}
-    settings = system.detector.rpn_config
-    by_level = make_anchors(pyramid, system.fpn.strides, sizes=settings.anchor_sizes, ratios=settings.anchor_ratios)
+    config = system.config.rpn
+    by_level = make_anchors(pyramid, system.fpn.strides, config)
     anchors = tf.concat(list(by_level.values()), axis=0)
     targets = {
         "boxes": tf.constant(data["boxes"][None]),
         "valid": tf.ones((1, 5), bool),
         "instance_map": tf.zeros((1, *IMAGE_SIZE), tf.int32),
     }
-    positive, negative, row = label_anchors(anchors, targets, positive_iou=0.7, negative_iou=0.3, max_crowd_share=0.5)
+    positive, negative, row = label_anchors(anchors, targets, config)
     label = np.where(positive[0], 1, np.where(negative[0], 0, -1))
     # An anchor of size 32 lies within an instance at many places alike: rounding decides which Detectron2 takes.
     ties = label != data["anchor_label"]
@@ -163,7 +157,7 @@ def test_matching_and_losses_of_proposals(system: PanopticFPN) -> None:
         "positive": tf.constant(data["anchor_sampled"][drawn][None] == 1),
         "deltas": encode_boxes(tf.constant(matched[None]), tf.gather(anchors, drawn)[None], (1, 1, 1, 1)),
     }
-    losses = rpn_losses(tf.constant(data["objectness"][None]), tf.constant(data["deltas"][None]), samples)
+    losses = rpn_losses(tf.constant(data["objectness"][None]), tf.constant(data["deltas"][None]), samples, config)
     for name, loss in losses.items():
         assert value(loss) == pytest.approx(float(data[f"loss_{name}"]), rel=1e-5), name
 
@@ -181,8 +175,7 @@ def test_losses_of_rois(system: PanopticFPN) -> None:
     }
     deltas = np.zeros((1, number, 80, 4), np.float32)
     deltas[0, np.arange(number), np.minimum(classes, 79)] = data["roi_deltas_of_class"]
-    weights = system.detector.roi_config.box_weights
-    losses = box_losses(tf.constant(data["roi_class_logits"][None]), tf.constant(deltas), samples, weights=weights)
+    losses = box_losses(tf.constant(data["roi_class_logits"][None]), tf.constant(deltas), samples, system.config.roi)
     for name, loss in losses.items():
         assert value(loss) == pytest.approx(float(data[f"loss_{name}"]), rel=1e-5), name
 
@@ -201,7 +194,7 @@ def test_losses_of_rois(system: PanopticFPN) -> None:
         np.testing.assert_array_equal(found[0], expected[matched == instance])
     one_class = tf.constant(data["mask_logits_of_class"][None, ..., None])
     zeros = tf.zeros((1, foreground.sum()), tf.int32)
-    np.testing.assert_array_equal(masks_of_classes(one_class, zeros), one_class[..., 0])
+    np.testing.assert_array_equal(select_masks(one_class, zeros), one_class[..., 0])
     loss = mask_loss(one_class, tf.constant(expected[None] == 1), zeros, tf.ones_like(zeros, bool))
     assert value(loss) == pytest.approx(float(data["loss_mask"]), rel=1e-5)
 

@@ -1,7 +1,8 @@
 """Converts ADE20K's challenge data, ADEChallengeData2016: 150 classes of which 100 are things.
 
-If `ade20k_panoptic_SPLIT.json` is there, as the usual preparation makes it, it is used; else `annotations`, the class
-of each pixel, and `annotations_instance`: red is the class in the instance challenge, green the number of the object.
+`ade20k_panoptic_SPLIT.json`, which the usual preparation makes, is used if it exists. Otherwise `annotations` has the
+class of each pixel, and `annotations_instance` has the objects: red is the class in the instance challenge, green the
+number of the object.
 """
 
 from collections.abc import Sequence
@@ -12,12 +13,13 @@ import numpy as np
 
 from deeplab2_like import files
 from deeplab2_like.data import known_datasets
-from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.convert import common, labeled_images
 from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import read_color_png, read_value_png
 from deeplab2_like.errors import UserError, unknown_name
 
-# Added to an object's class + 256 * number, to tell it from a class of `annotations`.
+# Added to an object's class + 256 * number, to distinguish it from a class of `annotations`.
 _OBJECT = 2**16
 _FOLDERS = {"train": "training", "val": "validation"}
 
@@ -27,18 +29,19 @@ def convert_ade20k(
     root: Path,
     output_dir: Path,
     splits: Sequence[str] | None = None,
-    **options: Unpack[labelled_images.Options],
+    **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts splits of ADE20K.
 
-    Without the panoptic JSON, objects of `annotations_instance` are above the classes of `annotations`, as the two do
-    not agree everywhere, and pixels of a thing class without an object are void, both as in the usual preparation.
+    Without the panoptic JSON, objects of `annotations_instance` take precedence over the classes of `annotations`,
+    because the two do not agree everywhere, and pixels of a thing class without an object are void. Both are as in the
+    usual preparation.
 
     Args:
         root: The folder with `images` and the labels.
         output_dir: The record folder.
         splits: `train` and `val`, or one of them; None: both.
-        **options: See `labelled_images.Options`.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
         A report per split.
@@ -54,8 +57,8 @@ def convert_ade20k(
     prepared = [split for split in splits if (root / f"ade20k_panoptic_{split}.json").is_file()]
     if 0 < len(prepared) < len(splits):
         raise UserError(
-            f"'{root}' has ade20k_panoptic_{prepared[0]}.json but not such a JSON of every split, and the two kinds of "
-            "labels do not go together; add the others, or move this one away, so that all come from 'annotations'."
+            f"'{root}' has ade20k_panoptic_{prepared[0]}.json but not such a JSON for every split, and the two kinds "
+            "of labels cannot be mixed; add the others, or move this one away, so that all come from 'annotations'."
         )
     reports = []
     for split in splits:
@@ -77,7 +80,7 @@ def convert_ade20k(
 
 
 def _convert_annotations(
-    root: Path, images: Path, *, output_dir: Path, split: str, options: labelled_images.Options
+    root: Path, images: Path, *, output_dir: Path, split: str, options: labeled_images.LabelOptions
 ) -> common.ConversionReport:
     """Converts a split from `annotations` and `annotations_instance`."""
     # Ids as in the panoptic JSON, from 0.
@@ -89,7 +92,7 @@ def _convert_annotations(
     instances = root / "annotations_instance" / images.name
     common.require_folder(instances, "folder of instance PNGs")
 
-    def load(pair: labelled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+    def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         instance_png = instances / pair.label.name
 
         def meaning(value: int) -> tuple[int, bool] | None:
@@ -105,18 +108,18 @@ def _convert_annotations(
             return None if value == 0 or value - 1 in things else (value - 1, False)
 
         image = files.read_file(pair.image, "the image")
-        classes = labelled_images.read_value_png(pair.label, "class PNG")
-        objects = labelled_images.read_color_png(instance_png, "instance PNG") & 0xFFFF  # Without blue.
+        classes = read_value_png(pair.label, "class PNG")
+        objects = read_color_png(instance_png, "instance PNG") & 0xFFFF  # Without blue.
         if classes.shape != objects.shape:
             raise UserError(f"'{pair.label}' is {classes.shape} but '{instance_png}' {objects.shape} (height, width).")
         is_object = ((objects & 255) > 0) & (objects >> 8 > 0)
-        return image, labelled_images.values_to_panoptic(np.where(is_object, _OBJECT + objects, classes), meaning, info)
+        return image, labeled_images.values_to_panoptic(np.where(is_object, _OBJECT + objects, classes), meaning, info)
 
-    return labelled_images.write_labelled_images(
-        labelled_images.pair_images(images, root / "annotations" / images.name),
+    return labeled_images.write_labeled_images(
+        labeled_images.pair_images(images, root / "annotations" / images.name),
         load,
         inputs_of=lambda pair: [pair.image, pair.label, instances / pair.label.name],
-        source=images,
+        source=[images],
         info=DatasetInfo.from_coco_categories(categories, name="ade20k"),
         output_dir=output_dir,
         split=split,

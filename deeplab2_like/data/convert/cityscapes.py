@@ -1,7 +1,8 @@
-"""Converts Cityscapes as it is downloaded: `leftImg8bit/SPLIT/CITY/` and `gtFine/SPLIT/CITY/`, or `gtCoarse/`.
+"""Converts Cityscapes as downloaded: `leftImg8bit/SPLIT/CITY/` and `gtFine/SPLIT/CITY/`, or `gtCoarse/`.
 
-All that a panoptic label needs is in `..._instanceIds.png`: a label id, or for a single object label id * 1000 + its
-number. Where the official tools have made `cityscapes_panoptic_SPLIT`, it is used instead: same labels.
+Panoptic labels are made from `..._instanceIds.png`, whose values are a label id, or for a single object label id * 1000
++ its number. If `cityscapes_panoptic_SPLIT` exists, which the official tools make, it is used instead; the labels are
+the same.
 """
 
 import dataclasses
@@ -13,13 +14,15 @@ import numpy as np
 
 from deeplab2_like import files
 from deeplab2_like.data import known_datasets
-from deeplab2_like.data.coco_segments import ids_to_panoptic, parse_segments, read_segment_ids
-from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.coco_segments import ids_to_panoptic, parse_segments
+from deeplab2_like.data.convert import common, labeled_images
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import read_id_png, read_value_png
 from deeplab2_like.errors import UserError
+from deeplab2_like.paths import require_inside
 
 _IMAGE_ENDING = "_leftImg8bit.png"
-# Ids 0 to 33, of which those that are no class of the benchmark are void. The licence plate's, -1, is in no PNG.
+# Label ids are 0 to 33; those that are not a class of the benchmark are void. The license plate's, -1, is in no PNG.
 _LAST_LABEL_ID = 33
 _INSTANCE_FACTOR = 1000
 
@@ -32,8 +35,9 @@ class _Example:
         name: The image's file name.
         image: The image.
         label: The PNG of instance ids, or the panoptic PNG.
-        json_info: For a panoptic PNG, the data set's facts with the category ids of its JSON.
+        json_info: For a panoptic PNG, the `DatasetInfo` with the category ids of its JSON.
         segments: For a panoptic PNG, its `segments_info`, not yet checked.
+        fault: A fault that was found in the JSON, or None.
     """
 
     name: str
@@ -41,6 +45,7 @@ class _Example:
     label: Path
     json_info: DatasetInfo | None = None
     segments: Any = None
+    fault: str | None = None
 
 
 def convert_cityscapes(
@@ -49,19 +54,19 @@ def convert_cityscapes(
     output_dir: Path,
     splits: Sequence[str] | None = None,
     coarse: bool = False,
-    **options: Unpack[labelled_images.Options],
+    **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts splits of Cityscapes, with its 19 classes of which 8 are things.
 
-    Pixels of a thing class without a number are a group of objects, and become a crowd region. Label ids without a
-    class become void.
+    Pixels of a thing class without an object number are a group of objects and become a crowd region. Label ids without
+    a class become void.
 
     Args:
         root: The folder with `leftImg8bit` and `gtFine` or `gtCoarse`.
         output_dir: The record folder.
         splits: Names of the splits; None: train and val, or train_extra if `coarse`.
-        coarse: Whether to take the labels of `gtCoarse`. The splits of the records are then called `SPLIT_coarse`.
-        **options: See `labelled_images.Options`.
+        coarse: Whether to use the labels of `gtCoarse`. The splits of the records are then named `SPLIT_coarse`.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
         A report per split.
@@ -83,15 +88,15 @@ def convert_cityscapes(
             examples = _list_instance_ids(images, labels / split)
         if not examples:
             raise UserError(
-                f"'{images}' has no image CITY/*{_IMAGE_ENDING}, nor '{labels / split}' a label; unpack the downloads "
-                f"so that their images lie in 'leftImg8bit/{split}/CITY'."
+                f"'{images}' has no image CITY/*{_IMAGE_ENDING}, and '{labels / split}' no label; unpack the downloads "
+                f"so that the images are in 'leftImg8bit/{split}/CITY'."
             )
         reports.append(
-            labelled_images.write_labelled_images(
+            labeled_images.write_labeled_images(
                 examples,
                 _load,
                 inputs_of=lambda example: [example.image, example.label],
-                source=images,
+                source=[images, labels],
                 info=info,
                 output_dir=Path(output_dir),
                 split=f"{split}_coarse" if coarse else split,
@@ -102,7 +107,7 @@ def convert_cityscapes(
 
 
 def _list_instance_ids(images: Path, labels: Path) -> list[_Example]:
-    """Lists what has an image or a PNG of instance ids, by city and name; what lacks one of them fails later."""
+    """Lists the examples with an image or a PNG of instance ids, by city and name; a missing file fails later."""
     label_ending = f"_{labels.parent.name}_instanceIds.png"
     stems = {
         path.relative_to(folder).as_posix().removesuffix(ending)
@@ -118,9 +123,9 @@ def _list_instance_ids(images: Path, labels: Path) -> list[_Example]:
 
 
 def _list_panoptic(images: Path, panoptic: Path, info: DatasetInfo) -> list[_Example]:
-    """Lists what has an image or an annotation in the official tools' JSON; what lacks one of them fails later.
+    """Lists the examples with an image or an annotation in the official tools' JSON; a missing file fails later.
 
-    The JSON holds label ids or train ids, so its classes are found by their names.
+    The JSON has label ids or train ids, so classes are found by their names.
     """
     json_file = panoptic.with_suffix(".json")
     content = files.read_json(json_file, "the panoptic JSON")
@@ -130,8 +135,8 @@ def _list_panoptic(images: Path, panoptic: Path, info: DatasetInfo) -> list[_Exa
         annotations = {str(annotation["image_id"]): annotation for annotation in content["annotations"]}
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"'{json_file}' is not what Cityscapes' own tools write ({error!r}); make it again with "
-            "csCreatePanopticImgs, or remove it, so that the PNGs of instance ids are used."
+            f"'{json_file}' is not in the format of Cityscapes' own tools ({error!r}); make it again with "
+            "csCreatePanopticImgs, or move it elsewhere, so that the PNGs of instance ids are used."
         ) from error
     json_info = dataclasses.replace(info, categories=categories)
     image_ids = {path.name.removesuffix(_IMAGE_ENDING) for path in images.glob(f"*/*{_IMAGE_ENDING}")}
@@ -139,18 +144,26 @@ def _list_panoptic(images: Path, panoptic: Path, info: DatasetInfo) -> list[_Exa
     for image_id in sorted(image_ids | set(annotations)):
         name = f"{image_id}{_IMAGE_ENDING}"
         annotation = annotations.get(image_id, {})
-        png = panoptic / str(annotation.get("file_name", f"{image_id}_{panoptic.parent.name}_panoptic.png"))
-        image = images / name.partition("_")[0] / name
-        examples.append(_Example(name, image, png, json_info, annotation.get("segments_info")))
+        png_name = str(annotation.get("file_name", f"{image_id}_{panoptic.parent.name}_panoptic.png"))
+        image, png, fault = images / name.partition("_")[0] / name, panoptic / png_name, None
+        try:
+            require_inside(png, panoptic, png_name)
+            if image_id not in image_ids:
+                require_inside(image, images, name)
+        except UserError as error:
+            fault = str(error)
+        examples.append(_Example(name, image, png, json_info, annotation.get("segments_info"), fault))
     return examples
 
 
 def _load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
-    """Reads the image file's bytes, and the panoptic map, int32 [H, W]."""
+    """Reads the content of the image file, and the panoptic map, int32 [H, W]."""
+    if example.fault is not None:
+        raise UserError(example.fault)
     image = files.read_file(example.image, "the image")
     if example.json_info is not None:
         segments = parse_segments(example.segments, example.json_info)
-        ids = read_segment_ids(example.label)
+        ids = read_id_png(example.label)
         return image, ids_to_panoptic(ids, segments, info, png=f"'{example.label}'")
 
     def meaning(value: int) -> tuple[int, bool] | None:
@@ -163,5 +176,5 @@ def _load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         class_id = info.class_of_category_id.get(label_id)
         return None if class_id is None else (class_id, is_instance and info.categories[class_id].is_thing)
 
-    values = labelled_images.read_value_png(example.label, "PNG of instance ids")
-    return image, labelled_images.values_to_panoptic(values, meaning, info)
+    values = read_value_png(example.label, "PNG of instance ids")
+    return image, labeled_images.values_to_panoptic(values, meaning, info)

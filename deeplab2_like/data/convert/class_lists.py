@@ -1,4 +1,4 @@
-"""Lists of classes in small files: which number in a label PNG is which class."""
+"""Reads class lists: small files that give the class of each value in a label PNG."""
 
 import json
 import re
@@ -10,23 +10,23 @@ from deeplab2_like.files import read_file
 
 _FORMATS = (
     "it may be a text with a line `NAME` per class, numbered from 0, or with lines `ID NAME`; or a JSON: a list of "
-    'names, an object {"ID": "NAME"}, or a list of objects with "id", "name" and, if you like, "color"'
+    'names, an object {"ID": "NAME"}, or a list of objects with "id", "name" and optionally "color"'
 )
 
 
 def read_class_list(path: Path) -> list[dict[str, Any]]:
-    """Reads which number is which class.
+    """Reads a class list.
 
     Args:
-        path: A text with a name per line, whose ids count from 0, or with an id and a name per line; or a JSON: a list
-            of names, an object from ids to names, or a list of objects with `id`, `name` and maybe `color`, such as the
-            `categories` of a COCO JSON. Empty lines, and in texts lines that start with `#`, do not count.
+        path: A text with a name per line, numbered from 0, or with an id and a name per line; or a JSON: a list of
+            names, an object from ids to names, or a list of objects with `id`, `name` and optionally `color`, such as
+            the `categories` of a COCO JSON. Empty lines and lines that start with `#` are ignored in texts.
 
     Returns:
-        `{"id": ..., "name": ...}` and maybe `"color"` of each class, in the order of the file.
+        `{"id": ..., "name": ...}` for each class, optionally with `"color"`, in the order of the file.
 
     Raises:
-        UserError: If the file cannot be read or is none of these.
+        UserError: If the file cannot be read or has another format.
     """
     try:
         text = read_file(path, "the list of classes").decode()
@@ -53,5 +53,5 @@ def read_class_list(path: Path) -> list[dict[str, Any]]:
 
 def _text(name: Any) -> str:
     if not isinstance(name, str):
-        raise TypeError(f"{name!r} is no name")
+        raise TypeError(f"{name!r} is not a name")
     return name

@@ -1,6 +1,6 @@
 """Converts a COCO instance JSON: objects as polygons or run lengths, which may overlap. CVAT and others export it.
 
-Stuff may come from the same JSON, from one PNG of class numbers per image, or be one background class.
+Stuff may come from the same JSON, from a PNG of class values per image, or be a single background class.
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from deeplab2_like import files
-from deeplab2_like.data.convert import common, labelled_images, shapes
+from deeplab2_like.data.convert import common, labeled_images, shapes
 from deeplab2_like.data.convert.class_lists import read_class_list
-from deeplab2_like.data.convert.coco_panoptic import guess_split
 from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
+from deeplab2_like.data.images import read_value_png
 from deeplab2_like.errors import UserError
+from deeplab2_like.paths import path_inside
 
 
 @dataclasses.dataclass
@@ -28,8 +29,8 @@ class _Example:
     Attributes:
         name: The image's file name.
         size: Height and width.
-        annotations: Those of the image, in the order of the JSON, not yet checked.
-        fault: What is already known to be wrong with it, or None.
+        annotations: The annotations of the image, in the order of the JSON, not yet checked.
+        fault: A fault that was found in the JSON, or None.
     """
 
     name: str
@@ -50,33 +51,34 @@ def convert_coco_instances(
     crowds_are_objects: bool = False,
     stuff_pngs: Path | None = None,
     stuff_classes: Path | None = None,
-    **options: Unpack[labelled_images.Options],
+    **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts one split.
 
-    A pixel belongs to the annotation on top, see `shapes.draw`; below are the stuff PNGs, then the background class;
-    the rest is void. Annotations with `iscrowd` become crowd regions.
+    Where annotations overlap, `shapes.draw` decides. Pixels without an annotation get their class from the stuff PNG,
+    or else the background class, or else are void. Annotations with `iscrowd` become crowd regions.
 
     Args:
         images: Folder of the images.
         json_file: The JSON, with `images`, `annotations` and `categories`.
         output_dir: The record folder.
-        split: The split's name; None: as the JSON's file name says, see `guess_split`.
-        overlap: Who owns a pixel of several annotations.
+        split: The split's name; None: taken from the name of the JSON or of its folder, see `common.guess_split`.
+        overlap: Which annotation wins where several overlap, see `shapes.draw`.
         stuff: Names of categories that are stuff. All others are things, unless the JSON has `"isthing": 0`.
-        background: Name of the class of pixels that nothing covers; None: they are void.
-        crowds_are_objects: Whether `iscrowd` does not count. Some tools set it on whatever they write as run lengths.
-        stuff_pngs: Folder of one PNG per image, named as the image, whose values are the classes of the pixels that no
-            annotation covers; values without a class are void.
-        stuff_classes: Which value is which class, see `read_class_list`. Classes with names of the JSON are the same
-            classes, which must be stuff.
-        **options: See `labelled_images.Options`.
+        background: Name of the class of pixels without annotation and stuff; None: they are void.
+        crowds_are_objects: Whether to ignore `iscrowd`, which some tools set on everything that they write as run
+            lengths.
+        stuff_pngs: Folder of a PNG per image, named as the image, with the classes of the pixels that no annotation
+            covers; values without a class are void.
+        stuff_classes: The class list of the stuff PNGs, see `read_class_list`. Classes with the name of a category in
+            the JSON are the same class, which must be stuff.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
-        A report, in a tuple as of all converters of several splits.
+        A tuple with one report, like the converters of several splits.
 
     Raises:
-        UserError: If an input is missing or faulty; the output folder is then as it was.
+        UserError: If an input is missing or faulty; the output folder is unchanged then.
     """
     images, json_file = Path(images), Path(json_file)
     common.require_folder(images, "image folder")
@@ -85,7 +87,7 @@ def convert_coco_instances(
     content = _read_json(json_file)
     if not content["annotations"] and background is None and stuff_pngs is None:
         raise UserError(
-            f"'{json_file}' has no annotations, so everything would be void; take the JSON with the labels. Images "
+            f"'{json_file}' has no annotations, so everything would be void; give the JSON with the labels. Images "
             "without labels need no conversion."
         )
     categories = content["categories"]
@@ -103,15 +105,16 @@ def convert_coco_instances(
 
     def inputs_of(example: _Example) -> list[Path]:
         image = images / example.name
-        return [image] if stuff_pngs is None else [image, _stuff_png(Path(stuff_pngs), example)]
+        return [image] if stuff_pngs is None else [image, Path(stuff_pngs) / _stuff_name(example)]
 
     def load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         if example.fault is not None:
             raise UserError(example.fault)
-        image = files.read_file(images / example.name, "the image")
+        image = files.read_file(path_inside(images, example.name), "the image")
         below = shapes.empty_map(example.size, info, background)
         if stuff_pngs is not None:
-            below = _draw_stuff(_stuff_png(Path(stuff_pngs), example), class_names_of_values, below, info)
+            png = path_inside(Path(stuff_pngs), _stuff_name(example))
+            below = _draw_stuff(png, class_names_of_values, below, info)
         found = [_read_shape(annotation, example.size, info) for annotation in example.annotations]
         if crowds_are_objects:
             found = [dataclasses.replace(shape, is_crowd=False) for shape in found]
@@ -119,7 +122,7 @@ def convert_coco_instances(
 
     examples = _list_examples(content)
     counts = [Counter(str(a.get("category_id")) for a in example.annotations) for example in examples]
-    report = labelled_images.write_labelled_images(
+    report = labeled_images.write_labeled_images(
         examples,
         load,
         inputs_of=inputs_of,
@@ -129,10 +132,10 @@ def convert_coco_instances(
             "crowds_are_objects": crowds_are_objects,
             "stuff_values": class_names_of_values,
         },
-        source=json_file,
+        source=[json_file, images],
         info=info,
         output_dir=Path(output_dir),
-        split=split if split is not None else guess_split(json_file),
+        split=split if split is not None else common.guess_split(json_file),
         max_instances=max((count for counter in counts for count in counter.values()), default=0),
         **options,
     )
@@ -140,7 +143,7 @@ def convert_coco_instances(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Reads the JSON and checks that its lists are there, and are lists of objects."""
+    """Reads the JSON and checks that its lists exist and consist of objects."""
     content = files.read_json(path, "the COCO JSON")
     for key in ("images", "annotations", "categories"):
         value = content.get(key) if isinstance(content, dict) else None
@@ -154,7 +157,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _with_stuff_classes(
     categories: list[dict[str, Any]], class_list: Path
 ) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """Adds the classes of the stuff PNGs to the JSON's; returns all, and the class name of each value in the PNGs."""
+    """Adds the classes of the stuff PNGs to those of the JSON.
+
+    Returns:
+        All categories, and the class name of each value in the PNGs.
+    """
     categories = list(categories)
     ids = {category.get("id") for category in categories}
     names = {category.get("name") for category in categories}
@@ -162,7 +169,7 @@ def _with_stuff_classes(
     for entry in read_class_list(class_list):
         name_of_value[entry["id"]] = entry["name"]
         if entry["name"] not in names:
-            # The value is the category's id if it is free, as in COCO.
+            # As in COCO, the value is the category id, unless another category has it.
             number = entry["id"] if entry["id"] not in ids else max(i for i in ids if isinstance(i, int)) + 1
             ids.add(number)
             categories.append({**entry, "id": number, "isthing": 0})
@@ -170,7 +177,7 @@ def _with_stuff_classes(
 
 
 def _list_examples(content: dict[str, Any]) -> list[_Example]:
-    """Gives each image its annotations, in the order of the images; whatever does not fit becomes a fault."""
+    """Joins images and annotations, in the order of the images; inconsistencies become faults of the examples."""
     examples: list[_Example] = []
     of_image_id: dict[Any, _Example] = {}
     for position, image in enumerate(content["images"]):
@@ -220,7 +227,7 @@ def _read_shape(annotation: dict[str, Any], size: tuple[int, int], info: Dataset
 
 
 def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], name: str) -> shapes.Runs:
-    """Reads run lengths, as a list of numbers or as the text in which pycocotools packs it."""
+    """Reads run lengths, a list of numbers or the text of pycocotools' compressed format."""
     height, width = size
     counts: Any = segmentation.get("counts")
     if segmentation.get("size") != [height, width]:
@@ -230,20 +237,20 @@ def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], name: str) -
             runs = coco_mask.frPyObjects(segmentation, height, width)
         else:
             runs = {"size": [height, width], "counts": str.encode(counts)}
-        shapes.decode_runs(runs)  # Raises on damaged ones.
+        shapes.decode_runs(runs)  # Raises an error if they are damaged.
         return runs
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{name} has run lengths that cannot be read ({error}).") from error
 
 
-def _stuff_png(folder: Path, example: _Example) -> Path:
-    """Where the stuff PNG of an image is."""
-    return folder / f"{os.path.splitext(example.name)[0]}.png"
+def _stuff_name(example: _Example) -> str:
+    """Returns the file name of an image's stuff PNG."""
+    return f"{os.path.splitext(example.name)[0]}.png"
 
 
 def _draw_stuff(png: Path, name_of_value: dict[int, str], below: np.ndarray, info: DatasetInfo) -> np.ndarray:
     """Draws a stuff PNG over a panoptic map, int32 [H, W]."""
-    values = labelled_images.read_value_png(png, "stuff PNG")
+    values = read_value_png(png, "stuff PNG")
     if values.shape != below.shape:
         raise UserError(f"the stuff PNG '{png}' is {values.shape} but its image {below.shape} (height, width).")
     class_id_of_name = shapes.class_of_name(info)
@@ -252,5 +259,5 @@ def _draw_stuff(png: Path, name_of_value: dict[int, str], below: np.ndarray, inf
     def meaning(value: int) -> tuple[int, bool] | None:
         return (class_id_of_value[value], False) if value in class_id_of_value else None
 
-    stuff = labelled_images.values_to_panoptic(values, meaning, info)
+    stuff = labeled_images.values_to_panoptic(values, meaning, info)
     return np.where(stuff == info.void, below, stuff)

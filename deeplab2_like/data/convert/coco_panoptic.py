@@ -4,22 +4,20 @@ The JSON says everything about the classes, so any data set in this format conve
 """
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 from deeplab2_like import files
-from deeplab2_like.data import tfrecord
-from deeplab2_like.data.coco_segments import compare_measures, ids_to_panoptic, parse_segments, read_segment_ids
-from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.coco_segments import compare_measures, ids_to_panoptic, parse_segments
+from deeplab2_like.data.convert import common, labeled_images
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.faults import Fault
+from deeplab2_like.data.images import read_id_png
 from deeplab2_like.errors import UserError
 from deeplab2_like.parallel import map_in_order
-
-_SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
+from deeplab2_like.paths import path_inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +28,7 @@ class _Example:
         name: The image's file name.
         panoptic_name: The PNG's file name.
         segments: The JSON's `segments_info`, not yet checked.
-        fault: What is already known to be wrong with it, or None.
+        fault: A fault that was found in the JSON, or None.
     """
 
     name: str
@@ -39,7 +37,7 @@ class _Example:
     fault: str | None = None
 
 
-def convert_coco_panoptic(
+def convert_coco_panoptic(  # noqa: PLR0913 - its arguments are the options of the command
     *,
     images: Path,
     panoptic: Path,
@@ -52,37 +50,39 @@ def convert_coco_panoptic(
     max_side: int | None = None,
     on_error: common.OnError = "stop",
     progress: common.Progress | None = None,
+    replace: bool = False,
 ) -> common.ConversionReport:
     """Converts one split of a COCO panoptic data set.
 
-    Crowd segments become instance 0 of their class, as stuff does; instances are numbered from 1 per class, in the
-    order of `segments_info`; PNG id 0 becomes void. `image_id` of a record is the image's `file_name`.
+    Crowd segments become instance 0 of their class, like stuff. Instances are numbered from 1 per class, in the order
+    of `segments_info`. PNG id 0 becomes void. The `image_id` of a record is the image's `file_name`.
 
     Args:
         images: Folder of the images.
         panoptic: Folder of the PNGs.
         json_file: The JSON, with `images`, `annotations` and `categories`.
         output_dir: The record folder; several splits of a data set go to one folder.
-        split: The split's name; None: "train", "val" or "test", whichever is in the JSON's file name, else "train".
+        split: The split's name; None: taken from the name of the JSON or of its folder, see `common.guess_split`.
         shards: Number of files; None: about one per 500 images.
-        workers: Images converted at once.
-        label_divisor: Factor between class and instance ids; None: the folder's, if it holds records, or else the
-            smallest of 1000 and 10000 that fits.
-        max_side: Larger images are shrunk until their longer side has this many pixels; None: they stay as they are.
-        on_error: "stop" at the first faulty image, or "skip" it and report it.
-        progress: Called after each image with the numbers of images done and of all.
+        workers: Number of images converted at once.
+        label_divisor: Factor between class and instance ids; None: that of the records already in the folder, or else
+            the smaller of 1000 and 10000 that fits.
+        max_side: Downscale images whose longer side has more pixels to this size; None: keep all sizes.
+        on_error: "stop" at the first faulty image, or "skip" faulty images and report them.
+        progress: Called after each image with the number of images done and the total.
+        replace: Whether to replace a split that was made from other files.
 
     Returns:
-        What was written and skipped.
+        The numbers of written and skipped images, and statistics.
 
     Raises:
-        UserError: If an input is missing or faulty; the output folder is then as it was.
+        UserError: If an input is missing or faulty; the output folder is unchanged then.
     """
     images, panoptic, json_file, output_dir = Path(images), Path(panoptic), Path(json_file), Path(output_dir)
     common.require_folder(images, "image folder")
     common.require_folder(panoptic, "folder of panoptic PNGs")
     content = _read_json(json_file)
-    split = split if split is not None else guess_split(json_file)
+    split = split if split is not None else common.guess_split(json_file)
     info = common.agree_on_dataset_info(
         DatasetInfo.from_coco_categories(content["categories"], name=json_file.stem),
         output_dir=output_dir,
@@ -91,7 +91,7 @@ def convert_coco_panoptic(
         label_divisor=label_divisor,
     )
 
-    def make_record(example: _Example) -> bytes:
+    def make_record(example: _Example) -> common.Record:
         try:
             return _make_record(example, images=images, panoptic=panoptic, info=info, max_side=max_side)
         except UserError as error:
@@ -107,6 +107,8 @@ def convert_coco_panoptic(
         workers=workers,
         on_error=on_error,
         progress=progress,
+        replace=replace,
+        source=[json_file, images, panoptic],
         inputs_of=lambda example: [images / example.name, panoptic / example.panoptic_name],
         options={"max_side": max_side},
     )
@@ -115,13 +117,13 @@ def convert_coco_panoptic(
 def check_segments(
     *, panoptic: Path, json_file: Path, workers: int = 1, progress: common.Progress | None = None
 ) -> list[Fault]:
-    """Compares the areas and boxes that the JSON states with the PNGs; what cannot be read is left to the conversion.
+    """Compares the areas and boxes in the JSON with the PNGs; ignores PNGs that cannot be read.
 
     Args:
         panoptic: Folder of the PNGs.
         json_file: The JSON.
-        workers: PNGs read at once.
-        progress: Called after each PNG with the numbers of PNGs done and of all.
+        workers: Number of PNGs read at once.
+        progress: Called after each PNG with the number of PNGs done and the total.
 
     Returns:
         A fault for each difference.
@@ -130,7 +132,7 @@ def check_segments(
 
     def check(example: _Example) -> list[Fault]:
         try:
-            ids = read_segment_ids(Path(panoptic) / example.panoptic_name)
+            ids = read_id_png(path_inside(Path(panoptic), example.panoptic_name))
         except UserError:
             return []
         kind, where = "segment differs from JSON", f"'{example.panoptic_name}' of '{json_file}'"
@@ -145,7 +147,7 @@ def check_segments(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Reads the JSON and checks that its lists are there, and are lists of objects."""
+    """Reads the JSON and checks that its lists exist and consist of objects."""
     content = files.read_json(path)
     for key in ("images", "annotations", "categories"):
         value = content.get(key) if isinstance(content, dict) else None
@@ -158,14 +160,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def guess_split(json_file: Path) -> str:
-    """Finds the split's name in a file name such as `panoptic_val2017.json`."""
-    words = re.findall("[a-z]+", json_file.stem.lower())
-    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train")
-
-
 def _max_instances(annotations: list[dict[str, Any]]) -> int:
-    """Largest number of segments of one class in any image; counts stuff and crowds too, which is on the safe side."""
+    """Returns the largest number of segments of a class in any image; an upper bound, as it counts stuff and crowds."""
     largest = 0
     for annotation in annotations:
         segments = annotation.get("segments_info")
@@ -176,9 +172,9 @@ def _max_instances(annotations: list[dict[str, Any]]) -> int:
 
 
 def _list_examples(content: Mapping[str, Any]) -> list[_Example]:
-    """Joins images and annotations, in the order of the annotations; whatever does not fit becomes a fault."""
+    """Joins images and annotations, in the order of the annotations; inconsistencies become faults of the examples."""
     file_names: dict[Hashable, str] = {}
-    doubled: set[Hashable] = set()
+    repeated: set[Hashable] = set()
     examples = []
     for position, image in enumerate(content["images"]):
         image_id, name = image.get("id"), image.get("file_name")
@@ -186,7 +182,7 @@ def _list_examples(content: Mapping[str, Any]) -> list[_Example]:
             fault = f"entry {position} of 'images' lacks 'id' or 'file_name'; add it."
             examples.append(_Example(str(name or image_id), fault=fault))
         elif image_id in file_names:
-            doubled.add(image_id)
+            repeated.add(image_id)
         else:
             file_names[image_id] = name
 
@@ -200,11 +196,11 @@ def _list_examples(content: Mapping[str, Any]) -> list[_Example]:
             )
         elif image_id not in file_names:
             example = _Example(panoptic_name, fault=f"{entry} has image_id {image_id!r}, which 'images' does not list.")
-        elif image_id in doubled:
+        elif image_id in repeated:
             fault = f"id {image_id!r} is in 'images' more than once; ids must differ."
             example = _Example(file_names[image_id], fault=fault)
         elif image_id in seen:
-            fault = f"{entry} is another annotation of image_id {image_id!r}; an image has one."
+            fault = f"{entry} is a second annotation of image_id {image_id!r}; an image must have one."
             example = _Example(file_names[image_id], fault=fault)
         else:
             example = _Example(file_names[image_id], panoptic_name, annotation.get("segments_info"))
@@ -213,20 +209,22 @@ def _list_examples(content: Mapping[str, Any]) -> list[_Example]:
         examples.append(example)
     for image_id, name in file_names.items():
         if image_id not in seen:
-            fault = f"'annotations' has none for image_id {image_id!r}; add it, or remove the image."
+            fault = f"'annotations' has no entry for image_id {image_id!r}; add it, or remove the image from 'images'."
             examples.append(_Example(name, fault=fault))
     return examples
 
 
-def _make_record(example: _Example, *, images: Path, panoptic: Path, info: DatasetInfo, max_side: int | None) -> bytes:
-    """Reads the files of one example and makes its record; every fault is a `UserError`."""
+def _make_record(
+    example: _Example, *, images: Path, panoptic: Path, info: DatasetInfo, max_side: int | None
+) -> common.Record:
+    """Reads the files of one example and makes its record; raises `UserError` if it is faulty."""
     if example.fault is not None:
         raise UserError(example.fault)
     segments = parse_segments(example.segments, info)
-    content = files.read_file(images / example.name, "the image")
-    png = panoptic / example.panoptic_name
-    label = ids_to_panoptic(read_segment_ids(png), segments, info, png=f"'{png}'")
-    content = labelled_images.turn_like_label(content, label.shape, name=example.name)
+    content = files.read_file(path_inside(images, example.name), "the image")
+    png = path_inside(panoptic, example.panoptic_name)
+    label = ids_to_panoptic(read_id_png(png), segments, info, png=f"'{png}'")
+    content = labeled_images.match_label_orientation(content, label.shape, name=example.name)
     if max_side is not None:
-        content, label = labelled_images.shrink(content, label, max_side, name=example.name)
-    return tfrecord.serialize_example(image=content, panoptic=label, filename=example.name)
+        content, label = labeled_images.downscale(content, label, max_side, name=example.name)
+    return common.make_labeled_record(image=content, panoptic=label, filename=example.name, info=info)

@@ -1,19 +1,25 @@
-"""What all converters share: writing one split, in order, with faulty examples refused or counted."""
+"""Shared by all converters: writes a split in order, and stops at faulty examples or skips them."""
 
 import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
+
+import numpy as np
 
 from deeplab2_like import errors
-from deeplab2_like.data import dataset_info, tfrecord
+from deeplab2_like.data import dataset_info
 from deeplab2_like.data.convert.unfinished import UnfinishedSplit, fingerprint, make_plan
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.label_runs import list_segments
+from deeplab2_like.data.records import serialize_example
+from deeplab2_like.data.shards import list_splits
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import make_folder
+from deeplab2_like.files import make_folder, require_local
 from deeplab2_like.parallel import map_in_order
 
 Item = TypeVar("Item")
@@ -21,192 +27,362 @@ Progress = Callable[[int, int], None]
 OnError = Literal["stop", "skip"]
 
 EXAMPLES_PER_SHARD = 500
-# Tried in this order if the user does not say: the smallest that holds all instances of a class.
+# The default is the first of these that is larger than the number of instances of any class in an image.
 LABEL_DIVISORS = (1000, 10_000)
+
+_SPLIT_OF_WORD = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "minival": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 
 class WriteOptions(TypedDict, total=False):
-    """Arguments of `write_split` that converters hand on as they are."""
+    """Arguments of `write_split` that converters pass on unchanged."""
 
     shards: int | None
     workers: int
     on_error: OnError
     progress: Progress | None
+    replace: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One serialized example, with its part in the statistics of its split.
+
+    Attributes:
+        serialized: The serialized example.
+        objects: Number of objects of each class; crowd regions and stuff do not count. Empty if unknown.
+        pixels: Number of pixels of each class and, last, of void. Empty if unknown.
+    """
+
+    serialized: bytes
+    objects: Sequence[int] = ()
+    pixels: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """What became of one split.
+    """The result of converting one split.
 
     Attributes:
-        split: Its name.
+        split: Name of the split.
         examples: Number of examples written.
-        skipped: For each example left out, what was wrong with it; `errors.jsonl` has the same.
-        kept_files: Number of files that an earlier run had already made.
+        skipped: The fault of each skipped example, as in `errors.jsonl`.
+        objects: Number of objects of each class; crowd regions and stuff do not count.
+        pixels: Number of pixels of each class and, last, of void.
+        kept_files: Number of files that an earlier, interrupted run had already written.
         files: Number of files; 0 if unknown.
-        is_unchanged: Whether an earlier run had finished the same conversion, so that nothing was done.
+        is_unchanged: Whether an earlier run had completed the same conversion, so that nothing was done.
     """
 
     split: str
     examples: int
     skipped: tuple[str, ...] = ()
+    objects: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    pixels: tuple[int, ...] = dataclasses.field(default=(), compare=False)
     kept_files: int = dataclasses.field(default=0, compare=False)
     files: int = dataclasses.field(default=0, compare=False)
     is_unchanged: bool = dataclasses.field(default=False, compare=False)
 
 
-def write_split(
+def write_split(  # noqa: PLR0913 - converters pass their options through
     items: Sequence[Item],
-    make_record: Callable[[Item], bytes],
+    make_record: Callable[[Item], Record],
     *,
     info: DatasetInfo,
     output_dir: Path,
     split: str,
+    source: Sequence[Path] = (),
     shards: int | None = None,
     workers: int = 1,
     on_error: OnError = "stop",
     progress: Progress | None = None,
+    replace: bool = False,
     inputs_of: Callable[[Item], Sequence[Path]] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
-    """Writes one split and `dataset_info.json`; the files depend neither on `workers` nor on timing.
+    """Writes one split and `dataset_info.json`. The files depend neither on `workers` nor on timing.
 
-    Each file holds a stretch of the items. The split appears in the folder when all files are whole. With `inputs_of`,
-    files that an interrupted run has finished are not made again if their inputs are the same, and a split that is
-    already there, made from the same inputs in the same way, is left as it is.
+    Each file has a contiguous range of the items. The split appears in the folder once all files are complete. With
+    `inputs_of`, files that an interrupted run has finished are kept if their inputs are unchanged, and so is an
+    existing split with the same inputs and options. An existing split from the same source is replaced if options or
+    input files have changed; one from another source is replaced only with `replace`.
 
     Args:
         items: One per example, in the order of the records.
-        make_record: Makes an item's serialized example; raises `UserError` if the item is faulty. Called from several
-            threads: decoding and encoding of images, which take nearly all of the time, run side by side in them.
-        info: What the labels mean, as `agree_on_dataset_info` returns it.
-        output_dir: The record folder; made if it is missing.
+        make_record: Makes the record of an item; raises `UserError` if the item is faulty. Called from several threads,
+            because decoding and encoding of images take most of the time and can run in parallel.
+        info: The meaning of the labels, as returned by `agree_on_dataset_info`.
+        output_dir: The record folder; created if it is missing.
         split: The split's name.
+        source: The files or folders that the user gave, which identify the source. Empty: the examples are generated.
         shards: Number of files, at most one per item; None: about one per `EXAMPLES_PER_SHARD` items.
         workers: Number of threads.
-        on_error: "stop" at the first faulty item, or "skip" it and report it, also in `errors.jsonl` of the folder.
-        progress: Called after each item with the numbers of items done and of all.
-        inputs_of: The files that an item's record is made from, the image first; what else decides the record must show
-            in the item's `repr` or in `options`. None: every run begins anew.
-        options: What else decides the records, by name; must be fit for JSON.
+        on_error: "stop" at the first faulty item, or "skip" faulty items and list them in `errors.jsonl` of the folder.
+        progress: Called after each item with the number of items done and the total.
+        replace: Whether to replace a split, or an interrupted conversion of it, that was made from another source.
+        inputs_of: Returns the files from which an item's record is made, the image first. Everything else that affects
+            the record must be in the item's `repr` or in `options`. None: every run starts from scratch.
+        options: Everything else that affects the records, by name; must be JSON values.
 
     Returns:
-        What was written and skipped.
+        The numbers of written and skipped examples, and statistics.
 
     Raises:
-        UserError: If an argument is wrong, an item is faulty and `on_error` is "stop", no example is left, or the
-            folder has an interrupted conversion of something else. What the folder had is as it was; files that are
-            finished wait, hidden, for the next run.
+        UserError: If an argument is wrong, an item is faulty and `on_error` is "stop", all items are faulty, or the
+            folder has the split from another source or an interrupted conversion with other options. The content of
+            the folder is unchanged then; finished files are kept, hidden, for the next run.
     """
     if on_error not in ("stop", "skip"):
         raise errors.unknown_name("value of on_error", on_error, ("stop", "skip"))
     if workers < 1:
         raise UserError(f"workers must be 1 or more, got {workers}.")
-    if shards is None:
-        shards = max(1, round(len(items) / EXAMPLES_PER_SHARD))
-    shards = min(shards, max(1, len(items)))
-    bounds = [number * len(items) // max(shards, 1) for number in range(shards + 1)]
-    stretches = list(itertools.pairwise(bounds))
+    ranges = _split_into_ranges(len(items), shards)
     fingerprints = None
     if inputs_of is not None:
         fingerprints = [
-            fingerprint(items[first:end], [inputs_of(item) for item in items[first:end]]) for first, end in stretches
+            fingerprint(items[first:end], [inputs_of(item) for item in items[first:end]]) for first, end in ranges
         ]
-    plan = make_plan(info, examples=len(items), shards=shards, options=options or {})
+    plan = make_plan(info, source=source, examples=len(items), shards=len(ranges), options=options or {})
     unfinished = UnfinishedSplit(output_dir, split, plan=plan, fingerprints=fingerprints)
     is_new = not output_dir.exists()
     make_folder(output_dir)
     may_skip = on_error == "skip"
-    found = unfinished.finished(allow_skipped=may_skip)
-    if found is not None:
-        return _make_report(split, found, kept_files=shards, is_unchanged=True)
+    was_completed = unfinished.complete_publication()
+    if not replace:
+        unfinished.require_same_source()
+    finished = unfinished.finished(allow_skipped=may_skip)
+    if finished is not None:
+        return _make_report(split, finished, kept_files=len(ranges), is_unchanged=not was_completed)
 
-    def attempt(item: Item) -> bytes | UserError:
-        try:
-            return make_record(item)
-        except UserError as error:
-            return error
-
-    keep_finished = True
     try:
-        states = unfinished.begin(allow_skipped=may_skip)
-        to_do = [number for number, state in enumerate(states) if state is None]
-        num_to_do = sum(end - first for first, end in (stretches[number] for number in to_do))
-        done = itertools.count(len(items) - num_to_do + 1)
-        to_convert = (item for number in to_do for item in items[slice(*stretches[number])])
-
-        def records_of(number: int, skipped: list[dict[str, str]]) -> Iterator[bytes]:
-            # The items come first, so that this ends without taking the next file's first outcome.
-            for item, outcome in zip(items[slice(*stretches[number])], outcomes, strict=False):
-                if isinstance(outcome, bytes):
-                    yield outcome
-                elif on_error == "stop":
-                    raise outcome
-                else:
-                    paths = inputs_of(item) if inputs_of is not None else ()
-                    skipped.append({"file": str(paths[0] if paths else item), "reason": str(outcome)})
-                if progress is not None:
-                    progress(next(done), len(items))
-
-        with contextlib.closing(map_in_order(attempt, to_convert, workers=workers)) as outcomes:
-            for number in to_do:
-                skipped: list[dict[str, str]] = []
-                states[number] = unfinished.write(number, records_of(number, skipped), skipped)
-        whole = [state for state in states if state is not None]
-        report = _make_report(split, whole, kept_files=shards - len(to_do))
+        kept = unfinished.begin(allow_skipped=may_skip, replace=replace)
+        conversion = _Conversion(items, make_record, inputs_of=inputs_of, may_skip=may_skip, progress=progress)
+        states = conversion.write_files(unfinished, ranges, kept, num_classes=info.num_classes, workers=workers)
+        report = _make_report(split, states, kept_files=sum(state is not None for state in kept))
         if not report.examples:
-            keep_finished = False
             first = f"all {len(report.skipped)} are faulty, the first: {report.skipped[0]}" if report.skipped else ""
-            raise UserError(f"Split '{split}' has no examples to write: {first or 'the data set is empty.'}")
-        unfinished.publish(info, whole)
-    except BaseException:
-        unfinished.abandon(keep_finished=keep_finished)
+            raise _EmptySplitError(f"Split '{split}' has no examples to write: {first or 'the data set is empty.'}")
+        unfinished.publish(info, states)
+    except BaseException as error:
+        unfinished.abandon(keep_finished=not isinstance(error, _EmptySplitError))
         if is_new:
-            with contextlib.suppress(OSError):  # Whatever somebody else has put there stays.
+            with contextlib.suppress(OSError):  # Another process may have created files there.
                 output_dir.rmdir()
         raise
     return report
 
 
+class _EmptySplitError(UserError):
+    """No example is left, so finished files are of no use to the next run."""
+
+
+class _Conversion(Generic[Item]):
+    """Converts items in order, in several threads, and writes file after file.
+
+    Args:
+        items: See `write_split`, as for the rest.
+        make_record: Makes the record of an item.
+        inputs_of: Returns the files from which an item's record is made, or None.
+        may_skip: Whether faulty items are skipped.
+        progress: Called after each item.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        make_record: Callable[[Item], Record],
+        *,
+        inputs_of: Callable[[Item], Sequence[Path]] | None,
+        may_skip: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._items = items
+        self._make_record = make_record
+        self._inputs_of = inputs_of
+        self._may_skip = may_skip
+        self._progress = progress
+
+    def write_files(
+        self,
+        unfinished: UnfinishedSplit,
+        ranges: Sequence[tuple[int, int]],
+        kept: Sequence[dict[str, Any] | None],
+        *,
+        num_classes: int,
+        workers: int,
+    ) -> list[dict[str, Any]]:
+        """Writes the files that an earlier run has not finished.
+
+        Args:
+            unfinished: The split.
+            ranges: First item and end of each file.
+            kept: State of each file that is kept, None for the others.
+            num_classes: Number of classes.
+            workers: Number of threads.
+
+        Returns:
+            The state of each file.
+        """
+        missing = [number for number, state in enumerate(kept) if state is None]
+        items = [item for number in missing for item in self._items[slice(*ranges[number])]]
+        self._num_done = len(self._items) - len(items)
+        states = list(kept)
+        with contextlib.closing(map_in_order(self._attempt, items, workers=workers)) as outcomes:
+            for number in missing:
+                contents: dict[str, list[Any]] = {
+                    "skipped": [],
+                    "objects": [0] * num_classes,
+                    "pixels": [0] * (num_classes + 1),
+                }
+                # With the items first, `zip` stops without consuming the first outcome of the next file.
+                pairs = zip(self._items[slice(*ranges[number])], outcomes, strict=False)
+                states[number] = unfinished.write(number, self._count_records(pairs, contents), contents)
+        return [state for state in states if state is not None]
+
+    def _attempt(self, item: Item) -> Record | UserError:
+        try:
+            return self._make_record(item)
+        except UserError as error:
+            return error
+
+    def _count_records(
+        self, pairs: Iterable[tuple[Item, Record | UserError]], contents: dict[str, list[Any]]
+    ) -> Iterator[bytes]:
+        """Yields the serialized examples of a file, and adds up its contents."""
+        for item, outcome in pairs:
+            if isinstance(outcome, Record):
+                for counted, counts in (("objects", outcome.objects), ("pixels", outcome.pixels)):
+                    for class_id, count in enumerate(counts):
+                        contents[counted][class_id] += count
+                yield outcome.serialized
+            elif self._may_skip:
+                paths = self._inputs_of(item) if self._inputs_of is not None else ()
+                contents["skipped"].append({"file": str(paths[0] if paths else item), "reason": str(outcome)})
+            else:
+                raise outcome
+            self._num_done += 1
+            if self._progress is not None:
+                self._progress(self._num_done, len(self._items))
+
+
+def _split_into_ranges(num_items: int, shards: int | None) -> list[tuple[int, int]]:
+    """Returns the first item and the end of each file: `shards` files, or about one per `EXAMPLES_PER_SHARD` items."""
+    if shards is None:
+        shards = max(1, round(num_items / EXAMPLES_PER_SHARD))
+    shards = min(shards, max(1, num_items))
+    bounds = [number * num_items // max(shards, 1) for number in range(shards + 1)]
+    return list(itertools.pairwise(bounds))
+
+
 def _make_report(
     split: str, states: Sequence[Mapping[str, Any]], *, kept_files: int, is_unchanged: bool = False
 ) -> ConversionReport:
-    """Sums up what went into the files."""
+    """Adds up the statistics of the files."""
     return ConversionReport(
         split,
         examples=sum(state["examples"] for state in states),
         skipped=tuple(fault["reason"] for state in states for fault in state["skipped"]),
+        objects=tuple(map(sum, zip(*(state["objects"] for state in states), strict=True))),
+        pixels=tuple(map(sum, zip(*(state["pixels"] for state in states), strict=True))),
         kept_files=kept_files,
         files=len(states),
         is_unchanged=is_unchanged,
     )
 
 
+def make_labeled_record(*, image: bytes | np.ndarray, panoptic: np.ndarray, filename: str, info: DatasetInfo) -> Record:
+    """Makes the record of an image and its label, and counts objects and pixels of each class.
+
+    Args:
+        image: The content of a whole image file, or the pixels, uint8 [H, W, 3] RGB.
+        panoptic: int32 [H, W], panoptic map.
+        filename: The image's file name.
+        info: The meaning of the label.
+
+    Returns:
+        The record, see `records.serialize_example`.
+
+    Raises:
+        UserError: If the image cannot be decoded, or image and label have different sizes.
+    """
+    serialized = serialize_example(image=image, panoptic=panoptic, filename=filename)
+    table = list_segments(panoptic)
+    classes = np.minimum(table.values // info.label_divisor, info.num_classes)
+    instances = table.values % info.label_divisor
+    is_object = np.isin(classes, info.thing_classes) & (instances > 0)
+    pixels = np.zeros(info.num_classes + 1, np.int64)
+    np.add.at(pixels, classes, table.areas)
+    objects = np.bincount(classes[is_object], minlength=info.num_classes)
+    return Record(serialized, tuple(objects.tolist()), tuple(pixels.tolist()))
+
+
+def guess_split(*paths: Path) -> str:
+    """Guesses a split from the names of files or folders, or else from those of their parent folders.
+
+    Only whole words count, separated by anything other than letters: `panoptic_val2017.json` is val, `trainer.json` is
+    unknown. Of several such words in a name the first counts.
+
+    Args:
+        paths: The files or folders of one split.
+
+    Returns:
+        "train", "val" or "test".
+
+    Raises:
+        UserError: If there is no such word, or names of the same level have different ones.
+    """
+    listed = " and ".join(f"'{path}'" for path in paths)
+    absolute = [Path(os.path.abspath(path)) for path in paths]
+    for names in ([path.name for path in absolute], [path.parent.name for path in absolute]):
+        words = [re.findall(r"[^\W\d_]+", name.casefold()) for name in names]
+        known = [[_SPLIT_OF_WORD[word] for word in of_name if word in _SPLIT_OF_WORD] for of_name in words]
+        found = sorted({of_name[0] for of_name in known if of_name})
+        if len(found) > 1:
+            raise UserError(
+                f"The names of {listed} are of different splits ({', '.join(found)}); name the split with --split."
+            )
+        if found:
+            return found[0]
+    raise UserError(
+        f"The split of {listed} is unknown, because neither the name nor that of the folder above has one of the words "
+        f"{', '.join(_SPLIT_OF_WORD)}; name it with --split."
+    )
+
+
 def agree_on_dataset_info(
     info: DatasetInfo, *, output_dir: Path, split: str, max_instances: int, label_divisor: int | None = None
 ) -> DatasetInfo:
-    """Settles the label divisor of a split, with regard to other splits that the folder already holds.
+    """Chooses the label divisor of a split, consistent with other splits in the folder.
 
     Args:
-        info: The data set's facts; its label divisor does not count.
-        output_dir: The record folder; need not exist.
-        split: The split to be written.
+        info: The `DatasetInfo` of the source; its label divisor is ignored.
+        output_dir: The record folder, which may be missing.
+        split: The split to write.
         max_instances: Largest number of instances of a class in any image of the split.
-        label_divisor: The user's choice, or None for the folder's, or else the smallest of `LABEL_DIVISORS` that fits.
+        label_divisor: The user's choice; None: that of the folder, or else the smallest of `LABEL_DIVISORS` that fits.
 
     Returns:
-        The facts to write, the same as in the folder if it has other splits.
+        The `DatasetInfo` to write, the same as in the folder if it has other splits.
 
     Raises:
-        UserError: If the divisor is too small, or the folder's splits have other categories or another divisor.
+        UserError: If the divisor is too small, or other splits in the folder have other categories or another divisor.
     """
     existing = None
     other_splits: list[str] = []
     if (output_dir / dataset_info.FILE_NAME).is_file():
         existing = DatasetInfo.load(output_dir)
-        other_splits = [name for name in tfrecord.available_splits(output_dir) if name != split]
+        other_splits = [name for name in list_splits(output_dir) if name != split]
         if existing.record_offset:
-            raise UserError(f"'{output_dir}' holds records that DeepLab2 has made; choose another output folder.")
+            raise UserError(f"'{output_dir}' holds records that DeepLab2 made; choose another output folder.")
         if existing.categories != info.categories:
             raise UserError(
                 f"'{output_dir}' holds records of '{existing.name}' with other categories "
@@ -230,27 +406,28 @@ def agree_on_dataset_info(
         return dataclasses.replace(info, label_divisor=label_divisor)
     if other_splits and existing.label_divisor != label_divisor:
         raise UserError(
-            f"'{output_dir}' holds splits ({', '.join(other_splits)}) of label_divisor {existing.label_divisor}, but "
-            f"split '{split}' takes {label_divisor}; convert all of them with label_divisor {label_divisor}."
+            f"'{output_dir}' holds splits ({', '.join(other_splits)}) with label_divisor {existing.label_divisor}, but "
+            f"split '{split}' needs {label_divisor}; convert all of them with label_divisor {label_divisor}."
         )
     return dataclasses.replace(existing, label_divisor=label_divisor)
 
 
 def _first_difference(existing: DatasetInfo, info: DatasetInfo) -> str:
-    """Says in words where the categories of two data sets part."""
+    """Describes the first difference between the categories of two data sets."""
     for old, new in zip(existing.categories, info.categories, strict=False):
         if (old.id, old.name) != (new.id, new.name):
             return f"id {old.id} '{old.name}' there, id {new.id} '{new.name}' here"
         if old.is_thing != new.is_thing:
             return f"'{old.name}' is a thing in one and stuff in the other"
         if old.color != new.color:
-            return f"'{old.name}' has the colour {old.color} there and {new.color} here"
+            return f"'{old.name}' has the color {old.color} there and {new.color} here"
     return f"{existing.num_classes} categories there, {info.num_classes} here"
 
 
 def require_folder(folder: Path, what: str) -> None:
-    """Raises `UserError` unless `folder`, described by `what`, exists."""
+    """Raises `UserError` unless a folder exists and can be read; `what` is what to call it."""
+    require_local(folder)
     if not folder.is_dir():
-        raise UserError(f"The {what} '{folder}' does not exist or is no folder; check the path.")
+        raise UserError(f"The {what} '{folder}' does not exist or is not a folder; check the path.")
     if not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"The {what} '{folder}' may not be read; change its permissions.")

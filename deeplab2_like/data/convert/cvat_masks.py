@@ -1,4 +1,4 @@
-"""Converts CVAT's export "Segmentation mask": coloured PNGs of classes and of objects, in the layout of Pascal VOC."""
+"""Converts CVAT's export "Segmentation mask": colored PNGs of classes and of objects, in the layout of Pascal VOC."""
 
 import re
 from collections.abc import Sequence
@@ -8,11 +8,12 @@ from typing import Any, Unpack
 import numpy as np
 
 from deeplab2_like import files
-from deeplab2_like.data.convert import common, labelled_images, shapes
+from deeplab2_like.data.convert import common, labeled_images, shapes
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import read_color_png
 from deeplab2_like.errors import UserError
 
-# CVAT adds a class of this name for what has no shape.
+# CVAT adds a class of this name for pixels without a shape.
 _BACKGROUND = "background"
 
 
@@ -20,33 +21,34 @@ def convert_cvat_masks(
     *,
     root: Path,
     output_dir: Path,
-    split: str = "train",
+    split: str | None = None,
     images: Path | None = None,
     stuff: Sequence[str] = (),
     background: str | None = None,
-    **options: Unpack[labelled_images.Options],
+    **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts one export as one split.
 
-    Pixels of a thing class and of one colour in `SegmentationObject` are one object; those that are black there are a
-    crowd region. CVAT has decided who owns a pixel of several shapes, by their order in its editor.
+    Pixels of a thing class with the same color in `SegmentationObject` are one object; black ones are a crowd region.
+    CVAT has already resolved overlaps, by the order of the shapes in its editor.
 
     Args:
         root: The unpacked export, with `labelmap.txt`, `SegmentationClass` and `SegmentationObject`.
         output_dir: The record folder.
-        split: The split's name.
-        images: Folder of the images; None: `JPEGImages` of the export, which has them if they were exported, too.
+        split: The split's name; None: taken from the name of `root` or of its folder, see `common.guess_split`.
+        images: Folder of the images; None: `JPEGImages` in the export, which exists if images were exported.
         stuff: Names of the classes that are stuff; all others are things.
-        background: Name of the class of pixels without a shape, `background` for instance; None: they are void.
-        **options: See `labelled_images.Options`.
+        background: Name of the class of pixels without a shape, such as `background`; None: they are void.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
-        A report, in a tuple as of all converters of several splits.
+        A tuple with one report, like the converters of several splits.
 
     Raises:
-        UserError: If an input is missing or faulty; the output folder is then as it was.
+        UserError: If an input is missing or faulty; the output folder is unchanged then.
     """
     root = Path(root)
+    split = split if split is not None else common.guess_split(root)
     images = root / "JPEGImages" if images is None else Path(images)
     classes, objects = root / "SegmentationClass", root / "SegmentationObject"
     common.require_folder(objects, "folder of object PNGs")
@@ -59,19 +61,19 @@ def convert_cvat_masks(
     info = shapes.make_info(categories, name=root.name, stuff=stuff, background=background)
     class_of_name = shapes.class_of_name(info)
     no_shape = None if background is None else class_of_name[background]
-    # What has no shape is black, or has the colour that the label map gives it.
+    # Pixels without a shape are black, or have the color that the label map gives to the background.
     class_of_color = {0: no_shape}
     for color, name in color_and_name:
         class_of_color[_color_id(color)] = no_shape if name.lower() == _BACKGROUND else class_of_name[name]
 
-    def object_png_of(pair: labelled_images.Pair) -> Path:
+    def object_png_of(pair: labeled_images.Pair) -> Path:
         return objects / pair.label.relative_to(classes)
 
-    def load(pair: labelled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+    def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         image = files.read_file(pair.image, "the image")
-        class_colors = labelled_images.read_color_png(pair.label, "class PNG")
+        class_colors = read_color_png(pair.label, "class PNG")
         object_png = object_png_of(pair)
-        object_colors = labelled_images.read_color_png(object_png, "object PNG")
+        object_colors = read_color_png(object_png, "object PNG")
         if class_colors.shape != object_colors.shape:
             raise UserError(
                 f"'{pair.label}' is {class_colors.shape} but '{object_png}' {object_colors.shape} (height, width); "
@@ -83,21 +85,21 @@ def convert_cvat_masks(
             if color not in class_of_color:
                 red, green, blue = color & 255, color >> 8 & 255, color >> 16
                 raise UserError(
-                    f"'{pair.label}' has the colour {red},{green},{blue}, which labelmap.txt does not list; export "
+                    f"'{pair.label}' has the color {red},{green},{blue}, which labelmap.txt does not list; export "
                     "both again."
                 )
             class_id = class_of_color[color]
             return None if class_id is None else (class_id, info.categories[class_id].is_thing and object_color > 0)
 
         both = class_colors.astype(np.int64) << 24 | object_colors
-        return image, labelled_images.values_to_panoptic(both, meaning, info)
+        return image, labeled_images.values_to_panoptic(both, meaning, info)
 
-    report = labelled_images.write_labelled_images(
-        labelled_images.pair_images(images, classes),
+    report = labeled_images.write_labeled_images(
+        labeled_images.pair_images(images, classes),
         load,
         inputs_of=lambda pair: [pair.image, pair.label, object_png_of(pair)],
         choices={"background": background, "labelmap": color_and_name},
-        source=root,
+        source=[root, images],
         info=info,
         output_dir=Path(output_dir),
         split=split,
@@ -107,7 +109,7 @@ def convert_cvat_masks(
 
 
 def _read_labelmap(path: Path) -> list[tuple[tuple[int, int, int], str]]:
-    """Reads colour and name of each class from lines `name:red,green,blue:parts:actions`."""
+    """Reads color and name of each class from lines `name:red,green,blue:parts:actions`."""
     text = files.read_file(path, "the label map").decode(errors="replace")
     found = []
     for line in text.splitlines():
@@ -117,13 +119,13 @@ def _read_labelmap(path: Path) -> list[tuple[tuple[int, int, int], str]]:
         if match is None:
             raise UserError(f"'{path}' has the line '{line}'; a line is `name:red,green,blue::`, as CVAT writes it.")
         found.append(((int(match[2]), int(match[3]), int(match[4])), match[1]))
-    doubled = [color for position, (color, _) in enumerate(found) if color in [c for c, _ in found[:position]]]
-    if doubled:
-        raise UserError(f"'{path}' has two classes of the colour {doubled[0]}; change one in CVAT and export again.")
+    repeated = [color for position, (color, _) in enumerate(found) if color in [c for c, _ in found[:position]]]
+    if repeated:
+        raise UserError(f"'{path}' has two classes of the color {repeated[0]}; change one in CVAT and export again.")
     return found
 
 
 def _color_id(color: tuple[int, int, int]) -> int:
-    """The number of a colour in `labelled_images.read_color_png`."""
+    """Returns the value of a color in a map of `read_color_png`."""
     red, green, blue = color
     return red + 256 * green + 65536 * blue

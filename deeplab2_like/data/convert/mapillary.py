@@ -1,6 +1,6 @@
 """Converts Mapillary Vistas 1.2 and 2.0 as downloaded: 16-bit PNGs of `label id * 256 + instance`.
 
-The classes, which of them are things, their names and colours come from the `config*.json` of the download.
+The classes, their names, colors and kinds (thing or stuff) come from the `config*.json` of the download.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,9 @@ from typing import Any, Unpack
 import numpy as np
 
 from deeplab2_like import files
-from deeplab2_like.data.convert import common, labelled_images
+from deeplab2_like.data.convert import common, labeled_images
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import read_value_png
 from deeplab2_like.errors import UserError, unknown_name
 
 _FOLDERS = {"train": "training", "val": "validation"}
@@ -24,7 +25,7 @@ def convert_mapillary(
     output_dir: Path,
     splits: Sequence[str] | None = None,
     version: str | None = None,
-    **options: Unpack[labelled_images.Options],
+    **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts splits of Mapillary Vistas.
 
@@ -34,8 +35,8 @@ def convert_mapillary(
         root: The folder with `training`, `validation` and `config.json`, `config_v1.2.json` or `config_v2.0.json`.
         output_dir: The record folder.
         splits: `train` and `val`, or one of them; None: both.
-        version: "1.2" or "2.0", of a download that holds both; None: the newest one there.
-        **options: See `labelled_images.Options`.
+        version: "1.2" or "2.0", if the download has both; None: the newest one there.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
         A report per split.
@@ -49,7 +50,7 @@ def convert_mapillary(
     info = _make_info(labels, name=f"mapillary {config.stem}")
     class_of_label_id = info.class_of_category_id
 
-    def load(pair: labelled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+    def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
         def meaning(value: int) -> tuple[int, bool] | None:
             label_id = value // _INSTANCE_FACTOR
             if label_id >= len(labels):
@@ -58,24 +59,24 @@ def convert_mapillary(
                     f"{len(labels) - 1}: check that both are of the same version."
                 )
             class_id = class_of_label_id.get(label_id)
-            # Instances count from 0, so every value of a thing class is one.
+            # Instances are numbered from 0, so every value of a thing class is an instance.
             return None if class_id is None else (class_id, info.categories[class_id].is_thing)
 
         image = files.read_file(pair.image, "the image")
-        values = labelled_images.read_value_png(pair.label, "instance PNG")
-        return image, labelled_images.values_to_panoptic(values, meaning, info)
+        values = read_value_png(pair.label, "instance PNG")
+        return image, labeled_images.values_to_panoptic(values, meaning, info)
 
     reports = []
     for split in splits or _FOLDERS:
         if split not in _FOLDERS:
             raise unknown_name("split of Mapillary Vistas", split, _FOLDERS)
-        images = root / _FOLDERS[split] / "images"
+        images, label_pngs = root / _FOLDERS[split] / "images", root / _FOLDERS[split] / labels_folder
         reports.append(
-            labelled_images.write_labelled_images(
-                labelled_images.pair_images(images, root / _FOLDERS[split] / labels_folder),
+            labeled_images.write_labeled_images(
+                labeled_images.pair_images(images, label_pngs),
                 load,
                 inputs_of=lambda pair: [pair.image, pair.label],
-                source=images,
+                source=[images, label_pngs],
                 info=info,
                 output_dir=Path(output_dir),
                 split=split,
@@ -86,7 +87,7 @@ def convert_mapillary(
 
 
 def _find_version(root: Path, version: str | None) -> tuple[Path, str]:
-    """Returns the config file, and where the instance PNGs are in the folder of a split."""
+    """Returns the config file, and the subfolder of the instance PNGs in the folder of a split."""
     for known in ("2.0", "1.2"):
         config = root / f"config_v{known}.json"
         if version in (None, known) and config.is_file():
@@ -99,7 +100,7 @@ def _find_version(root: Path, version: str | None) -> tuple[Path, str]:
 
 
 def _read_labels(config: Path) -> list[dict[str, Any]]:
-    """Reads the labels, whose places in the list are their ids."""
+    """Reads the labels; their positions in the list are their ids."""
     content = files.read_json(config, "the config of Mapillary Vistas")
     labels = content.get("labels") if isinstance(content, dict) else None
     needed = {"name", "readable", "instances", "evaluate", "color"}
@@ -110,13 +111,13 @@ def _read_labels(config: Path) -> list[dict[str, Any]]:
     ):
         raise UserError(
             f"'{config}' has no list 'labels' with {', '.join(sorted(needed))} of each, names as text, 'instances' and "
-            "'evaluate' true or false; take the file of the download."
+            "'evaluate' true or false; use the file of the download."
         )
     return labels
 
 
 def _make_info(labels: list[dict[str, Any]], *, name: str) -> DatasetInfo:
-    """The labels that are evaluated, by their readable names, or by the long ones if those do not differ."""
+    """Makes the classes from the evaluated labels, with readable names if these are distinct, else long ones."""
     evaluated = [(label_id, label) for label_id, label in enumerate(labels) if label["evaluate"]]
     key = "readable" if len({label["readable"] for _, label in evaluated}) == len(evaluated) else "name"
     categories = [

@@ -1,12 +1,12 @@
-"""Writes the synthetic scenes of `data/scenes.py` as records, for the demo, for tests and for trying things out."""
+"""Writes the synthetic scenes of `data/scenes` as records, for the demo, tests and experiments."""
 
 from pathlib import Path
 
-from deeplab2_like.data import scenes, tfrecord
+from deeplab2_like.data import scenes
 from deeplab2_like.data.convert import common
 from deeplab2_like.errors import UserError
 
-# Scenes are numbered without end; validation takes them from here, so that it shares none with training.
+# Validation scenes are numbered from here, so that none of them is a training scene.
 FIRST_VAL_INDEX = 1_000_000
 
 
@@ -20,24 +20,26 @@ def convert_scenes(
     shards: int | None = None,
     workers: int = 1,
     progress: common.Progress | None = None,
+    replace: bool = False,
 ) -> tuple[common.ConversionReport, ...]:
     """Renders a training and a validation split.
 
     Args:
-        train: Number of training scenes; 0 writes no such split.
-        val: Number of validation scenes; likewise.
+        train: Number of training scenes; with 0 there is no such split.
+        val: Number of validation scenes; with 0 there is no such split.
         size: Height and width in pixels.
         output_dir: The record folder.
-        seed: Decides what the scenes show.
+        seed: The seed of the random scenes.
         shards: Number of files per split; None: about one per 500 scenes.
-        workers: Scenes rendered at once.
-        progress: Called after each scene with the numbers of scenes done and of all, for each split.
+        workers: Number of scenes rendered at once.
+        progress: Called after each scene of a split with the number of scenes done and the total.
+        replace: Whether to replace splits that were made from something else.
 
     Returns:
-        A report per split written.
+        A report per split.
 
     Raises:
-        UserError: If an argument is wrong, or the folder holds another data set.
+        UserError: If an argument is wrong, or the folder has another data set or one of the splits from another source.
     """
     if train < 0 or val < 0 or train + val == 0 or train > FIRST_VAL_INDEX:
         raise UserError(
@@ -47,9 +49,9 @@ def convert_scenes(
     height, width = size
     info = scenes.scenes_info()
 
-    def make_record(index: int) -> bytes:
+    def make_record(index: int) -> common.Record:
         image, panoptic = scenes.render_scene(index, height=height, width=width, seed=seed)
-        return tfrecord.serialize_example(image=image, panoptic=panoptic, filename=f"scene_{index:07d}.png")
+        return common.make_labeled_record(image=image, panoptic=panoptic, filename=f"scene_{index:07d}.png", info=info)
 
     reports = []
     for split, first, count in (("train", 0, train), ("val", FIRST_VAL_INDEX, val)):
@@ -67,6 +69,7 @@ def convert_scenes(
                     shards=shards,
                     workers=workers,
                     progress=progress,
+                    replace=replace,
                     inputs_of=lambda _: (),
                     options={"seed": seed, "size": size},
                 )

@@ -1,4 +1,4 @@
-"""Shapes that may overlap, as labelling tools write them, made one panoptic map in which every pixel has one owner.
+"""Draws the shapes of labeling tools, which may overlap, into a panoptic map.
 
 Coordinates are those of COCO and CVAT: the pixel in column x and row y covers x to x + 1 and y to y + 1.
 """
@@ -14,11 +14,11 @@ from deeplab2_like.data import panoptic_label
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError, unknown_name
 
-# Pixels: of any image that can be labelled with polygons, and of the points that may lie outside of it.
+# In pixels. An image labeled with polygons is never larger, and its points are never farther outside of it.
 _LARGEST_IMAGE, _LARGEST_COORDINATE = 2**28, 1e6
 
 Overlap = Literal["smaller-on-top", "later-on-top"]
-# A mask in the run-length encoding of pycocotools, which is small where masks of all instances would not be.
+# A mask in the run-length encoding of pycocotools. Dense masks of all instances would need too much memory.
 Runs = Mapping[str, Any]
 
 
@@ -28,8 +28,8 @@ class Shape:
 
     Attributes:
         class_id: Contiguous class id, or None for void.
-        runs: Which pixels it covers.
-        is_crowd: Whether it is a crowd region, which gives way to all other shapes.
+        runs: The pixels it covers.
+        is_crowd: Whether it is a crowd region, which is below all other shapes.
     """
 
     class_id: int | None
@@ -38,16 +38,16 @@ class Shape:
 
 
 def draw(shapes: Sequence[Shape], below: np.ndarray, *, overlap: Overlap, info: DatasetInfo) -> np.ndarray:
-    """Draws shapes over a panoptic map.
+    """Draws shapes over a panoptic map and resolves their overlaps.
 
     Instances of a thing class are numbered from 1 in the order of the shapes.
 
     Args:
         shapes: In the order of the file.
-        below: int32 [H, W], what is seen where no shape is.
-        overlap: Who owns a pixel of several shapes: the smaller one by its number of pixels (of equal ones the later),
-            or the later one. Crowd regions are below all others in either case.
-        info: The data set's facts.
+        below: int32 [H, W], the panoptic map where there is no shape.
+        overlap: Which shape is on top: the one with fewer pixels (of equal ones the later), or the later one. Crowd
+            regions are below all others in either case.
+        info: The meaning of the panoptic map.
 
     Returns:
         int32 [H, W], panoptic map.
@@ -70,7 +70,7 @@ def draw(shapes: Sequence[Shape], below: np.ndarray, *, overlap: Overlap, info: 
         area = int(coco_mask.area(shape.runs)) if overlap == "smaller-on-top" else 0
         layers.append(((not is_crowd, -area), value, shape.runs))
     panoptic = below.copy()
-    for _, value, runs in sorted(layers, key=lambda layer: layer[0]):  # Stable, so that the order of the file decides.
+    for _, value, runs in sorted(layers, key=lambda layer: layer[0]):  # Stable: of equal keys the later is on top.
         panoptic[decode_runs(runs)] = value
     return panoptic
 
@@ -78,14 +78,17 @@ def draw(shapes: Sequence[Shape], below: np.ndarray, *, overlap: Overlap, info: 
 def make_info(
     categories: Sequence[Mapping[str, Any]], *, name: str, stuff: Sequence[str] = (), background: str | None = None
 ) -> DatasetInfo:
-    """Says which classes are stuff, which labelling tools do not know.
+    """Makes the `DatasetInfo` of a labeling tool's classes, which do not say what is stuff.
 
     Args:
         categories: As in a COCO JSON; a category without `isthing` is a thing.
-        name: The data set's name, for messages.
+        name: The data set's name for error messages.
         stuff: Names of the classes that are stuff.
-        background: Name of the class of pixels without a shape: one of the categories, which then is stuff, or another,
-            which becomes the last class. None: there is none, these pixels are void.
+        background: Name of the class of pixels without a shape: one of the categories, which becomes stuff, or a new
+            name, which becomes the last class. None: these pixels are void.
+
+    Returns:
+        The classes in the order of the categories.
 
     Raises:
         UserError: If a name in `stuff` is unknown, or a category is faulty.
@@ -105,35 +108,44 @@ def make_info(
 
 
 def class_of_name(info: DatasetInfo) -> dict[str, int]:
-    """Maps names to class ids (contiguous)."""
+    """Returns the contiguous class id of each class name."""
     return {category.name: class_id for class_id, category in enumerate(info.categories)}
 
 
 def empty_map(size: tuple[int, int], info: DatasetInfo, background: str | None) -> np.ndarray:
-    """Returns a panoptic map, int32 [H, W] of `size`, full of the background class, or of void if it is None."""
+    """Returns a panoptic map, int32 [H, W], filled with the background class, or with void if it is None.
+
+    Raises:
+        UserError: If the size is not that of an image.
+    """
     if min(size) < 1 or size[0] * size[1] > _LARGEST_IMAGE:
-        raise UserError(f"its height and width are given as {size[0]} and {size[1]}, which no image has; correct them.")
+        raise UserError(
+            f"its height and width are given as {size[0]} and {size[1]}, which is impossible; correct them."
+        )
     value = info.void if background is None else class_of_name(info)[background] * info.label_divisor
     return np.full(size, value, np.int32)
 
 
 def polygon_runs(polygons: Any, size: tuple[int, int]) -> Runs:
-    """The pixels inside of any of some polygons.
+    """Returns the pixels inside any of some polygons.
 
     Args:
-        polygons: For each a list x0, y0, x1, y1, ... of three points or more.
+        polygons: For each polygon a list x0, y0, x1, y1, ... of three or more points.
         size: Height and width of the image.
 
+    Returns:
+        The union of the polygons.
+
     Raises:
-        UserError: If they are not such lists.
+        UserError: If a polygon is not such a list; the message is the predicate of a sentence about the shape.
     """
     for polygon in polygons:
-        # Of four numbers pycocotools would make a box.
+        # pycocotools would take four numbers for a box.
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise UserError("has a polygon that is no list x, y, x, y, ... of three points or more")
+            raise UserError("has a polygon that is not a list x, y, x, y, ... of three points or more")
         if not all(isinstance(number, int | float) and np.isfinite(number) for number in polygon):
-            raise UserError("has a polygon with a coordinate that is no number")
-        # pycocotools draws outside of the image, too, and ends the program where that takes too much memory.
+            raise UserError("has a polygon with a coordinate that is not a number")
+        # pycocotools also draws outside of the image, and aborts the process if it runs out of memory there.
         if max(map(abs, polygon)) > _LARGEST_COORDINATE:
             raise UserError("has a polygon with a coordinate far outside of the image")
     height, width = size
@@ -141,19 +153,22 @@ def polygon_runs(polygons: Any, size: tuple[int, int]) -> Runs:
 
 
 def mask_runs(mask: np.ndarray) -> Runs:
-    """The pixels of a mask, bool [H, W]."""
+    """Returns the pixels of a mask, bool [H, W]."""
     return coco_mask.encode(np.asfortranarray(mask, np.uint8))
 
 
 def merge_runs(parts: Sequence[Runs]) -> Runs:
-    """The pixels of any of the parts."""
+    """Returns the union of some masks."""
     return coco_mask.merge(list(parts))
 
 
 def decode_runs(runs: Runs) -> np.ndarray:
-    """Returns the mask, bool [H, W], of run lengths in the text that pycocotools packs them into.
+    """Decodes the compressed run lengths of pycocotools.
 
-    pycocotools has this, too, but warns with NumPy 2, and makes masks of anything if the lengths do not fit the size.
+    `pycocotools.mask.decode` warns with NumPy 2, and returns garbage if the lengths do not fit the size.
+
+    Returns:
+        bool [H, W].
 
     Raises:
         ValueError: If the lengths do not fit the size.
@@ -161,8 +176,8 @@ def decode_runs(runs: Runs) -> np.ndarray:
     height, width = runs["size"]
     counts: list[int] = []
     count = shift = 0
-    # Numbers in groups of five bits, the lowest first; bit 5 says that more groups follow, bit 4 of the last one is the
-    # sign. From the fourth number on they are differences to the last number but one.
+    # Numbers are groups of five bits, the lowest first. Bit 5 says that another group follows, bit 4 of the last group
+    # is the sign. From the fourth number on they are differences to the last but one.
     for code in runs["counts"]:
         count |= (code - 48 & 31) << shift
         shift += 5
@@ -174,5 +189,5 @@ def decode_runs(runs: Runs) -> np.ndarray:
         count = shift = 0
     if sum(counts) != height * width or min(counts, default=0) < 0:
         raise ValueError(f"they cover {sum(counts)} of {height * width} pixels")
-    is_inside = np.arange(len(counts)) % 2 == 1  # Runs outside and inside take turns, down the columns.
+    is_inside = np.arange(len(counts)) % 2 == 1  # Runs outside and inside alternate, column by column.
     return np.repeat(is_inside, counts).reshape(width, height).T

@@ -1,10 +1,14 @@
-"""The files of a split on their way into the record folder, so that a conversion can be killed and taken up again.
+"""Interrupted conversions: how a split appears as a whole, and how a later run continues an interrupted one.
 
-While a split is converted its files lie in the hidden folder `.SPLIT.conversion` of the record folder: first
-`plan.json`, which says what is converted and how, then file by file, each followed by a JSON that says what went into
-it. Both are renamed into place, so whatever has its JSON is whole. When all files are there, those of an earlier
-conversion are deleted and the new ones moved: at no moment do the two lie mixed in the record folder. At last comes
-`.SPLIT.conversion.json`, by which a later run knows that there is nothing to do.
+While a split is converted, its files are in the hidden folder `.SPLIT.conversion` of the record folder: `plan.json`
+describes the conversion, and each finished file of records is followed by a JSON with its state. Both are renamed into
+place, so a file with a state is complete.
+
+Once all files are complete, `publish.json` is written. From then on the new split counts: the files of an earlier
+conversion are moved out of the record folder and the new ones into it. These are renames only, so old and new files are
+never mixed there, and the moment without a split is short. If the process is killed in between, the next conversion of
+the split completes the move, whatever its source. Finally `.SPLIT.conversion.json` is written, by which a later run
+knows the source of the split and whether there is anything to do.
 """
 
 import contextlib
@@ -16,24 +20,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deeplab2_like import files
-from deeplab2_like.data import dataset_info, tfrecord
+from deeplab2_like import files, temporary
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import ShardWriter, list_present_shards, list_splits, shard_names
 from deeplab2_like.errors import UserError
 
 ERRORS_NAME = "errors.jsonl"
 
-# What is known of a finished file.
-_STATE_KEYS = ("fingerprint", "bytes", "examples", "skipped")
+# The keys of the state of a finished file.
+_STATE_KEYS = ("fingerprint", "bytes", "examples", "skipped", "objects", "pixels")
 
-# Raised whenever equal inputs and options give other bytes than before, so that old and new files do not mix.
-_FORMAT = 3
+# Incremented whenever equal inputs and options give other files than before, so that old and new files are not mixed.
+_FORMAT = 4
 
 
-def make_plan(info: DatasetInfo, *, examples: int, shards: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything but the inputs themselves that decides what the files hold, as it is in `plan.json`."""
+def make_plan(
+    info: DatasetInfo, *, source: Sequence[Path], examples: int, shards: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Makes the content of `plan.json`: everything that affects the files, except the inputs themselves."""
     plan = {
         "format": _FORMAT,
+        "source": [os.path.realpath(path) for path in source],
         "examples": examples,
         "shards": shards,
         "label_divisor": info.label_divisor,
@@ -41,15 +48,18 @@ def make_plan(info: DatasetInfo, *, examples: int, shards: int, options: Mapping
         "categories": info.to_coco_categories(),
         **options,
     }
-    return json.loads(json.dumps(plan))  # As it will be read, with lists for tuples.
+    return json.loads(json.dumps(plan))  # As it will be read: with lists instead of tuples.
 
 
 def fingerprint(items: Sequence[Any], inputs: Sequence[Sequence[Path]]) -> str:
-    """Tells whether the inputs of a file of records are still the same.
+    """Computes a hash of the inputs of a file of records, which changes when they change.
 
     Args:
-        items: What the records are made of; their `repr` counts.
-        inputs: For each item the files that it is read from; path, size and time of the last change count.
+        items: The items of the file; their `repr` is hashed.
+        inputs: The input files of each item; path, size and time of the last change are hashed.
+
+    Returns:
+        Hexadecimal digits.
     """
     digest = hashlib.sha256()
     for item, paths in zip(items, inputs, strict=True):
@@ -58,36 +68,81 @@ def fingerprint(items: Sequence[Any], inputs: Sequence[Sequence[Path]]) -> str:
             try:
                 status = os.stat(path)
                 state = f"{status.st_size} {status.st_mtime_ns}"
-            except (OSError, ValueError):  # A name with a null character is a ValueError.
+            except (OSError, ValueError):  # ValueError for a name with a null character.
                 state = "absent"
             digest.update(f"\n{os.path.abspath(path)} {state}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
 class UnfinishedSplit:
-    """One split that is being converted.
+    """A split that is being converted.
 
     Args:
-        folder: The record folder, which exists.
+        folder: The record folder, which must exist before any method is called.
         split: The split's name.
         plan: See `make_plan`.
-        fingerprints: See `fingerprint`, one for each file; None: the inputs cannot be told apart, so nothing of an
-            earlier run is used.
+        fingerprints: The fingerprint of each file; None: the inputs are unknown, so nothing of an earlier run is used.
     """
 
     def __init__(
         self, folder: Path, split: str, *, plan: Mapping[str, Any], fingerprints: Sequence[str] | None
     ) -> None:
-        self.names = tfrecord.shard_names(split, plan["shards"])
+        self.names = shard_names(split, plan["shards"])
         self._folder = folder
         self._split = split
         self._plan = plan
         self._fingerprints = fingerprints
         self._hidden = folder / f".{split}.conversion"
         self._record = folder / f".{split}.conversion.json"
+        self._publication = self._hidden / "publish.json"
+
+    def complete_publication(self) -> bool:
+        """Completes the move into the record folder if a run was killed in it.
+
+        Returns:
+            Whether there was anything to complete.
+        """
+        publication = _read(self._publication, "plan", "files")
+        if publication is None:
+            return False
+        with self._write_errors():
+            if _read(self._record) == publication:
+                self._remove()
+                return False
+            info = DatasetInfo.load(self._hidden)
+            others = [name for name in list_splits(self._folder) if name != self._split]
+            if others and DatasetInfo.load(self._folder) != info:
+                raise UserError(
+                    f"'{self._hidden}' holds a finished conversion that was interrupted while it was moved, and that "
+                    f"does not match the splits made since ({', '.join(others)}): its classes or its label_divisor "
+                    f"{info.label_divisor} differ; convert those into another folder."
+                )
+            self._move_into_place(publication, info)
+        return True
+
+    def require_same_source(self) -> None:
+        """Checks that the existing split and an interrupted conversion of it were made from this source.
+
+        Raises:
+            UserError: If one of them was made from another source or an unknown one.
+        """
+        here = f"in '{self._folder}'"
+        found = []
+        if self._has_finished() and (plan := _read(self._hidden / "plan.json")) is not None:
+            found.append((f"An interrupted conversion of split '{self._split}' {here} is", plan))
+        if list_present_shards(self._folder, self._split):
+            note = _read(self._record, "plan")
+            found.append((f"Split '{self._split}' {here} was made", note["plan"] if note else None))
+        for what, plan in found:
+            source = plan.get("source") if isinstance(plan, dict) else None
+            if source != self._plan["source"]:
+                raise UserError(
+                    f"{what} from {_describe_source(source)}, not from {_describe_source(self._plan['source'])}; name "
+                    "another split with --split or another folder with --output-dir, or replace it with --replace."
+                )
 
     def finished(self, *, allow_skipped: bool) -> list[dict[str, Any]] | None:
-        """What went into each file if an earlier run has finished the very same conversion, else None."""
+        """Returns the state of each file if an earlier run completed the same conversion, otherwise None."""
         found = _read(self._record, "plan", "files")
         if found is None or self._fingerprints is None or found["plan"] != self._plan:
             return None
@@ -101,95 +156,107 @@ class UnfinishedSplit:
         if not is_same:
             return None
         with self._write_errors():
-            self._remove()  # A run that was killed at the very end has left it.
+            self._remove()  # Left over if a run was killed at the very end.
         return states
 
-    def begin(self, *, allow_skipped: bool) -> list[dict[str, Any] | None]:
-        """Starts, or takes up what an earlier run has left.
+    def begin(self, *, allow_skipped: bool, replace: bool = False) -> list[dict[str, Any] | None]:
+        """Starts the conversion, or continues an interrupted one.
 
         Args:
-            allow_skipped: Whether files count from which faulty examples were left out.
+            allow_skipped: Whether to keep files from which faulty examples were skipped.
+            replace: Whether to remove an interrupted conversion with another plan.
 
         Returns:
-            For each file what went into it if it is finished, else None.
+            The state of each file that is finished, None for the others.
 
         Raises:
-            UserError: If an earlier run was of something else, or the folder cannot be written.
+            UserError: If there is an interrupted conversion with another plan, or the folder cannot be written.
         """
         plan = _read(self._hidden / "plan.json")
         is_ours = plan is not None and plan.get("format") == _FORMAT
-        if self._fingerprints is None or not is_ours or not self._has_finished():
+        is_other = plan != self._plan
+        if self._fingerprints is None or not is_ours or not self._has_finished() or (is_other and replace):
             with self._write_errors():
                 self._remove()
-        elif plan != self._plan:
+        elif is_other:
             raise UserError(
                 f"'{self._hidden}' holds an interrupted conversion with {self._difference(plan)}; repeat that one to "
-                "finish it, or delete this folder to start anew."
+                "finish it, or start over with --replace."
             )
         files.write_atomically(self._hidden / "plan.json", json.dumps(self._plan).encode())
-        with self._write_errors():
-            for path in self._hidden.glob(".*"):  # Of a run that was killed.
-                path.unlink()
+        temporary.remove_leftovers(self._hidden)
         states: list[dict[str, Any] | None] = []
         for number, name in enumerate(self.names):
             state = _read(self._hidden / f"{name}.json", *_STATE_KEYS)
-            # Without its file it has been moved already, as nothing else takes files away.
+            # A file that is not here was moved to the record folder already.
             sizes = (_size(self._hidden / name), _size(self._folder / name))
             size = sizes[1] if sizes[0] is None else sizes[0]
             is_whole = state is not None and size == state["bytes"] and self._is_current(state, number, allow_skipped)
             states.append(state if is_whole else None)
         return states
 
-    def write(self, number: int, records: Iterable[bytes], skipped: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-        """Writes a file.
+    def write(self, number: int, records: Iterable[bytes], contents: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes a file and its state.
 
         Args:
-            number: Which one.
-            records: The serialized examples; may be made one by one.
-            skipped: What is left out of the file; may be filled while the records are made.
+            number: The number of the file.
+            records: The serialized examples; may be a generator.
+            contents: The keys `skipped`, `objects` and `pixels` of the state; may be filled while the records are
+                generated.
 
         Returns:
-            What went into it.
+            The state.
         """
         path = self._hidden / self.names[number]
         with self._write_errors():
             path.with_name(f"{path.name}.json").unlink(missing_ok=True)
-        with tfrecord.FileWriter(path) as writer:
+        with ShardWriter(path) as writer:
             for record in records:
                 writer.write(record)
         state = {
             "fingerprint": None if self._fingerprints is None else self._fingerprints[number],
             "bytes": _size(path),
             "examples": writer.num_written,
-            "skipped": list(skipped),
+            **contents,
         }
         files.write_atomically(path.with_name(f"{path.name}.json"), json.dumps(state).encode())
         return state
 
     def publish(self, info: DatasetInfo, states: Sequence[Mapping[str, Any]]) -> None:
-        """Moves all files into the record folder; killed at any moment, it can be repeated."""
+        """Moves all files into the record folder; if the process is killed meanwhile, the next run completes it."""
+        publication = {"plan": self._plan, "files": list(states)}
         with self._write_errors():
-            self._record.unlink(missing_ok=True)
-            for name in tfrecord.present_shards(self._folder, self._split):
-                if name not in self.names or (self._hidden / name).exists():
-                    (self._folder / name).unlink()
-            info.save(self._folder)
-            for name in self.names:
-                if (self._hidden / name).exists():
-                    (self._hidden / name).replace(self._folder / name)
-            self._report_errors([fault for state in states for fault in state["skipped"]])
-            if self._fingerprints is not None:
-                record = {"plan": self._plan, "files": list(states)}
-                files.write_atomically(self._record, json.dumps(record).encode())
-            self._remove()
+            info.save(self._hidden)
+            files.write_atomically(self._publication, json.dumps(publication).encode())
+            self._move_into_place(publication, info)
+
+    def _move_into_place(self, publication: Mapping[str, Any], info: DatasetInfo) -> None:
+        """Replaces the split in the record folder by the finished one; can be repeated after an interruption."""
+        names = shard_names(self._split, publication["plan"]["shards"])
+        self._record.unlink(missing_ok=True)
+        replaced = self._hidden / "replaced"
+        replaced.mkdir(exist_ok=True)
+        for name in list_present_shards(self._folder, self._split):
+            if name not in names or (self._hidden / name).exists():
+                # Renamed first, because deleting a large file takes longer.
+                (self._folder / name).replace(replaced / name)
+        info.save(self._folder)
+        for name in names:
+            if (self._hidden / name).exists():
+                (self._hidden / name).replace(self._folder / name)
+        self._report_errors([fault for state in publication["files"] for fault in state["skipped"]])
+        files.write_atomically(self._record, json.dumps(publication).encode())
+        self._remove()
 
     def abandon(self, *, keep_finished: bool) -> None:
-        """Leaves the files that are finished for the next run; without any, all traces are removed."""
+        """Keeps finished files for the next run; if there are none, removes the hidden folder."""
+        if self._publication.exists():
+            return  # The record folder may need the files that are still here.
         if not keep_finished or self._fingerprints is None or not self._has_finished():
             shutil.rmtree(self._hidden, ignore_errors=True)
 
     def _report_errors(self, faults: Sequence[Mapping[str, str]]) -> None:
-        """Lists the faulty examples in `errors.jsonl`, beside those of other splits."""
+        """Lists the skipped examples in `errors.jsonl`, which also has those of other splits."""
         path = self._folder / ERRORS_NAME
         beginning = json.dumps({"split": self._split})[:-1] + ","
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
@@ -206,7 +273,7 @@ class UnfinishedSplit:
         return allow_skipped or not state["skipped"]
 
     def _difference(self, plan: Mapping[str, Any]) -> str:
-        """Says in words where the plan of an earlier run parts from this one."""
+        """Describes the first difference between the plan of an earlier run and this one."""
         for key in (*self._plan, *plan):
             old, new = plan.get(key), self._plan.get(key)
             if old != new:
@@ -214,16 +281,15 @@ class UnfinishedSplit:
         return "other options"
 
     def _has_finished(self) -> bool:
-        """Whether an earlier run has finished at least one file."""
+        """Returns whether an earlier run has finished at least one file."""
         return any(self._hidden.glob("*.tfrecord.json"))
 
     def _remove(self) -> None:
         if self._hidden.exists():
-            # The plan first: what a killed run leaves without it is not taken up.
+            # These two first: without them a later run ignores the rest, if this removal is killed.
+            self._publication.unlink(missing_ok=True)
             (self._hidden / "plan.json").unlink(missing_ok=True)
             shutil.rmtree(self._hidden)
-        for path in (self._record, self._folder / ERRORS_NAME, self._folder / dataset_info.FILE_NAME):
-            files.remove_leftovers(path)
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
@@ -233,8 +299,15 @@ class UnfinishedSplit:
             raise files.cannot_write(self._folder, error) from error
 
 
+def _describe_source(source: Any) -> str:
+    """Describes the source of a split."""
+    if not isinstance(source, list):
+        return "an unknown source (by another program, or by an older version)"
+    return " and ".join(f"'{path}'" for path in source) or "no files (by `convert scenes`)"
+
+
 def _read(path: Path, *keys: str) -> Any:
-    """Reads one of our own JSON files, an object with some keys; None if it is missing or damaged."""
+    """Reads a JSON file of this module, an object with the given keys; None if it is missing or damaged."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -247,7 +320,7 @@ def _has_keys(content: Any, keys: Sequence[str]) -> bool:
 
 
 def _size(path: Path) -> int | None:
-    """Size of a file in bytes; None if there is none."""
+    """Returns the size of a file in bytes; None if it does not exist."""
     try:
         return path.stat().st_size
     except OSError:

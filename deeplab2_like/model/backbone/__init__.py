@@ -1,41 +1,13 @@
-"""Backbones: from a normalised image to features at strides 2, 4, 8, 16 and 32. `BACKBONES` is the registry."""
+"""Backbones: from a normalized image to features at strides 2, 4, 8, 16 and 32. `BACKBONES` is the registry."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import keras
-import pydantic
 
-from deeplab2_like.configs.schema import StrictModel
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.model.backbone.mobilenet_v3 import LARGE, SMALL, MobileNetV3, Stages, halve_last_stage
 from deeplab2_like.model.backbone.resnet import SEVEN_BY_SEVEN, THREE_CONVOLUTIONS, TINY_STEM, BlockKind, ResNet, Stem
-from deeplab2_like.model.layers import Norm
-
-
-class BackboneConfig(StrictModel):
-    """The network that extracts features."""
-
-    name: str = pydantic.Field("resnet50", description="A key of `deeplab2_like.model.backbone.BACKBONES`.")
-    output_stride: Literal[8, 16, 32] = pydantic.Field(
-        16, description="Stride of the last features; below 32 atrous convolution takes the place of stride."
-    )
-    multi_grid: tuple[pydantic.PositiveInt, pydantic.PositiveInt, pydantic.PositiveInt] = pydantic.Field(
-        (1, 1, 1), description="ResNet only: factors of the dilation in the blocks of the last stage."
-    )
-    stem: Literal["three_convolutions", "seven_by_seven"] = pydantic.Field(
-        "three_convolutions",
-        description="ResNet-50, ResNet-101 and ResNeXt only: what precedes the first max pooling.",
-    )
-    stride_in_1x1: bool = pydantic.Field(
-        False,
-        description="ResNet-50, ResNet-101 and ResNeXt only: stride in a block's first 1x1 convolution, not in its "
-        "3x3.",
-    )
-    deformable_stages: tuple[Literal["res3", "res4", "res5"], ...] = pydantic.Field(
-        (), description="ResNet-50 and ResNet-101 only: stages whose 3x3 convolutions are deformable."
-    )
-
+from deeplab2_like.model.config import BackboneConfig, Norm
 
 Builder = Callable[..., keras.layers.Layer]  # (config: BackboneConfig, *, norm: Norm) -> backbone
 
@@ -92,7 +64,7 @@ def _mobilenet_v3(stages: Stages) -> Builder:
 
 
 def _refuse(config: BackboneConfig, *fields: str) -> None:
-    """Raises if a field that the backbone does not have is not at its default."""
+    """Raises `UserError` if an option that the backbone does not have is not at its default."""
     for field in fields:
         default = BackboneConfig.model_fields[field].default
         if getattr(config, field) != default:
@@ -117,17 +89,17 @@ BACKBONES: dict[str, Builder] = {
 def build_backbone(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
     """Builds the backbone that a config describes.
 
-    Every backbone is a Keras layer. Calling it with normalised images, float [B, H, W, 3] with H and W multiples of
+    Every backbone is a Keras layer. Calling it with normalized images, float [B, H, W, 3] with H and W multiples of
     32, returns `{"stem": 1/2, "res2": 1/4, "res3": 1/8, "res4": 1/16, "res5": 1/output_stride}`, each float
     [B, h, w, C]; with `output_stride` 8, res4 is at 1/8 too. It has the attributes `strides` and `channels`,
     `dict[str, int]` by the same names.
 
     Args:
-        config: Which backbone, and its options.
-        norm: The normalisation after each convolution.
+        config: Name and options of the backbone.
+        norm: The normalization after each convolution.
 
     Raises:
-        UserError: If there is no such backbone, or it does not have an option that is set.
+        UserError: If the name is unknown, or an option is set that the backbone does not have.
     """
     if config.name not in BACKBONES:
         raise unknown_name("backbone", config.name, BACKBONES)

@@ -6,17 +6,18 @@ import keras
 from keras import ops
 
 from deeplab2_like.model.backbone.resnet import BlockSequence, atrous_stages
-from deeplab2_like.model.layers import ConvNorm, Norm, Tensor
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.layers import ConvNorm, Tensor
 
 
 class Bottleneck(NamedTuple):
-    """One row of tables 1 and 2 of the paper, without its stride.
+    """One row of Tables 1 and 2 of the paper, without its stride.
 
     Attributes:
         kernel_size: Height and width of the depthwise kernel.
         expansion: Channels of the depthwise convolution.
         filters: Output channels.
-        squeeze: Whether channels are weighed by squeeze-and-excite.
+        squeeze: Whether the block has squeeze-and-excite.
         activation: "relu" or "hard_swish".
     """
 
@@ -35,7 +36,7 @@ class FinalConvolution(NamedTuple):
 
 Stages = dict[str, tuple[Bottleneck | FinalConvolution, ...]]
 
-# Tables 1 and 2 by the stride of the output, 2 ("stem"), 4, 8, 16 and 32; the first row of a stage has its stride.
+# Tables 1 and 2, by the stride of the output: 2 ("stem"), 4, 8, 16 and 32. The first row of a stage has the stride.
 LARGE: Stages = {
     "stem": (Bottleneck(3, 16, 16, False, "relu"),),
     "res2": (Bottleneck(3, 64, 24, False, "relu"), Bottleneck(3, 72, 24, False, "relu")),
@@ -80,10 +81,10 @@ SMALL: Stages = {
 
 
 def halve_last_stage(stages: Stages) -> Stages:
-    """Halves the channels from the last stride on, for dense prediction.
+    """Halves the channels of the last stage, for dense prediction.
 
-    Section 6.4 of the paper, and table 9 of Panoptic-DeepLab. The expansion of the first block stays: it follows from
-    the channels of the stage before.
+    See section 6.4 of the paper and Table 9 of Panoptic-DeepLab. The expansion of the first block stays, because it
+    depends on the channels of the previous stage.
     """
     first, *others = stages["res5"]
     halved: list[Bottleneck | FinalConvolution] = [first._replace(filters=first.filters // 2)]
@@ -96,9 +97,9 @@ def halve_last_stage(stages: Stages) -> Stages:
 
 
 class SqueezeExcite(keras.layers.Layer):
-    """Weighs channels by a small network on their means (section 5.3).
+    """Squeeze-and-excite: scales each channel by a factor computed from the means of all channels (section 5.3).
 
-    The inner channels are a quarter of `channels`, rounded to a multiple of 8 and never by more than a tenth downwards.
+    The number of inner channels is a quarter of `channels`, rounded to a multiple of 8, but not down by more than 10 %.
 
     Input and output shape: float [B, H, W, channels].
     """
@@ -113,19 +114,21 @@ class SqueezeExcite(keras.layers.Layer):
         self.expand = ConvNorm(channels, 1, activation="hard_sigmoid", name="expand")
 
     def call(self, inputs: Tensor) -> Tensor:
-        """Weighs the channels."""
+        """Scales the channels."""
         return inputs * self.expand(self.reduce(self.mean(inputs)))
 
 
 class InvertedResidual(keras.layers.Layer):
-    """1x1 expansion, depthwise convolution, squeeze-and-excite, linear 1x1 projection; identity shortcut if it fits.
+    """1x1 expansion, depthwise convolution, squeeze-and-excite, linear 1x1 projection.
+
+    Blocks with stride 1 and equal input and output channels have an identity shortcut.
 
     Args:
-        row: Kernel, channels and activation.
+        row: Kernel size, channels and activation.
         inputs: Input channels.
         strides: Stride of the depthwise convolution.
-        dilation: Its dilation.
-        norm: The normalisation after each convolution.
+        dilation: Dilation of the depthwise convolution.
+        norm: The normalization after each convolution.
 
     Input shape: float [B, H, W, inputs]. Output shape: float [B, ceil(H / strides), ceil(W / strides), row.filters].
     """
@@ -167,9 +170,9 @@ class MobileNetV3(keras.layers.Layer):
     """MobileNetV3; see `build_backbone` for the contract.
 
     Args:
-        stages: The blocks, `LARGE`, `SMALL`, or what `halve_last_stage` makes of them.
-        output_stride: Stride of res5; atrous convolution takes the place of further stride.
-        norm: The normalisation after each convolution.
+        stages: The blocks: `LARGE`, `SMALL`, or one of them after `halve_last_stage`.
+        output_stride: Stride of res5; stages that would exceed it use atrous convolution instead of stride.
+        norm: The normalization after each convolution.
 
     Attributes:
         strides: Stride of each feature map, by its name.
@@ -194,7 +197,7 @@ class MobileNetV3(keras.layers.Layer):
         ]
         self.stages = []
         for stage, rows in stages.items():
-            # res2 starts at stride 2 here, not at 4 as in ResNet.
+            # The first block of res2 has stride 2; in ResNet, the stem has this stride.
             stride, dilation = (1, 1) if stage == "stem" else atrous[stage][:2]
             stride = 2 if stage == "res2" else stride
             for index, row in enumerate(rows):
@@ -221,8 +224,8 @@ class MobileNetV3(keras.layers.Layer):
         """Extracts features.
 
         Args:
-            images: float [B, H, W, 3], normalised, H and W multiples of 32.
-            training: Whether normalisation uses, and updates by, the statistics of the batch.
+            images: float [B, H, W, 3], normalized, H and W multiples of 32.
+            training: Whether normalization uses the statistics of the batch and updates its moving averages.
 
         Returns:
             float [B, H / stride, W / stride, C] for `stem` and each of res2 to res5.

@@ -2,7 +2,7 @@
 
 With `groups` it is ResNeXt (Xie et al., "Aggregated residual transformations for deep neural networks", 2017).
 
-As in DeepLab, stages beyond the wanted output stride keep their resolution and multiply the dilation of their 3x3
+As in DeepLab, stages after the output stride is reached keep the resolution and multiply the dilation of their 3x3
 convolutions instead; `multi_grid` varies the dilation inside the last stage (Chen et al., 2017).
 """
 
@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 
 import keras
 
+from deeplab2_like.model.config import Norm
 from deeplab2_like.model.deformable import DeformableConvNorm
-from deeplab2_like.model.layers import ConvNorm, Norm, Tensor
+from deeplab2_like.model.layers import ConvNorm, Tensor
 
 STAGES = ("res2", "res3", "res4", "res5")
 
 
 class Stem(NamedTuple):
-    """What brings the image to stride 4.
+    """The layers before the stages, which reduce the image to stride 4.
 
     Attributes:
         convolutions: (filters, kernel size, stride) of each; if no max pooling follows, the last one has stride 2.
-        max_pool: Whether a max pooling, 3x3 with stride 2, follows.
+        max_pool: Whether a 3x3 max pooling with stride 2 follows.
     """
 
     convolutions: tuple[tuple[int, int, int], ...]
@@ -43,7 +44,7 @@ class BlockKind(enum.Enum):
 
 
 def atrous_stages(output_stride: int) -> dict[str, tuple[int, int, int]]:
-    """Where stride ends and dilation begins.
+    """Splits the strides of the stages into stride and dilation.
 
     Args:
         output_stride: Stride of the last stage: 4, 8, 16 or 32.
@@ -72,7 +73,7 @@ class StemLayer(keras.layers.Layer):
             ConvNorm(filters, kernel_size, strides=stride, norm=norm, name=f"conv{index}")
             for index, (filters, kernel_size, stride) in enumerate(stem.convolutions, start=1)
         ]
-        # Zeros on all sides: the features are not negative, so a zero never wins over one.
+        # Padding with zeros is safe: after ReLU no feature is negative, so a zero never exceeds one.
         self.pad = keras.layers.ZeroPadding2D(1, name="pad") if stem.max_pool else None
         self.max_pool = keras.layers.MaxPooling2D(3, strides=2, name="max_pool")
 
@@ -87,7 +88,7 @@ class StemLayer(keras.layers.Layer):
 
 
 class ResidualBlock(keras.layers.Layer):
-    """Convolutions and a shortcut around them, added up before the last ReLU.
+    """A residual block: convolutions and a shortcut around them, added before the last ReLU.
 
     Args:
         block: `BASIC`: two 3x3 convolutions; `BOTTLENECK`: 1x1, 3x3 and 1x1 to four times the width.
@@ -96,15 +97,15 @@ class ResidualBlock(keras.layers.Layer):
         dilation: Dilation of its 3x3 convolutions.
         stride_in_1x1: Whether a bottleneck has its stride in the first 1x1 convolution instead of in the 3x3.
         project: Whether the shortcut is a 1x1 convolution instead of the identity.
-        norm: The normalisation after each convolution.
+        norm: The normalization after each convolution.
         groups: Groups of the 3x3 convolution of a bottleneck.
-        deformable: Whether this convolution is deformable; not with groups.
+        deformable: Whether the 3x3 convolution of a bottleneck is deformable; not with groups.
         channels: Output channels; by default `width * block.value`.
 
     Input shape: float [B, H, W, C]. Output shape: float [B, ceil(H / strides), ceil(W / strides), channels].
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the choices that make the family of networks
         self,
         block: BlockKind,
         width: int,
@@ -148,9 +149,9 @@ class ResidualBlock(keras.layers.Layer):
 
 
 class BlockSequence(keras.layers.Layer):
-    """Blocks one after the other; gives their variables the stage's name.
+    """A stage: its blocks in sequence. It gives their variables the name of the stage.
 
-    Input shape: float [B, H, W, C]. Output shape: that of the last block.
+    Input shape: float [B, H, W, C]. Output shape: as the last block.
     """
 
     def __init__(self, blocks: Sequence[keras.layers.Layer], *, name: str | None = None) -> None:
@@ -169,14 +170,14 @@ class ResNet(keras.layers.Layer):
     """Residual network; see `build_backbone` for the contract.
 
     Args:
-        stem: What precedes the stages.
+        stem: The layers before the stages.
         block: The residual unit.
         widths: Channels inside the units of the four stages.
         depths: Units in each of the four stages.
-        output_stride: Stride of res5; atrous convolution takes the place of further stride.
-        multi_grid: Factors of the dilation of the units of res5; a deeper res5 starts over.
+        output_stride: Stride of res5; stages that would exceed it use atrous convolution instead of stride.
+        multi_grid: Factors of the dilation of the units of res5; they repeat if res5 has more units.
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of in the 3x3.
-        norm: The normalisation after each convolution.
+        norm: The normalization after each convolution.
         deformable_stages: Stages whose 3x3 convolutions are deformable; not with groups.
         groups: Groups of the 3x3 convolutions of bottlenecks: the "cardinality" of ResNeXt.
         group_width: Channels of each group in the first stage, in place of `widths`; each stage doubles them. A stage's
@@ -187,7 +188,7 @@ class ResNet(keras.layers.Layer):
         channels: Channels of each feature map, by its name.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the choices that make the family of networks
         self,
         *,
         stem: Stem,
@@ -236,8 +237,8 @@ class ResNet(keras.layers.Layer):
         """Extracts features.
 
         Args:
-            images: float [B, H, W, 3], normalised, H and W multiples of 32.
-            training: Whether normalisation uses, and updates by, the statistics of the batch.
+            images: float [B, H, W, 3], normalized, H and W multiples of 32.
+            training: Whether normalization uses the statistics of the batch and updates its moving averages.
 
         Returns:
             float [B, H / stride, W / stride, C] for `stem` and each of res2 to res5.

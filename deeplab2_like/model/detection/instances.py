@@ -1,17 +1,22 @@
 """The instances of a panoptic map as a table of boxes and classes, and a map of table rows instead of masks."""
 
+from keras import ops
+
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model.layers import Tensor
 
 
 def class_and_instance_targets(panoptic: Tensor, dataset_info: DatasetInfo, max_instances: int) -> dict[str, Tensor]:
-    """The classes and the instances of one image, where void counts as crowd: both are regions not known by instance.
+    """Lists the classes and the instances of one image; void counts as crowd, as its instances are unknown, too.
 
-    Arguments as of `instance_targets`.
+    Args:
+        panoptic: int32 [H, W] panoptic map, static size.
+        dataset_info: The meaning of its values.
+        max_instances: See `instance_targets`.
 
     Returns:
-        `semantic`: int32 [H, W], class id, or the ignore label; and what `instance_targets` returns, with -1 on void,
-        too.
+        `semantic`: int32 [H, W], class id, or the ignore label; and the result of `instance_targets`, whose
+        `instance_map` is -1 on void.
     """
     import tensorflow as tf  # Here, because the networks must import without TensorFlow.
 
@@ -24,21 +29,21 @@ def class_and_instance_targets(panoptic: Tensor, dataset_info: DatasetInfo, max_
 def instance_targets(panoptic: Tensor, dataset_info: DatasetInfo, max_instances: int) -> dict[str, Tensor]:
     """Lists the instances of one image with `tf` graph operations; there is no loop over instances.
 
-    All instance masks are kept in one map of row numbers, as pixels belong to one instance at most.
+    One map of row numbers holds the masks of all instances, as a pixel belongs to one instance at most.
 
     Args:
         panoptic: int32 [H, W] panoptic map, static size.
-        dataset_info: What its values mean.
-        max_instances: Rows of the table, M. If there are more instances, the largest stay and the others are treated
-            like crowd.
+        dataset_info: The meaning of its values.
+        max_instances: Rows of the table, M. If there are more instances, the largest are listed and the others count
+            as crowd.
 
     Returns:
         `boxes`: float32 [M, 4], tight around the instance's pixels: [first row, first column, last row + 1, last
         column + 1]; 0 in unused rows.
         `classes`: int32 [M], position among `dataset_info.thing_classes` (not the class id); 0 in unused rows.
-        `valid`: bool [M]; the used rows come first, the largest instance before the others.
-        `instance_map`: int32 [H, W], row + 1 on the instances; -1 on crowd, that is, pixels of things whose instance is
-        not listed; 0 on stuff and void.
+        `valid`: bool [M]; the used rows come first, in descending order of area.
+        `instance_map`: int32 [H, W], row + 1 on the instances; -1 on crowd, that is, on thing pixels without a listed
+        instance; 0 on stuff and void.
     """
     import tensorflow as tf  # Here, because the networks must import without TensorFlow.
 
@@ -79,3 +84,8 @@ def instance_targets(panoptic: Tensor, dataset_info: DatasetInfo, max_instances:
         "valid": valid,
         "instance_map": instance_map,
     }
+
+
+def thing_class_ids(positions: Tensor, dataset_info: DatasetInfo) -> Tensor:
+    """Returns class ids, int32 [...], for positions among the thing classes, int32 [...]."""
+    return ops.take(ops.array(dataset_info.thing_classes, "int32"), positions)

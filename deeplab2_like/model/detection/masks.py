@@ -1,4 +1,4 @@
-"""Instance masks: targets of the mask head read from the map of instances, and predictions pasted into the image."""
+"""Instance masks: targets of the mask head, and predictions pasted into the image."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from keras import ops
 from deeplab2_like.model.boxes import take_rows
 from deeplab2_like.model.detection.roi_pooling import axis_samples
 from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.overlaps import paste_weights
 
 
 def mask_targets(
@@ -18,15 +19,15 @@ def mask_targets(
     sampling_ratio: int = 2,
     max_sampling_ratio: int = 8,
 ) -> Tensor:
-    """What the mask head shall predict: which bins of a box its instance fills by half or more.
+    """Makes the targets of the mask head: the bins of a box of which its instance fills half or more.
 
-    This is RoIAlign of the instance's own bit mask, without ever making that mask: the pixels around each sample are
-    compared with the instance's row.
+    This is RoIAlign of the instance's bit mask without making that mask: the pixels around each sample are compared
+    with the instance's row.
 
     Args:
         instance_map: int32 [B, H, W] of `instance_targets`.
         boxes: float32 [B, R, 4].
-        row: int32 [B, R], the instance of each box, its row in the table.
+        row: int32 [B, R], the table row of each box's instance.
         output_size: Bins along each axis, P.
         sampling_ratio: As for `roi_align`, in image pixels.
         max_sampling_ratio: As for `roi_align`.
@@ -60,33 +61,15 @@ def mask_targets(
             columns = ops.minimum(line(x) + x_step, width - 1)
             index = rows[..., :, None] * width + columns[..., None, :]  # [B, R, P * G, P * G]
             index = ops.reshape(index, (batch, rois * grid * grid))
-            found = ops.reshape(take_rows(flat, index), (batch, rois, grid, grid))
-            inside = ops.cast(found == row[..., None, None] + 1, "float32")
+            values = ops.reshape(take_rows(flat, index), (batch, rois, grid, grid))
+            inside = ops.cast(values == row[..., None, None] + 1, "float32")
             total = total + inside * line(y_share)[..., :, None] * line(x_share)[..., None, :]
     total = ops.reshape(total, (batch, rois, output_size, samples, output_size, samples))
     return ops.sum(total, axis=(3, 5)) >= 0.5
 
 
-def paste_weights(start: Tensor, end: Tensor, *, bins: int, size: Any) -> Tensor:
-    """The matrix that interpolates a mask along one axis, from its bins to the pixels of the image.
-
-    Args:
-        start: float32 [B, N], where the boxes start along the axis, in image pixels.
-        end: float32 [B, N], where they end.
-        bins: Values of a mask along the axis, P.
-        size: Pixels of the image along the axis, S.
-
-    Returns:
-        float32 [B, N, S, P]. The centre of each pixel reads the two nearest bins, with zeros beyond the outer ones.
-    """
-    pixel = ops.cast(ops.arange(size), "float32") + 0.5
-    length = ops.maximum(end - start, 1e-6)[..., None]
-    position = (pixel - start[..., None]) / length * bins - 0.5  # [B, N, S]
-    return ops.maximum(1.0 - ops.abs(position[..., None] - ops.arange(bins, dtype="float32")), 0.0)
-
-
 def paste_masks(probabilities: Tensor, boxes: Tensor, height: Any, width: Any, *, threshold: float = 0.5) -> Tensor:
-    """Puts predicted masks into the image.
+    """Pastes predicted masks into the image.
 
     Args:
         probabilities: float32 [B, N, P, P].

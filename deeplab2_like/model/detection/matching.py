@@ -1,18 +1,18 @@
-"""Which boxes teach what: matching with the ground truth, crowds, and seeded random sampling, in static shapes."""
+"""Matching of boxes with the ground truth, crowds, and seeded random sampling, in static shapes."""
 
 from keras import ops
 
 from deeplab2_like.model.boxes import pairwise_iou, take_rows
 from deeplab2_like.model.layers import Tensor
 
-# Pairs of boxes that are compared at once: a table of all anchors and instances would take hundreds of megabytes.
+# Pairs of boxes compared at once: a table of all anchors and instances would take hundreds of megabytes.
 _PAIRS_AT_ONCE = 2**20
-# Anchors that lie alike around an instance have the same overlap up to rounding.
+# Anchors in symmetric positions around an instance have equal overlaps up to rounding.
 _TIE = 1e-6
 
 
 def match_boxes(boxes: Tensor, truth: Tensor, truth_valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Finds the instance that each box overlaps most.
+    """Finds the instance with the largest overlap for each box.
 
     Args:
         boxes: float32 [B or 1, N, 4], anchors or proposals.
@@ -20,10 +20,9 @@ def match_boxes(boxes: Tensor, truth: Tensor, truth_valid: Tensor) -> tuple[Tens
         truth_valid: bool [B, M].
 
     Returns:
-        `iou`: float32 [B, N], with the best instance, 0 if there is none.
+        `iou`: float32 [B, N], intersection over union with the best instance, 0 if there is none.
         `row`: int32 [B, N], the row of that instance, the first of equals.
-        `is_best`: bool [B, N], whether no box overlaps some instance more than this one does. Only boxes that overlap
-        it at all count.
+        `is_best`: bool [B, N], whether this box overlaps some instance, and no box overlaps that instance more.
     """
     batch, num_truth = ops.shape(truth)[0], truth.shape[1]
     num_boxes = ops.shape(boxes)[1]
@@ -54,7 +53,7 @@ def match_boxes(boxes: Tensor, truth: Tensor, truth_valid: Tensor) -> tuple[Tens
 
 
 def crowd_share(boxes: Tensor, instance_map: Tensor) -> Tensor:
-    """How much of each box is crowd, counted in pixels through sums over rectangles.
+    """Returns the share of each box that is crowd, counted in pixels by sums over rectangles.
 
     A crowd region of a panoptic map may be scattered over the image, so its bounding box would say little.
 
@@ -63,7 +62,7 @@ def crowd_share(boxes: Tensor, instance_map: Tensor) -> Tensor:
         instance_map: int32 [B, H, W] of `instance_targets`, -1 on crowd.
 
     Returns:
-        float32 [B, N], 0..1, of the part of the box (rounded to whole pixels) inside the map; 0 if nothing is inside.
+        float32 [B, N], 0..1, of the part of the box inside the map, rounded to whole pixels; 0 for boxes outside.
     """
     batch, height, width = ops.shape(instance_map)
     is_crowd = ops.cast(instance_map < 0, "int32")
@@ -85,10 +84,10 @@ def crowd_share(boxes: Tensor, instance_map: Tensor) -> Tensor:
 
 
 def random_uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Random numbers that depend on the seed and the position alone, the same on every backend.
+    """Makes random numbers that depend on the seed and the position alone, the same on every backend.
 
-    `keras.random` takes seeds as numbers or generators only, not as the tensors that a training step passes on. This
-    is the finalizer of the MurmurHash3 function, with the seed mixed in twice.
+    `keras.random` takes numbers or generators as seeds, not tensors, which a training step needs. This is the finalizer
+    of the MurmurHash3 function, with the seed mixed in twice.
 
     Args:
         seed: int32 or uint32 [2].
@@ -103,7 +102,7 @@ def random_uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     seed = ops.cast(seed, "int32")
 
     def mix(x: Tensor) -> Tensor:
-        # Multiplication wraps around; the mask makes the shift of a negative number one that fills up with zeros.
+        # Multiplication wraps around; the mask clears the sign bits that the shift of a negative number repeats.
         for shift, factor in ((16, -2048144789), (13, -1028477387), (16, 1)):
             x = ops.bitwise_xor(x, ops.bitwise_and(ops.right_shift(x, shift), 2 ** (32 - shift) - 1)) * factor
         return x
@@ -116,21 +115,21 @@ def random_uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
 def sample_balanced(
     positive: Tensor, negative: Tensor, *, number: int, max_positive: int, seed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws positives and negatives at random.
+    """Samples positives and negatives at random.
 
-    Negatives fill up where positives are few; positives never take more than their share.
+    Negatives fill the places that positives leave; positives never take more than their share.
 
     Args:
         positive: bool [B, N].
         negative: bool [B, N], disjoint from `positive`.
-        number: How many are drawn per image.
-        max_positive: How many of them may be positive.
+        number: Samples per image, S.
+        max_positive: Largest number of positives among them.
         seed: int32 [2].
 
     Returns:
-        `index`: int32 [B, number]; the drawn positives come first, so they are within the first `max_positive`.
-        `is_positive`: bool [B, number].
-        `valid`: bool [B, number]; False where there was nothing left to draw.
+        `index`: int32 [B, S]; positives come first, so they are within the first `max_positive`.
+        `is_positive`: bool [B, S].
+        `valid`: bool [B, S], false where there are too few boxes.
     """
     order = random_uniform(seed, tuple(ops.shape(positive)[:2]))
     positive_key, positive_index = top_k_padded(ops.where(positive, order + 2.0, -1.0), max_positive, fill=-1.0)
@@ -141,10 +140,15 @@ def sample_balanced(
 
 
 def top_k_padded(scores: Tensor, k: int, *, fill: float) -> tuple[Tensor, Tensor]:
-    """Like `ops.top_k` along the last axis of [B, N], also where N is below k or unknown.
+    """Returns the k largest scores of each row, also if N is below k or unknown.
+
+    Args:
+        scores: [B, N].
+        k: Number of scores.
+        fill: Score of the places beyond N.
 
     Returns:
-        Scores [B, k], `fill` where there are too few; int32 [B, k] indices, 0 there.
+        Scores [B, k], descending, and int32 [B, k] indices, 0 beyond N.
     """
     if scores.shape[1] is None or scores.shape[1] < k:
         size = ops.shape(scores)[1]

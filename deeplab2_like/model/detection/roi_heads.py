@@ -1,13 +1,11 @@
-"""The second stage of Mask R-CNN: training samples, box head, mask head, their losses, and the final detections."""
+"""The second stage of Mask R-CNN: samples for training, box head, mask head, their losses, and the detections."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import keras
-import pydantic
 from keras import ops
 
-from deeplab2_like.configs.schema import StrictModel
+from deeplab2_like.model.base import Loss
 from deeplab2_like.model.boxes import (
     box_area,
     clip_boxes,
@@ -16,89 +14,44 @@ from deeplab2_like.model.boxes import (
     non_maximum_suppression,
     take_rows,
 )
+from deeplab2_like.model.detection.config import RoiConfig
 from deeplab2_like.model.detection.matching import crowd_share, match_boxes, sample_balanced, top_k_padded
+from deeplab2_like.model.geometry import Size
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.system import Loss
-
-
-class RoiConfig(StrictModel):
-    """The heads on regions of interest (RoIs)."""
-
-    samples: int = pydantic.Field(512, ge=1, description="RoIs per image that enter the losses.")
-    foreground_share: float = pydantic.Field(0.25, gt=0, le=1, description="Largest share of foreground among them.")
-    foreground_iou: float = pydantic.Field(0.5, ge=0, le=1)
-    crowd_share: float = pydantic.Field(
-        0.5, ge=0, le=1, description="Background RoIs that are crowd to more than this share teach nothing."
-    )
-    box_resolution: int = pydantic.Field(7, ge=1, description="Bins of RoIAlign for the box head.")
-    mask_resolution: int = pydantic.Field(14, ge=1, description="Bins of RoIAlign for the mask head; masks have twice.")
-    sampling_ratio: int = pydantic.Field(
-        2, ge=0, description="Samples of RoIAlign per bin and axis; 0 for one per feature pixel (Detectron2)."
-    )
-    max_sampling_ratio: int = pydantic.Field(8, ge=1, description="Limit of that number with `sampling_ratio` 0.")
-    box_channels: int = pydantic.Field(1024, ge=1)
-    mask_channels: int = pydantic.Field(256, ge=1)
-    mask_convolutions: int = pydantic.Field(4, ge=0)
-    box_weights: tuple[float, float, float, float] = pydantic.Field(
-        (10.0, 10.0, 5.0, 5.0), description="Factors of the box deltas dy, dx, dh, dw."
-    )
-    score_threshold: float = pydantic.Field(0.05, ge=0, le=1, description="Least score of a detection.")
-    nms_iou: float = pydantic.Field(0.5, ge=0, le=1)
-    candidates: int = pydantic.Field(
-        1000, ge=1, description="Best pairs of box and class that enter the suppression; see `detect`."
-    )
-    detections: int = pydantic.Field(100, ge=1, description="Most detections per image.")
-
-    @pydantic.model_validator(mode="after")
-    def _has_foreground(self) -> "RoiConfig":
-        if self.foreground_samples < 1:
-            raise ValueError("roi.samples * roi.foreground_share must be 1 or more, or nothing trains boxes and masks")
-        return self
-
-    @property
-    def foreground_samples(self) -> int:
-        """Slots of the samples that may hold foreground; they come first."""
-        return int(self.samples * self.foreground_share)
 
 
 def sample_rois(
     proposals: Mapping[str, Tensor],
     targets: Mapping[str, Tensor],
+    config: RoiConfig,
     *,
     num_classes: int,
     seed: Tensor,
-    foreground_iou: float = 0.5,
-    max_crowd_share: float = 0.5,
-    number: int = 512,
-    foreground_number: int = 128,
 ) -> dict[str, Tensor]:
-    """Draws the RoIs that the heads are trained with, from the proposals and the boxes of the ground truth.
+    """Samples the RoIs for the losses of the heads from the proposals and the boxes of the ground truth.
 
     Args:
         proposals: `boxes` [B, P, 4] and `valid` [B, P] of `propose`.
-        targets: What `instance_targets` returned, batched.
+        targets: Batched result of `instance_targets`.
+        config: Overlap of the foreground, and number of samples, S.
         num_classes: Number of thing classes, T.
         seed: int32 [2] for the random choice.
-        foreground_iou: Overlap from which a box is foreground.
-        max_crowd_share: Boxes that are crowd to a larger share than this are never background.
-        number: How many are drawn per image, S.
-        foreground_number: How many of them may be foreground.
 
     Returns:
-        `boxes`: float32 [B, S, 4]. `valid`: bool [B, S]. `foreground`: bool [B, S], True only among the first
-        `foreground_number` rows. `classes`: int32 [B, S], the thing class, T for background. `row`: int32 [B, S], the
+        `boxes`: float32 [B, S, 4]. `valid`: bool [B, S]. `foreground`: bool [B, S], true only among the first
+        `foreground_samples` rows. `classes`: int32 [B, S], the thing class, T for background. `row`: int32 [B, S], the
         matched instance's row. `matched_boxes`: float32 [B, S, 4], its box.
     """
     boxes = ops.concatenate([proposals["boxes"], targets["boxes"]], axis=1)  # [B, P + M, 4]
     usable = ops.concatenate([proposals["valid"], targets["valid"]], axis=1)
     iou, row, _ = match_boxes(boxes, targets["boxes"], targets["valid"])
-    is_foreground = iou >= foreground_iou
-    is_crowd = crowd_share(boxes, targets["instance_map"]) > max_crowd_share
+    is_foreground = iou >= config.foreground_iou
+    is_crowd = crowd_share(boxes, targets["instance_map"]) > config.crowd_share
     index, foreground, valid = sample_balanced(
         usable & is_foreground,
         usable & ~is_foreground & ~is_crowd,
-        number=number,
-        max_positive=foreground_number,
+        number=config.samples,
+        max_positive=config.foreground_samples,
         seed=seed,
     )
     row = take_rows(row, index)
@@ -113,21 +66,21 @@ def sample_rois(
 
 
 class BoxHead(keras.layers.Layer):
-    """Class and box of each RoI.
+    """Predicts class and box of each RoI.
 
     Args:
+        config: Channels of the two hidden layers.
         num_classes: Number of thing classes, T.
-        channels: Channels of the two hidden layers.
 
     Input: float [B, R, P, P, C]. Output: class logits float32 [B, R, T + 1], background last, and box deltas float32
     [B, R, T, 4] (dy, dx, dh, dw).
     """
 
-    def __init__(self, *, num_classes: int, channels: int = 1024, name: str | None = None) -> None:
+    def __init__(self, config: RoiConfig, *, num_classes: int, name: str | None = None) -> None:
         super().__init__(name=name)
         self.num_classes = num_classes
         options = {"activation": "relu", "kernel_initializer": "he_uniform"}
-        self.hidden = [keras.layers.Dense(channels, name=f"dense{k}", **options) for k in (1, 2)]
+        self.hidden = [keras.layers.Dense(config.box_channels, name=f"dense{k}", **options) for k in (1, 2)]
         self.classes = keras.layers.Dense(
             num_classes + 1, kernel_initializer=keras.initializers.RandomNormal(stddev=0.01), name="classes"
         )
@@ -147,15 +100,15 @@ class BoxHead(keras.layers.Layer):
 
 
 def box_losses(
-    class_logits: Tensor, deltas: Tensor, samples: Mapping[str, Tensor], *, weights: Sequence[float]
+    class_logits: Tensor, deltas: Tensor, samples: Mapping[str, Tensor], config: RoiConfig
 ) -> dict[str, Loss]:
-    """Cross entropy of all samples and L1 distance of the foreground, both per sample (section 3.2).
+    """Computes the cross entropy of all samples and the L1 distance of the foreground, both per sample.
 
     Args:
         class_logits: float32 [B, S, T + 1].
         deltas: float32 [B, S, T, 4].
-        samples: What `sample_rois` returned.
-        weights: Factors of the deltas.
+        samples: Result of `sample_rois`.
+        config: Factors of the deltas.
 
     Returns:
         `box_class` and `box`.
@@ -163,8 +116,8 @@ def box_losses(
     valid = ops.cast(samples["valid"], "float32")
     foreground = ops.cast(samples["foreground"], "float32") * valid
     cross_entropy = ops.sparse_categorical_crossentropy(samples["classes"], class_logits, from_logits=True)
-    expected = encode_boxes(samples["matched_boxes"], samples["boxes"], weights)
-    predicted = _of_class(deltas, samples["classes"])  # [B, S, 4]
+    expected = encode_boxes(samples["matched_boxes"], samples["boxes"], config.box_weights)
+    predicted = _select_class(deltas, samples["classes"])  # [B, S, 4]
     distance = ops.sum(ops.abs(predicted - expected), axis=-1)
     count = ops.sum(valid)
     return {
@@ -173,34 +126,32 @@ def box_losses(
     }
 
 
-def _of_class(values: Tensor, classes: Tensor) -> Tensor:
-    """The values [B, R, 4] of one class each from [B, R, T, 4]; those of background are arbitrary."""
+def _select_class(values: Tensor, classes: Tensor) -> Tensor:
+    """Selects one class per RoI, int32 [B, R]: [B, R, T, 4] to [B, R, 4]; background gives arbitrary values."""
     batch, rois, number = ops.shape(values)[:3]
     index = ops.arange(rois, dtype="int32") * number + ops.minimum(classes, number - 1)  # [B, R]
     return take_rows(ops.reshape(values, (batch, rois * number, values.shape[-1])), index)
 
 
 class MaskHead(keras.layers.Layer):
-    """A mask of each RoI for every class.
+    """Predicts a mask of each RoI for every class.
 
     Args:
+        config: Channels and number of the 3x3 convolutions.
         num_classes: Number of thing classes, T.
-        channels: Channels of the convolutions.
-        convolutions: Number of 3x3 convolutions.
 
     Input: float [B, R, P, P, C]. Output: logits float32 [B, R, 2 P, 2 P, T].
     """
 
-    def __init__(
-        self, *, num_classes: int, channels: int = 256, convolutions: int = 4, name: str | None = None
-    ) -> None:
+    def __init__(self, config: RoiConfig, *, num_classes: int, name: str | None = None) -> None:
         super().__init__(name=name)
+        channels = config.mask_channels
         options = {"activation": "relu", "kernel_initializer": "he_normal"}
         self.convolutions = [
             keras.layers.Conv2D(channels, 3, padding="same", name=f"conv{k + 1}", **options)
-            for k in range(convolutions)
+            for k in range(config.mask_convolutions)
         ]
-        self.enlarge = keras.layers.Conv2DTranspose(channels, 2, strides=2, name="enlarge", **options)
+        self.upsample = keras.layers.Conv2DTranspose(channels, 2, strides=2, name="enlarge", **options)
         self.masks = keras.layers.Conv2D(
             num_classes, 1, kernel_initializer=keras.initializers.RandomNormal(stddev=0.001), name="masks"
         )
@@ -211,16 +162,16 @@ class MaskHead(keras.layers.Layer):
         x = ops.reshape(pooled, (batch * rois, *pooled.shape[2:]))  # [B * R, P, P, C]
         for layer in self.convolutions:
             x = layer(x)
-        x = self.masks(self.enlarge(x))
+        x = self.masks(self.upsample(x))
         return ops.cast(ops.reshape(x, (batch, rois, *x.shape[1:])), "float32")  # [B, R, 2 P, 2 P, T]
 
 
-def masks_of_classes(logits: Tensor, classes: Tensor) -> Tensor:
-    """Picks the mask of one class per RoI.
+def select_masks(logits: Tensor, classes: Tensor) -> Tensor:
+    """Selects the mask of one class per RoI.
 
     Args:
         logits: float32 [B, R, Q, Q, T].
-        classes: int32 [B, R]; what background gives is arbitrary.
+        classes: int32 [B, R]; background gives an arbitrary mask.
 
     Returns:
         float32 [B, R, Q, Q].
@@ -230,18 +181,18 @@ def masks_of_classes(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def mask_loss(logits: Tensor, targets: Tensor, classes: Tensor, foreground: Tensor) -> Loss:
-    """Binary cross entropy of the mask of the true class, a mean over the pixels and foreground RoIs (section 3.2).
+    """Computes the binary cross entropy of the true class's mask, averaged over pixels and foreground RoIs.
 
     Args:
         logits: float32 [B, R, Q, Q, T].
         targets: bool [B, R, Q, Q] of `mask_targets`.
         classes: int32 [B, R].
-        foreground: bool [B, R], the RoIs that count.
+        foreground: bool [B, R], the RoIs that enter the loss.
 
     Returns:
-        The sum over the RoIs of their mean, and the number of RoIs.
+        The sum of the RoIs' means over pixels, and the number of RoIs.
     """
-    predicted = masks_of_classes(logits, classes)
+    predicted = select_masks(logits, classes)
     losses = ops.binary_crossentropy(ops.cast(targets, "float32"), predicted, from_logits=True)
     weight = ops.cast(foreground, "float32")
     return Loss(ops.sum(ops.mean(losses, axis=(2, 3)) * weight), ops.sum(weight))
@@ -251,44 +202,39 @@ def detect(
     class_logits: Tensor,
     deltas: Tensor,
     proposals: Mapping[str, Tensor],
-    image_size: tuple[Any, Any],
+    image_size: Size,
+    config: RoiConfig,
     *,
-    weights: Sequence[float],
-    score_threshold: float = 0.05,
-    nms_iou: float = 0.5,
-    candidates: int = 1000,
-    number: int = 100,
+    max_detections: int | None = None,
 ) -> dict[str, Tensor]:
     """Turns the box head's outputs into detections; a proposal may give one of each class.
 
-    The suppression sees the best `candidates` pairs of box and class. As worse boxes never suppress better ones, the
-    result is exact unless fewer than `number` of them remain while there are more pairs above the threshold.
+    Only the best `candidates` pairs of box and class enter non-maximum suppression. As worse boxes never suppress
+    better ones, the result is exact unless fewer than N of them remain while more pairs exceed the threshold.
 
     Args:
         class_logits: float32 [B, P, T + 1], background last.
         deltas: float32 [B, P, T, 4].
         proposals: `boxes` [B, P, 4] and `valid` [B, P] of `propose`.
-        image_size: Height and width at which boxes are cut, ints or int32 scalars.
-        weights: Factors of the deltas.
-        score_threshold: Scores must be above this.
-        nms_iou: Boxes that overlap a better one of their class more than this go.
-        candidates: See above.
-        number: Detections per image, N.
+        image_size: Height and width to which boxes are clipped.
+        config: Thresholds and factors of the deltas.
+        max_detections: Detections per image, N; None for `config.detections`.
 
     Returns:
         `boxes`: float32 [B, N, 4], the best first. `scores`: float32 [B, N], 0 in unused rows. `classes`: int32 [B, N]
-        thing classes. `valid`: bool [B, N]. `proposal`: int32 [B, N], the row each comes from. Unused rows are zero.
+        thing classes. `valid`: bool [B, N]. `proposal`: int32 [B, N], the proposal of each. Unused rows are zero.
     """
     batch, rois, classes = ops.shape(deltas)[:3]
     scores = ops.softmax(class_logits, axis=-1)[..., :-1]  # [B, P, T]
-    scores = ops.where((scores > score_threshold) & proposals["valid"][..., None], scores, 0.0)
-    scores, pair = top_k_padded(ops.reshape(scores, (batch, rois * classes)), candidates, fill=0.0)
+    scores = ops.where((scores > config.score_threshold) & proposals["valid"][..., None], scores, 0.0)
+    scores, pair = top_k_padded(ops.reshape(scores, (batch, rois * classes)), config.candidates, fill=0.0)
     proposal, thing = pair // classes, pair % classes
     chosen = take_rows(ops.reshape(deltas, (batch, rois * classes, 4)), pair)  # [B, candidates, 4]
-    boxes = clip_boxes(decode_boxes(chosen, take_rows(proposals["boxes"], proposal), weights), image_size)
+    boxes = clip_boxes(decode_boxes(chosen, take_rows(proposals["boxes"], proposal), config.box_weights), image_size)
     valid = (scores > 0) & (box_area(boxes) > 0)
-    keep = non_maximum_suppression(boxes, valid, iou_threshold=nms_iou, classes=thing)
+    keep = non_maximum_suppression(boxes, valid, iou_threshold=config.nms_iou, classes=thing)
 
+    number = config.detections if max_detections is None else max_detections
     scores, order = top_k_padded(ops.where(keep, scores, 0.0), number, fill=0.0)
     kept = scores > 0
     return {

@@ -1,6 +1,6 @@
 """RoIAlign (He et al. 2017) over a feature pyramid, in static shapes.
 
-The levels are put together in one table of feature pixels, so that all boxes are treated alike, whatever their level.
+All levels are concatenated in one table of feature pixels, so boxes of all levels are pooled in the same way.
 """
 
 import math
@@ -10,12 +10,13 @@ from typing import Any
 from keras import ops
 
 from deeplab2_like.model.boxes import box_area
-from deeplab2_like.model.layers import Tensor, once_there_is, stage
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.stages import compute_after, stage
 
 # A box of this side belongs to level 4 (Lin et al. 2017, section 4.2).
 _CANONICAL_SIDE = 224.0
 _CANONICAL_LEVEL = 4
-# Feature values per image that the adaptive variant reads at once, 64 MB of float32.
+# Feature values per image that adaptive sampling reads at once, 64 MB of float32.
 _VALUES_AT_ONCE = 2**24
 
 
@@ -28,11 +29,11 @@ def roi_align(
     sampling_ratio: int = 2,
     max_sampling_ratio: int = 8,
 ) -> Tensor:
-    """Averages features over the bins of each box, on the level that suits its size.
+    """Averages features over the bins of each box, on the level for boxes of its size.
 
-    Coordinates are aligned: the centre of feature pixel 0 lies at `stride / 2`. A sample more than one feature pixel
-    outside of the map is zero; nearer ones take the border. The gradient of a fixed number of samples holds
-    `2 * sampling_ratio * P * P` feature vectors per box for a moment: 100 MB for 512 boxes, 7 bins, 256 channels.
+    Coordinates are aligned: the center of feature pixel 0 lies at `stride / 2`. A sample more than one feature pixel
+    outside of the map is zero; nearer ones repeat the border. The gradient of a fixed number of samples holds
+    `2 * sampling_ratio * P * P` feature vectors per box at a time: 100 MB for 512 boxes, 7 bins, 256 channels.
 
     Args:
         pyramid: float [B, h, w, C] per level, fine to coarse, strides doubling.
@@ -41,9 +42,9 @@ def roi_align(
         output_size: Bins along each axis, P.
         sampling_ratio: Samples per bin and axis. 0 takes one per feature pixel that the bin spans, rounded up, as
             Detectron2 does by default.
-        max_sampling_ratio: Limit of that number where it depends on the box: results are exact for boxes of up to
-            `output_size * max_sampling_ratio` feature pixels on their level; of longer ones that many pixels are read,
-            evenly spread. Time grows with its square.
+        max_sampling_ratio: Limit of that number if it depends on the box: results are exact for boxes of up to
+            `output_size * max_sampling_ratio` feature pixels on their level; for longer ones that many pixels are read
+            at equal distances. Time grows with its square.
 
     Returns:
         float [B, R, P, P, C] in the type of the features.
@@ -85,17 +86,17 @@ def _pool_samples(
 
     rows, row_weights = axis(0, height)
     columns, column_weights = axis(1, width)
-    rows = base[..., None, None] + rows * width[..., None, None]  # Where in the table each row starts.
+    rows = base[..., None, None] + rows * width[..., None, None]  # The table row of the first pixel of each row.
     taps = 2 * samples
 
-    # The gradient is written out: left to the backends, it would keep all that was read.
+    # The gradient is written out, as automatic differentiation would keep all features that were read.
     @ops.custom_gradient
     def pool(table: Tensor) -> tuple[Tensor, Any]:
-        # In float32, whatever the features are, as it is a sum of many.
+        # Always in float32, as it is a sum of many values.
         pooled = ops.zeros((*ops.shape(rows)[:2], bins, bins, table.shape[-1]), "float32")
         for i in range(taps):
             for j in range(taps):
-                index = once_there_is(pooled, rows)[..., :, None, i] + columns[..., None, :, j]  # [B, R, P, P]
+                index = compute_after(pooled, rows)[..., :, None, i] + columns[..., None, :, j]  # [B, R, P, P]
                 weight = row_weights[..., :, None, i] * column_weights[..., None, :, j]
                 features = ops.cast(ops.take(table, index, axis=0), "float32")  # [B, R, P, P, C]
                 pooled = pooled + features * weight[..., None]
@@ -104,7 +105,7 @@ def _pool_samples(
             pooled = ops.cast(args[0] if upstream is None else upstream, "float32")
             total = ops.zeros(ops.shape(table), "float32")
             for i in range(taps):
-                row = once_there_is(total, rows)[..., :, None, None, i]  # [B, R, P, 1, 1]
+                row = compute_after(total, rows)[..., :, None, None, i]  # [B, R, P, 1, 1]
                 index = row + columns[..., None, :, :]  # [B, R, P, P, 2 G]
                 weight = row_weights[..., :, None, None, i] * column_weights[..., None, :, :]
                 values = pooled[..., None, :] * weight[..., None]  # [B, R, P, P, 2 G, C]
@@ -120,10 +121,10 @@ def _pool_samples(
 def _pool_pixels(
     table: Tensor, height: Tensor, width: Tensor, base: Tensor, start: Tensor, end: Tensor, *, bins: int, limit: int
 ) -> Tensor:
-    """RoIAlign with as many samples as a box has pixels: every pixel of the box is read once.
+    """RoIAlign with one sample per feature pixel of a box: every pixel is read once.
 
-    Interpolation is separable, so two small products of matrices turn the pixels of a box into its bins. Boxes are
-    treated a few at a time, as what they read is far more than what comes out.
+    Interpolation is separable, so two small matrix products turn the pixels of a box into its bins. A few boxes are
+    pooled at a time, as the features they read take far more memory than the result.
 
     Args:
         table: As for `_pool_samples`, like the others up to `bins`.
@@ -140,7 +141,7 @@ def _pool_pixels(
     """
     rows, row_weights = _pixels(start[..., 0], end[..., 0], height, bins=bins, limit=limit)
     columns, column_weights = _pixels(start[..., 1], end[..., 1], width, bins=bins, limit=limit)
-    rows = base[..., None] + rows * width[..., None]  # Where in the table each row starts.
+    rows = base[..., None] + rows * width[..., None]  # The table row of the first pixel of each row.
     batch, rois = ops.shape(rows)[:2]
     pixels, channels = rows.shape[-1], table.shape[-1]
 
@@ -168,7 +169,7 @@ def _pool_pixels(
 
 
 def assign_levels(boxes: Tensor, *, first: int, last: int) -> Tensor:
-    """The pyramid level of each box by the root of its area; int32 [...], first..last (stride 2 ** level)."""
+    """Returns the pyramid level of each box by the root of its area, int32 [...], first..last (stride 2 ** level)."""
     level = ops.floor(_CANONICAL_LEVEL + ops.log2(ops.sqrt(box_area(boxes)) / _CANONICAL_SIDE + 1e-8))
     return ops.cast(ops.clip(level, first, last), "int32")
 
@@ -176,7 +177,7 @@ def assign_levels(boxes: Tensor, *, first: int, last: int) -> Tensor:
 def _locate(
     pyramid: Mapping[str, Tensor], strides: Mapping[str, int], boxes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """All features as one table [rows, C], and where each box finds its level in it.
+    """Concatenates all features in one table [rows, C], and locates the level of each box in it.
 
     Returns:
         The table; height and width of each box's level, int32 [B, R]; the table row of the level's first pixel, int32
@@ -205,7 +206,7 @@ def _locate(
 def axis_samples(
     start: Tensor, end: Tensor, size: Tensor, bins: int, sampling_ratio: int, max_sampling_ratio: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the bins of each box take their samples along one axis, and which pixels are around them.
+    """Returns the pixels around each sample of RoIAlign along one axis, and their weights.
 
     Args:
         start: float32 [B, R], where the box starts along the axis, in pixels of the map.
@@ -217,8 +218,8 @@ def axis_samples(
 
     Returns:
         The pixel at or before each sample, int32 [B, R, P, G], 0..size - 1; the weight of that pixel and the weight of
-        the next one, float32 [B, R, P, G]. All weights of a bin add up to 1, less for samples outside of the map. The
-        next pixel has no weight where it would be outside.
+        the next one, float32 [B, R, P, G]. The weights of a bin add up to 1, or less if samples lie outside of the map.
+        The next pixel has weight 0 if it would lie outside.
     """
     samples = sampling_ratio or max_sampling_ratio
     bin_size = (end - start) / bins  # [B, R]
@@ -241,11 +242,11 @@ def axis_samples(
 
 
 def _pixels(start: Tensor, end: Tensor, size: Tensor, *, bins: int, limit: int) -> tuple[Tensor, Tensor]:
-    """The pixels of a box along one axis, and the matrix that turns them into bins; see `axis_samples`.
+    """Returns the pixels of a box along one axis, and the matrix that turns them into bins; see `axis_samples`.
 
     Returns:
-        int32 [B, R, T] coordinates and float32 [B, R, P, T] weights, T = P * limit + 2. Of a box of more pixels only
-        so many are read, evenly spread.
+        int32 [B, R, T] coordinates and float32 [B, R, P, T] weights, T = P * limit + 2. Of a
+        longer box T pixels are read, at equal distances.
     """
     first, near, far = axis_samples(start, end, size, bins, 0, limit)
     last = size[..., None] - 1  # [B, R, 1]
@@ -257,7 +258,7 @@ def _pixels(start: Tensor, end: Tensor, size: Tensor, *, bins: int, limit: int) 
     begin = ops.min(ops.where(inside, ops.cast(first, "float32"), 1e9), axis=(2, 3))
     begin = ops.minimum(begin, ops.cast(last[..., 0], "float32"))[..., None]  # [B, R, 1]
     step = ops.maximum(1.0, (end - start)[..., None] / (number - 2))
-    place = (position - begin[..., None]) / step[..., None]  # [B, R, P, G], counted in pixels that are read
+    place = (position - begin[..., None]) / step[..., None]  # [B, R, P, G], in pixels that are read
     weights = ops.maximum(1.0 - ops.abs(place[..., None] - pixel), 0.0) * total[..., None]  # [B, R, P, G, T]
     coordinates = ops.cast(begin + pixel * step, "int32")  # [B, R, T]
     return ops.minimum(coordinates, last), ops.sum(weights, axis=3)

@@ -1,17 +1,15 @@
-"""The region proposal network (Ren et al. 2015) on a feature pyramid (Lin et al. 2017): from features to proposals.
+"""The region proposal network (Ren et al., 2015) on a feature pyramid (Lin et al., 2017): from features to proposals.
 
-Details that the papers leave open are those of Detectron2: anchors are centred at the top left corner of each feature
-pixel, anchors across the border are kept, and the box loss is the plain L1 distance.
+Details that the papers leave open follow Detectron2: anchors are centered at the top left corner of each feature pixel,
+anchors across the border are kept, and the box loss is the plain L1 distance.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
 
 import keras
-import pydantic
 from keras import ops
 
-from deeplab2_like.configs.schema import StrictModel
+from deeplab2_like.model.base import Loss
 from deeplab2_like.model.boxes import (
     box_area,
     clip_boxes,
@@ -20,56 +18,29 @@ from deeplab2_like.model.boxes import (
     non_maximum_suppression,
     take_rows,
 )
+from deeplab2_like.model.detection.config import RpnConfig
 from deeplab2_like.model.detection.matching import crowd_share, match_boxes, sample_balanced, top_k_padded
+from deeplab2_like.model.geometry import Size
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.system import Loss
 
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 
 
-class RpnConfig(StrictModel):
-    """The region proposal network."""
-
-    anchor_sizes: tuple[pydantic.PositiveFloat, ...] = pydantic.Field(
-        (32.0, 64.0, 128.0, 256.0, 512.0), description="Square root of the anchors' area, one per level, in pixels."
-    )
-    anchor_ratios: tuple[pydantic.PositiveFloat, ...] = pydantic.Field(
-        (0.5, 1.0, 2.0), description="Height over width of the anchors."
-    )
-    channels: int = pydantic.Field(256, ge=1)
-    positive_iou: float = pydantic.Field(
-        0.7, ge=0, le=1, description="Anchors with at least this overlap are positive."
-    )
-    negative_iou: float = pydantic.Field(0.3, ge=0, le=1, description="Anchors with less overlap are negative.")
-    crowd_share: float = pydantic.Field(
-        0.5, ge=0, le=1, description="Unmatched anchors that are crowd to more than this share teach nothing."
-    )
-    samples: int = pydantic.Field(256, ge=1, description="Anchors per image that enter the losses.")
-    positive_share: float = pydantic.Field(0.5, gt=0, le=1, description="Largest share of positives among them.")
-    normalizer: Literal["fixed", "sampled"] = pydantic.Field(
-        "fixed", description="What the losses are divided by: `samples` per image (Detectron2), or those really drawn."
-    )
-    train_candidates: int = pydantic.Field(2000, ge=1, description="Best boxes of each level before suppression.")
-    test_candidates: int = pydantic.Field(1000, ge=1)
-    nms_iou: float = pydantic.Field(0.7, ge=0, le=1)
-    proposals: int = pydantic.Field(1000, ge=1, description="Best boxes of all levels after suppression.")
-
-
 class RpnHead(keras.layers.Layer):
-    """Objectness and box deltas of every anchor, by the same convolutions on every level.
+    """Predicts objectness and box deltas of every anchor, with the same convolutions on every level.
 
     Args:
-        num_anchors: Anchors per feature pixel, K.
-        channels: Channels between the convolutions.
+        config: Anchors per feature pixel, K, and channels.
 
     Input: a mapping of level names to float [B, h, w, C]. Output: two mappings of the same keys, objectness logits
     float32 [B, h * w * K], and deltas float32 [B, h * w * K, 4] (dy, dx, dh, dw), both in the order of `make_anchors`.
     """
 
-    def __init__(self, *, num_anchors: int, channels: int = 256, name: str | None = None) -> None:
+    def __init__(self, config: RpnConfig, *, name: str | None = None) -> None:
         super().__init__(name=name)
+        num_anchors = len(config.anchor_ratios)
         options = {"kernel_initializer": keras.initializers.RandomNormal(stddev=0.01)}
-        self.conv = keras.layers.Conv2D(channels, 3, padding="same", activation="relu", name="conv", **options)
+        self.conv = keras.layers.Conv2D(config.channels, 3, padding="same", activation="relu", name="conv", **options)
         self.objectness = keras.layers.Conv2D(num_anchors, 1, name="objectness", **options)
         self.deltas = keras.layers.Conv2D(4 * num_anchors, 1, name="deltas", **options)
 
@@ -84,24 +55,21 @@ class RpnHead(keras.layers.Layer):
         return objectness, deltas
 
 
-def make_anchors(
-    pyramid: Mapping[str, Tensor], strides: Mapping[str, int], *, sizes: Sequence[float], ratios: Sequence[float]
-) -> dict[str, Tensor]:
-    """The anchors of every level, for any image of that size.
+def make_anchors(pyramid: Mapping[str, Tensor], strides: Mapping[str, int], config: RpnConfig) -> dict[str, Tensor]:
+    """Makes the anchors of every level, the same for all images of a size.
 
     Args:
-        pyramid: float [B, h, w, C] per level, of which only the sizes matter.
+        pyramid: float [B, h, w, C] per level; only the sizes matter.
         strides: Image pixels per feature pixel, per level.
-        sizes: Square root of the area of a level's anchors, in the order of the levels of `pyramid`.
-        ratios: Height over width of the K anchors of a feature pixel.
+        config: Sizes, in the order of the levels of `pyramid`, and ratios of the K anchors of a feature pixel.
 
     Returns:
         float32 [h * w * K, 4] per level; the anchors of a pixel follow each other.
     """
     anchors = {}
-    for (level, features), size in zip(pyramid.items(), sizes, strict=True):
+    for (level, features), size in zip(pyramid.items(), config.anchor_sizes, strict=True):
         height, width = ops.shape(features)[1:3]
-        shapes = [(size * ratio**0.5, size / ratio**0.5) for ratio in ratios]
+        shapes = [(size * ratio**0.5, size / ratio**0.5) for ratio in config.anchor_ratios]
         corners = ops.array([[-h / 2, -w / 2, h / 2, w / 2] for h, w in shapes], "float32")  # [K, 4]
         y = ops.cast(ops.arange(height) * strides[level], "float32")
         x = ops.cast(ops.arange(width) * strides[level], "float32")
@@ -112,75 +80,57 @@ def make_anchors(
 
 
 def sample_anchors(
-    anchors: Tensor,
-    targets: Mapping[str, Tensor],
-    *,
-    seed: Tensor,
-    positive_iou: float = 0.7,
-    negative_iou: float = 0.3,
-    max_crowd_share: float = 0.5,
-    number: int = 256,
-    positive_share: float = 0.5,
+    anchors: Tensor, targets: Mapping[str, Tensor], config: RpnConfig, *, seed: Tensor
 ) -> dict[str, Tensor]:
-    """Matches anchors with the instances and draws those that enter the losses.
-
-    Positive is an anchor whose best overlap is at least `positive_iou`, and one that no other anchor surpasses for some
-    instance; the latter still learns the box of the instance that it overlaps most itself.
+    """Matches anchors with the instances and samples those that enter the losses.
 
     Args:
         anchors: float32 [A, 4], all levels.
         targets: `boxes` [B, M, 4], `valid` [B, M] and `instance_map` [B, H, W] of `instance_targets`.
+        config: Overlaps and number of samples, S.
         seed: int32 [2] for the random choice.
-        positive_iou: See above.
-        negative_iou: Anchors of less overlap are negative; those between teach nothing.
-        max_crowd_share: Anchors that are crowd to a larger share than this are never negative.
-        number: How many anchors are drawn per image, S.
-        positive_share: Largest share of positives.
 
     Returns:
-        `index`: int32 [B, S], which anchors. `valid`: bool [B, S]. `positive`: bool [B, S].
+        `index`: int32 [B, S], the sampled anchors. `valid`: bool [B, S]. `positive`: bool [B, S].
         `deltas`: float32 [B, S, 4], from the anchor to its instance; meant for positives.
     """
-    positive, negative, row = label_anchors(
-        anchors, targets, positive_iou=positive_iou, negative_iou=negative_iou, max_crowd_share=max_crowd_share
-    )
+    positive, negative, row = label_anchors(anchors, targets, config)
     index, is_positive, valid = sample_balanced(
-        positive, negative, number=number, max_positive=int(number * positive_share), seed=seed
+        positive, negative, number=config.samples, max_positive=config.max_positives, seed=seed
     )
     matched = take_rows(targets["boxes"], take_rows(row, index))  # [B, S, 4]
     deltas = encode_boxes(matched, ops.take(anchors, index, axis=0), _WEIGHTS)
     return {"index": index, "valid": valid, "positive": is_positive, "deltas": deltas}
 
 
-def label_anchors(
-    anchors: Tensor,
-    targets: Mapping[str, Tensor],
-    *,
-    positive_iou: float,
-    negative_iou: float,
-    max_crowd_share: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The first half of `sample_anchors`: bool [B, A] positives and negatives, int32 [B, A] row of the instance."""
+def label_anchors(anchors: Tensor, targets: Mapping[str, Tensor], config: RpnConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Decides which anchors are positive and which are negative.
+
+    An anchor is positive if its best overlap is at least `positive_iou`, or if no other anchor overlaps some instance
+    more. The latter still learns the box of the instance that it overlaps most itself.
+
+    Args:
+        anchors: float32 [A, 4], all levels.
+        targets: See `sample_anchors`.
+        config: Overlaps, and the share of crowd from which an anchor is never negative.
+
+    Returns:
+        bool [B, A] positives, bool [B, A] negatives, and int32 [B, A], the row of the instance.
+    """
     iou, row, is_best = match_boxes(anchors[None], targets["boxes"], targets["valid"])
-    positive = (iou >= positive_iou) | is_best
-    is_crowd = crowd_share(anchors[None], targets["instance_map"]) > max_crowd_share
-    return positive, (iou < negative_iou) & ~positive & ~is_crowd, row
+    positive = (iou >= config.positive_iou) | is_best
+    is_crowd = crowd_share(anchors[None], targets["instance_map"]) > config.crowd_share
+    return positive, (iou < config.negative_iou) & ~positive & ~is_crowd, row
 
 
-def rpn_losses(
-    objectness: Tensor,
-    deltas: Tensor,
-    samples: Mapping[str, Tensor],
-    *,
-    normalizer: Literal["fixed", "sampled"] = "fixed",
-) -> dict[str, Loss]:
-    """Binary cross entropy of the drawn anchors and L1 distance of the positive ones.
+def rpn_losses(objectness: Tensor, deltas: Tensor, samples: Mapping[str, Tensor], config: RpnConfig) -> dict[str, Loss]:
+    """Computes the binary cross entropy of the sampled anchors and the L1 distance of the positive ones.
 
     Args:
         objectness: float32 [B, A] logits, all levels.
         deltas: float32 [B, A, 4].
-        samples: What `sample_anchors` returned.
-        normalizer: `fixed` divides both by the number of anchors to be drawn, `sampled` by those that were.
+        samples: Result of `sample_anchors`.
+        config: The normalizer of both losses.
 
     Returns:
         `rpn_class` and `rpn_box`.
@@ -190,7 +140,7 @@ def rpn_losses(
     cross_entropy = ops.binary_crossentropy(positive, logits, from_logits=True)
     distance = ops.sum(ops.abs(predicted - samples["deltas"]), axis=-1)  # [B, S]
     valid = ops.cast(samples["valid"], "float32")
-    count = ops.sum(ops.ones_like(valid) if normalizer == "fixed" else valid)
+    count = ops.sum(ops.ones_like(valid) if config.normalizer == "fixed" else valid)
     return {
         "rpn_class": Loss(ops.sum(cross_entropy * valid), count),
         "rpn_box": Loss(ops.sum(distance * positive * valid), count),
@@ -201,11 +151,10 @@ def propose(
     objectness: Mapping[str, Tensor],
     deltas: Mapping[str, Tensor],
     anchors: Mapping[str, Tensor],
-    image_size: tuple[Any, Any],
+    image_size: Size,
+    config: RpnConfig,
     *,
-    candidates: int,
-    nms_iou: float = 0.7,
-    number: int = 1000,
+    training: bool = False,
 ) -> dict[str, Tensor]:
     """Turns the head's outputs into proposals.
 
@@ -213,35 +162,37 @@ def propose(
         objectness: float32 [B, A_level] logits per level.
         deltas: float32 [B, A_level, 4] per level.
         anchors: float32 [A_level, 4] per level.
-        image_size: Height and width at which boxes are cut, ints or int32 scalars.
-        candidates: Best boxes of each level that enter the suppression.
-        nms_iou: Boxes of a level that overlap a better one more than this go.
-        number: How many proposals all levels give together, P.
+        image_size: Height and width to which boxes are clipped.
+        config: Numbers of candidates and of proposals, P, and the overlap for non-maximum suppression.
+        training: Whether to take `train_candidates` or `test_candidates`.
 
     Returns:
         `boxes`: float32 [B, P, 4], the best first, without gradient. `scores`: float32 [B, P] logits.
         `valid`: bool [B, P]; unused rows are zero and come last.
     """
     never = -1e30
+    num_candidates = config.train_candidates if training else config.test_candidates
     scores, boxes = [], []
     for level, level_objectness in objectness.items():
         size = level_objectness.shape[1]
         level_scores, index = top_k_padded(
-            ops.stop_gradient(level_objectness), candidates if size is None else min(candidates, size), fill=never
+            ops.stop_gradient(level_objectness),
+            num_candidates if size is None else min(num_candidates, size),
+            fill=never,
         )
         level_deltas = take_rows(ops.stop_gradient(deltas[level]), index)
         level_boxes = decode_boxes(level_deltas, ops.take(anchors[level], index, axis=0), _WEIGHTS)
         level_boxes = clip_boxes(level_boxes, image_size)
         valid = (level_scores > never) & (box_area(level_boxes) > 0)
-        keep = non_maximum_suppression(level_boxes, valid, iou_threshold=nms_iou)
+        keep = non_maximum_suppression(level_boxes, valid, iou_threshold=config.nms_iou)
         scores.append(ops.where(keep, level_scores, never))
         boxes.append(level_boxes)
 
-    best, index = top_k_padded(ops.concatenate(scores, axis=1), number, fill=never)
+    best, index = top_k_padded(ops.concatenate(scores, axis=1), config.proposals, fill=never)
     kept = best > never
-    found = take_rows(ops.concatenate(boxes, axis=1), index)
+    best_boxes = take_rows(ops.concatenate(boxes, axis=1), index)
     return {
-        "boxes": ops.where(kept[..., None], found, 0.0),
+        "boxes": ops.where(kept[..., None], best_boxes, 0.0),
         "scores": ops.where(kept, best, 0.0),
         "valid": kept,
     }

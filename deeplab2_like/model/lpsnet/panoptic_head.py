@@ -1,4 +1,4 @@
-"""The parameter-free panoptic head of LPSNet (section 3.4): boxes pasted onto the pixels of their class.
+"""The panoptic head of LPSNet, which has no parameters: boxes pasted onto the pixels of their class (section 3.4).
 
 It works on its own, with the boxes and the semantic map of any model:
 
@@ -6,44 +6,45 @@ It works on its own, with the boxes and the semantic map of any model:
     panoptic = head(semantic, boxes, scores, classes)["panoptic"]
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_args
 
 from keras import ops
 
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.errors import UserError
+from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.model.boxes import box_area, take_rows
-from deeplab2_like.model.layers import Tensor, stage
-from deeplab2_like.model.lpsnet.targets import border_ratio, level_of
-from deeplab2_like.model.merge import Merged, claim_in_order, described_segments, lines_of_boxes, merge
-
-Conflicts = Literal["closest_border_ness", "smallest_area", "highest_score"]
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.lpsnet.config import Conflicts
+from deeplab2_like.model.lpsnet.targets import border_ratio, level_index
+from deeplab2_like.model.overlaps import line_ranges, resolve_overlaps
+from deeplab2_like.model.segments import SegmentTable, paint_segments, segment_outputs
+from deeplab2_like.model.stages import stage
 
 
 class PanopticHead:
-    """Makes a panoptic map of boxes and a semantic map.
+    """Makes a panoptic map from boxes and a semantic map.
 
-    The mask of a box is the pixels in it that have its class. Boxes are pasted in the order of their scores; one of
-    whose mask a larger share than a threshold is in the masks of better boxes is dropped. As a pixel has one class,
-    masks overlap only within a class. A pixel in several of them goes to
+    The mask of a box consists of the pixels inside it that have its class. Boxes are pasted in the order of their
+    scores; a box is dropped if better ones cover more than a share of its mask. Because a pixel has one class, masks
+    overlap only within a class. A pixel inside several masks goes to
 
-    - `closest_border_ness`: the box for which its border-ness is closest to what the network predicted for this pixel;
+    - `closest_border_ness`: the box for which its border-ness is closest to the predicted border-ness of the pixel;
     - `smallest_area`: the smallest box;
     - `highest_score`: the best box.
 
-    Pixels of stuff keep their class; pixels of things that no box has become void.
+    Pixels of stuff keep their class; pixels of things outside all boxes become void.
 
     Args:
-        dataset_info: What the values of the panoptic map mean.
-        conflicts: Who gets the pixels of several boxes.
+        dataset_info: The meaning of the values of the panoptic map.
+        conflicts: The box that gets a pixel inside several masks.
         overlap_threshold: The share.
         stuff_area_limit: Smaller stuff segments become void, in pixels.
-        size_limits: If border-ness was predicted on several levels: between one level and the next, the largest
-            distance from a pixel to a side of its object, in pixels of the map.
+        size_limits: If border-ness is predicted on several levels: for each level but the last, the largest distance
+            from a pixel to a side of its box, in pixels of the map.
 
     Raises:
-        UserError: If there is no such rule of conflicts, or the share is none.
+        UserError: If `conflicts` is unknown, or `overlap_threshold` is not in 0..1.
     """
 
     def __init__(
@@ -53,11 +54,10 @@ class PanopticHead:
         conflicts: Conflicts = "closest_border_ness",
         overlap_threshold: float = 0.3,
         stuff_area_limit: int = 4096,
-        size_limits: Sequence[float] = (),
+        size_limits: Sequence[Any] = (),
     ) -> None:
-        known = ("closest_border_ness", "smallest_area", "highest_score")
-        if conflicts not in known:
-            raise UserError(f"Unknown rule of conflicts '{conflicts}'. Known: {', '.join(known)}.")
+        if conflicts not in get_args(Conflicts):
+            raise unknown_name("rule of conflicts", conflicts, get_args(Conflicts))
         if not 0 <= overlap_threshold <= 1:
             raise UserError(f"overlap_threshold is a share, 0 to 1, but it is {overlap_threshold}.")
         self.dataset_info = dataset_info
@@ -65,36 +65,37 @@ class PanopticHead:
         self.overlap_threshold = overlap_threshold
         self.stuff_area_limit = stuff_area_limit
         self.size_limits = tuple(size_limits)
-        is_thing = [category.is_thing for category in dataset_info.categories]
-        self.painted_class = (*(-1 if thing else class_id for class_id, thing in enumerate(is_thing)), -1)
+        # Stuff classes are painted as they are; thing classes and the class after the last one, unknown, are not.
+        stuff = dataset_info.stuff_classes
+        self.class_of_semantic = (*(c if c in stuff else -1 for c in range(dataset_info.num_classes)), -1)
 
     def __call__(
-        self, semantic: Tensor, boxes: Tensor, scores: Tensor, classes: Tensor, predicted: Tensor | None = None
+        self, semantic: Tensor, boxes: Tensor, scores: Tensor, classes: Tensor, border_ness: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Makes the map, of boxes in any order.
+        """Makes the map from boxes in any order.
 
         Args:
-            semantic: int [B, H, W], class id of each pixel; any other number where it is not known.
+            semantic: int [B, H, W], class id of each pixel; any other number where it is unknown.
             boxes: float32 [B, N, 4], (y_min, x_min, y_max, x_max) in pixels of the map.
-            scores: float32 [B, N]; rows of zero are not used, nor are those of classes that are no things.
+            scores: float32 [B, N]; rows with score zero and rows whose class is not a thing class are not used.
             classes: int [B, N], class ids of things.
-            predicted: float32 [B, L, H, W], border-ness that was predicted for each pixel, on each of the levels; only
-                for `closest_border_ness`.
+            border_ness: float32 [B, L, H, W], predicted border-ness of each pixel on each of the L levels; only for
+                `closest_border_ness`.
 
         Returns:
-            The dictionary of `PanopticSystem.postprocess`: rows 0 to N - 1 are things by score, row N + c is class c,
-            whose score is 1.
+            The dictionary of `PanopticSystem.postprocess`: rows 0 to N - 1 are things in the order of their scores, row
+            N + c is the stuff of class c, with score 1.
 
         Raises:
-            UserError: If border-ness is needed, but missing or of another shape, or so many boxes cannot be told apart
-                with the label divisor.
+            UserError: If border-ness is needed, but missing or of another shape, or the label divisor has no room for
+                so many boxes.
         """
         semantic, classes = (ops.cast(values, "int32") for values in (semantic, classes))
         boxes, scores = (ops.cast(values, "float32") for values in (boxes, scores))
-        if predicted is not None:
-            predicted = ops.cast(predicted, "float32")
+        if border_ness is not None:
+            border_ness = ops.cast(border_ness, "float32")
         if boxes.shape[1] == 0:
-            # One row that is not used: there must be something to sort.
+            # Sorting needs at least one row; this one is not used.
             boxes, scores, classes = (
                 ops.pad(values, [[0, 0], [0, 1], *[[0, 0]] * (len(values.shape) - 2)])
                 for values in (boxes, scores, classes)
@@ -102,26 +103,26 @@ class PanopticHead:
         num_classes = self.dataset_info.num_classes
         semantic = ops.where((semantic >= 0) & (semantic < num_classes), semantic, num_classes)
         is_thing = ops.any(classes[..., None] == ops.array(self.dataset_info.thing_classes, "int32"), axis=-1)
-        # Also drops what is not a number.
+        # The comparison also drops scores that are NaN.
         scores = ops.where(is_thing & (scores > 0), scores, 0.0)
         order = ops.argsort(-scores, axis=-1)
         scores = take_rows(scores, order)
-        merged = self.paste(semantic, take_rows(boxes, order), scores, take_rows(classes, order), predicted)
-        return described_segments(merged, scores, ops.ones((ops.shape(scores)[0], self.dataset_info.num_classes)))
+        table = self.paste(semantic, take_rows(boxes, order), scores, take_rows(classes, order), border_ness)
+        return segment_outputs(table, scores, ops.ones((ops.shape(scores)[0], num_classes)))
 
     def paste(
-        self, semantic: Tensor, boxes: Tensor, scores: Tensor, classes: Tensor, predicted: Tensor | None = None
-    ) -> Merged:
-        """The map and its table of segments, of boxes whose best ones come first; see `__call__`."""
-        if predicted is None and self.conflicts == "closest_border_ness":
+        self, semantic: Tensor, boxes: Tensor, scores: Tensor, classes: Tensor, border_ness: Tensor | None = None
+    ) -> SegmentTable:
+        """Makes the map and its segment table from boxes in the order of their scores; see `__call__`."""
+        if border_ness is None and self.conflicts == "closest_border_ness":
             raise UserError(
                 "Rule 'closest_border_ness' of PanopticHead needs the predicted border-ness of each pixel; give it, or "
                 "choose conflicts 'smallest_area' or 'highest_score'."
             )
         levels = len(self.size_limits) + 1
-        if predicted is not None and (len(predicted.shape) != 4 or predicted.shape[1] != levels):
+        if border_ness is not None and (len(border_ness.shape) != 4 or border_ness.shape[1] != levels):
             raise UserError(
-                f"The predicted border-ness has the shape {tuple(predicted.shape)}; PanopticHead with "
+                f"The predicted border-ness has the shape {tuple(border_ness.shape)}; PanopticHead with "
                 f"{len(self.size_limits)} size_limits needs [B, {levels}, H, W], a map for each level."
             )
         if boxes.shape[1] >= self.dataset_info.label_divisor:
@@ -134,20 +135,18 @@ class PanopticHead:
             boxes,
             scores > 0,
             classes,
-            predicted if self.conflicts == "closest_border_ness" else None,
+            border_ness if self.conflicts == "closest_border_ness" else None,
             size_limits=self.size_limits,
-            by_area=self.conflicts == "smallest_area",
+            smallest_first=self.conflicts == "smallest_area",
             overlap_threshold=self.overlap_threshold,
         )
-        return merge(
+        return paint_segments(
             semantic,
             owner,
             classes,
-            class_of_semantic=self.painted_class,
-            num_classes=self.dataset_info.num_classes,
+            class_of_semantic=self.class_of_semantic,
+            dataset_info=self.dataset_info,
             stuff_area_limit=self.stuff_area_limit,
-            label_divisor=self.dataset_info.label_divisor,
-            void=self.dataset_info.void,
         )
 
 
@@ -157,79 +156,113 @@ def paste_boxes(
     boxes: Tensor,
     used: Tensor,
     classes: Tensor,
-    predicted: Tensor | None,
+    border_ness: Tensor | None,
     *,
-    size_limits: Sequence[float],
-    by_area: bool,
+    size_limits: Sequence[Any],
+    smallest_first: bool,
     overlap_threshold: float,
 ) -> Tensor:
-    """Gives pixels to boxes in the order of their rows; see `PanopticHead`.
-
-    A pixel is in a box if its centre is.
+    """Assigns pixels to boxes in the order of their rows, see `PanopticHead`; a pixel is inside if its center is.
 
     Args:
         semantic: int32 [B, H, W].
         boxes: float32 [B, N, 4].
-        used: bool [B, N], true for the first rows of each image, those that take part.
+        used: bool [B, N], the boxes that take part, the first rows of each image.
         classes: int32 [B, N].
-        predicted: float32 [B, L, H, W]; None if pixels of several boxes do not go to the closest border-ness.
-        size_limits: See `PanopticHead`; one fewer than levels.
-        by_area: Whether they go to the smallest box; else, if not by border-ness either, to the first.
-        overlap_threshold: A box of whose mask a larger share is in earlier masks is dropped.
+        border_ness: float32 [B, L, H, W], if pixels inside several boxes go to the closest border-ness; otherwise None.
+        size_limits: See `PanopticHead`, [L - 1].
+        smallest_first: Whether they go to the smallest box instead of the first one.
+        overlap_threshold: Largest share of a mask that earlier boxes may hold.
 
     Returns:
-        int32 [B, H, W]: the row, or N for pixels that no box has.
+        int32 [B, H, W]: the box of each pixel, or N for none.
     """
     batch, height, width = ops.shape(semantic)
-    levels = 0 if predicted is None else predicted.shape[1]
-    flat = ops.reshape(semantic, (batch * height, width))
-    y_min, x_min, y_max, x_max = (side[..., None] for side in ops.unstack(boxes, 4, axis=-1))  # each [B, N, 1]
-    y, x = (ops.cast(ops.arange(size), "float32") + 0.5 for size in (height, width))
-    # What depends on the row or on the column alone, of each box: [B, N, H] and [B, N, W].
-    is_in_rows, is_in_columns = (y > y_min) & (y < y_max), (x > x_min) & (x < x_max)
-    ratio_of_rows, ratio_of_columns = border_ratio(y - y_min, y_max - y), border_ratio(x - x_min, x_max - x)
-    level_of_rows = level_of(ops.maximum(y - y_min, y_max - y), size_limits)
-    level_of_columns = level_of(ops.maximum(x - x_min, x_max - x), size_limits)
-
-    def of_rows(values: Tensor, n: Tensor, rows: Tensor) -> Tensor:
-        """Of box n and some rows, int32 [B, L]: [B, L, 1]."""
-        return ops.take_along_axis(ops.take(values, n, axis=1), rows, axis=1)[..., None]
-
-    def of_columns(values: Tensor, n: Tensor) -> Tensor:
-        """Of box n: [B, 1, W]."""
-        return ops.take(values, n, axis=1)[:, None]
-
-    def rows_in_window(top: Tensor, lines: Any) -> Tensor:
-        return top[:, None] + ops.arange(lines)[None, :]  # [B, L]
+    flat_semantic = ops.reshape(semantic, (batch * height, width))
+    y, x, (y_min, x_min, y_max, x_max) = _pixels_and_sides(boxes, height, width)
+    inside = _AxisValues((y > y_min) & (y < y_max), (x > x_min) & (x < x_max))
 
     def mask_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
-        rows = rows_in_window(top, lines)
-        classes_here = ops.take(flat, rows + (ops.arange(batch) * height)[:, None], axis=0)  # [B, L, W]
-        is_of_class = classes_here == ops.take(classes, n, axis=1)[:, None, None]
-        return is_of_class & of_rows(is_in_rows, n, rows) & of_columns(is_in_columns, n)
+        rows = _rows_in_window(top, lines)
+        classes_here = ops.take(flat_semantic, rows + (ops.arange(batch) * height)[:, None], axis=0)  # [B, L, W]
+        inside_rows, inside_columns = inside.at(n, rows)
+        return (classes_here == ops.take(classes, n, axis=1)[:, None, None]) & inside_rows & inside_columns
 
     def area_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
         return ops.broadcast_to(box_area(ops.take(boxes, n, axis=1))[:, None, None], (batch, lines, width))
 
-    def difference_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
-        rows = rows_in_window(top, lines)
-        # The largest of four distances is the larger one of the largest along each axis, and so is its level.
-        level = ops.maximum(of_rows(level_of_rows, n, rows), of_columns(level_of_columns, n))  # [B, L, W]
-        of_levels = ops.reshape(predicted, (batch * levels * height, width))
-        here: Tensor = 0.0
-        for index in range(levels):
-            lines_of_level = ops.take(
-                of_levels, rows + ((ops.arange(batch) * levels + index) * height)[:, None], axis=0
-            )
-            here = ops.where(level == index, lines_of_level, here)
-        return ops.abs(ops.sqrt(of_rows(ratio_of_rows, n, rows) * of_columns(ratio_of_columns, n)) - here)
-
-    return claim_in_order(
+    cost: Callable[[Tensor, Tensor, Any], Tensor] | None = area_in_window if smallest_first else None
+    if border_ness is not None:
+        cost = _border_ness_cost(boxes, border_ness, size_limits)
+    return resolve_overlaps(
         used,
-        *lines_of_boxes(boxes, height),
+        *line_ranges(boxes, height),
         mask_in_window,
         height=height,
         width=width,
         overlap_threshold=overlap_threshold,
-        cost_in_window=difference_in_window if predicted is not None else area_in_window if by_area else None,
+        cost_in_window=cost,
     )
+
+
+def _border_ness_cost(
+    boxes: Tensor, border_ness: Tensor, size_limits: Sequence[Any]
+) -> Callable[[Tensor, Tensor, Any], Tensor]:
+    """Makes `cost_in_window` of `resolve_overlaps`: the error of the predicted border-ness for a box.
+
+    Args:
+        boxes: float32 [B, N, 4].
+        border_ness: float32 [B, L, H, W].
+        size_limits: See `PanopticHead`, [L - 1].
+    """
+    num_levels = border_ness.shape[1]
+    batch, _, height, width = ops.shape(border_ness)
+    flat_border_ness = ops.reshape(border_ness, (batch * num_levels * height, width))
+    y, x, (y_min, x_min, y_max, x_max) = _pixels_and_sides(boxes, height, width)
+    ratio = _AxisValues(border_ratio(y - y_min, y_max - y), border_ratio(x - x_min, x_max - x))
+    # The largest of four distances is the larger of the largest along each axis, and so is the level.
+    level = _AxisValues(
+        level_index(ops.maximum(y - y_min, y_max - y), size_limits),
+        level_index(ops.maximum(x - x_min, x_max - x), size_limits),
+    )
+
+    def cost_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
+        rows = _rows_in_window(top, lines)
+        levels = ops.maximum(*level.at(n, rows))  # [B, L, W]
+        predicted: Tensor = 0.0
+        for index in range(num_levels):
+            first_row = (ops.arange(batch) * num_levels + index) * height  # [B]
+            on_level = ops.take(flat_border_ness, rows + first_row[:, None], axis=0)  # [B, L, W]
+            predicted = ops.where(levels == index, on_level, predicted)
+        ratio_rows, ratio_columns = ratio.at(n, rows)
+        return ops.abs(ops.sqrt(ratio_rows * ratio_columns) - predicted)
+
+    return cost_in_window
+
+
+class _AxisValues(NamedTuple):
+    """Values of each box that depend only on the row, or only on the column, of a pixel.
+
+    Attributes:
+        rows: [B, N, H].
+        columns: [B, N, W].
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def at(self, n: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the values of box n in some rows, int32 [B, L], and in all columns: [B, L, 1] and [B, 1, W]."""
+        values = ops.take_along_axis(ops.take(self.rows, n, axis=1), rows, axis=1)
+        return values[..., None], ops.take(self.columns, n, axis=1)[:, None]
+
+
+def _pixels_and_sides(boxes: Tensor, height: Any, width: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Returns the centers of rows and columns, float32 [H] and [W], and the sides of boxes, 4 x float32 [B, N, 1]."""
+    y, x = (ops.cast(ops.arange(size), "float32") + 0.5 for size in (height, width))
+    return y, x, [side[..., None] for side in ops.unstack(boxes, 4, axis=-1)]
+
+
+def _rows_in_window(top: Tensor, lines: Any) -> Tensor:
+    """Returns the rows of a window in each image, int32 [B, L], from the first one, int32 [B]."""
+    return top[:, None] + ops.arange(lines)[None, :]

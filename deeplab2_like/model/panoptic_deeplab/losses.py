@@ -1,24 +1,24 @@
-"""Losses of Panoptic-DeepLab (section 4): weighted bootstrapped cross entropy, centre heat map, offsets.
+"""Losses of Panoptic-DeepLab (section 4): weighted bootstrapped cross entropy, center heat map, offsets.
 
-Predictions are compared at full resolution, so they are enlarged to the size of the targets first.
+Predictions are compared at full resolution, so they are upsampled to the size of the targets first.
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 from keras import ops
 
-from deeplab2_like.model.layers import Tensor, upsample_bilinear
-from deeplab2_like.model.system import Loss
+from deeplab2_like.model.base import Loss
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.panoptic_deeplab.config import LossConfig
+from deeplab2_like.model.resampling import upsample_bilinear
 
 
 def compute_losses(
     targets: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
+    config: LossConfig,
     *,
     stride: int,
-    top_k_share: float,
-    center_loss: Literal["mean_squared_error", "sigmoid_cross_entropy"],
 ) -> dict[str, Loss]:
     """Compares raw outputs with the targets of `make_targets`.
 
@@ -26,35 +26,37 @@ def compute_losses(
         targets: Batched targets, [B, H, W, ...].
         outputs: `semantic_logits` [B, h, w, C] and, unless semantic only, `center` [B, h, w, 1] and
             `offset` [B, h, w, 2], at `stride`.
+        config: Share of pixels in the semantic loss, and kind of the center loss.
         stride: Image pixels per output pixel.
-        top_k_share: Share of the batch's pixels, the hardest ones, that enter the semantic loss.
-        center_loss: How heat maps are compared.
 
     Returns:
         `semantic` and, unless semantic only, `center` and `offset`.
     """
     height, width = targets["semantic"].shape[1:3]
-    enlarged = {
+    upsampled = {
         name: upsample_bilinear(ops.cast(output, "float32"), stride)[:, :height, :width]
         for name, output in outputs.items()
     }
     losses = {
         "semantic": bootstrapped_cross_entropy(
-            targets["semantic"], targets["semantic_weight"], enlarged["semantic_logits"], top_k_share=top_k_share
+            targets["semantic"],
+            targets["semantic_weight"],
+            upsampled["semantic_logits"],
+            top_k_share=config.top_k_share,
         )
     }
     if "center" not in outputs:
         return losses
 
-    predicted, expected = enlarged["center"][..., 0], targets["center"]
-    if center_loss == "mean_squared_error":
+    predicted, expected = upsampled["center"][..., 0], targets["center"]
+    if config.center == "mean_squared_error":
         difference = ops.square(predicted - expected)
     else:
         difference = ops.binary_crossentropy(expected, predicted, from_logits=True)
     weight = ops.cast(targets["center_weight"], "float32")
     losses["center"] = Loss(ops.sum(difference * weight), ops.sum(weight))
 
-    distance = ops.sum(ops.abs(enlarged["offset"] - targets["offset"]), axis=-1)  # [B, H, W]
+    distance = ops.sum(ops.abs(upsampled["offset"] - targets["offset"]), axis=-1)  # [B, H, W]
     weight = ops.cast(targets["offset_weight"], "float32")
     losses["offset"] = Loss(ops.sum(distance * weight), ops.sum(weight))
     return losses
@@ -63,8 +65,8 @@ def compute_losses(
 def bootstrapped_cross_entropy(labels: Tensor, weights: Tensor, logits: Tensor, *, top_k_share: float) -> Loss:
     """Cross entropy of the hardest pixels only, each pixel with its weight (section 3.1).
 
-    The share is taken over the pixels of this replica's batch together, ignored ones counted, so an image that is well
-    understood leaves room for a harder one.
+    The share is that of all pixels of this replica's batch, ignored ones included, so an easy image leaves room for a
+    harder one.
 
     Args:
         labels: int32 [B, H, W] class ids; any value where the weight is 0.

@@ -1,64 +1,43 @@
 """The network of Panoptic-DeepLab (section 3.1, Figure 2): backbone, ASPP, decoders, heads."""
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping
 
 import keras
 from keras import ops
 
-from deeplab2_like.model.layers import (
-    ConvNorm,
-    Norm,
-    SeparableConvNorm,
-    Tensor,
-    average_pool_within,
-    resize_bilinear,
-    upsample_bilinear,
-)
-
-# One 5x5 depthwise separable convolution (the paper), two 3x3 ones, or a single 3x3 one.
-Convolution = Literal["separable", "plain", "light"]
+from deeplab2_like.model.config import Norm
+from deeplab2_like.model.layers import ConvNorm, SeparableConvNorm, Tensor
+from deeplab2_like.model.panoptic_deeplab.config import AsppConfig, Convolution, DecoderConfig
+from deeplab2_like.model.resampling import average_pool_within, resize_bilinear, upsample_bilinear
 
 
 class AtrousSpatialPyramidPooling(keras.layers.Layer):
-    """ASPP: the same features seen at several atrous rates and as an average of the image.
+    """Atrous spatial pyramid pooling: convolutions at several atrous rates, and an average of the image.
 
     Args:
-        channels: Channels of every branch and of the result.
-        rates: Atrous rates of the 3x3 branches.
+        config: Channels, rates and pooling.
         convolution: Whether the 3x3 convolutions are depthwise separable.
-        pooling_window: Height and width of the average window in feature pixels; None averages the whole image.
-        dropout: Share of the result's values that training drops.
-        norm: The normalisation.
+        norm: The normalization.
 
-    Input shape: float [B, h, w, C]. Output shape: float [B, h, w, channels].
+    Input shape: float [B, h, w, C]. Output shape: float [B, h, w, config.channels].
     """
 
-    def __init__(
-        self,
-        *,
-        channels: int,
-        rates: Sequence[int],
-        convolution: Convolution,
-        pooling_window: tuple[int, int] | None,
-        dropout: float,
-        norm: Norm,
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, config: AsppConfig, *, convolution: Convolution, norm: Norm, name: str | None = None) -> None:
         super().__init__(name=name)
+        channels = config.channels
         self.branches: list[keras.layers.Layer] = [ConvNorm(channels, 1, norm=norm, name="branch0")]
-        for position, rate in enumerate(rates, start=1):
+        for position, rate in enumerate(config.rates, start=1):
             branch = f"branch{position}"
             if convolution == "separable":
                 self.branches.append(SeparableConvNorm(channels, 3, dilation=rate, norm=norm, name=branch))
             else:
                 self.branches.append(ConvNorm(channels, 3, dilation=rate, norm=norm, name=branch))
-        self.pooling_window = pooling_window
-        # A bias instead of a normalisation: a batch has only one average per image, too few for statistics.
+        self.pooling_window = config.pooling_window
+        # A bias instead of a normalization: a batch has only one average per image, too few for statistics.
         self.pooling_branch = ConvNorm(channels, 1, name="pooling_branch")
         self.project = ConvNorm(channels, 1, norm=norm, name="project")
-        self.dropout = keras.layers.Dropout(dropout, name="dropout")
+        self.dropout = keras.layers.Dropout(config.dropout, name="dropout")
 
     def call(self, inputs: Tensor, training: bool = False) -> Tensor:
         """Applies all branches, concatenates and projects them."""
@@ -79,8 +58,8 @@ class Fuse(keras.layers.Layer):
 
     Args:
         channels: Output channels.
-        convolution: Which kind.
-        norm: The normalisation.
+        convolution: Kind of the convolution.
+        norm: The normalization.
         first_channels: Channels between the two plain ones; by default `channels`.
 
     Input shape: float [B, h, w, C]. Output shape: float [B, h, w, channels].
@@ -113,14 +92,13 @@ class Fuse(keras.layers.Layer):
 
 
 class Decoder(keras.layers.Layer):
-    """Raises the resolution of ASPP features step by step, with a low-level feature and a convolution at each step.
+    """Upsamples ASPP features step by step, with a low-level feature and a convolution at each step.
 
     Args:
+        config: Low-level features, and the kind of the convolution of each step.
         channels: Output channels of every step.
-        low_level_channels: To how many channels each low-level feature is projected, by its name, coarse to fine.
-        strides: Image pixels per feature pixel, by the feature's name; `res5` is where decoding starts.
-        convolution: Kind of the convolution of each step.
-        norm: The normalisation.
+        strides: Image pixels per feature pixel, by the feature's name; decoding starts at `res5`.
+        norm: The normalization.
 
     Input: ASPP features, float [B, h, w, C], and the backbone's features.
     Output shape: float [B, H / s, W / s, channels] with the stride s of the last low-level feature.
@@ -128,20 +106,20 @@ class Decoder(keras.layers.Layer):
 
     def __init__(
         self,
+        config: DecoderConfig,
         *,
         channels: int,
-        low_level_channels: Mapping[str, int],
         strides: Mapping[str, int],
-        convolution: Convolution,
         norm: Norm,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        self.levels = list(low_level_channels)
+        widths = config.low_level_channels
+        self.levels = list(widths)
         path = ["res5", *self.levels]
         self.factors = [strides[coarse] // strides[fine] for coarse, fine in itertools.pairwise(path)]
-        self.project = [ConvNorm(low_level_channels[k], 1, norm=norm, name=f"project_{k}") for k in self.levels]
-        self.fuse = [Fuse(channels, convolution=convolution, norm=norm, name=f"fuse_{k}") for k in self.levels]
+        self.project = [ConvNorm(widths[k], 1, norm=norm, name=f"project_{k}") for k in self.levels]
+        self.fuse = [Fuse(channels, convolution=config.convolution, norm=norm, name=f"fuse_{k}") for k in self.levels]
 
     def call(self, inputs: Tensor, features: Mapping[str, Tensor], training: bool = False) -> Tensor:
         """Decodes."""
@@ -159,7 +137,7 @@ class Head(keras.layers.Layer):
         outputs: Number of predicted channels.
         channels: Channels of the convolution.
         convolution: Kind of the convolution.
-        norm: Its normalisation.
+        norm: Its normalization.
         first_channels: Channels of the first of two plain convolutions.
 
     Input shape: float [B, h, w, C]. Output shape: float32 [B, h, w, outputs].

@@ -1,26 +1,31 @@
-"""Post-processing of Panoptic-DeepLab (section 3.2) in time and memory that hardly depend on classes and centres.
+"""Post-processing of Panoptic-DeepLab (section 3.2); its cost hardly depends on the numbers of classes and centers.
 
-The usual formulation holds class probabilities at full size, and a distance for every pair of pixel and centre. Here
+The usual formulation holds class probabilities at full size, and a distance for every pair of pixel and center. Here
 
-- classes: bilinear enlargement by a whole factor mixes the same coarse neighbours in `factor * factor` ways ("phases"),
-  so the best class of a phase is found on the coarse grid, and only class ids are put together at full size;
-- nearest centre: the plane is cut into cells, each with a list of its nearest centres in order. A pixel walks along
+- classes: bilinear upsampling by a whole factor mixes the same coarse neighbors in `factor * factor` ways ("phases"),
+  so the argmax of a phase is computed on the coarse grid, and only class ids exist at full size;
+- nearest center: the plane is cut into cells, each with a list of its nearest centers in order. A pixel walks along
   the list of the cell that its offset points to, and stops when the triangle inequality rules out the rest. The
-  result is that of comparing all centres;
+  result is that of comparing all centers;
 - votes: one histogram over pairs of segment and class; then one table look-up paints the map.
 
-Each function marked `stage` may be compiled on its own, see `deeplab2_like.model.layers.compiled_stages`.
+Each function marked `stage` may be compiled on its own, see `deeplab2_like.model.stages`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from keras import ops
 
-from deeplab2_like.model.layers import Tensor, stage, upsample_bilinear
-from deeplab2_like.model.merge import look_up, mean_probability, number_within_class, semantic_argmax
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.model.geometry import Size
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.panoptic_deeplab.config import PostprocessConfig
+from deeplab2_like.model.resampling import upsample_bilinear, upsampled_argmax
+from deeplab2_like.model.segments import look_up, mean_probability, number_within_class
+from deeplab2_like.model.stages import stage
 
-# Side of a cell in pixels, and how many of its nearest centres a cell lists before all centres are tried.
+# Side of a cell in pixels, and how many of its nearest centers a cell lists before all centers are tried.
 _CELL = 16
 _CANDIDATES = 16
 # Farther than anything, squared or not.
@@ -29,17 +34,12 @@ _NEVER = 1e30
 
 def postprocess(
     outputs: Mapping[str, Tensor],
-    image_size: tuple[Any, Any],
+    image_size: Size,
+    config: PostprocessConfig,
+    dataset_info: DatasetInfo,
     *,
     stride: int,
-    thing_classes: Sequence[int],
-    label_divisor: int,
-    ignore_label: int,
     center_is_logit: bool,
-    center_threshold: float,
-    nms_kernel: int,
-    top_k: int,
-    stuff_area_limit: int,
 ) -> dict[str, Tensor]:
     """Turns raw outputs into panoptic maps.
 
@@ -47,27 +47,22 @@ def postprocess(
         outputs: `semantic_logits` float32 [B, h, w, C] and, unless semantic only, `center` [B, h, w, 1] and `offset`
             [B, h, w, 2] (y, x) in image pixels.
         image_size: Height and width of the images without padding.
+        config: Thresholds.
+        dataset_info: The meaning of the panoptic map.
         stride: Image pixels per output pixel.
-        thing_classes: Class ids of things.
-        label_divisor: Factor between class and instance ids.
-        ignore_label: Class id of void.
         center_is_logit: Whether `center` needs a sigmoid.
-        center_threshold: Heat that a centre must exceed.
-        nms_kernel: Side of the window in which a centre must be the maximum, in image pixels.
-        top_k: Most centres kept per image.
-        stuff_area_limit: Stuff segments of fewer pixels become void.
 
     Returns:
         The dictionary of `PanopticSystem.postprocess` with K = top_k + C: rows 0 to top_k - 1 are instances in the
-        order of their centres' heat, row top_k + c is the stuff of class c. The score of an instance is the heat of its
-        centre times the mean probability of its class (section 3.3), the score of stuff that mean probability; these
+        order of their centers' heat, row top_k + c is the stuff of class c. The score of an instance is the heat of its
+        center times the mean probability of its class (section 3.3), the score of stuff that mean probability; these
         probabilities are read at the resolution of the logits.
     """
     logits = outputs["semantic_logits"]
-    num_classes = logits.shape[-1]
+    num_classes, top_k = logits.shape[-1], config.top_k
     height, width = image_size
-    is_thing = ops.array([c in set(thing_classes) for c in range(num_classes)])  # [C]
-    classes = semantic_argmax(logits, height=height, width=width, stride=stride)  # [B, H, W]
+    is_thing = ops.array([category.is_thing for category in dataset_info.categories])  # [C]
+    classes = upsampled_argmax(logits, image_size, stride=stride)  # [B, H, W]
 
     if "center" in outputs:
         centers, heat = find_centers(
@@ -76,11 +71,11 @@ def postprocess(
             width=width,
             stride=stride,
             is_logit=center_is_logit,
-            threshold=center_threshold,
-            nms_kernel=nms_kernel,
+            threshold=config.center_threshold,
+            nms_kernel=config.nms_kernel,
             top_k=top_k,
         )
-        offset = enlarge_offset(outputs["offset"], height=height, width=width, stride=stride)
+        offset = upsample_offset(outputs["offset"], height=height, width=width, stride=stride)
         rows = assign_segments(classes, is_thing, offset, centers, heat)
     else:
         # Semantic only: a thing class is one region without instances, like a crowd.
@@ -93,9 +88,9 @@ def postprocess(
         votes,
         heat,
         is_thing,
-        label_divisor=label_divisor,
-        void=ignore_label * label_divisor,
-        stuff_area_limit=stuff_area_limit,
+        label_divisor=dataset_info.label_divisor,
+        void=dataset_info.void,
+        stuff_area_limit=config.stuff_area_limit,
     )
     area = ops.sum(votes, axis=-1)
     probability = mean_probability(ops.softmax(logits, axis=-1), rows, table["class"], area, stride=stride)
@@ -121,7 +116,7 @@ def find_centers(
     nms_kernel: int,
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Finds the peaks of the enlarged heat map.
+    """Finds the peaks of the upsampled heat map.
 
     Args:
         center: float32 [B, h, w, 1] heat map.
@@ -169,18 +164,18 @@ def _top_k_padded(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @stage
-def enlarge_offset(offset: Tensor, *, height: Any, width: Any, stride: int) -> Tensor:
-    """Enlarges offsets, float32 [B, h, w, 2] in image pixels, to float32 [B, H, W, 2]."""
+def upsample_offset(offset: Tensor, *, height: Any, width: Any, stride: int) -> Tensor:
+    """Upsamples offsets, float32 [B, h, w, 2] in image pixels, to float32 [B, H, W, 2]."""
     return upsample_bilinear(offset, stride)[:, :height, :width]
 
 
 @stage
-def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: Tensor, heat: Tensor) -> Tensor:
-    """Assigns each pixel to a row of the segment table: things to the nearest centre, stuff to its class.
+def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: Tensor, heat: Tensor) -> Tensor:  # noqa: PLR0915 - one algorithm, whose steps share many tensors
+    """Assigns each pixel to a row of the segment table: things to the nearest center, stuff to its class.
 
-    A pixel p of a thing is compared with the centres c of its cell's list, in order of their distance to the middle m
-    of the cell. As |p - c| >= |m - c| - |p - m|, it is done once that bound of the next one exceeds its best distance.
-    Pixels that are not done at the end of the list are compared with all centres, one after the other.
+    A pixel p of a thing is compared with the centers c of its cell's list, in order of their distance to the middle m
+    of the cell. As |p - c| >= |m - c| - |p - m|, the walk ends once this bound of the next center exceeds the best
+    distance. Pixels whose walk has not ended with the list are compared with all centers, one after the other.
 
     Args:
         classes: int32 [B, H, W] class ids.
@@ -190,7 +185,7 @@ def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: 
         heat: float32 [B, K], zero for unused rows.
 
     Returns:
-        int32 [B, H, W]: k for an instance, K + class for stuff, K + C for a thing where there is no centre.
+        int32 [B, H, W]: k for an instance, K + class for stuff, K + C for a thing where there is no center.
     """
     batch, height, width = ops.shape(classes)
     num_centers, num_classes = centers.shape[1], is_thing.shape[0]

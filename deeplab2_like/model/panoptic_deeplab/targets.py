@@ -1,4 +1,4 @@
-"""Training targets of Panoptic-DeepLab (sections 3.1 and 4): classes, centre heat map, offsets, and their weights."""
+"""Training targets of Panoptic-DeepLab (sections 3.1 and 4): classes, center heat map, offsets, and their weights."""
 
 import functools
 from collections.abc import Callable
@@ -9,40 +9,31 @@ import numpy as np
 from deeplab2_like.data import panoptic_label
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.panoptic_deeplab.config import LossConfig
 
 # What a pixel is of.
 _STUFF, _VOID, _CROWD, _INSTANCE, _SMALL_INSTANCE = range(5)
 
 
 def make_targets(
-    panoptic: Tensor,
-    *,
-    dataset_info: DatasetInfo,
-    sigma: float,
-    small_instance_area: int,
-    small_instance_weight: float,
-    semantic_only: bool = False,
-    crowd_as_instance: bool = False,
+    panoptic: Tensor, config: LossConfig, dataset_info: DatasetInfo, *, semantic_only: bool = False
 ) -> dict[str, Tensor]:
     """Computes the targets of one image with `tf` graph operations; there is no loop over instances.
 
-    All centres and areas are those of the visible part inside the given map, so they follow a crop.
+    All centers and areas are those of the visible part inside the given map, so they follow a crop.
 
     Args:
         panoptic: int32 [H, W] panoptic map.
-        dataset_info: What its values mean.
-        sigma: Standard deviation of the Gaussian around a centre, in pixels.
-        small_instance_area: Instances of fewer pixels count as small.
-        small_instance_weight: Weight of small instances in the semantic loss.
+        config: Sizes of Gaussians and small instances, and the treatment of crowds.
+        dataset_info: The meaning of the values of the map.
         semantic_only: Whether to leave out the targets of the instance heads.
-        crowd_as_instance: Whether a crowd region is learnt as one more instance, instead of being left out.
 
     Returns:
         `semantic`: int32 [H, W], class id, or the ignore label.
-        `semantic_weight`: float32 [H, W], 0 on void, `small_instance_weight` on small instances, else 1.
-        `center`: float32 [H, W], Gaussians of height 1 around the rounded centres of mass, the larger one winning.
-        `center_weight`: uint8 [H, W], 0 on void and crowd, else 1 (stuff teaches where no centre is).
-        `offset`: float32 [H, W, 2], (y, x) from each instance pixel to its centre of mass, in pixels; 0 elsewhere.
+        `semantic_weight`: float32 [H, W], 0 on void, `config.small_instance_weight` on small instances, else 1.
+        `center`: float32 [H, W], Gaussians of height 1 around the rounded centers of mass, the larger one winning.
+        `center_weight`: uint8 [H, W], 0 on void and crowd, else 1 (stuff teaches where no center is).
+        `offset`: float32 [H, W, 2], (y, x) from each instance pixel to its center of mass, in pixels; 0 elsewhere.
         `offset_weight`: uint8 [H, W], 1 on instances, else 0.
     """
     import tensorflow as tf  # Here, because the networks must import without TensorFlow.
@@ -52,18 +43,18 @@ def make_targets(
     num_bins = dataset_info.num_classes * dataset_info.label_divisor + 1
     bin_class, bin_instance = panoptic_label.decode(np.arange(num_bins), dataset_info.label_divisor)
     is_thing = np.isin(bin_class, dataset_info.thing_classes)
-    is_instance = is_thing if crowd_as_instance else is_thing & (bin_instance > 0)  # [num_bins]
+    is_instance = is_thing if config.crowd_as_instance else is_thing & (bin_instance > 0)  # [num_bins]
     static_kind = np.select([is_instance, is_thing], [_INSTANCE, _CROWD], _STUFF)
     static_kind[-1] = _VOID
 
     area, mean = _measure(panoptic, num_bins)
-    kind = tf.where(is_instance & (area < small_instance_area), _SMALL_INSTANCE, static_kind)
-    meaning = (tf.cast(kind, tf.int8), mean, dataset_info.label_divisor, float(small_instance_weight))
+    kind = tf.where(is_instance & (area < config.small_instance_area), _SMALL_INSTANCE, static_kind)
+    meaning = (tf.cast(kind, tf.int8), mean, dataset_info.label_divisor, float(config.small_instance_weight))
     pixels = _in_one_pass(_pixel_targets, panoptic, *meaning)
     if semantic_only:
         return {name: pixels[name] for name in ("semantic", "semantic_weight")}
     centers = tf.cast(tf.round(tf.boolean_mask(mean, is_instance & (area > 0))), tf.int32)  # [N, 2]
-    return {**pixels, "center": tf.ensure_shape(_gaussians(centers, height, width, sigma), (height, width))}
+    return {**pixels, "center": tf.ensure_shape(_gaussians(centers, height, width, config.sigma), (height, width))}
 
 
 def _measure(panoptic: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +65,7 @@ def _measure(panoptic: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
         num_bins: Values from `num_bins - 1` on count as one.
 
     Returns:
-        The area of each value, int64 [num_bins], and its centre of mass (y, x), float32 [num_bins, 2], 0 if absent.
+        The area of each value, int64 [num_bins], and its center of mass (y, x), float32 [num_bins, 2], 0 if absent.
     """
     import tensorflow as tf
 
@@ -139,7 +130,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 def _gaussians(centers: Tensor, height: int, width: int, sigma: float) -> Tensor:
-    """The largest of the Gaussians around int32 [N, 2] (y, x) centres, each cut at 3 sigma + 1; float32 [H, W]."""
+    """The largest of the Gaussians around int32 [N, 2] (y, x) centers, each cut at 3 sigma + 1; float32 [H, W]."""
     import tensorflow as tf
 
     radius = int(3 * sigma + 1)

@@ -1,91 +1,45 @@
-"""What Panoptic FCN has on a feature pyramid: position head, kernel head, feature encoder (sections 3.1 and 3.3)."""
+"""The network of Panoptic FCN after the feature pyramid: position head, kernel head, encoder (sections 3.1 and 3.3)."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import keras
 from keras import ops
 
+from deeplab2_like.model.config import Norm
 from deeplab2_like.model.deformable import DeformableConvNorm
-from deeplab2_like.model.layers import ConvNorm, Norm, Tensor, upsample_bilinear
-from deeplab2_like.model.semantic_fpn import SemanticBranch
+from deeplab2_like.model.layers import ConvNorm, Tensor
+from deeplab2_like.model.panoptic_fcn.config import EncoderConfig, HeadConfig
+from deeplab2_like.model.resampling import upsample_bilinear
+from deeplab2_like.model.semantic import SemanticBranch
 
-# Logit of the probability that each position has before training: 0.1, as in CenterNet.
+# Logit of the probability that every position has before training: 0.1, as in CenterNet.
 _PRIOR_LOGIT = -2.19
 
 
-def with_coordinates(x: Tensor) -> Tensor:
-    """Appends where each position lies: its row, then its column, from -1 at the first to 1 at the last.
-
-    Args:
-        x: float [B, h, w, C].
-
-    Returns:
-        float [B, h, w, C + 2].
-    """
-    batch, height, width = ops.shape(x)[:3]
-
-    def line(size: Any) -> Tensor:
-        return 2 * ops.cast(ops.arange(size), "float32") / ops.cast(ops.maximum(size - 1, 1), "float32") - 1
-
-    row = ops.broadcast_to(line(height)[None, :, None, None], (batch, height, width, 1))
-    column = ops.broadcast_to(line(width)[None, None, :, None], (batch, height, width, 1))
-    return ops.concatenate([x, ops.cast(row, x.dtype), ops.cast(column, x.dtype)], axis=-1)
-
-
-def _stack(
-    number: int, channels: int, *, norm: Norm | None, deformable: bool = False
-) -> list[ConvNorm | DeformableConvNorm]:
-    layer = DeformableConvNorm if deformable else ConvNorm
-    return [layer(channels, 3, norm=norm, name=f"conv{index + 1}") for index in range(number)]
-
-
-def _predictor(channels: int, name: str, *, bias: float = 0.0, dtype: str | None = None) -> keras.layers.Conv2D:
-    return keras.layers.Conv2D(
-        channels,
-        3,
-        padding="same",
-        kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
-        bias_initializer=keras.initializers.Constant(bias),
-        dtype=dtype,
-        name=name,
-    )
-
-
 class PositionHead(keras.layers.Layer):
-    """Tells where objects have their centres and where the regions of stuff are, on each level with the same weights.
+    """Predicts the centers of things and the regions of stuff, with the same weights on each level.
 
     Args:
-        num_things: Thing classes, T.
-        num_regions: Stuff classes and "other", S.
-        channels: Channels of the convolutions.
-        convolutions: How many there are before the two predictors.
-        deformable: Whether they are deformable (Table 1).
-        norm: Their normalisation.
+        config: Channels, convolutions and normalization.
+        num_things: Number of thing classes, T.
+        num_regions: Number of stuff classes and "other", S.
 
-    Input: dictionary of levels, float [B, h, w, C]. Output: logits of centres, float32 [B, h, w, T], and logits of
-    regions, float32 [B, h, w, S], by level.
+    Input: dictionary of levels, float [B, h, w, C].
+    Output: logits of the centers, float32 [B, h, w, T], and logits of the regions, float32 [B, h, w, S], by level.
     """
 
-    def __init__(
-        self,
-        *,
-        num_things: int,
-        num_regions: int,
-        channels: int,
-        convolutions: int,
-        deformable: bool,
-        norm: Norm,
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, config: HeadConfig, *, num_things: int, num_regions: int, name: str | None = None) -> None:
         super().__init__(name=name)
-        self.convolutions = _stack(convolutions, channels, norm=norm, deformable=deformable)
-        # In float32, as small differences decide here.
+        self.convolutions = _convolutions(
+            config.convolutions, config.channels, norm=config.norm, deformable=config.deformable
+        )
+        # In float32, because small differences matter here.
         self.centers = _predictor(num_things, "centers", bias=_PRIOR_LOGIT, dtype="float32")
         self.regions = _predictor(num_regions, "regions", bias=_PRIOR_LOGIT, dtype="float32")
 
     def build(self, input_shape: Any) -> None:
-        """Leaves it to the layers, when they are called: Keras would trace all deformable convolutions first."""
+        """Does nothing: the layers build themselves when called; Keras would trace every deformable convolution."""
 
     def call(
         self, pyramid: Mapping[str, Tensor], training: bool = False
@@ -101,41 +55,27 @@ class PositionHead(keras.layers.Layer):
 
 
 class KernelHead(keras.layers.Layer):
-    """Gives each position of each level a kernel, and turns kernels of things or stuff into weights of a convolution.
+    """Predicts a kernel for each position of each level, and embeds kernels as weights of a 1x1 convolution.
 
     Args:
-        channels: Channels of the convolutions, and numbers of a kernel, K.
-        convolutions: How many there are before the linear one.
-        coordinates: Whether positions are appended to the levels (Table 2).
-        weights: Numbers of the weights that a kernel becomes, those of a pixel of the encoded feature, E.
-        norm: Normalisation of the convolutions.
+        config: Channels, which are also the length K of a kernel, convolutions and normalization.
+        feature_channels: Channels of the encoded feature, E, which is the length of an embedded kernel.
+
+    Attributes:
+        embed_things: Layer from kernels of things, float32 [..., K], to weights, float32 [..., E].
+        embed_stuff: The same for kernels of stuff.
 
     Input: dictionary of levels, float [B, h, w, C]. Output: kernels by level, float32 [B, h, w, K].
     """
 
-    def __init__(
-        self,
-        *,
-        channels: int,
-        convolutions: int,
-        coordinates: bool,
-        weights: int,
-        norm: Norm,
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, config: HeadConfig, *, feature_channels: int, name: str | None = None) -> None:
         super().__init__(name=name)
-        self.coordinates = coordinates
-        self.convolutions = _stack(convolutions, channels, norm=norm)
-        self.kernels = _predictor(channels, "kernels")
-
-        def embedding(name: str) -> keras.layers.Dense:
-            initializer = keras.initializers.RandomNormal(stddev=0.01)
-            return keras.layers.Dense(weights, kernel_initializer=initializer, dtype="float32", name=name)
-
-        # Called with the kernels that were picked: float32 [B, R, K] -> [B, R, E].
-        self.embed_things = embedding("embed_things")
-        self.embed_stuff = embedding("embed_stuff")
-        self.channels = channels
+        self.channels = config.channels
+        self.coordinates = config.kernel_coordinates
+        self.convolutions = _convolutions(config.convolutions, config.channels, norm=config.norm)
+        self.kernels = _predictor(config.channels, "kernels")
+        self.embed_things = _embedding(feature_channels, "embed_things")
+        self.embed_stuff = _embedding(feature_channels, "embed_stuff")
 
     def build(self, input_shape: Any) -> None:
         """Creates the variables of the two embeddings, which `call` does not use."""
@@ -148,7 +88,7 @@ class KernelHead(keras.layers.Layer):
         kernels = {}
         for level, x in pyramid.items():
             if self.coordinates:
-                x = with_coordinates(x)
+                x = append_coordinates(x)
             for convolution in self.convolutions:
                 x = convolution(x, training=training)
             kernels[level] = ops.cast(self.kernels(x), "float32")
@@ -158,63 +98,86 @@ class KernelHead(keras.layers.Layer):
 class FeatureEncoder(keras.layers.Layer):
     """Makes the feature of high resolution that kernels are multiplied with.
 
-    The convolutions have a bias, no normalisation, and a ReLU also after the last: the feature is not negative.
+    Its convolutions have a bias, no normalization, and a ReLU, also after the last one.
 
     Args:
-        strides: Stride of each level that is used, by its name, fine to coarse; each twice that of the one before.
-        feature: What it is made from (Table 5): the `finest` level, the `sum` of all levels, or that of `semantic_fpn`.
-        semantic_channels: Channels of Semantic FPN.
-        channels: Channels of the feature, E (Table 4).
-        convolutions: Number of convolutions.
-        coordinates: Whether positions are appended first (Table 2).
-        deformable: Whether the convolutions are deformable (Table 8).
-        norm: Normalisation in Semantic FPN.
+        config: Input, channels and convolutions.
+        strides: Stride of each level of the pyramid that is used, by its name, fine to coarse; they double.
 
     Input: dictionary of levels, float [B, h, w, C]. Output: float32 [B, h, w, E] at the stride of the finest level.
     """
 
-    def __init__(
-        self,
-        *,
-        strides: Mapping[str, int],
-        feature: Literal["finest", "sum", "semantic_fpn"],
-        semantic_channels: int,
-        channels: int,
-        convolutions: int,
-        coordinates: bool,
-        deformable: bool,
-        norm: Norm,
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, config: EncoderConfig, *, strides: Mapping[str, int], name: str | None = None) -> None:
         super().__init__(name=name)
-        self.feature = feature
-        self.coordinates = coordinates
-        finest = min(strides.values())
-        self.factors = {level: stride // finest for level, stride in strides.items()}
-        self.semantic_fpn = (
-            SemanticBranch(
+        self.feature = config.feature
+        self.coordinates = config.coordinates
+        self.finest = min(strides, key=lambda level: strides[level])
+        self.factors = {level: stride // strides[self.finest] for level, stride in strides.items()}
+        self.semantic_fpn = None
+        if config.feature == "semantic_fpn":
+            self.semantic_fpn = SemanticBranch(
                 None,
                 strides=strides,
-                channels=semantic_channels,
+                channels=config.semantic_channels,
                 aggregation="sum",
-                norm=norm,
+                norm=config.norm,
                 name="semantic_fpn",
             )
-            if feature == "semantic_fpn"
-            else None
-        )
-        self.convolutions = _stack(convolutions, channels, norm=None, deformable=deformable)
+        self.convolutions = _convolutions(config.convolutions, config.channels, norm=None, deformable=config.deformable)
 
     def call(self, pyramid: Mapping[str, Tensor], training: bool = False) -> Tensor:
-        """Encodes; see the class."""
+        """Encodes the pyramid."""
         if self.semantic_fpn is not None:
             x = self.semantic_fpn(pyramid, training=training)
         elif self.feature == "sum":
             x = sum(upsample_bilinear(pyramid[level], factor) for level, factor in self.factors.items())
         else:
-            x = pyramid[next(level for level, factor in self.factors.items() if factor == 1)]
+            x = pyramid[self.finest]
         if self.coordinates:
-            x = with_coordinates(x)
+            x = append_coordinates(x)
         for convolution in self.convolutions:
             x = convolution(x, training=training)
         return ops.cast(x, "float32")
+
+
+def append_coordinates(x: Tensor) -> Tensor:
+    """Appends the row and the column of each position as channels, from -1 for the first to 1 for the last.
+
+    Args:
+        x: float [B, h, w, C].
+
+    Returns:
+        float [B, h, w, C + 2].
+    """
+    batch, height, width = ops.shape(x)[:3]
+
+    def coordinates(size: Any) -> Tensor:
+        return 2 * ops.cast(ops.arange(size), "float32") / ops.cast(ops.maximum(size - 1, 1), "float32") - 1
+
+    row = ops.broadcast_to(coordinates(height)[None, :, None, None], (batch, height, width, 1))
+    column = ops.broadcast_to(coordinates(width)[None, None, :, None], (batch, height, width, 1))
+    return ops.concatenate([x, ops.cast(row, x.dtype), ops.cast(column, x.dtype)], axis=-1)
+
+
+def _convolutions(
+    count: int, channels: int, *, norm: Norm | None, deformable: bool = False
+) -> list[ConvNorm | DeformableConvNorm]:
+    layer = DeformableConvNorm if deformable else ConvNorm
+    return [layer(channels, 3, norm=norm, name=f"conv{index + 1}") for index in range(count)]
+
+
+def _predictor(channels: int, name: str, *, bias: float = 0.0, dtype: str | None = None) -> keras.layers.Conv2D:
+    return keras.layers.Conv2D(
+        channels,
+        3,
+        padding="same",
+        kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
+        bias_initializer=keras.initializers.Constant(bias),
+        dtype=dtype,
+        name=name,
+    )
+
+
+def _embedding(channels: int, name: str) -> keras.layers.Dense:
+    initializer = keras.initializers.RandomNormal(stddev=0.01)
+    return keras.layers.Dense(channels, kernel_initializer=initializer, dtype="float32", name=name)

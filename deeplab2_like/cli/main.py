@@ -1,0 +1,88 @@
+"""The parser of all commands, and the translation of errors into messages and exit codes."""
+
+import argparse
+import io
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+import deeplab2_like
+from deeplab2_like.cli import (
+    configs,
+    convert,
+    demo,
+    describe,
+    evaluate,
+    evaluate_files,
+    export,
+    inspect,
+    predict,
+    train,
+)
+from deeplab2_like.cli.arguments import require_local_paths
+from deeplab2_like.errors import UserError
+
+INTERNAL_ERROR = 1
+USER_ERROR = 2
+
+# In the order of `--help`. Each module has `add_parser(commands)` and `run(options)`.
+COMMANDS = (demo, convert, inspect, train, evaluate, evaluate_files, export, predict, describe, configs)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: The words after the program name; by default those of the command line.
+
+    Returns:
+        Exit code: 0 for success, also of `--help` and `--version`; 2 for wrong usage or input; 1 for an internal error;
+        after a signal 128 + its number: 130 for Ctrl-C, and for a training that has saved and stopped also 129 (SIGHUP)
+        and 143 (SIGTERM).
+    """
+    _quiet_libraries()
+    # Names of classes and files may have letters that the terminal cannot show.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        options = make_parser().parse_args(arguments)
+        require_local_paths(options)
+        options.run(options)
+    except UserError as error:
+        print(f"deeplab2-like: {error}", file=sys.stderr)
+        return USER_ERROR
+    except PermissionError as error:
+        print(f"deeplab2-like: no permission for '{error.filename}'; change its access rights.", file=sys.stderr)
+        return USER_ERROR
+    except SystemExit as stop:  # argparse has printed the help, the version, or a usage error.
+        return stop.code if isinstance(stop.code, int) else INTERNAL_ERROR
+    except KeyboardInterrupt:
+        print("deeplab2-like: stopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception:
+        traceback.print_exc()
+        print("deeplab2-like: this is an error in the program, not in your input; please report it.", file=sys.stderr)
+        return INTERNAL_ERROR
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of all commands; the parsed options have the command's function as `run`."""
+    parser = argparse.ArgumentParser(
+        prog="deeplab2-like", description="Panoptic segmentation, from labels to a server."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {deeplab2_like.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def _quiet_libraries() -> None:
+    """Silences log messages of TensorFlow and OpenCV, unless the user has set their levels."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)

@@ -1,0 +1,136 @@
+"""Config sections that several systems share. Nothing here imports Keras, so a config is checked at once."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pydantic
+
+from deeplab2_like.configs.schema import StrictModel
+
+
+class Norm(StrictModel):
+    """The normalization after a convolution."""
+
+    kind: Literal["batch", "sync_batch", "frozen_batch", "group", "none"] = pydantic.Field(
+        "sync_batch",
+        description="`batch`; `sync_batch`, statistics over all replicas (`batch` where the backend has no replicas); "
+        "`frozen_batch`, stored statistics, nothing trained; `group`, 32 groups, so channels must be "
+        "multiples of 32; `none`.",
+    )
+    momentum: float = pydantic.Field(
+        0.99,
+        ge=0,
+        lt=1,
+        description="Share of the moving average that a training step keeps; lower it for short trainings.",
+    )
+    epsilon: float = pydantic.Field(1e-3, gt=0, description="Constant added to the variance.")
+
+
+class BackboneConfig(StrictModel):
+    """The network that extracts features."""
+
+    name: str = pydantic.Field(
+        "resnet50",
+        description="Name of the backbone: `resnet50`, `resnet101`, `resnext101_32x8d`, `resnext101_64x4d`, "
+        "`resnext152_32x8d`, `mobilenet_v3_large`, `mobilenet_v3_small` or `resnet_tiny`.",
+    )
+    output_stride: Literal[8, 16, 32] = pydantic.Field(
+        16,
+        description="Stride of the last features. Below 32, the last stages use atrous convolution instead of stride; "
+        "a feature pyramid needs 32.",
+    )
+    multi_grid: tuple[pydantic.PositiveInt, pydantic.PositiveInt, pydantic.PositiveInt] = pydantic.Field(
+        (1, 1, 1), description="ResNet only: factors of the dilation in the blocks of the last stage."
+    )
+    stem: Literal["three_convolutions", "seven_by_seven"] = pydantic.Field(
+        "three_convolutions",
+        description="ResNet-50, ResNet-101 and ResNeXt only: the convolutions before the first max pooling; "
+        "`seven_by_seven` is the stem of the original ResNet.",
+    )
+    stride_in_1x1: bool = pydantic.Field(
+        False,
+        description="ResNet-50, ResNet-101 and ResNeXt only: apply the stride of a block in its first 1x1 "
+        "convolution, not in its 3x3, as many released weights need it.",
+    )
+    deformable_stages: tuple[Literal["res3", "res4", "res5"], ...] = pydantic.Field(
+        (),
+        description="ResNet-50 and ResNet-101 only: stages with deformable 3x3 convolutions, such as [res3, res4, "
+        "res5].",
+    )
+
+
+class FpnConfig(StrictModel):
+    """The feature pyramid."""
+
+    channels: int = pydantic.Field(256, ge=2, description="Channels of every level.")
+    finest_level: Literal["p1", "p2"] = pydantic.Field(
+        "p2",
+        description="`p2` has stride 4, as in the paper. `p1` has stride 2 and four times as many positions, for "
+        "objects of a few pixels.",
+    )
+    norm: Norm | None = pydantic.Field(
+        None, description="Normalization after each convolution, such as {kind: group}; null for none, as in the paper."
+    )
+
+
+def backbone_features(finest_level: str) -> dict[str, str]:
+    """Names of the backbone features by the pyramid level that is made of them, from the finest level to p5."""
+    features = {"p1": "stem", "p2": "res2", "p3": "res3", "p4": "res4", "p5": "res5"}
+    return {level: feature for level, feature in features.items() if level >= finest_level}
+
+
+def are_consecutive_levels(names: Sequence[str]) -> bool:
+    """Whether these are names of consecutive pyramid levels, fine to coarse."""
+    known = ["p1", "p2", "p3", "p4", "p5", "p6", "p7"]
+    first = known.index(names[0]) if names and names[0] in known else 0
+    return bool(names) and list(names) == known[first : first + len(names)]
+
+
+def level_stride(level: str) -> int:
+    """Stride of a pyramid level by its name: 8 for `p3`."""
+    return int(2 ** int(level.removeprefix("p")))
+
+
+class ResizeConfig(StrictModel):
+    """The network size outside of training; images keep their proportions."""
+
+    short_side: int = pydantic.Field(800, ge=1, description="Shorter side, in pixels.")
+    long_side: int = pydantic.Field(1333, ge=1, description="Limit of the longer side, in pixels.")
+
+
+class SystemConfig(StrictModel):
+    """The part of a `model` section that all systems share."""
+
+    backbone: BackboneConfig = pydantic.Field(BackboneConfig(), description="The network that extracts features.")
+    norm: Norm = pydantic.Field(Norm(), description="Normalization of the backbone.")
+    image_mean: tuple[float, float, float] = pydantic.Field(
+        (123.675, 116.28, 103.53), description="Mean of red, green and blue, in 0..255; ImageNet's by default."
+    )
+    image_std: tuple[pydantic.PositiveFloat, pydantic.PositiveFloat, pydantic.PositiveFloat] = pydantic.Field(
+        (58.395, 57.12, 57.375), description="Standard deviation of red, green and blue; ImageNet's by default."
+    )
+    resize: ResizeConfig | None = pydantic.Field(
+        None,
+        description="Network size outside of training, such as {short_side: 800, long_side: 1333}; null keeps the "
+        "size of the image. The panoptic map always has the size of the image.",
+    )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _move_old_keys(cls, content: Any) -> Any:
+        """Reads configs of earlier versions, in which `resize` was a key of `postprocess`."""
+        postprocess = content.get("postprocess") if isinstance(content, dict) else None
+        if isinstance(postprocess, dict) and "resize" in postprocess and "resize" not in content:
+            others = {key: value for key, value in postprocess.items() if key != "resize"}
+            return {**content, "postprocess": others, "resize": postprocess["resize"]}
+        return content
+
+
+class PyramidSystemConfig(SystemConfig):
+    """The part of a `model` section that systems with a feature pyramid share."""
+
+    backbone: BackboneConfig = pydantic.Field(
+        BackboneConfig(output_stride=32, stem="seven_by_seven"),
+        description="The network that extracts features; its output stride must be 32.",
+    )
+    fpn: FpnConfig = pydantic.Field(FpnConfig(), description="The feature pyramid.")

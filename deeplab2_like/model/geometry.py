@@ -1,0 +1,123 @@
+"""The two sizes of an image: its own, and the size at which the network sees it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+from keras import ops
+
+from deeplab2_like.model.config import ResizeConfig
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.resampling import resize_bilinear, upsampled_argmax, upsampling_matrix
+
+Size = tuple[Any, Any]  # Height and width, ints or int32 scalars.
+
+# The raw output that holds the network size, int32 [2], if it differs from the image size.
+NETWORK_SIZE = "network_size"
+
+
+class Geometry(NamedTuple):
+    """The size of the images of a batch, and the size at which the network sees them.
+
+    Attributes:
+        image_size: H and W of the images, and so of the maps, without padding.
+        network_size: Height and width of the resized images, without padding; None if they are not resized.
+    """
+
+    image_size: Size
+    network_size: Size | None = None
+
+    @classmethod
+    def of(cls, outputs: Mapping[str, Tensor], image_size: Size) -> Self:
+        """Reads the network size from the raw outputs of a system, as `resize_for_network` adds it."""
+        size = outputs.get(NETWORK_SIZE)
+        return cls(image_size, None if size is None else (size[0], size[1]))
+
+    @property
+    def scale(self) -> Tensor:
+        """Network pixels per image pixel along both axes, float32 [2]."""
+        if self.network_size is None:
+            return ops.ones((2,), "float32")
+        return _float_size(self.network_size) / _float_size(self.image_size)
+
+    def boxes_to_image(self, boxes: Tensor) -> Tensor:
+        """Scales boxes, float32 [B, N, 4], from network pixels to image pixels."""
+        if self.network_size is None:
+            return boxes
+        scale = _float_size(self.image_size) / _float_size(self.network_size)
+        return boxes * ops.concatenate([scale, scale])
+
+    def boxes_to_network(self, boxes: Tensor) -> Tensor:
+        """Scales boxes, float32 [B, N, 4], from image pixels to network pixels."""
+        return boxes * ops.concatenate([self.scale, self.scale])
+
+    def labels_at_cells(self, labels: Tensor, cells: Size, *, stride: int) -> Tensor:
+        """Reads the label at the center of each cell of a feature map; cells beyond the image repeat its border.
+
+        Args:
+            labels: int32 [B, H, W].
+            cells: Height h and width w of the feature map.
+            stride: Network pixels per cell.
+
+        Returns:
+            int32 [B, h, w].
+        """
+        scale = self.scale
+        for axis in (0, 1):
+            center = (ops.cast(ops.arange(cells[axis]), "float32") + 0.5) * stride / scale[axis]
+            index = ops.minimum(ops.cast(center, "int32"), self.image_size[axis] - 1)
+            labels = ops.take(labels, index, axis=axis + 1)
+        return labels
+
+    def upsampling_matrices(self, cells: Size, *, stride: int) -> tuple[Tensor, Tensor]:
+        """Returns `upsampling_matrix` of the rows and of the columns of a feature map.
+
+        Args:
+            cells: Height h and width w of the feature map.
+            stride: Network pixels per cell.
+
+        Returns:
+            float32 [H, h] and float32 [W, w].
+        """
+        network_size: tuple[Any, Any] = self.network_size or (None, None)
+        rows, columns = (
+            upsampling_matrix(cells[axis], network_size[axis], self.image_size[axis], stride=stride) for axis in (0, 1)
+        )
+        return rows, columns
+
+    def argmax(self, values: Tensor, *, stride: int) -> Tensor:
+        """Finds the best class of every image pixel.
+
+        Args:
+            values: float32 [B, h, w, C], logits or probabilities.
+            stride: Network pixels per value.
+
+        Returns:
+            int32 [B, H, W].
+        """
+        return upsampled_argmax(values, self.image_size, stride=stride, network_size=self.network_size)
+
+
+def resize_for_network(images: Tensor, config: ResizeConfig | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Resizes images to the size at which the network shall see them.
+
+    Args:
+        images: uint8 or float [B, H, W, 3].
+        config: The network size; None keeps the images as they are.
+
+    Returns:
+        The images, [B, H', W', 3], and the raw output `NETWORK_SIZE`, if they were resized, for `Geometry.of`.
+    """
+    if config is None:
+        return images, {}
+    height, width = ops.shape(images)[1:3]
+    short, long = ops.minimum(height, width), ops.maximum(height, width)
+    scale = ops.minimum(config.short_side / ops.cast(short, "float32"), config.long_side / ops.cast(long, "float32"))
+    sides = [ops.cast(ops.floor(ops.cast(side, "float32") * scale + 0.5), "int32") for side in (height, width)]
+    images = resize_bilinear(ops.cast(images, "float32"), *(ops.maximum(side, 1) for side in sides))
+    sides = list(ops.shape(images)[1:3])
+    return images, {NETWORK_SIZE: ops.stack([ops.convert_to_tensor(side, "int32") for side in sides])}
+
+
+def _float_size(size: Size) -> Tensor:
+    """A size as float32 [2]."""
+    return ops.cast(ops.stack([ops.convert_to_tensor(side, "int32") for side in size]), "float32")

@@ -1,0 +1,157 @@
+"""Resolution of overlaps: each pixel goes to one of the instances whose masks hold it, in static shapes.
+
+Each function marked `stage` may be compiled on its own, see `deeplab2_like.model.stages`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from keras import ops
+
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.stages import stage
+
+# Fractions of the image height that a window of lines may have, see `resolve_overlaps`.
+_WINDOW_SHARES = (16, 8, 4, 2, 1)
+
+
+@stage
+def resolve_mask_overlaps(
+    used: Tensor, boxes: Tensor, probabilities: Tensor, *, height: Any, width: Any, overlap_threshold: float
+) -> Tensor:
+    """Resolves overlaps of masks that are pasted from boxes, see `resolve_overlaps`.
+
+    Only one mask of image size exists at a time.
+
+    Args:
+        used: bool [B, N], the instances that take part, the first rows of each image.
+        boxes: float32 [B, N, 4], in pixels of the map.
+        probabilities: float32 [B, N, P, P], of the pixels in the box; a pixel of the map belongs to the mask from 0.5.
+        height: H, height of the map, an int or an int32 scalar.
+        width: W, its width.
+        overlap_threshold: Largest share of a mask that earlier instances may hold.
+
+    Returns:
+        int32 [B, H, W]: the instance of each pixel, or N for none.
+    """
+    bins = probabilities.shape[-1]
+
+    def mask_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
+        box = ops.take(boxes, n, axis=1)[:, None]  # [B, 1, 4]
+        shift = ops.cast(top, "float32")[:, None]
+        rows = paste_weights(box[..., 0] - shift, box[..., 2] - shift, bins=bins, size=lines)[:, 0]  # [B, h, P]
+        columns = paste_weights(box[..., 1], box[..., 3], bins=bins, size=width)[:, 0]  # [B, W, P]
+        values = ops.matmul(ops.matmul(rows, ops.take(probabilities, n, axis=1)), ops.transpose(columns, (0, 2, 1)))
+        return values >= 0.5
+
+    return resolve_overlaps(
+        used,
+        *line_ranges(boxes, height),
+        mask_in_window,
+        height=height,
+        width=width,
+        overlap_threshold=overlap_threshold,
+    )
+
+
+def resolve_overlaps(
+    used: Tensor,
+    first_line: Tensor,
+    last_line: Tensor,
+    mask_in_window: Callable[[Tensor, Tensor, Any], Tensor],
+    *,
+    height: Any,
+    width: Any,
+    overlap_threshold: float,
+    cost_in_window: Callable[[Tensor, Tensor, Any], Tensor] | None = None,
+) -> Tensor:
+    """Assigns each pixel to one instance, in the order of the rows.
+
+    An instance is dropped if earlier ones hold more than a share of its mask; otherwise it gets the rest of it.
+
+    Args:
+        used: bool [B, N], the instances that take part, the first rows of each image.
+        first_line: int32 [B, N], first line of pixels that the mask may touch.
+        last_line: int32 [B, N], the line after the last one.
+        mask_in_window: From n, an int32 scalar, the first line of a window in each image, int32 [B], and its number of
+            lines, L, to the window of the masks of row n, bool [B, L, W].
+        height: H, height of the map, an int or an int32 scalar.
+        width: W, its width.
+        overlap_threshold: Largest share of a mask that earlier instances may hold.
+        cost_in_window: If given, a pixel in several masks belongs to the instance of the lowest cost, the first one
+            of equal costs: like `mask_in_window`, but float32.
+
+    Returns:
+        int32 [B, H, W]: the instance of each pixel, or N for none.
+    """
+    batch, num_instances = ops.shape(used)[0], used.shape[1]
+    last = ops.sum(ops.cast(ops.any(used, axis=0), "int32"))
+    # Work is done on whole lines of pixels, in windows of one of a few heights: the smallest that holds the masks.
+    lines_needed = ops.max(ops.where(used, last_line - first_line, 0), axis=0)  # [N]
+    window_heights = [-(-height // share) for share in _WINDOW_SHARES]
+    window_index = sum(ops.cast(lines_needed > lines, "int32") for lines in window_heights[:-1])  # [N]
+
+    def assign_in_window(lines: Any, n: Tensor, owner: Tensor, *cost: Tensor) -> tuple[Tensor, ...]:
+        top = ops.minimum(ops.take(first_line, n, axis=1), height - lines)  # [B]
+        index = (ops.arange(batch) * height + top)[:, None] + ops.arange(lines)[None, :]  # [B, L]
+        index = ops.reshape(index, (-1,))  # [B * L]
+
+        def window(of_map: Tensor) -> Tensor:
+            return ops.reshape(ops.take(of_map, index, axis=0), (batch, lines, width))  # [B, L, W]
+
+        def updated(of_map: Tensor, changed: Tensor, value: Tensor, before: Tensor) -> Tensor:
+            after = ops.reshape(ops.where(changed, value, before), (batch * lines, width))
+            return ops.scatter_update(of_map, index[:, None], after)  # [B * H, W]
+
+        before = window(owner)
+        mask = mask_in_window(n, top, lines) & ops.take(used, n, axis=1)[:, None, None]  # [B, L, W]
+
+        free = mask & (before == num_instances)
+        area = ops.cast(ops.sum(ops.cast(mask, "int32"), axis=(1, 2)), "float32")  # [B]
+        taken = area - ops.cast(ops.sum(ops.cast(free, "int32"), axis=(1, 2)), "float32")  # [B]
+        fits = (taken <= overlap_threshold * area)[:, None, None]
+        number = ops.cast(n, "int16")
+        if cost_in_window is None:
+            return (updated(owner, free & fits, number, before),)
+        cost_here, least = cost_in_window(n, top, lines), window(cost[0])
+        wins = fits & (free | (mask & (cost_here < least)))
+        return updated(owner, wins, number, before), updated(cost[0], wins, cost_here, least)
+
+    windows = [functools.partial(assign_in_window, lines) for lines in window_heights]
+
+    def assign(n: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+        return n + 1, *ops.switch(ops.take(window_index, n), windows, n, *maps)
+
+    # Half the memory to move; more than 32767 instances would be too many for the masks anyway.
+    maps = [ops.full((batch * height, width), num_instances, "int16")]
+    if cost_in_window is not None:
+        maps.append(ops.full((batch * height, width), float("inf"), "float32"))
+    owner = ops.while_loop(lambda n, *_: n < last, assign, (ops.array(0, "int32"), *maps))[1]
+    return ops.reshape(ops.cast(owner, "int32"), (batch, height, width))  # [B, H, W]
+
+
+def line_ranges(boxes: Tensor, height: Any) -> tuple[Tensor, Tensor]:
+    """First line of pixels that each box touches, and the line after the last one: int32 [B, N] each, in 0..height."""
+    limit = ops.cast(height, "float32")
+    # Cut first: a side far away would overflow an integer.
+    first, last = (ops.clip(side, 0.0, limit) for side in (ops.floor(boxes[..., 0]), ops.ceil(boxes[..., 2])))
+    return ops.cast(first, "int32"), ops.cast(last, "int32")
+
+
+def paste_weights(start: Tensor, end: Tensor, *, bins: int, size: Any) -> Tensor:
+    """The matrix that interpolates a mask along one axis, from its bins to the pixels of the image.
+
+    Args:
+        start: float32 [B, N], where the boxes start along the axis, in image pixels.
+        end: float32 [B, N], where they end.
+        bins: Values of a mask along the axis, P.
+        size: Pixels of the image along the axis, S.
+
+    Returns:
+        float32 [B, N, S, P]. The center of each pixel reads the two nearest bins, with zeros beyond the outer ones.
+    """
+    pixel = ops.cast(ops.arange(size), "float32") + 0.5
+    length = ops.maximum(end - start, 1e-6)[..., None]
+    position = (pixel - start[..., None]) / length * bins - 0.5  # [B, N, S]
+    return ops.maximum(1.0 - ops.abs(position[..., None] - ops.arange(bins, dtype="float32")), 0.0)

@@ -1,0 +1,141 @@
+"""Masks of things from their kernels: measured, upsampled, and their overlaps resolved (appendix A.2).
+
+Each function marked `stage` may be compiled on its own, see `deeplab2_like.model.stages`.
+"""
+
+from typing import Any
+
+from keras import ops
+
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.overlaps import resolve_overlaps
+from deeplab2_like.model.stages import stage
+
+# Rows of cells per band in `measure_masks`.
+_BAND_ROWS = 8
+
+
+@stage
+def measure_masks(feature: Tensor, weights: Tensor, *, threshold: float) -> tuple[Tensor, Tensor]:
+    """Measures the masks of kernels at the resolution of the feature, band by band, never holding all of them.
+
+    Args:
+        feature: float32 [B, h, w, E].
+        weights: float32 [B, N, E].
+        threshold: Probability that a cell of the mask exceeds.
+
+    Returns:
+        Mean probability inside each mask, float32 [B, N], zero for empty ones, and the rows of cells that it touches,
+        bool [B, N, h].
+    """
+    batch, height, width = ops.shape(feature)[:3]
+    bands = (height + _BAND_ROWS - 1) // _BAND_ROWS
+    feature = ops.pad(feature, [[0, 0], [0, bands * _BAND_ROWS - height], [0, 0], [0, 0]])
+    feature = ops.reshape(feature, (batch, bands, _BAND_ROWS * width, feature.shape[-1]))
+    num_masks = weights.shape[1]
+    transposed = ops.transpose(weights, (0, 2, 1))
+    row = ops.arange(_BAND_ROWS)
+
+    def measure(index: Tensor, area: Tensor, total: Tensor, touched: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        band = ops.sigmoid(ops.matmul(ops.take(feature, index, axis=1), transposed))  # [B, P, N]
+        band = ops.reshape(band, (batch, _BAND_ROWS, width, num_masks))
+        # The last band may extend beyond the feature.
+        is_inside = (band > threshold) & (index * _BAND_ROWS + row < height)[:, None, None]
+        pixels = ops.cast(is_inside, "float32")
+        is_in_row = ops.cast(ops.any(is_inside, axis=2), "int32")  # [B, rows, N]
+        return (
+            index + 1,
+            area + ops.sum(pixels, axis=(1, 2)),
+            total + ops.sum(pixels * band, axis=(1, 2)),
+            ops.scatter_update(touched, (index * _BAND_ROWS + row)[:, None], ops.transpose(is_in_row, (1, 0, 2))),
+        )
+
+    start = (
+        ops.array(0, "int32"),
+        ops.zeros((batch, num_masks), "float32"),
+        ops.zeros((batch, num_masks), "float32"),
+        ops.zeros((bands * _BAND_ROWS, batch, num_masks), "int32"),
+    )
+    _, area, total, touched = ops.while_loop(lambda index, *_: index < bands, measure, start)
+    return total / ops.maximum(area, 1.0), ops.transpose(touched[:height], (1, 2, 0)) > 0
+
+
+@stage
+def resolve_thing_overlaps(
+    used: Tensor,
+    weights: Tensor,
+    touched: Tensor,
+    feature: Tensor,
+    upsample_rows: Tensor,
+    upsample_columns: Tensor,
+    *,
+    threshold: float,
+    overlap_threshold: float,
+) -> Tensor:
+    """Resolves overlaps of the masks of things, see `resolve_overlaps`.
+
+    Args:
+        used: bool [B, N], the things that take part, the first rows of each image.
+        weights: float32 [B, N, E].
+        touched: bool [B, N, h], the rows of cells that each mask touches, see `measure_masks`.
+        feature: float32 [B, h, w, E].
+        upsample_rows: float32 [H, h], see `Geometry.upsampling_matrices`.
+        upsample_columns: float32 [W, w].
+        threshold: Probability that a pixel of a mask exceeds.
+        overlap_threshold: Largest share of a mask that earlier things may hold.
+
+    Returns:
+        int32 [B, H, W]: the thing of each pixel, or N for none.
+    """
+    height, width = ops.shape(upsample_rows)[0], ops.shape(upsample_columns)[0]
+    # A line of pixels is touched if any of the rows of cells that it is interpolated from is.
+    is_touched = ops.matmul(ops.cast(touched, "float32"), ops.transpose(upsample_rows)) > 0  # [B, N, H]
+    line = ops.arange(height)
+    first_line = ops.min(ops.where(is_touched, line, height), axis=-1)  # [B, N]
+    last_line = ops.max(ops.where(is_touched, line + 1, 0), axis=-1)
+    first_line = ops.minimum(first_line, last_line)
+
+    def mask_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
+        rows = ops.take(upsample_rows, top[:, None] + ops.arange(lines), axis=0)  # [B, L, h]
+        return thing_mask(feature, ops.take(weights, n, axis=1), rows, upsample_columns, threshold=threshold)
+
+    return resolve_overlaps(
+        used, first_line, last_line, mask_in_window, height=height, width=width, overlap_threshold=overlap_threshold
+    )
+
+
+def thing_mask(
+    feature: Tensor, weights: Tensor, upsample_rows: Tensor, upsample_columns: Tensor, *, threshold: float
+) -> Tensor:
+    """Computes one mask per image.
+
+    Args:
+        feature: float32 [B, h, w, E].
+        weights: float32 [B, E].
+        upsample_rows: float32 [H, h], or [B, H, h] for lines that differ between the images.
+        upsample_columns: float32 [W, w].
+        threshold: Probability that a pixel of the mask exceeds.
+
+    Returns:
+        bool [B, H, W].
+    """
+    batch, height, width = ops.shape(feature)[:3]
+    flat = ops.reshape(feature, (batch, height * width, feature.shape[-1]))
+    logits = ops.matmul(flat, weights[..., None])  # [B, h * w, 1]
+    probability = ops.reshape(ops.sigmoid(logits), (batch, height, width))  # [B, h, w]
+    return ops.matmul(ops.matmul(upsample_rows, probability), ops.transpose(upsample_columns)) > threshold
+
+
+def thing_masks(
+    feature: Tensor, weights: Tensor, upsample_rows: Tensor, upsample_columns: Tensor, *, threshold: float
+) -> Tensor:
+    """Computes all masks, one after the other; arguments as of `thing_mask`, but weights [B, N, E].
+
+    Returns:
+        bool [B, N, H, W].
+    """
+    masks = ops.map(  # [N, B, H, W]
+        lambda one: thing_mask(feature, one, upsample_rows, upsample_columns, threshold=threshold),
+        ops.transpose(weights, (1, 0, 2)),
+    )
+    return ops.transpose(masks, (1, 0, 2, 3))

@@ -1,0 +1,298 @@
+"""Padding, resizing and pooling of maps, with half-pixel centers.
+
+Sizes may be unknown while a graph is traced. Each function marked `stage` may be compiled on its own, see
+`deeplab2_like.model.stages`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from keras import ops
+
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.stages import stage
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Pads with zeros at the bottom and at the right.
+
+    Args:
+        images: float [B, H, W, C].
+        multiple: Divisor of the new height and width.
+
+    Returns:
+        float [B, H', W', C].
+    """
+    height, width = ops.shape(images)[1:3]
+    return ops.pad(images, [[0, 0], [0, -height % multiple], [0, -width % multiple], [0, 0]])
+
+
+def phase_weights(factor: int) -> list[tuple[int, float]]:
+    """Returns the interpolation weights of bilinear upsampling by a whole factor, with half-pixel centers.
+
+    Fine pixel `factor * i + phase` lies at the coarse coordinate `i + (phase + 0.5) / factor - 0.5`.
+
+    Args:
+        factor: Fine pixels per coarse pixel.
+
+    Returns:
+        For each phase: the offset (-1 or 0) of the first of the two coarse neighbors, and the second one's weight.
+    """
+    weights = []
+    for phase in range(factor):
+        position = (phase + 0.5) / factor - 0.5
+        first = -1 if position < 0 else 0
+        weights.append((first, position - first))
+    return weights
+
+
+def upsample_bilinear(x: Tensor, factor: int) -> Tensor:
+    """Upsamples bilinearly by a whole factor, with half-pixel centers and a repeated border.
+
+    Args:
+        x: float [B, h, w, C].
+        factor: Fine pixels per coarse pixel, at least 1.
+
+    Returns:
+        float [B, h * factor, w * factor, C].
+    """
+    if factor == 1:
+        return x
+
+    # A custom gradient, as automatic differentiation makes a map of zeros for each slice and adds them all up.
+    @ops.custom_gradient
+    def interpolate(x: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
+        channels = x.shape[-1]
+        batch, height, width = ops.shape(x)[:3]
+        rows = ops.stack(interpolated_rows(x, factor), axis=2)  # [B, h, factor, w, C]
+        rows = ops.reshape(rows, (batch, height * factor, width, channels))  # [B, h * factor, w, C]
+        both = ops.stack(interpolated_columns(rows, factor), axis=3)  # [B, h * factor, w, factor, C]
+        both = ops.reshape(both, (batch, height * factor, width * factor, channels))  # [B, h * factor, w * factor, C]
+
+        def gradient(*args: Tensor, upstream: Tensor | None = None) -> Tensor:
+            columns = args[0] if upstream is None else upstream
+            columns = ops.reshape(columns, (batch, height * factor, width, factor, channels))
+            rows = _gather_phases(ops.unstack(columns, factor, axis=3), axis=2)  # [B, h * factor, w, C]
+            rows = ops.reshape(rows, (batch, height, factor, width, channels))  # [B, h, factor, w, C]
+            return _gather_phases(ops.unstack(rows, factor, axis=2), axis=1)  # [B, h, w, C]
+
+        return both, gradient
+
+    return interpolate(x)
+
+
+def _gather_phases(phases: list[Tensor], axis: int) -> Tensor:
+    """Transposes the interpolation along an axis: adds the shares of `factor` fine maps up for each coarse pixel."""
+    own, to_previous, to_next = 0.0, 0.0, 0.0
+    for phase, (first, weight) in zip(phases, phase_weights(len(phases)), strict=True):
+        if first < 0:
+            to_previous, own = to_previous + (1 - weight) * phase, own + weight * phase
+        else:
+            own, to_next = own + (1 - weight) * phase, to_next + weight * phase
+    cut = [slice(None)] * axis
+
+    def slices(tensor: Tensor, start: int | None, stop: int | None) -> Tensor:
+        return tensor[(*cut, slice(start, stop))]
+
+    # Shares beyond the border belong to the border pixel, which was repeated there.
+    from_next = ops.concatenate([slices(to_previous, 1, None), slices(to_next, -1, None)], axis=axis)
+    from_previous = ops.concatenate([slices(to_previous, None, 1), slices(to_next, None, -1)], axis=axis)
+    return own + from_next + from_previous
+
+
+def interpolated_rows(x: Tensor, factor: int) -> list[Tensor]:
+    """Interpolates between the rows of x for each phase of `phase_weights`: `factor` maps of [B, h, w, C]."""
+    above = ops.concatenate([x[:, :1], x[:, :-1]], axis=1)
+    below = ops.concatenate([x[:, 1:], x[:, -1:]], axis=1)
+    return [_blend(above, x, w) if first < 0 else _blend(x, below, w) for first, w in phase_weights(factor)]
+
+
+def interpolated_columns(x: Tensor, factor: int) -> list[Tensor]:
+    """Interpolates between the columns of x for each phase of `phase_weights`: `factor` maps of [B, h, w, C]."""
+    left = ops.concatenate([x[:, :, :1], x[:, :, :-1]], axis=2)
+    right = ops.concatenate([x[:, :, 1:], x[:, :, -1:]], axis=2)
+    return [_blend(left, x, w) if first < 0 else _blend(x, right, w) for first, w in phase_weights(factor)]
+
+
+def _blend(first: Tensor, second: Tensor, weight: float) -> Tensor:
+    return first + weight * (second - first) if weight else first
+
+
+def linear_matrix(old: Any, new: Any, scale: Any) -> Tensor:
+    """Returns the matrix that resizes one axis linearly, with half-pixel centers and a repeated border.
+
+    Args:
+        old: Values along the axis, an int or an int32 scalar.
+        new: Values after resizing, an int or an int32 scalar.
+        scale: Old values per new value, a float or a float32 scalar.
+
+    Returns:
+        float32 [new, old].
+    """
+    position = (ops.cast(ops.arange(new), "float32") + 0.5) * scale - 0.5
+    position = ops.clip(position, 0.0, ops.cast(old - 1, "float32"))
+    distance = ops.abs(position[:, None] - ops.cast(ops.arange(old), "float32")[None, :])
+    return ops.maximum(1.0 - distance, 0.0)
+
+
+def resize_bilinear(x: Tensor, height: Any, width: Any) -> Tensor:
+    """Resizes bilinearly to any size, with half-pixel centers and without antialiasing.
+
+    Unlike `ops.image.resize`, it accepts sizes that are known only when the graph runs.
+
+    Args:
+        x: float [B, h, w, C].
+        height: New height, an int or an int32 scalar.
+        width: New width, an int or an int32 scalar.
+
+    Returns:
+        float [B, height, width, C].
+    """
+    for axis, size in ((1, height), (2, width)):
+        old = ops.shape(x)[axis]
+        scale = ops.cast(old, "float32") / ops.cast(size, "float32")
+        position = (ops.cast(ops.arange(size), "float32") + 0.5) * scale - 0.5
+        position = ops.clip(position, 0.0, ops.cast(old - 1, "float32"))
+        first = ops.cast(ops.floor(position), "int32")
+        second = ops.minimum(first + 1, old - 1)
+        weight = ops.cast(position - ops.floor(position), x.dtype)
+        weight = ops.reshape(weight, (1, -1, 1, 1) if axis == 1 else (1, 1, -1, 1))
+        x = ops.take(x, first, axis=axis) * (1 - weight) + ops.take(x, second, axis=axis) * weight
+    return x
+
+
+def average_pool_within(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Averages every full window with stride 1; a window larger than the map is cropped to it.
+
+    Unlike `ops.average_pool`, it accepts maps whose size is known only when the graph runs.
+
+    Args:
+        x: float [B, h, w, C].
+        window: Height and width of the window.
+
+    Returns:
+        float32 [B, h - window height + 1, w - window width + 1, C].
+    """
+    x = ops.cast(x, "float32")
+    for axis, size in enumerate(window, start=1):
+        size = min(size, x.shape[axis]) if x.shape[axis] is not None else ops.minimum(size, ops.shape(x)[axis])
+        start = [[0, 0]] * 4
+        start[axis] = [1, 0]
+        total = ops.pad(ops.cumsum(x, axis=axis), start)
+        windows = total[:, size:] - total[:, :-size] if axis == 1 else total[:, :, size:] - total[:, :, :-size]
+        x = windows / ops.cast(size, "float32")
+    return x
+
+
+def upsampling_matrix(cells: Any, network_side: Any, image_side: Any, *, stride: int) -> Tensor:
+    """Returns the matrix that upsamples one axis of a feature map to the image.
+
+    It upsamples by the stride, crops to the network size, and resizes to the image size, each bilinearly.
+
+    Args:
+        cells: Cells of the feature map along the axis, c, an int or an int32 scalar.
+        network_side: Network pixels along the axis, without padding; None if the image is not resized.
+        image_side: Image pixels along the axis, S.
+        stride: Network pixels per cell.
+
+    Returns:
+        float32 [S, c].
+    """
+    if network_side is None:
+        return linear_matrix(cells, image_side, 1 / stride)
+    scale = ops.cast(network_side, "float32") / ops.cast(image_side, "float32")
+    return ops.matmul(linear_matrix(network_side, image_side, scale), linear_matrix(cells, network_side, 1 / stride))
+
+
+def upsample(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Upsamples a map, float32 [B, h, w], by `upsampling_matrix` of its rows and its columns, to float32 [B, H, W]."""
+    return ops.matmul(ops.matmul(rows, values), ops.transpose(columns))
+
+
+def running_argmax(
+    plane: Callable[[Tensor], Tensor], first: Any, last: Any, best: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Finds the best plane of each pixel, computing one plane after the other, as all together would not fit in memory.
+
+    Args:
+        plane: From the index of a plane, an int32 scalar, to its values, float32 [B, H, W].
+        first: The first index.
+        last: The index after the last one.
+        best: The best values so far, float32 [B, H, W], and their indices, int32 [B, H, W].
+
+    Returns:
+        The best values and their indices; of equal values the earliest.
+    """
+
+    def compare(index: Tensor, best: Tensor, best_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values = plane(index)
+        return index + 1, ops.maximum(best, values), ops.where(values > best, index, best_index)
+
+    start = (ops.cast(first, "int32"), *best)
+    _, value, best_index = ops.while_loop(lambda index, *_: index < last, compare, start)
+    return value, best_index
+
+
+def upsampled_argmax(
+    values: Tensor, image_size: tuple[Any, Any], *, stride: int, network_size: tuple[Any, Any] | None = None
+) -> Tensor:
+    """Finds the best class of every pixel of bilinearly upsampled values, without holding them at full resolution.
+
+    Args:
+        values: float32 [B, h, w, C], logits or probabilities.
+        image_size: Height H and width W of the image, without padding.
+        stride: Network pixels per value.
+        network_size: Size at which the network saw the image, without padding; None if the image was not resized.
+
+    Returns:
+        int32 [B, H, W].
+    """
+    height, width = image_size
+    if network_size is None:
+        return _argmax_by_phases(values, height=height, width=width, stride=stride)
+    return _argmax_by_planes(
+        values,
+        network_height=network_size[0],
+        network_width=network_size[1],
+        height=height,
+        width=width,
+        stride=stride,
+    )
+
+
+@stage
+def _argmax_by_phases(logits: Tensor, *, height: Any, width: Any, stride: int) -> Tensor:
+    """`upsampled_argmax` by a whole factor: each phase of the upsampling is a map of the coarse size."""
+    batch, coarse_height, coarse_width = ops.shape(logits)[:3]
+    num_classes = logits.shape[-1]
+
+    def first_best(phase: Tensor) -> Tensor:
+        # An argmax as two plain reductions: XLA runs them four times as fast on a CPU.
+        is_best = phase == ops.max(phase, axis=-1, keepdims=True)
+        return ops.min(ops.where(is_best, ops.arange(num_classes), num_classes - 1), axis=-1)
+
+    lines = []
+    for phase_rows in interpolated_rows(logits, stride):
+        best = [first_best(phase) for phase in interpolated_columns(phase_rows, stride)]  # s x [B, h, w]
+        line = ops.stack(best, axis=3)  # [B, h, w, s]
+        lines.append(ops.reshape(line, (batch, coarse_height, coarse_width * stride)))  # [B, h, w * s]
+    classes = ops.stack(lines, axis=2)  # [B, h, s, w * s]
+    classes = ops.reshape(classes, (batch, coarse_height * stride, coarse_width * stride))  # [B, h * s, w * s]
+    return classes[:, :height, :width]
+
+
+@stage
+def _argmax_by_planes(
+    logits: Tensor, *, network_height: Any, network_width: Any, height: Any, width: Any, stride: int
+) -> Tensor:
+    """`upsampled_argmax` to any size, one class after the other."""
+    batch, coarse_height, coarse_width = ops.shape(logits)[:3]
+    num_classes = logits.shape[-1]
+    planes = ops.transpose(logits, (3, 0, 1, 2))  # [C, B, h, w]
+    rows = upsampling_matrix(coarse_height, network_height, height, stride=stride)  # [H, h]
+    columns = upsampling_matrix(coarse_width, network_width, width, stride=stride)  # [W, w]
+    size = (batch, height, width)
+    nothing = ops.full(size, -1e30, "float32"), ops.zeros(size, "int32")
+    return running_argmax(
+        lambda index: upsample(ops.take(planes, index, axis=0), rows, columns), 0, num_classes, nothing
+    )[1]

@@ -1,0 +1,23 @@
+"""Training targets of the unifying system: the class of each pixel, and the instances."""
+
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.model.detection.instances import class_and_instance_targets
+from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.unifying.config import LossConfig
+
+
+def make_targets(panoptic: Tensor, config: LossConfig, dataset_info: DatasetInfo) -> dict[str, Tensor]:
+    """Computes the targets of one image with `tf` graph operations.
+
+    The slot of each pixel also depends on the detections, so it is a target that `losses.py` makes in each step.
+
+    Args:
+        panoptic: int32 [H, W] panoptic map, static size.
+        config: Largest number of instances, M.
+        dataset_info: The meaning of the values of the map.
+
+    Returns:
+        `semantic`: int32 [H, W], class id, or the ignore label; and `boxes` float32 [M, 4], `classes` int32 [M],
+        `valid` bool [M] and `instance_map` int32 [H, W], see `class_and_instance_targets`.
+    """
+    return class_and_instance_targets(panoptic, dataset_info, config.max_instances)

@@ -1,0 +1,134 @@
+"""Writers of many files that are killed: each file is the old or the new one, and the next run removes what is left."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from kills import files_in, hidden_in, kills
+from one_convolution import one_convolution_config, one_convolution_registered
+
+from deeplab2_like.data import pipeline
+from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.shards import ShardWriter
+from deeplab2_like.evaluation import report
+from deeplab2_like.evaluation.model_folder import ModelFolderEvaluation
+from deeplab2_like.export import predictor as predictor_module
+from deeplab2_like.export.predictor import PanopticPrediction, predict_files
+from deeplab2_like.model_folder import prepare_model_folder
+
+INFO = DatasetInfo.from_coco_categories(
+    [{"id": 1, "name": "road", "isthing": 0}, {"id": 2, "name": "car", "isthing": 1}], name="small"
+)
+# Of class 0, then of class 1: what two models see in an image of 4 x 6 pixels.
+OLD_MAP = np.zeros((4, 6), np.int32)
+NEW_MAP = np.full((4, 6), INFO.label_divisor + 1, np.int32)
+
+
+def _check_kills(folder: Path, run: Callable[[np.ndarray], object], *, jsons: tuple[str, ...]) -> None:
+    """Kills a run that writes over the results of an earlier one.
+
+    Args:
+        folder: What it writes.
+        run: Writes what follows from a panoptic map.
+        jsons: The files that describe others, which may be missing: they are removed first and written last.
+    """
+    run(OLD_MAP)
+    old = files_in(folder)
+    run(NEW_MAP)
+    new = files_in(folder)
+    assert old.keys() == new.keys()
+    changed = {name for name in old if old[name] != new[name]}
+    assert set(jsons) <= changed
+    hidden = 0
+
+    def start() -> None:
+        shutil.rmtree(folder)
+        for name, content in old.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
+    for operation in kills(lambda: run(NEW_MAP), prepare=start):
+        hidden += len(hidden_in(folder))
+        found = {name: content for name, content in files_in(folder).items() if not Path(name).name.startswith(".")}
+        assert {name for name in old if name not in found} <= set(jsons), operation
+        for name, content in found.items():
+            assert content in (old[name], new[name]), f"{name} is damaged, {operation}"
+        for name in jsons:
+            # It never describes files of the other run.
+            others = [other for other in changed if Path(other).is_relative_to(Path(name).with_suffix(""))]
+            assert others, name
+            for expected in (old, new):
+                if found.get(name) == expected[name]:
+                    assert all(found[other] == expected[other] for other in others), f"{name}, {operation}"
+        run(NEW_MAP)
+        assert files_in(folder) == new, operation
+        assert hidden_in(folder) == [], operation
+    assert hidden  # Some kills have left temporary files.
+
+
+def test_predict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        assert cv2.imwrite(str(tmp_path / "images" / name), np.zeros((4, 6, 3), np.uint8))
+
+    def run(panoptic: np.ndarray) -> None:
+        class FakePredictor:
+            dataset_info = INFO
+
+            def __call__(self, image: np.ndarray) -> PanopticPrediction:
+                return PanopticPrediction(panoptic, (), INFO)
+
+        monkeypatch.setattr(predictor_module, "Predictor", lambda *_args, **_options: FakePredictor())
+        predict_files("model", tmp_path / "images", tmp_path / "out")
+
+    _check_kills(tmp_path / "out", run, jsons=("panoptic.json",))
+
+
+class _Fake:
+    """Stands for a tensor, whose operations a forked process cannot run."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def numpy(self) -> object:
+        return self._value
+
+
+def test_evaluate_with_pictures_and_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = tmp_path / "records"
+    records.mkdir()
+    INFO.save(records)
+    with ShardWriter(records / "val-00000-of-00001.tfrecord") as writer:
+        for _ in range(2):
+            writer.write(b"not read")
+    # Names with folders, which the files get, too.
+    examples = [
+        {"image": _Fake(np.zeros((4, 6, 3), np.uint8)), "panoptic": _Fake(NEW_MAP), "image_id": _Fake(name)}
+        for name in (b"north/1.png", b"south/2.png")
+    ]
+    monkeypatch.setattr(pipeline, "make_eval_dataset", lambda *_args, **_options: examples)
+    # TensorFlow's own file, with a new name every time.
+    monkeypatch.setattr(report, "write_events", lambda *_args, **_options: None)
+    with one_convolution_registered():
+        prepare_model_folder(tmp_path / "model", one_convolution_config(data={"path": str(records)}), INFO)
+        evaluation = ModelFolderEvaluation(
+            tmp_path / "model", output_dir=tmp_path / "out", save_predictions=True, submission="coco"
+        )
+    monkeypatch.setattr(evaluation, "_restore", lambda _: 1)
+
+    def run(panoptic: np.ndarray) -> None:
+        value = int(panoptic[0, 0])
+        outputs = {
+            "panoptic": panoptic,
+            "segment_id": np.array([value], np.int32),
+            "segment_class": np.array([value // INFO.label_divisor], np.int32),
+            "segment_score": np.array([1.0], np.float32),
+        }
+        found = {name: _Fake(output[None]) for name, output in outputs.items()}
+        monkeypatch.setattr(evaluation, "_infer", lambda _: found)
+        evaluation.run()
+
+    _check_kills(tmp_path / "out", run, jsons=("submission/panoptic.json",))
