@@ -40,7 +40,13 @@ _START = pytest.StashKey[float]()
 
 
 def pytest_collection_finish() -> None:
-    # What the imports have made stays: the collections after each test need not look at it.
+    if "tensorflow" in sys.modules:
+        from tensorflow.python.framework import ops
+
+        # A program that XLA has compiled stays in memory until the process ends, and with it the Python stack of each
+        # of its operations as text, which below pytest and Keras is deep: half of what a program takes.
+        ops.pywrap_tf_session.TF_SetOpStackTrace = lambda operation, stack: None
+    # The imported modules stay, so the collections after each test need not look at them.
     gc.collect()
     gc.freeze()
 
@@ -52,8 +58,8 @@ def pytest_runtest_protocol() -> Iterator[None]:
     if "tensorflow" in sys.modules:
         from tensorflow.python.framework import ops
 
-        # TensorFlow registers the gradient of every function with a custom one that it traces, by a new name and for
-        # ever, and with it the whole graph.
+        # For each function with a custom gradient that is traced, TensorFlow registers a gradient under a new name. It
+        # never removes it, and the gradient holds the whole graph.
         gradients = ops.gradient_registry._registry
         for name in [name for name in gradients if name.startswith("CustomGradient-")]:
             del gradients[name]
