@@ -87,7 +87,7 @@ def dynamic_potential(
 
 
 def class_values(semantic_logits: Tensor, potential: str) -> Tensor:
-    """Returns the values of a potential: class logits for `a`, or else probabilities.
+    """Returns the class values that enter a potential: logits for `a`, otherwise probabilities.
 
     Args:
         semantic_logits: float32 [B, h, w, C].
