@@ -155,7 +155,7 @@ def load_fitting_weights(system: PanopticSystem, path: str) -> None:
 
 
 def is_whole(path: str) -> bool:
-    """Whether the files of a checkpoint are there and hold what their checksums say."""
+    """Returns whether the files of a checkpoint exist and match their checksums."""
     try:
         with _literal_path(path) as readable:
             reader = tf.train.load_checkpoint(readable)

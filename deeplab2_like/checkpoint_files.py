@@ -220,7 +220,7 @@ def make_checkpoint_manager(
         # TensorFlow's own list, see `list_checkpoints`, as a text protocol buffer.
         lines = [f'model_checkpoint_path: "{names[-1]}"']
         for number, name in enumerate(names, start=1):
-            # The manager counts only checkpoints with a time among those to keep; their order is what matters.
+            # The manager counts only checkpoints with a time among those to keep; only their order matters.
             lines += [f'all_model_checkpoint_paths: "{name}"', f"all_model_checkpoint_timestamps: {number}"]
         write_atomically(folder / "checkpoint", ("\n".join(lines) + "\n").encode())
     else:
@@ -249,7 +249,7 @@ class _CheckpointManager(tf.train.CheckpointManager):
         return super().save(number, check_interval=False, options=options)
 
     def _sweep(self) -> None:
-        """Deletes the oldest checkpoints. TensorFlow's own method treats a path as a pattern, which may match others."""
+        """Deletes the oldest checkpoints; TensorFlow's method treats paths as patterns, which may match others."""
         while len(self._maybe_delete) > self._max_to_keep:
             _delete_checkpoint(self._maybe_delete.popitem(last=False)[0])
 

@@ -2,7 +2,7 @@
 
 A split consists of the files `SPLIT-00000-of-00004.tfrecord` and on. `read_index` finds every record by its header
 alone, so the training pipeline can shuffle a data set of any size completely, and resume at any step without reading
-what it skips.
+the skipped records.
 """
 
 import contextlib

@@ -70,7 +70,7 @@ def resolve_overlaps(
 ) -> Tensor:
     """Assigns each pixel to one instance, in the order of the rows.
 
-    An instance is dropped if earlier ones hold more than a share of its mask; otherwise it gets the rest of it.
+    An instance is dropped if earlier ones hold more than a share of its mask; otherwise it gets the free pixels.
 
     Args:
         used: bool [B, N], the instances that take part, the first rows of each image.

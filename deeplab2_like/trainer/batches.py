@@ -35,13 +35,16 @@ def make_batches(run: Run, *, with_label: bool = False, **options: Any) -> tf.da
 
 
 def distribute_batches(run: Run, *, start_step: int) -> Any:
-    """Gives each worker the parts of its replicas of each batch.
+    """Makes the distributed data set of training batches; each worker reads only the parts of its replicas.
 
     The batches are the same for any number of devices.
 
     Args:
         run: The training.
-        start_step: The step to start from.
+        start_step: Number of training steps done.
+
+    Returns:
+        A `tf.distribute.DistributedDataset` of `image` and `targets`, see `pipeline.make_train_dataset`.
     """
     settings, num_replicas = run.config.trainer, run.strategy.num_replicas_in_sync
 

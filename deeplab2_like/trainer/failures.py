@@ -54,7 +54,7 @@ def _save_batch(batch: Mapping[str, Any], names: list[str], folder: Path) -> str
 
 
 def out_of_memory(*, batch_size: int, crop_size: tuple[int, int], precision: str) -> UserError:
-    """Builds the error for a training that does not fit into memory, with what to change."""
+    """Builds the error for a training that does not fit into memory, with the keys to change."""
     height, width = crop_size
     advice = "" if precision != "float32" else ", set trainer.precision=mixed_bfloat16"
     return UserError(

@@ -266,7 +266,7 @@ class _Clock:
         self._started = time.perf_counter()
 
     def stop(self) -> None:
-        """Ends it; what comes between two loops, such as saving, does not count."""
+        """Ends a loop; the time between two loops, such as for saving, does not count."""
         self._seconds += time.perf_counter() - self._started
 
     def waiting(self) -> "_Clock":

@@ -109,7 +109,7 @@ def predict_instances(
 def find_detections(
     outputs: Mapping[str, Tensor], geometry: Geometry, config: LPSNetConfig, dataset_info: DatasetInfo
 ) -> Detections:
-    """Finds the best boxes, in image pixels; arguments as of `predict_instances`."""
+    """Finds the best boxes, in image pixels; arguments as for `predict_instances`."""
     probability = ops.softmax(outputs["semantic_logits"], axis=-1)
     detections = find_boxes(
         {level: outputs[f"distances_{level}"] for level in config.box.levels},
@@ -126,7 +126,7 @@ def find_detections(
 def select_detections(
     outputs: Mapping[str, Tensor], geometry: Geometry, config: LPSNetConfig, dataset_info: DatasetInfo
 ) -> Detections:
-    """Finds the boxes of the panoptic map, those that reach `score_threshold`; arguments as of `predict_instances`."""
+    """Finds the boxes of the panoptic map, those that reach `score_threshold`; arguments as for `predict_instances`."""
     detections = find_detections(outputs, geometry, config, dataset_info)
     is_used = detections.scores >= config.postprocess.score_threshold
     return detections._replace(scores=ops.where(is_used, detections.scores, 0.0))
@@ -298,7 +298,7 @@ def find_boxes(
         distances: float32 [B, h, w, 4] by level, in pixels.
         border_ness_logits: float32 [B, h, w] by level.
         probability: float32 [B, H, W, T] of the thing classes.
-        network_size: Height and width of the image as the network sees it, without padding; boxes are clipped to it.
+        network_size: Height and width of the resized image, without padding; boxes are clipped to it.
         config: Thresholds and numbers of boxes.
         strides: Stride of each level.
         semantic_stride: Pixels per probability.

@@ -65,8 +65,8 @@ def compute_losses(
 def bootstrapped_cross_entropy(labels: Tensor, weights: Tensor, logits: Tensor, *, top_k_share: float) -> Loss:
     """Cross entropy of the hardest pixels only, each pixel with its weight (section 3.1).
 
-    The share is of all pixels of this replica's batch, including ignored ones, so a hard image may use more of it than
-    an easy one.
+    The hardest pixels are those of this replica's whole batch, so a hard image contributes more of them than an easy
+    one; ignored pixels count in their share.
 
     Args:
         labels: int32 [B, H, W] class ids; any value where the weight is 0.
