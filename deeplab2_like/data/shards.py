@@ -107,6 +107,11 @@ def shard_names(split: str, count: int) -> list[str]:
     return [f"{split}-{number:05d}-of-{count:05d}.tfrecord" for number in range(count)]
 
 
+def conversion_file(folder: str | os.PathLike[str], split: str) -> Path:
+    """Returns the JSON in which a conversion describes the files of a split that it has written."""
+    return Path(folder) / f".{split}.conversion.json"
+
+
 @dataclasses.dataclass(frozen=True)
 class RecordIndex:
     """The position of every record in some files, in the order of the files.
@@ -167,10 +172,9 @@ def _expected_counts(files: Sequence[str]) -> list[int | None]:
     """
 
     @functools.cache
-    def read(note: str) -> Any:
+    def read(conversion: Path) -> Any:
         try:
-            with open(note, "rb") as file:
-                return json.load(file)
+            return json.loads(conversion.read_bytes())
         except (OSError, ValueError):
             return None
 
@@ -178,9 +182,9 @@ def _expected_counts(files: Sequence[str]) -> list[int | None]:
         matched = _SHARD_NAME.match(os.path.basename(path))
         if matched is None:
             return None
-        note = read(os.path.join(os.path.dirname(path), f".{matched['split']}.conversion.json"))
+        conversion = read(conversion_file(os.path.dirname(path), matched["split"]))
         try:
-            states = note["files"]
+            states = conversion["files"]
             return int(states[int(matched["number"])]["examples"]) if len(states) == int(matched["count"]) else None
         except (ValueError, LookupError, TypeError):
             return None
