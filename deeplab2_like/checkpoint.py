@@ -148,14 +148,14 @@ def load_fitting_weights(system: PanopticSystem, path: str) -> None:
         if name not in fitting
     ]
     missing = [name for name in weights if name not in shapes]
-    for what, names in (("Left out", left_out), ("Not found there, so fresh", missing)):
+    for title, names in (("Left out", left_out), ("Not found there, so fresh", missing)):
         if names:
-            print(f"{what}: {len(names)}")
+            print(f"{title}: {len(names)}")
             print("".join(f"  {name}\n" for name in names), end="")
 
 
 def is_whole(path: str) -> bool:
-    """Whether the files of a checkpoint are there and hold what their checksums say."""
+    """Returns whether the files of a checkpoint exist and match their checksums."""
     try:
         with _literal_path(path) as readable:
             reader = tf.train.load_checkpoint(readable)
@@ -167,7 +167,7 @@ def is_whole(path: str) -> bool:
 
 
 def _read_shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of what a checkpoint holds, by their keys in it without ending."""
+    """Returns the shape of each variable in a checkpoint, by its key there without `_VALUE`."""
     try:
         with _literal_path(path) as readable:
             shapes = tf.train.load_checkpoint(readable).get_variable_to_shape_map()
@@ -178,13 +178,13 @@ def _read_shapes(path: str) -> dict[str, tuple[int, ...]]:
 
 @contextlib.contextmanager
 def _literal_path(path: str) -> Iterator[str]:
-    """A path of a checkpoint, without ending, that TensorFlow reads as it is, see `literal_folder`."""
+    """Yields a path of a checkpoint, without ending, without glob characters, see `literal_folder`."""
     with literal_folder(os.path.dirname(path)) as folder:
         yield str(folder / os.path.basename(path))
 
 
 def _tracked_variables(checkpoint: tf.train.Checkpoint) -> dict[str, tf.Variable]:
-    """Returns the variables that a checkpoint tracks, by their keys in its files without ending."""
+    """Returns the variables that a checkpoint tracks, by their keys in its files without `_VALUE`."""
 
     def walk(key: str, part: Any) -> dict[str, tf.Variable]:
         if isinstance(part, Mapping):
@@ -201,7 +201,7 @@ def _tracked_variables(checkpoint: tf.train.Checkpoint) -> dict[str, tf.Variable
 
 
 def _short(key: str) -> str:
-    """What Keras calls the variable: a "/" is ".S" in a checkpoint."""
+    """Returns the path of the variable in Keras, whose "/" is ".S" in a checkpoint."""
     for prefix in (_WEIGHTS, _AVERAGE):
         key = key.removeprefix(prefix)
     return key.replace(".S", "/").replace("..", ".")

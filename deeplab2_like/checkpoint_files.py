@@ -1,4 +1,4 @@
-"""The checkpoint files of a model folder: which there are, which is best, and how they are saved."""
+"""The checkpoint files of a model folder: lists, finds, saves and deletes them, and keeps the best one."""
 
 import contextlib
 import json
@@ -160,14 +160,14 @@ def save_if_best(model_dir: str | os.PathLike[str], system: PanopticSystem, *, s
             if best is not None and pq < best[1]:
                 return False
             remove_leftovers(folder)
-            # A training that was resumed may come to the step of the best one again, whose files must stay whole, too.
+            # A resumed training may reach the step of the best checkpoint again; its files must stay whole until then.
             names = (f"{CHECKPOINT_NAME}-{step}", f"{CHECKPOINT_NAME}_again-{step}")
             name = names[best is not None and Path(best[0]).name == names[0]]
             with TemporaryFolder(folder / name) as temporary:
                 make_checkpoint(system).write(str(temporary.path / name))
                 for file in sorted(temporary.path.iterdir()):
                     file.replace(folder / file.name)
-            # The note comes last, as it names what is whole.
+            # Written last, because it names a whole checkpoint.
             content = {"step": step, "pq": pq, "checkpoint": name}
             write_atomically(folder / BEST_FILE, (json.dumps(content) + "\n").encode())
             for file in folder.iterdir():
@@ -220,7 +220,7 @@ def make_checkpoint_manager(
         # TensorFlow's own list, see `list_checkpoints`, as a text protocol buffer.
         lines = [f'model_checkpoint_path: "{names[-1]}"']
         for number, name in enumerate(names, start=1):
-            # The manager counts only checkpoints with a time among those to keep; their order is what matters.
+            # The manager counts only checkpoints with a time among those to keep; only their order matters.
             lines += [f'all_model_checkpoint_paths: "{name}"', f"all_model_checkpoint_timestamps: {number}"]
         write_atomically(folder / "checkpoint", ("\n".join(lines) + "\n").encode())
     else:
@@ -241,7 +241,7 @@ class _CheckpointManager(tf.train.CheckpointManager):
     _saved: int | None = None
 
     def save(self, checkpoint_number: Any = None, check_interval: bool = True, options: Any = None) -> str | None:
-        """Saves, unless `check_interval` and it is not yet time, or it is done; returns the path if it did."""
+        """Saves a checkpoint unless it is saved already or, with `check_interval`, not due; returns its path."""
         number = int(checkpoint_number)
         if number == self._saved or (check_interval and number % self.checkpoint_interval):
             return None
@@ -249,7 +249,7 @@ class _CheckpointManager(tf.train.CheckpointManager):
         return super().save(number, check_interval=False, options=options)
 
     def _sweep(self) -> None:
-        """Deletes the oldest checkpoints. TensorFlow's own takes a path for a pattern, which other runs may match."""
+        """Deletes the oldest checkpoints; TensorFlow's method treats paths as patterns, which may match others."""
         while len(self._maybe_delete) > self._max_to_keep:
             _delete_checkpoint(self._maybe_delete.popitem(last=False)[0])
 
@@ -261,7 +261,7 @@ class _CheckpointManager(tf.train.CheckpointManager):
 def _delete_checkpoint(path: str) -> None:
     """Deletes the files of a checkpoint; `path` is without ending.
 
-    The index goes last: as long as it is there, `list_checkpoints` finds the rest, should the process be killed.
+    The index is deleted last: if the process is killed before, `list_checkpoints` still finds the rest.
     """
     for file in Path(path).parent.glob(f"{Path(path).name}.*"):
         if file.suffix != ".index":

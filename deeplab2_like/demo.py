@@ -70,14 +70,14 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
     console.print(
         f"\nDone in {minutes:.1f} minutes: PQ {metrics['panoptic']['all']['pq']:.1f}. Everything is in {output_dir}"
     )
-    for what, path in (
+    for content, path in (
         ("image | ground truth | prediction", output_dir / "pictures"),
         ("metrics", output_dir / "metrics.json"),
         ("SavedModel, to serve", exported),
         ("model folder, to train on", model_dir),
         ("TFRecords", records),
     ):
-        console.print(f"  {what + ':':36}{path}", soft_wrap=True)
+        console.print(f"  {content + ':':36}{path}", soft_wrap=True)
     return metrics
 
 

@@ -71,7 +71,7 @@ def read_file(path: str | os.PathLike[str], what: str) -> bytes:
 
     Args:
         path: The file; an impossible name, for example with a null character, counts as missing.
-        what: What to call it in error messages, such as "the image".
+        what: Name of the file in error messages, such as "the image".
 
     Raises:
         UserError: If the file cannot be read.
@@ -94,7 +94,7 @@ def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
 
     Args:
         path: The file.
-        what: What to call it in error messages.
+        what: Name of the file in error messages.
 
     Raises:
         UserError: If the file cannot be read or is not JSON.

@@ -50,11 +50,11 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class LenientOutput(io.TextIOBase):
-    """Text output that drops what cannot be written, for what must go on when its terminal or reader has gone.
+    """Text output that drops text that cannot be written, so that a command outlives its terminal or reader.
 
     Args:
-        stream: Where to write. After a failure its descriptor leads to the null device, as the stream would try again
-            when the process ends, and change its exit status.
+        stream: The stream to write to. After a failure its descriptor leads to the null device; otherwise the stream
+            would try again when the process ends, and change its exit status.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -80,7 +80,7 @@ class LenientOutput(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Flushes, or drops what was to be written."""
+        """Flushes, or drops the buffered text."""
         with self._dropping():
             self._stream.flush()
 

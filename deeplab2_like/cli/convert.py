@@ -250,7 +250,7 @@ def _add_overlap(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_label_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `labeled_images.LabelOptions`: what users may choose about any source of images and labels."""
+    """Adds `labeled_images.LabelOptions`, the options of all sources of images and labels."""
     _add_output(parser)
     add_on_error(parser, "example")
     parser.add_argument(

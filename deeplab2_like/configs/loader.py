@@ -55,7 +55,7 @@ def load_config(name_or_file: str | os.PathLike[str], overrides: Sequence[str] =
         raise UserError(f"{source[0].upper()}{source[1:]} has no key 'system'; add the name of the system to train.")
     config_class = find_config_class(str(content["system"]))
     model, faults = _check(config_class, content.get("model") or {}, prefix=("model",))
-    # With faults there, an empty section in its place lets the other ones be found as well.
+    # A section with faults is replaced by an empty one, so that the faults of other sections are found, too.
     config, more_faults = _check(Config, {**content, "model": model or StrictModel()}, prefix=())
     if config is None or faults or more_faults:
         sentences = [_describe(fault, source=source, overrides=overrides) for fault in (*faults, *more_faults)]
@@ -73,11 +73,16 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
 
 
 def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) -> dict[str, Any]:
-    """Reads one YAML file and what it is based on, without checking keys."""
+    """Reads a YAML file, merged into the configs that it is based on, without checking keys.
+
+    `asked_by` lists the configs that are based on this one, to find cycles.
+    """
     name = str(name_or_file)
     require_local(name_or_file)
     if name in asked_by:
-        raise UserError(f"Config '{name}' is based on itself through {' -> '.join(asked_by)}; break the circle.")
+        raise UserError(
+            f"Config '{name}' is based on itself through {' -> '.join(asked_by)}; remove one of these `base` keys."
+        )
     path = Path(name_or_file)
     if path.suffix not in _YAML_SUFFIXES:
         path = builtin_config_file(name)
@@ -96,7 +101,7 @@ def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) ->
         raise UserError(f"Key 'base' in '{path}' must be the name of a config or a YAML file, but is {base!r}.")
     require_local(base)
     if Path(base).suffix in _YAML_SUFFIXES:
-        base = str(path.parent / base)  # A file is named as seen from the file that asks for it.
+        base = str(path.parent / base)  # Relative to the folder of the file that names it.
     return _merge(_read(base, asked_by=(*asked_by, name)), content)
 
 
@@ -134,12 +139,12 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 
 class _Fault(NamedTuple):
-    """What is wrong with one key.
+    """A fault of one config key.
 
     Attributes:
         keys: The key, from the section down.
-        kind: Pydantic's name of the fault.
-        message: Its words.
+        kind: Pydantic's type of the error, such as `missing`.
+        message: Pydantic's message.
         value: The value that is not allowed.
         known: All keys of the section that the key is in.
     """
@@ -154,7 +159,7 @@ class _Fault(NamedTuple):
 def _check(
     section: type[_Section], content: Any, *, prefix: tuple[str, ...]
 ) -> tuple[_Section | None, Sequence[_Fault]]:
-    """Validates a section that has the keys `prefix`; returns it or None, and all its faults."""
+    """Validates the section at the path `prefix`; returns it, or None if it has faults, and all its faults."""
     try:
         return section.model_validate(content), []
     except pydantic.ValidationError as error:
@@ -171,7 +176,7 @@ def _check(
 
 
 def _describe(fault: _Fault, *, source: str, overrides: Sequence[str]) -> str:
-    """Says in one sentence what is wrong, which may be what an override has set, and what is allowed."""
+    """Describes a fault in one sentence, and names the override that set the value, if one did."""
     key = ".".join(fault.keys)
     if fault.kind == "extra_forbidden":
         *section, last = fault.keys
@@ -192,7 +197,7 @@ def _describe(fault: _Fault, *, source: str, overrides: Sequence[str]) -> str:
 
 
 def _known_keys(section: Any, keys: Sequence[int | str]) -> list[str]:
-    """Lists the keys of the section that `keys` lead to from a section; none if there is no section."""
+    """Lists the keys of the section at the path `keys` in a section; empty if there is no section."""
     for key in keys:
         fields = section.model_fields if _is_section(section) else {}
         annotation = fields[key].annotation if key in fields else None

@@ -1,6 +1,6 @@
-"""Texts about configs, all made from the schema: lists, annotated YAML, and the key tables of the guides.
+"""Generates texts about configs from the schema: lists, annotated YAML, and the key tables of the guides.
 
-`python -m deeplab2_like.configs.reference docs/*.md` writes the key tables anew, between the lines
+`python -m deeplab2_like.configs.reference docs/*.md` rewrites the key tables between the lines
 
     <!-- keys: model of panoptic_fcn -->
     <!-- end of keys -->
@@ -29,7 +29,7 @@ def list_config_summaries() -> list[dict[str, str]]:
 
     Returns:
         For each config: `name`; `backbone`; `machine`, CPU or accelerators; and `summary`, the first line of its file,
-        which says data set and expected quality.
+        with data set and expected quality.
     """
     summaries = []
     for name in list_configs():
@@ -82,7 +82,7 @@ def key_table(section: type[StrictModel], prefix: str) -> str:
 
 
 def _key_rows(section: type[StrictModel], prefix: str, values: Any = None) -> Iterator[tuple[str, str, str]]:
-    """Yields path, default and meaning of each key; `values` are the defaults that the section around it sets."""
+    """Yields path, default and meaning of each key; `values` has the defaults that the enclosing section sets."""
     for key, field in section.model_fields.items():
         path = f"{prefix}.{key}"
         default = field.get_default(call_default_factory=True) if values is None else getattr(values, key)
@@ -98,15 +98,18 @@ def _key_rows(section: type[StrictModel], prefix: str, values: Any = None) -> It
 
 
 def undescribed_keys(section: type[StrictModel], prefix: str) -> list[str]:
-    """Lists the keys of a section, and of the sections in it, that have no description."""
+    """Lists the keys of a section and its subsections that have no description."""
     return [path for path, _, meaning in _key_rows(section, prefix) if not meaning]
 
 
 def write_key_tables(text: str) -> str:
-    """Replaces the key tables of a guide by tables of the current schema.
+    """Replaces the key tables of a guide with those of the current schema.
 
     Args:
-        text: The guide, see the module.
+        text: The guide, with the lines that the module's docstring shows.
+
+    Returns:
+        The guide with current tables.
     """
 
     def table(match: re.Match[str]) -> str:
@@ -125,7 +128,7 @@ def _inner_section(annotation: Any) -> type[StrictModel] | None:
 
 
 def _summary(kind: type) -> str:
-    """First sentence of a class' docstring."""
+    """Returns the first line of a class's docstring."""
     return (kind.__doc__ or "").strip().partition("\n")[0]
 
 

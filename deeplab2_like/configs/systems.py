@@ -1,4 +1,4 @@
-"""`SYSTEMS`, the registry of systems. It holds names only, as a config is checked without importing any network."""
+"""`SYSTEMS`, the registry of systems. It holds names, so that configs are checked without importing networks."""
 
 import pkgutil
 from typing import Any, NamedTuple

@@ -64,7 +64,7 @@ def augment(
     draw_scale, draw_y, draw_x, draw_transpose, draw_flip_y, draw_flip_x, *draw_colors = draws
 
     if config.dihedral:
-        # The transpose, with a flip of each axis below, gives all eight turns and mirrorings of a square.
+        # The transpose, with a flip of each axis below, gives all eight rotations and reflections of a square.
         image, panoptic = tf.cond(
             draw_transpose < 0.5,
             lambda: (tf.transpose(image, [1, 0, 2]), tf.transpose(panoptic)),
@@ -79,11 +79,11 @@ def augment(
     image = tf.slice(image, [rows.start, columns.start, 0], [rows.window, columns.window, 3])
     panoptic = tf.slice(panoptic, [rows.start, columns.start], [rows.window, columns.window])
     pixels = _resize(image, [rows.length, columns.length], antialias=scale < 0.5)
-    # Along the first axis whole rows are copied, much faster than single pixels along the second.
+    # A gather along the first axis copies whole rows, much faster than single pixels along the second.
     panoptic = tf.transpose(tf.gather(tf.transpose(panoptic), _nearest_pixels(columns)))
     panoptic = tf.gather(panoptic, _nearest_pixels(rows))
     pixels = _jitter_colors(pixels, config.color_jitter, draw_colors)
-    # Values lie in 0..255, so adding a half and cutting off rounds them, with one pass less than `tf.round`.
+    # The cast truncates, so adding 0.5 rounds values in 0..255; `tf.round` would take one more pass.
     image = tf.cast(pixels + 0.5, tf.uint8)
 
     if config.dihedral:
@@ -99,7 +99,7 @@ def augment(
 
 
 def _random_window(source: tf.Tensor, crop: int, scale: tf.Tensor, draw: tf.Tensor) -> _Axis:
-    """Places the crop on one axis: inside the scaled source, or around it if that is shorter; `draw` is in [0, 1)."""
+    """Places the crop on an axis: inside the scaled source, or around a shorter source; `draw` is in [0, 1)."""
 
     def to_pixels(length: tf.Tensor) -> tf.Tensor:
         return tf.maximum(tf.cast(tf.round(length), tf.int32), 1)
@@ -117,14 +117,14 @@ def _random_window(source: tf.Tensor, crop: int, scale: tf.Tensor, draw: tf.Tens
 
 def _nearest_pixels(axis: _Axis) -> tf.Tensor:
     """Returns the pixel of the window under the center of each resampled pixel, int64 [length]."""
-    # floor((position + 0.5) * window / length), exact because in integers.
+    # floor((position + 0.5) * window / length), computed exactly in integers.
     window, length = tf.cast(axis.window, tf.int64), tf.cast(axis.length, tf.int64)
     return (2 * tf.range(length) + 1) * window // (2 * length)
 
 
 def _resize(image: tf.Tensor, size: Sequence[tf.Tensor], *, antialias: tf.Tensor) -> tf.Tensor:
     """Resamples `image`, uint8 [H, W, 3], bilinearly to float32 [h, w, 3], 0..255; `antialias` is bool []."""
-    # Down to half the size bilinear resampling reads every pixel, and antialiasing takes up to eight times as long.
+    # At scale 0.5 or more, plain bilinear resampling reads every pixel; antialiasing takes up to eight times as long.
     return tf.cond(
         antialias,
         lambda: tf.image.resize(image, size, antialias=True),

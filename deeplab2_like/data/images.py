@@ -80,7 +80,7 @@ def decode_image(content: bytes, name: str) -> np.ndarray:
 
     Args:
         content: A whole JPEG, PNG, BMP, GIF (first frame), WebP or TIFF file. Gray becomes RGB, an alpha channel is
-            dropped, and of 16 bits per channel the upper eight are kept.
+            dropped, and 16-bit channels keep their upper eight bits.
         name: The file name for error messages.
 
     Returns:
@@ -154,8 +154,8 @@ def encode_png(image: np.ndarray, *, is_label: bool = False) -> bytes:
 
     Args:
         image: uint8 [H, W, 3] RGB, or uint8 [H, W] gray.
-        is_label: Whether it is a label map. Large areas of one color need no filter, and decode three times as fast
-            without one. Of the filters that photographs need, the one used here decodes fastest.
+        is_label: Whether it is a label map. Its large areas of one color need no PNG filter, and decode three times as
+            fast without one. Photographs get the filter that decodes fastest.
 
     Returns:
         The content of the file.
@@ -226,7 +226,7 @@ def read_color_png(path: Path, what: str) -> np.ndarray:
 
     Args:
         path: The file.
-        what: What to call it in error messages, such as "class PNG".
+        what: Name of the file in error messages, such as "class PNG".
 
     Returns:
         int32 [H, W].
@@ -242,7 +242,7 @@ def read_value_png(path: Path, what: str) -> np.ndarray:
 
     Args:
         path: The file.
-        what: What to call it in error messages, such as "class PNG".
+        what: Name of the file in error messages, such as "class PNG".
 
     Returns:
         int32 [H, W].
@@ -270,5 +270,5 @@ def _read_png(path: Path, what: str, mode: str | None = None) -> np.ndarray:
             return np.asarray(image if mode is None else image.convert(mode))
     except Image.DecompressionBombError as error:
         raise UserError(f"the {what} '{path}' is too large ({error}); cut image and label into parts.") from error
-    except (OSError, SyntaxError, ValueError) as error:  # What Pillow raises on damaged files.
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's errors for damaged files.
         raise UserError(f"the {what} '{path}' is not a readable PNG, or cut short.") from error

@@ -47,12 +47,12 @@ def make_train_dataset(  # noqa: PLR0913 - batches, their parts and the source o
         make_targets: Makes a system's targets from one panoptic map, int32 [h, w]; all of static shape.
         dataset_info: The meaning of the labels.
         batch_size: Examples per batch, over all replicas.
-        pad_value: Color of padded pixels, red, green and blue; best the mean that the system normalizes to zero.
+        pad_value: Color of padded pixels, red, green and blue; usually the mean color, which is normalized to zero.
         seed: Decides order and augmentation.
         start_step: Number of batches to skip at the beginning, to resume there.
         num_parts: Number of equal parts of each batch, one for each replica.
         parts: The parts to yield, in ascending order, one after the other.
-        cache: Whether to hold all serialized records in memory; None: if they are smaller than `CACHE_LIMIT_BYTES`.
+        cache: Whether to hold all serialized records in memory; None holds up to `CACHE_LIMIT_BYTES`.
         num_parallel_calls: Number of examples prepared at once.
 
     Returns:
@@ -60,11 +60,12 @@ def make_train_dataset(  # noqa: PLR0913 - batches, their parts and the source o
         with B = `batch_size / num_parts`.
 
     Raises:
-        UserError: If the files hold no records or are damaged, or a batch cannot be cut. While iterating, a faulty
-            record raises a TensorFlow error, which `record_errors.report_bad_records` turns into a `UserError`.
+        UserError: If the files hold no records or are damaged, or `num_parts` does not divide `batch_size`. While
+            iterating, a faulty record raises a TensorFlow error, which `record_errors.report_bad_records` turns into a
+            `UserError`.
     """
     if batch_size % num_parts:
-        raise UserError(f"A batch of {batch_size} images cannot be cut into {num_parts} equal parts.")
+        raise UserError(f"A batch of {batch_size} images cannot be divided into {num_parts} equal parts.")
     index = read_index(files)
     if not len(index):
         raise UserError(f"The TFRecord files hold no examples ({_list_names(files)}); convert the data set again.")
@@ -120,7 +121,7 @@ def make_eval_dataset(
 
 
 def _numbered_records(num_records: int, *, seed: int, start: int) -> tf.data.Dataset:
-    """Makes endless pairs (number of the example, position of its record), int64 [], from number `start` on."""
+    """Makes an endless data set of pairs: the example's number, from `start` on, and its record's index, int64 []."""
 
     def epoch(number: tf.Tensor) -> tf.data.Dataset:
         # Negative, so that no epoch shares its random numbers with the augmentation of an example.
@@ -134,30 +135,30 @@ def _numbered_records(num_records: int, *, seed: int, start: int) -> tf.data.Dat
 
 
 def _cached_reader(index: RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns a function from a record's position, int64 [], to its bytes, string []; holds all records in memory."""
+    """Returns a function from a record's index, int64 [], to its bytes, string []; holds all records in memory."""
     contents: list[bytes] = []
     for path in index.files:
         with report_bad_records([path]):
             contents.extend(tf.data.TFRecordDataset(path).as_numpy_iterator())
     with tf.device("CPU:0"):  # GPUs cannot hold strings.
         records = tf.constant(contents)
-    return lambda position: tf.gather(records, position)
+    return lambda record: tf.gather(records, record)
 
 
 def file_reader(index: RecordIndex) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns a function from a record's position, int64 [], to its bytes, string []; reads that record alone."""
+    """Returns a function from a record's index, int64 [], to its bytes, string []; reads that record alone."""
     with tf.device("CPU:0"):
         files = tf.constant(index.files)
         file_numbers = tf.constant(index.file_numbers)
         offsets = tf.constant(index.offsets)
 
-    def read(position: tf.Tensor) -> tf.Tensor:
+    def read(record: tf.Tensor) -> tf.Tensor:
         # The raw operation, because `tf.data.TFRecordDataset` has no argument for the offset.
         variant = tf.raw_ops.TFRecordDatasetV2(
-            filenames=tf.gather(files, file_numbers[position])[None],
+            filenames=tf.gather(files, file_numbers[record])[None],
             compression_type="",
             buffer_size=tf.constant(0, tf.int64),
-            byte_offsets=offsets[position][None],
+            byte_offsets=offsets[record][None],
         )
         records = tf.data.experimental.from_variant(variant, tf.TensorSpec([], tf.string))
         return records.take(1).get_single_element()

@@ -11,7 +11,8 @@ from deeplab2_like.errors import UserError
 
 # Every error message of `require` starts with this, by which `report_bad_records` recognizes it.
 _BAD_RECORD = "Bad record: "
-# How faulty records show in TensorFlow's messages: those of `require`, which name the image, and those of operations.
+# TensorFlow's messages about faulty records, and the sentence for the user: first the messages of `require`, which name
+# the image, then those of TensorFlow's operations.
 _PATTERNS = (
     (re.compile(re.escape(_BAD_RECORD) + r"(.*?)\]\s*(?:\n|$)", re.DOTALL), "{}"),
     (re.compile(r"([^:\n]+)\n\s*\[\[[^\n]*DecodeImage\b"), "an image cannot be decoded ({})."),

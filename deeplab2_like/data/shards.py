@@ -2,7 +2,7 @@
 
 A split consists of the files `SPLIT-00000-of-00004.tfrecord` and on. `read_index` finds every record by its header
 alone, so the training pipeline can shuffle a data set of any size completely, and resume at any step without reading
-what it skips.
+the skipped records.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from deeplab2_like import files
 from deeplab2_like.errors import UserError
 from deeplab2_like.temporary import TemporaryFolder
 
-# What Python and TensorFlow raise when a file cannot be written.
+# Errors that Python and TensorFlow raise when a file cannot be written.
 _WRITE_ERRORS = (OSError, tf.errors.OpError)
 
 _SHARD_NAME = re.compile(r"^(?P<split>[^.].*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.tfrecord$")
@@ -103,8 +103,13 @@ def shard_names(split: str, count: int) -> list[str]:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", split):
         raise UserError(f"Split name '{split}' is not allowed; use letters, digits, '_', '-' and '.'.")
     if not 1 <= count <= 99999:
-        raise UserError(f"shards must be 1..99999, got {count}.")
+        raise UserError(f"The number of shards must be 1..99999, got {count}.")
     return [f"{split}-{number:05d}-of-{count:05d}.tfrecord" for number in range(count)]
+
+
+def conversion_file(folder: str | os.PathLike[str], split: str) -> Path:
+    """Returns the JSON in which a conversion describes the files of a split that it has written."""
+    return Path(folder) / f".{split}.conversion.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,16 +166,15 @@ def count_examples(files: Sequence[str]) -> int:
 
 
 def _expected_counts(files: Sequence[str]) -> list[int | None]:
-    """Returns how many records a conversion wrote into each file, None where the folder does not say.
+    """Returns the number of records that the conversion wrote into each file; None if it is unknown.
 
-    Without it, a file that was cut between two records would look like a whole one.
+    Without this number, a file that was cut off between two records would look whole.
     """
 
     @functools.cache
-    def read(note: str) -> Any:
+    def read(conversion: Path) -> Any:
         try:
-            with open(note, "rb") as file:
-                return json.load(file)
+            return json.loads(conversion.read_bytes())
         except (OSError, ValueError):
             return None
 
@@ -178,9 +182,9 @@ def _expected_counts(files: Sequence[str]) -> list[int | None]:
         matched = _SHARD_NAME.match(os.path.basename(path))
         if matched is None:
             return None
-        note = read(os.path.join(os.path.dirname(path), f".{matched['split']}.conversion.json"))
+        conversion = read(conversion_file(os.path.dirname(path), matched["split"]))
         try:
-            states = note["files"]
+            states = conversion["files"]
             return int(states[int(matched["number"])]["examples"]) if len(states) == int(matched["count"]) else None
         except (ValueError, LookupError, TypeError):
             return None
@@ -227,7 +231,7 @@ def find_damaged_record(files: Sequence[str], position: int) -> tuple[str, int] 
         Path of the file and number of the record, counted from 0; None if no file has a damaged record there.
 
     Raises:
-        UserError: If a header is damaged; it names the record, too.
+        UserError: If a header is damaged; the message names the record.
     """
     for path in files:
         for number, (offset, length) in enumerate(_scan_records(path)):

@@ -1,7 +1,7 @@
 """Test-time augmentation, as the papers report it: mirror images, several scales, ensembles of models.
 
 The network sees several views of an image, and their raw outputs are averaged before post-processing. Every view covers
-the padded image exactly and has a size that is a multiple of what the network needs, so the outputs of all views align
+the padded image exactly and has a size that is a multiple of `size_multiple`, so the outputs of all views align
 without cropping. Each system defines how its outputs are averaged (`PanopticSystem.merge_views`).
 """
 

@@ -36,7 +36,7 @@ def evaluate(
     Args:
         system: The trained system.
         examples: Examples of `pipeline.make_eval_dataset`.
-        infer: From an example to the dictionary of `PanopticSystem.postprocess` with a batch of one, as
+        infer: Function from an example to the dictionary of `PanopticSystem.postprocess` with a batch of one, as
             `make_example_function` and `make_oracle_function` return; by default plain inference.
         after_image: Called in order with each example and its outputs.
         workers: Number of threads that measure; by default the number of cores.

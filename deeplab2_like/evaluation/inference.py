@@ -1,4 +1,4 @@
-"""Inference functions of a system: evaluation, training and export run the same ones."""
+"""Inference functions of a system, for evaluation, also during training."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ Example = Mapping[str, tf.Tensor]
 # The outputs of inference for one image, without the batch axis.
 Outputs = Mapping[str, np.ndarray]
 InferenceFunction = Callable[[tf.Tensor], dict[str, tf.Tensor]]
-# From an example to the outputs for a batch of one.
+# Function from an example to the outputs for a batch of one.
 ExampleFunction = Callable[[Example], dict[str, tf.Tensor]]
 
 _FREE_SIZE = tf.TensorSpec([None, None, None, 3], tf.uint8)

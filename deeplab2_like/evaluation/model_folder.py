@@ -137,7 +137,7 @@ class ModelFolderEvaluation:
         files, total = self._list_records()
         examples = pipeline.make_eval_dataset(files, dataset_info=self.system.dataset_info)
         with self._writers() as write, _with_progress(examples, total, files) as examples:
-            make_folder(self.output_dir)  # Now, as the evaluation may take hours.
+            make_folder(self.output_dir)  # Checked before the evaluation, which may take hours.
             metrics = evaluate(self.system, examples, infer=self._infer, after_image=write)
         options = "".join(f", {name} {_format_option(value)}" for name, value in self._options.items())
         report.print_table(metrics, title=f"{self.model_dir}, step {step}, split {self.split}, {total} images{options}")
@@ -161,7 +161,7 @@ class ModelFolderEvaluation:
 
         Args:
             poll_seconds: Seconds between two checks of the folder.
-            timeout_seconds: Ends if there is no new checkpoint for so long; None waits for ever.
+            timeout_seconds: Ends if there is no new checkpoint for this time; None waits forever.
 
         Returns:
             The content of the last `metrics.json`, None if there was no checkpoint.
@@ -318,8 +318,8 @@ def wait_for_model_folder(
 
     Args:
         model_dir: The folder; may be missing.
-        poll_seconds: Time between two looks at the folder.
-        timeout_seconds: The longest time to wait; None waits for ever.
+        poll_seconds: Seconds between two checks of the folder.
+        timeout_seconds: Longest time to wait; None waits forever.
 
     Raises:
         UserError: If no training has started after this time.

@@ -1,7 +1,7 @@
 """Counts the overlaps between two label maps: the number of pixels that each pair of segments has in common.
 
-Panoptic quality and semantic IoU need nothing else of an image. The counts are made from runs (`data/label_runs.py`)
-rather than pixels, so that only runs have to be sorted.
+Panoptic quality and semantic IoU are computed from these counts alone. The counts are made from runs
+(`data/label_runs.py`) rather than pixels, so that only runs have to be sorted.
 """
 
 from collections.abc import Sequence

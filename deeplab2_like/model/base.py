@@ -46,8 +46,8 @@ class View(NamedTuple):
 class PanopticSystem(keras.Model):
     """Base class of the systems: a Keras model that turns images into panoptic maps.
 
-    Only the panoptic map crosses the border of a system; targets and raw outputs are private dictionaries. See
-    `DatasetInfo` for the meaning of a panoptic map.
+    Other code sees only panoptic maps, segments and instances; targets and raw outputs are private dictionaries of the
+    system. See `DatasetInfo` for the meaning of a panoptic map.
 
     Args:
         config: The `model` section of a config, of type `config_class`.
@@ -73,7 +73,7 @@ class PanopticSystem(keras.Model):
         self.dataset_info = dataset_info
 
     def get_config(self) -> dict[str, Any]:
-        """Returns what `from_config` builds an equal system from, as Keras' saving needs it."""
+        """Returns the argument of `from_config` that builds an equal system; Keras needs it to save a model."""
         return {
             "config": self.config.model_dump(mode="json"),
             "dataset_info": self.dataset_info.to_dict(),
@@ -89,20 +89,20 @@ class PanopticSystem(keras.Model):
             settings = cls.config_class.model_validate(config["config"])
             return cls(settings, DatasetInfo.from_dict(config["dataset_info"]), name=config["name"])
 
-    def check_instance_limit(self, keys: str, limit: int) -> None:
+    def check_instance_limit(self, key: str, limit: int) -> None:
         """Checks that the label divisor of the data set leaves room for the instances of an image.
 
         Args:
-            keys: The config keys of the limit, for the message.
+            key: The config key of the limit, for the message.
             limit: Largest number of instances.
 
         Raises:
-            UserError: If it does not.
+            UserError: If the limit is not below the label divisor.
         """
         info = self.dataset_info
         if limit >= info.label_divisor:
             raise UserError(
-                f"{keys} is {limit}, but label_divisor {info.label_divisor} of data set '{info.name}' has room for "
+                f"{key} is {limit}, but label_divisor {info.label_divisor} of data set '{info.name}' has room for "
                 f"{info.label_divisor - 1} instances; lower it."
             )
 
@@ -111,7 +111,7 @@ class PanopticSystem(keras.Model):
 
         Args:
             images: uint8 or float [B, H, W, 3], red, green and blue in 0..255, any size.
-            targets: Result of `make_targets`, with a leading batch axis; only some systems need it, in training.
+            targets: Result of `make_targets`, with a leading batch axis; some systems need it in training.
             training: Whether normalizations use the statistics of the batch, dropout is active, and the raw outputs are
                 those of training.
 
@@ -160,7 +160,7 @@ class PanopticSystem(keras.Model):
         raise NotImplementedError
 
     def instances(self, outputs: Mapping[str, Tensor], image_size: Size) -> dict[str, Tensor] | None:
-        """Overlapping instances with scores, for AP; None if the panoptic segments are all there is.
+        """Returns overlapping instances with scores, for AP; None if the system predicts panoptic segments only.
 
         Args:
             outputs: Raw outputs of the system.
@@ -174,7 +174,7 @@ class PanopticSystem(keras.Model):
         return None
 
     def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor | None:
-        """Semantic prediction of every pixel, for mIoU; None if mIoU is computed from the panoptic map.
+        """Returns the semantic class of every pixel, for mIoU; None if mIoU is computed from the panoptic map.
 
         Args:
             outputs: Raw outputs of the system.
@@ -189,7 +189,12 @@ class PanopticSystem(keras.Model):
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Post-processes the outputs of a perfect network, at full resolution, for a batch of targets.
 
-        The panoptic map must be the label again: this ties targets and post-processing together.
+        Args:
+            targets: Result of `make_targets`, with a leading batch axis.
+
+        Returns:
+            The dictionary of `postprocess`; the panoptic map equals the label, which shows that targets and
+            post-processing fit together.
         """
         raise NotImplementedError
 
@@ -245,10 +250,6 @@ class PanopticSystem(keras.Model):
         images = (images - ops.array(self.config.image_mean, "float32")) / ops.array(self.config.image_std, "float32")
         return ops.cast(pad_to_multiple(images, self.size_multiple), self.compute_dtype)
 
-    def thing_class_ids(self, positions: Tensor) -> Tensor:
-        """Class ids of things, int32 [...], from their positions among the thing classes, int32 [...]."""
-        return ops.take(ops.array(self.dataset_info.thing_classes, "int32"), positions)
-
     def infer(self, images: Tensor, *, with_instances: bool = False) -> dict[str, Tensor]:
         """Turns images into panoptic maps, for evaluation and export.
 
@@ -293,7 +294,7 @@ class PanopticSystem(keras.Model):
         return self
 
     def get_build_config(self) -> dict[str, Any]:
-        """Returns the input shape, as Keras' saving needs it."""
+        """Returns the input shape; Keras needs it to save a model."""
         return {"input_shape": (None, None, None, 3)}
 
     def build_from_config(self, config: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Config sections that several systems share. Nothing here imports Keras, so a config is checked at once."""
+"""Config sections that several systems share. Nothing here imports Keras, so that configs are checked quickly."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -74,25 +74,25 @@ class FpnConfig(StrictModel):
 
 
 def backbone_features(finest_level: str) -> dict[str, str]:
-    """Names of the backbone features by the pyramid level that is made of them, from the finest level to p5."""
+    """Returns the name of the backbone feature of each pyramid level, from the finest level to p5."""
     features = {"p1": "stem", "p2": "res2", "p3": "res3", "p4": "res4", "p5": "res5"}
     return {level: feature for level, feature in features.items() if level >= finest_level}
 
 
 def are_consecutive_levels(names: Sequence[str]) -> bool:
-    """Whether these are names of consecutive pyramid levels, fine to coarse."""
+    """Returns whether these are names of consecutive pyramid levels, fine to coarse."""
     known = ["p1", "p2", "p3", "p4", "p5", "p6", "p7"]
     first = known.index(names[0]) if names and names[0] in known else 0
     return bool(names) and list(names) == known[first : first + len(names)]
 
 
 def level_stride(level: str) -> int:
-    """Stride of a pyramid level by its name: 8 for `p3`."""
+    """Returns the stride of a pyramid level by its name: 8 for `p3`."""
     return int(2 ** int(level.removeprefix("p")))
 
 
 class ResizeConfig(StrictModel):
-    """The network size outside of training; images keep their proportions."""
+    """The network size outside of training; images keep their aspect ratio."""
 
     short_side: int = pydantic.Field(800, ge=1, description="Shorter side, in pixels.")
     long_side: int = pydantic.Field(1333, ge=1, description="Limit of the longer side, in pixels.")

@@ -7,18 +7,18 @@ import keras
 from keras import ops
 
 from deeplab2_like.model.config import Norm
-from deeplab2_like.model.layers import Tensor, make_norm
+from deeplab2_like.model.layers import Tensor, apply_norm, make_norm
 from deeplab2_like.model.stages import compute_after
 
 
 class DeformableConvNorm(keras.layers.Layer):
     """Deformable convolution, normalization, activation.
 
-    A second convolution (`offset`) predicts, at each position, where each tap of the kernel reads and a factor of what
-    it reads. Its outputs are first the offsets (dy, dx) of tap after tap, row by row, in pixels of the input; then,
-    with modulation, the logit of the factor of each tap. By default all of them start at zero, so that the layer starts
-    as a plain convolution, multiplied by one half if modulated. The input is read bilinearly, with zeros around it.
-    Positions and factors are float32 at any precision.
+    A second convolution (`offset`) predicts, at each position, the offset at which each tap of the kernel reads the
+    input, and a factor of the value that it reads. Its outputs are first the offsets (dy, dx) of tap after tap, row by
+    row, in pixels of the input; then, with modulation, the logit of the factor of each tap. By default all of them
+    start at zero, so that the layer starts as a plain convolution, multiplied by one half if modulated. The input is
+    read bilinearly, with zeros around it. Positions and factors are float32 at any precision.
 
     Args:
         filters: Output channels.
@@ -87,8 +87,7 @@ class DeformableConvNorm(keras.layers.Layer):
         if self.bias is not None:
             x = x + ops.cast(self.bias, x.dtype)
         if self.norm is not None:
-            has_statistics = isinstance(self.norm, keras.layers.BatchNormalization)
-            x = self.norm(x, training=training) if has_statistics else self.norm(x)
+            x = apply_norm(self.norm, x, training=training)
         return self.activation(x) if self.activation is not None else x
 
 

@@ -1,4 +1,4 @@
-"""The two sizes of an image: its own, and the size at which the network sees it."""
+"""The two sizes of an image: its own, and the network size, to which it is resized before the network."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
@@ -16,10 +16,10 @@ NETWORK_SIZE = "network_size"
 
 
 class Geometry(NamedTuple):
-    """The size of the images of a batch, and the size at which the network sees them.
+    """The size of the images of a batch, and the size to which they are resized for the network.
 
     Attributes:
-        image_size: H and W of the images, and so of the maps, without padding.
+        image_size: Height H and width W of the images and of the panoptic maps, without padding.
         network_size: Height and width of the resized images, without padding; None if they are not resized.
     """
 
@@ -98,14 +98,14 @@ class Geometry(NamedTuple):
 
 
 def resize_for_network(images: Tensor, config: ResizeConfig | None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Resizes images to the size at which the network shall see them.
+    """Resizes images to the network size.
 
     Args:
         images: uint8 or float [B, H, W, 3].
         config: The network size; None keeps the images as they are.
 
     Returns:
-        The images, [B, H', W', 3], and the raw output `NETWORK_SIZE`, if they were resized, for `Geometry.of`.
+        The images, [B, H', W', 3], and, if they were resized, the raw output `NETWORK_SIZE`, which `Geometry.of` reads.
     """
     if config is None:
         return images, {}
@@ -119,5 +119,5 @@ def resize_for_network(images: Tensor, config: ResizeConfig | None) -> tuple[Ten
 
 
 def _float_size(size: Size) -> Tensor:
-    """A size as float32 [2]."""
+    """Converts a size to float32 [2]."""
     return ops.cast(ops.stack([ops.convert_to_tensor(side, "int32") for side in size]), "float32")

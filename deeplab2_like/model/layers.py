@@ -45,6 +45,11 @@ def make_norm(norm: Norm | None, name: str, channels: int | None = None) -> kera
     )
 
 
+def apply_norm(norm: keras.layers.Layer, x: Tensor, *, training: bool) -> Tensor:
+    """Applies a layer of `make_norm`; only batch normalization has an argument `training`."""
+    return norm(x, training=training) if isinstance(norm, keras.layers.BatchNormalization) else norm(x)
+
+
 class ConvNorm(keras.layers.Layer):
     """Convolution, normalization, activation.
 
@@ -106,7 +111,7 @@ class ConvNorm(keras.layers.Layer):
         x = self.pad(inputs) if self.pad is not None else inputs
         x = self.conv(x)
         if self.norm is not None:
-            x = self.norm(x, training=training) if _has_statistics(self.norm) else self.norm(x)
+            x = apply_norm(self.norm, x, training=training)
         return self.activation(x) if self.activation is not None else x
 
 
@@ -158,7 +163,3 @@ class SeparableConvNorm(keras.layers.Layer):
     def call(self, inputs: Tensor, training: bool = False) -> Tensor:
         """Applies both convolutions."""
         return self.pointwise(self.depthwise(inputs, training=training), training=training)
-
-
-def _has_statistics(norm: keras.layers.Layer) -> bool:
-    return isinstance(norm, keras.layers.BatchNormalization)

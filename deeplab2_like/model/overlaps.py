@@ -1,4 +1,6 @@
-"""Resolution of overlaps: each pixel goes to one of the instances whose masks hold it, in static shapes.
+"""Resolution of overlaps: each pixel goes to one of the instances whose masks contain it, in static shapes.
+
+A *line* is a row of pixels; a *row* is a row of the table of instances.
 
 Each function marked `stage` may be compiled on its own, see `deeplab2_like.model.stages`.
 """
@@ -12,8 +14,8 @@ from keras import ops
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.stages import stage
 
-# Fractions of the image height that a window of lines may have, see `resolve_overlaps`.
-_WINDOW_SHARES = (16, 8, 4, 2, 1)
+# The image height divided by these gives the heights of the windows of lines, see `resolve_overlaps`.
+_WINDOW_DIVISORS = (16, 8, 4, 2, 1)
 
 
 @stage
@@ -68,7 +70,7 @@ def resolve_overlaps(
 ) -> Tensor:
     """Assigns each pixel to one instance, in the order of the rows.
 
-    An instance is dropped if earlier ones hold more than a share of its mask; otherwise it gets the rest of it.
+    An instance is dropped if earlier ones hold more than a share of its mask; otherwise it gets the free pixels.
 
     Args:
         used: bool [B, N], the instances that take part, the first rows of each image.
@@ -86,10 +88,10 @@ def resolve_overlaps(
         int32 [B, H, W]: the instance of each pixel, or N for none.
     """
     batch, num_instances = ops.shape(used)[0], used.shape[1]
-    last = ops.sum(ops.cast(ops.any(used, axis=0), "int32"))
-    # Work is done on whole lines of pixels, in windows of one of a few heights: the smallest that holds the masks.
+    num_used = ops.sum(ops.cast(ops.any(used, axis=0), "int32"))
+    # Each instance changes only a window of whole lines, the smallest of a few heights that holds its masks.
     lines_needed = ops.max(ops.where(used, last_line - first_line, 0), axis=0)  # [N]
-    window_heights = [-(-height // share) for share in _WINDOW_SHARES]
+    window_heights = [-(-height // divisor) for divisor in _WINDOW_DIVISORS]
     window_index = sum(ops.cast(lines_needed > lines, "int32") for lines in window_heights[:-1])  # [N]
 
     def assign_in_window(lines: Any, n: Tensor, owner: Tensor, *cost: Tensor) -> tuple[Tensor, ...]:
@@ -97,12 +99,12 @@ def resolve_overlaps(
         index = (ops.arange(batch) * height + top)[:, None] + ops.arange(lines)[None, :]  # [B, L]
         index = ops.reshape(index, (-1,))  # [B * L]
 
-        def window(of_map: Tensor) -> Tensor:
-            return ops.reshape(ops.take(of_map, index, axis=0), (batch, lines, width))  # [B, L, W]
+        def window(pixels: Tensor) -> Tensor:
+            return ops.reshape(ops.take(pixels, index, axis=0), (batch, lines, width))  # [B, L, W]
 
-        def updated(of_map: Tensor, changed: Tensor, value: Tensor, before: Tensor) -> Tensor:
+        def updated(pixels: Tensor, changed: Tensor, value: Tensor, before: Tensor) -> Tensor:
             after = ops.reshape(ops.where(changed, value, before), (batch * lines, width))
-            return ops.scatter_update(of_map, index[:, None], after)  # [B * H, W]
+            return ops.scatter_update(pixels, index[:, None], after)  # [B * H, W]
 
         before = window(owner)
         mask = mask_in_window(n, top, lines) & ops.take(used, n, axis=1)[:, None, None]  # [B, L, W]
@@ -123,24 +125,24 @@ def resolve_overlaps(
     def assign(n: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
         return n + 1, *ops.switch(ops.take(window_index, n), windows, n, *maps)
 
-    # Half the memory to move; more than 32767 instances would be too many for the masks anyway.
+    # int16 halves the memory traffic; the masks of more than 32767 instances would not fit into memory anyway.
     maps = [ops.full((batch * height, width), num_instances, "int16")]
     if cost_in_window is not None:
         maps.append(ops.full((batch * height, width), float("inf"), "float32"))
-    owner = ops.while_loop(lambda n, *_: n < last, assign, (ops.array(0, "int32"), *maps))[1]
+    owner = ops.while_loop(lambda n, *_: n < num_used, assign, (ops.array(0, "int32"), *maps))[1]
     return ops.reshape(ops.cast(owner, "int32"), (batch, height, width))  # [B, H, W]
 
 
 def line_ranges(boxes: Tensor, height: Any) -> tuple[Tensor, Tensor]:
-    """First line of pixels that each box touches, and the line after the last one: int32 [B, N] each, in 0..height."""
+    """Returns the first line that each box touches and the line after the last: int32 [B, N] each, in 0..height."""
     limit = ops.cast(height, "float32")
-    # Cut first: a side far away would overflow an integer.
+    # Clipped before the cast, because a side far away would overflow an integer.
     first, last = (ops.clip(side, 0.0, limit) for side in (ops.floor(boxes[..., 0]), ops.ceil(boxes[..., 2])))
     return ops.cast(first, "int32"), ops.cast(last, "int32")
 
 
 def paste_weights(start: Tensor, end: Tensor, *, bins: int, size: Any) -> Tensor:
-    """The matrix that interpolates a mask along one axis, from its bins to the pixels of the image.
+    """Returns the matrix that interpolates a mask along one axis, from its bins to the pixels of the image.
 
     Args:
         start: float32 [B, N], where the boxes start along the axis, in image pixels.

@@ -82,7 +82,7 @@ def upsample_bilinear(x: Tensor, factor: int) -> Tensor:
 
 
 def _gather_phases(phases: list[Tensor], axis: int) -> Tensor:
-    """Transposes the interpolation along an axis: adds the shares of `factor` fine maps up for each coarse pixel."""
+    """Transposes the interpolation along an axis: adds up the shares of `factor` fine maps for each coarse pixel."""
     own, to_previous, to_next = 0.0, 0.0, 0.0
     for phase, (first, weight) in zip(phases, phase_weights(len(phases)), strict=True):
         if first < 0:
@@ -122,8 +122,8 @@ def linear_matrix(old: Any, new: Any, scale: Any) -> Tensor:
     """Returns the matrix that resizes one axis linearly, with half-pixel centers and a repeated border.
 
     Args:
-        old: Values along the axis, an int or an int32 scalar.
-        new: Values after resizing, an int or an int32 scalar.
+        old: Length of the axis, an int or an int32 scalar.
+        new: Length after resizing, an int or an int32 scalar.
         scale: Old values per new value, a float or a float32 scalar.
 
     Returns:
@@ -176,9 +176,9 @@ def average_pool_within(x: Tensor, window: tuple[int, int]) -> Tensor:
     x = ops.cast(x, "float32")
     for axis, size in enumerate(window, start=1):
         size = min(size, x.shape[axis]) if x.shape[axis] is not None else ops.minimum(size, ops.shape(x)[axis])
-        start = [[0, 0]] * 4
-        start[axis] = [1, 0]
-        total = ops.pad(ops.cumsum(x, axis=axis), start)
+        margins = [[0, 0]] * 4
+        margins[axis] = [1, 0]
+        total = ops.pad(ops.cumsum(x, axis=axis), margins)
         windows = total[:, size:] - total[:, :-size] if axis == 1 else total[:, :, size:] - total[:, :, :-size]
         x = windows / ops.cast(size, "float32")
     return x
@@ -215,7 +215,7 @@ def running_argmax(
     """Finds the best plane of each pixel, computing one plane after the other, as all together would not fit in memory.
 
     Args:
-        plane: From the index of a plane, an int32 scalar, to its values, float32 [B, H, W].
+        plane: Function from the index of a plane, an int32 scalar, to its values, float32 [B, H, W].
         first: The first index.
         last: The index after the last one.
         best: The best values so far, float32 [B, H, W], and their indices, int32 [B, H, W].
@@ -242,7 +242,7 @@ def upsampled_argmax(
         values: float32 [B, h, w, C], logits or probabilities.
         image_size: Height H and width W of the image, without padding.
         stride: Network pixels per value.
-        network_size: Size at which the network saw the image, without padding; None if the image was not resized.
+        network_size: Size to which the image was resized for the network, without padding; None if it was not.
 
     Returns:
         int32 [B, H, W].
@@ -292,7 +292,7 @@ def _argmax_by_planes(
     rows = upsampling_matrix(coarse_height, network_height, height, stride=stride)  # [H, h]
     columns = upsampling_matrix(coarse_width, network_width, width, stride=stride)  # [W, w]
     size = (batch, height, width)
-    nothing = ops.full(size, -1e30, "float32"), ops.zeros(size, "int32")
+    lowest = ops.full(size, -1e30, "float32"), ops.zeros(size, "int32")
     return running_argmax(
-        lambda index: upsample(ops.take(planes, index, axis=0), rows, columns), 0, num_classes, nothing
+        lambda index: upsample(ops.take(planes, index, axis=0), rows, columns), 0, num_classes, lowest
     )[1]

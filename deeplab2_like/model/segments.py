@@ -59,6 +59,9 @@ def paint_segments(
         class_of_semantic: Class id of each semantic class, or -1 for those that are not painted.
         dataset_info: The meaning of the panoptic map; it has C classes.
         stuff_area_limit: Regions of fewer pixels become void.
+
+    Returns:
+        The map and its table of N instances and C classes.
     """
     num_classes, divisor, void = dataset_info.num_classes, dataset_info.label_divisor, dataset_info.void
     batch, num_instances = ops.shape(classes)[0], classes.shape[1]
@@ -139,7 +142,7 @@ def assign_rows(semantic: Tensor, owner: Tensor, row_of_semantic: Tensor, *, num
 
 @stage
 def count_pixels(rows: Tensor, *, num_rows: int) -> Tensor:
-    """Number of pixels of each row: int32 [B, H, W] to int32 [B, num_rows]."""
+    """Counts the pixels of each row: int32 [B, H, W] to int32 [B, num_rows]."""
     batch = ops.shape(rows)[0]
     row = ops.reshape(ops.arange(batch)[:, None, None] * num_rows + rows, (-1,))  # [B * H * W]
     counts = ops.segment_sum(ops.ones_like(row), row, num_segments=batch * num_rows)

@@ -51,7 +51,7 @@ class SemanticClasses(NamedTuple):
         return tuple(i if painted else -1 for i, painted in zip(self.class_id, self.is_painted, strict=True))
 
     def of_class_map(self, class_map: Tensor) -> Tensor:
-        """Returns the semantic class of each pixel, int32 [B, H, W]; void gets the number after the last class.
+        """Returns the semantic class of each pixel, int32 [B, H, W]; void gets the number of semantic classes.
 
         Args:
             class_map: int32 [B, H, W], class ids; anything beyond the class ids is void.
@@ -64,8 +64,8 @@ class SemanticClasses(NamedTuple):
 class SemanticBranch(keras.layers.Layer):
     """The semantic branch of Semantic FPN: upsamples all levels to the finest one, adds them, and predicts the classes.
 
-    A stage is a 3x3 convolution, normalization, ReLU and twofold bilinear upsampling. Each level passes as many stages
-    as bring it to the size of the finest level, which passes one stage without upsampling.
+    A stage is a 3x3 convolution, normalization, ReLU and twofold bilinear upsampling. A level with 2**n times the
+    stride of the finest level passes n stages; the finest level passes one stage without upsampling.
 
     Args:
         num_classes: Output channels; None leaves out the last convolution, which predicts the classes.

@@ -44,7 +44,7 @@ def compiled_stages(compiler: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     Args:
         compiler: Turns a function of tensors into a compiled one, such as `jax.jit` or
-            `functools.partial(tf.function, jit_compile=True)`. Pass the same object again to reuse what was compiled.
+            `functools.partial(tf.function, jit_compile=True)`. Pass the same object to reuse compiled functions.
     """
     global _stage_compiler
     before, _stage_compiler = _stage_compiler, compiler

@@ -39,7 +39,7 @@ class TrainingActions(contextlib.ExitStack):
         super().__enter__()
         run, settings = self._run, self._run.config.trainer
         if run.is_chief:
-            # Only now, as a start that fails must not leave a config behind.
+            # Written only now, because a start that fails must not leave a config behind.
             prepare_model_folder(run.model_dir, run.config, run.dataset_info)
             checkpoint_dir, events_dir = run.model_dir, run.model_dir / "train"
         else:
@@ -87,11 +87,11 @@ class TrainingActions(contextlib.ExitStack):
             self._stop.raise_if_any(self._stop.noted)
 
     def save(self, values: Mapping[str, Any]) -> None:
-        """Saves a checkpoint if one is due, before anything that takes long."""
+        """Saves a checkpoint if one is due; first, because the other actions take longer."""
         del values
-        # An evaluated step can always be resumed from.
-        is_certain = self._run.is_evaluation_due or self._run.is_finished
-        self.manager.save(int(self._run.step), check_interval=not is_certain)
+        # Training can be resumed from every step that was evaluated.
+        must_save = self._run.is_evaluation_due or self._run.is_finished
+        self.manager.save(int(self._run.step), check_interval=not must_save)
 
     def save_before_stop(self) -> None:
         """Saves a checkpoint, unless no step was done."""

@@ -32,7 +32,7 @@ class WeightAverage:
         self._update = tf.function(self._update_all)
 
     def update(self, step: tf.Variable) -> None:
-        """Takes in the weights after a training step; `step` counts from 0, int scalar."""
+        """Updates the averages after a training step; `step` counts from 0, int scalar."""
         self._update(tf.cast(step, tf.float32))
 
     def _update_all(self, step: tf.Tensor) -> None:
@@ -45,18 +45,18 @@ class WeightAverage:
             )
 
     def copy_from_system(self) -> None:
-        """Starts anew from the system's weights."""
+        """Resets the averages to the system's weights."""
         for path, average in self.variables.items():
             average.assign(tf.identity(self._weights[path].value))
 
     def copy_to_system(self) -> None:
-        """Gives the system the averaged weights, for good."""
+        """Replaces the system's weights by the averages."""
         for path, average in self.variables.items():
             self._weights[path].assign(average.read_value())
 
     @contextlib.contextmanager
     def in_system(self) -> Iterator[None]:
-        """Gives the system the averaged weights for a while."""
+        """Replaces the system's weights by the averages while the context is open."""
         trained = {path: tf.identity(weight.value) for path, weight in self._weights.items()}
         self.copy_to_system()
         try:

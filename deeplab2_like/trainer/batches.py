@@ -15,7 +15,7 @@ def make_batches(run: Run, *, with_label: bool = False, **options: Any) -> tf.da
     Args:
         run: The training.
         with_label: Whether to add the panoptic map to the targets.
-        **options: Which batches, see `pipeline.make_train_dataset`.
+        **options: Further arguments of `pipeline.make_train_dataset`.
     """
     system = run.system
 
@@ -35,13 +35,16 @@ def make_batches(run: Run, *, with_label: bool = False, **options: Any) -> tf.da
 
 
 def distribute_batches(run: Run, *, start_step: int) -> Any:
-    """Gives each worker the parts of its replicas of each batch.
+    """Makes the distributed data set of training batches; each worker reads only the parts of its replicas.
 
     The batches are the same for any number of devices.
 
     Args:
         run: The training.
-        start_step: The step to start from.
+        start_step: Number of training steps done.
+
+    Returns:
+        A `tf.distribute.DistributedDataset` of `image` and `targets`, see `pipeline.make_train_dataset`.
     """
     settings, num_replicas = run.config.trainer, run.strategy.num_replicas_in_sync
 
@@ -61,7 +64,7 @@ def distribute_batches(run: Run, *, start_step: int) -> Any:
 
 
 def load_batch(run: Run, step: int) -> Mapping[str, Any] | None:
-    """Loads the batch of a step again, as a batch follows from seed and step; None if the records have changed."""
+    """Loads the batch of a step again, which seed and step determine; None if the records have changed."""
     settings = run.config.trainer
     batch_size = settings.batch_size * settings.accumulate_steps
     try:
@@ -71,5 +74,5 @@ def load_batch(run: Run, step: int) -> Mapping[str, Any] | None:
 
 
 def _without_names(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves out the image names: not every accelerator takes strings."""
+    """Leaves out the image names: accelerators do not support strings."""
     return {"image": batch["image"], "targets": batch["targets"]}

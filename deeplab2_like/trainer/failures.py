@@ -1,4 +1,4 @@
-"""What a user is told, and given to look at, when a training cannot go on."""
+"""Errors of a training that cannot go on, with the batch saved for inspection."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,24 +21,24 @@ def non_finite(
     """Saves the batch of a step whose loss is not finite, and builds the error.
 
     Args:
-        error: What the trainer raised.
-        batch: The step's images, `image` uint8 [B, H, W, 3], their `image_id`, and `targets`; None if they are lost.
+        error: The error of the trainer.
+        batch: The step's images, `image` uint8 [B, H, W, 3], their `image_id`, and `targets`; None if it is lost.
         folder: Where to save: the images as PNG files, labels and targets as `targets.npz`. None saves nothing.
-        has_checkpoint: Whether there is one to resume from.
+        has_checkpoint: Whether there is a checkpoint to resume from.
     """
-    what = _VALUES.get(error.value, f"Loss '{error.value}'")
+    value = _VALUES.get(error.value, f"Loss '{error.value}'")
     names = [] if batch is None else [name.decode() for name in batch["image_id"].numpy()]
     images = " on images " + ", ".join(f"'{name}'" for name in names) if names else ""
-    go_on = "resume from the last checkpoint" if has_checkpoint else "start again, as there is no checkpoint yet"
+    remedy = "resume from the last checkpoint" if has_checkpoint else "start again, as there is no checkpoint yet"
     saved = "" if batch is None or folder is None else f" {_save_batch(batch, names, folder)}"
     return UserError(
-        f"{what} is not finite in step {error.step}{images}; lower trainer.learning_rate, raise "
-        f"trainer.schedule.warmup_steps or set trainer.optimizer.clip_norm, and {go_on}.{saved}"
+        f"{value} is not finite in step {error.step}{images}; lower trainer.learning_rate, raise "
+        f"trainer.schedule.warmup_steps or set trainer.optimizer.clip_norm, and {remedy}.{saved}"
     )
 
 
 def _save_batch(batch: Mapping[str, Any], names: list[str], folder: Path) -> str:
-    """Returns a sentence that says where the batch is."""
+    """Saves the batch; returns a sentence that names the folder, or says why it cannot be saved."""
     try:
         remove_leftovers(folder)
         for number, (name, image) in enumerate(zip(names, batch["image"].numpy(), strict=True)):
@@ -54,18 +54,18 @@ def _save_batch(batch: Mapping[str, Any], names: list[str], folder: Path) -> str
 
 
 def out_of_memory(*, batch_size: int, crop_size: tuple[int, int], precision: str) -> UserError:
-    """Builds the error for a training that does not fit into memory, with what to change."""
+    """Builds the error for a training that does not fit into memory, with the keys to change."""
     height, width = crop_size
-    wise = "" if precision != "float32" else ", set trainer.precision=mixed_bfloat16"
+    advice = "" if precision != "float32" else ", set trainer.precision=mixed_bfloat16"
     return UserError(
         f"Out of memory with trainer.batch_size {batch_size} and data.crop_size {height}x{width}; lower "
         "trainer.batch_size (and raise trainer.accumulate_steps as much, to keep the images per step), lower "
-        f"data.crop_size{wise}, or spread the batch over more devices."
+        f"data.crop_size{advice}, or spread the batch over more devices."
     )
 
 
 def lost_worker() -> UserError:
-    """Builds the error for a training of several workers of which one has gone."""
+    """Builds the error for a training that has lost one of several workers."""
     return UserError(
         "Another worker has gone, or cannot be reached; start all workers again with the same commands, and they "
         "resume from the newest checkpoint."

@@ -1,4 +1,4 @@
-"""The safety net of a training: signals, and errors that become a sentence with a remedy."""
+"""The safety net of a training: stop signals, and errors translated into `UserError`."""
 
 import contextlib
 import io
@@ -22,10 +22,10 @@ from deeplab2_like.trainer.trainer import NonFiniteError
 
 @contextlib.contextmanager
 def training_guards(run: Run) -> Iterator[StopSignal]:
-    """Guards a training.
+    """Notes stop signals, and translates the errors of a training into `UserError`.
 
     Yields:
-        The stop signal; after it, the block saves and raises `StopTraining`.
+        The stop signal. After a signal, the block must save a checkpoint and raise `StopTraining`.
 
     Raises:
         UserError: If a loss is not finite, memory does not suffice, a worker is lost, or a record or file is faulty.

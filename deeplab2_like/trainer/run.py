@@ -160,10 +160,10 @@ def restore_or_initialize(run: Run, init_from: str | os.PathLike[str] | None) ->
 
 
 def _check_changes(system: PanopticSystem, config: Config, folder: Path) -> None:
-    """Refuses changes of the trainer's config that need variables which the checkpoints of a folder do not have.
+    """Refuses changes of trainer keys that need variables which are missing from the checkpoints of a folder.
 
     Raises:
-        UserError: If there is one.
+        UserError: If there is such a change.
     """
     if not (folder / CONFIG_FILE).is_file():
         return
@@ -181,13 +181,14 @@ def _check_changes(system: PanopticSystem, config: Config, folder: Path) -> None
         if is_refused:
             values = [functools.reduce(getattr, key.split("."), settings) for settings in (before, now)]
             raise UserError(
-                f"Model folder '{folder}' holds a run with trainer.{key} {values[0]!r}, whose checkpoints lack what "
-                f"{values[1]!r} needs; set that key back, or use another --model-dir with --init-from '{folder}'."
+                f"Model folder '{folder}' holds a run with trainer.{key} {values[0]!r}, whose checkpoints lack "
+                f"variables for {values[1]!r}; set that key back, or use another --model-dir with --init-from "
+                f"'{folder}'."
             )
 
 
 def _list_validation_files(config: Config) -> list[str]:
-    """Returns the files of the validation split; none if there is no such split and none is asked for."""
+    """Returns the files of the validation split; none if it is missing and no evaluation needs it."""
     if config.trainer.pictures_every is None and config.trainer.evaluate_every is None:
         return []
     try:

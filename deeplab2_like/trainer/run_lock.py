@@ -1,8 +1,8 @@
 """One training at a time in a model folder.
 
-A training holds a lock on a file in the folder. The system frees it when the process ends, however it ends, and knows
-it in all containers of a machine, and on all machines that share a file system with locks. What the file holds says
-who has the lock; where the file system has no locks, it alone decides.
+A training holds a lock on a file in the folder. The operating system releases the lock when the process ends for
+whatever reason. The lock holds in all containers of a machine, and on all machines that share a file system with locks.
+The content of the file names the holder; where the file system has no locks, the content alone decides.
 """
 
 import contextlib
@@ -44,11 +44,11 @@ def run_lock(model_dir: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: whoever has opened it in between finds another file, or none, under its name.
+        # Removed while locked: a process that has opened it in the meantime finds another file, or none, at its path.
         with contextlib.suppress(OSError):
             path.unlink()
         os.close(lock)
-        with contextlib.suppress(OSError):  # Something is in it.
+        with contextlib.suppress(OSError):  # Not empty.
             for folder in made:
                 folder.rmdir()
 
@@ -79,7 +79,7 @@ def _take(path: Path) -> int:
 
 
 def _lock_or_refuse(lock: int, path: Path) -> None:
-    """Locks an open file; raises `UserError` if somebody else holds it."""
+    """Locks an open file; raises `UserError` if another training holds it."""
     try:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -91,14 +91,14 @@ def _lock_or_refuse(lock: int, path: Path) -> None:
         ) from error
     except OSError:  # A file system without locks.
         pass
-    # Two that start within the same instant may both get here before either has written.
+    # Without locks, two trainings that start at the same moment may both find no holder here.
     holder = _read(path)
     if not holder or _has_ended(holder):
         return
     if holder.get("host") != socket.gethostname():
         raise UserError(
-            f"Model folder '{path.parent}' was in use by {_in_words(holder)}, and whether it still runs cannot be told "
-            f"from here; use another --model-dir, or, once you know that it has ended, delete '{path}'."
+            f"Model folder '{path.parent}' was in use by {_in_words(holder)}, which may still run there; use another "
+            f"--model-dir, or delete '{path}' if that training has ended."
         )
     raise UserError(
         f"Model folder '{path.parent}' is in use by {_in_words(holder)}; wait for its end, stop it, or use another "
@@ -107,7 +107,7 @@ def _lock_or_refuse(lock: int, path: Path) -> None:
 
 
 def _is_at(lock: int, path: Path) -> bool:
-    """Whether an open file still is the one of a path."""
+    """Returns whether a path still leads to a file that is open as `lock`."""
     try:
         return os.path.samestat(os.fstat(lock), os.stat(path))
     except FileNotFoundError:
@@ -127,7 +127,7 @@ def _describe_process() -> bytes:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What the lock file says; empty if it says nothing, as it does for an instant at the start."""
+    """Reads the lock file; empty if it has no content yet, as just after its creation."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -143,23 +143,23 @@ def _in_words(holder: dict[str, Any]) -> str:
 
 
 def _has_ended(holder: dict[str, Any]) -> bool:
-    """Whether the process that a lock file describes is known to have ended: it was of this host, and is gone."""
+    """Returns whether the process in a lock file is known to have ended: it ran on this host, and is gone."""
     process = holder.get("process")
     if holder.get("host") != socket.gethostname() or not isinstance(process, int) or process < 1:
         return False
     try:
-        os.kill(process, 0)  # Signal 0 only looks.
+        os.kill(process, 0)  # Signal 0 only checks that the process exists.
     except (ProcessLookupError, OverflowError):
         return True
-    except PermissionError:  # Somebody else's.
+    except PermissionError:  # It belongs to another user.
         pass
-    # The number may have gone to another process.
+    # Another process may have its id now.
     start = _process_start(process)
     return None not in (start, holder.get("process_start")) and start != holder["process_start"]
 
 
 def _process_start(process: int) -> int | None:
-    """When a process has started, in clock ticks since the machine has; None where the system does not tell."""
+    """Returns the start of a process in clock ticks since boot; None where the system does not tell."""
     try:
         text = Path(f"/proc/{process}/stat").read_text()
         return int(text.rpartition(")")[2].split()[19])

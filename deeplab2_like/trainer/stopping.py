@@ -15,7 +15,7 @@ _SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 class StopTraining(Exception):
-    """Raised between two steps, after a signal has asked for the end.
+    """Raised between two steps, after a stop signal.
 
     Attributes:
         signal: The signal.
@@ -27,18 +27,18 @@ class StopTraining(Exception):
 
 
 def exit_status(number: signal.Signals) -> int:
-    """The status with which a shell reports a process that a signal has ended; `train && evaluate` then ends, too."""
+    """Returns the exit status that shells use after a signal; with it, `train && evaluate` does not go on."""
     return 128 + number
 
 
 class StopSignal:
-    """Notes SIGINT, SIGTERM and SIGHUP while the context is open; a second one does what it did before.
+    """Notes SIGINT, SIGTERM and SIGHUP while the context is open; a second one has its previous effect.
 
     A signal that is ignored when the context opens stays ignored, as `nohup` has it. Python delivers signals to the
     main thread alone; elsewhere nothing is noted.
 
     Args:
-        strategy: The strategy, all workers of which stop if one of them is asked to.
+        strategy: The strategy; all of its workers stop if one of them gets a signal.
     """
 
     def __init__(self, strategy: tf.distribute.Strategy) -> None:
@@ -51,7 +51,7 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
             handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-            # None is a handler that was not set from Python, and could not be set again.
+            # None stands for a handler that was not set from Python, which cannot be restored.
             self._before = {
                 number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)
             }
@@ -70,13 +70,13 @@ class StopSignal:
         return self._noted
 
     def raise_if_any(self, asked_by: signal.Signals | None) -> None:
-        """To be called by all workers after the same step.
+        """Raises `StopTraining` if any worker has a signal; all workers must call it after the same step.
 
         Args:
-            asked_by: The signal for which this worker wants the end, for instance `noted`.
+            asked_by: The signal that asks this worker to stop, for instance `noted`; None for none.
 
         Raises:
-            StopTraining: If one of them does.
+            StopTraining: If any worker is asked to stop.
         """
         if self._several_workers:
             flags = tf.constant([float(number is asked_by) for number in _SIGNALS])
@@ -91,7 +91,7 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = signal.Signals(number)
         self._restore_handlers()
-        # Not by `print`, which the signal may have interrupted. A terminal that is closed takes nothing.
+        # Not with `print`, which the signal may have interrupted. Writing to a closed terminal fails.
         with contextlib.suppress(OSError):
             notice = f"{self._noted.name}: saving and stopping after this step; a second signal ends the process now.\n"
             os.write(2, (b"\n" if os.isatty(2) else b"") + notice.encode())

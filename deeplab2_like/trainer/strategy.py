@@ -1,4 +1,4 @@
-"""Where the computation runs."""
+"""Distribution strategies: the devices and workers of a training."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def _tpu(tpu: str) -> tf.distribute.Strategy:
         raise UserError(f"TPU '{tpu}' cannot be used ({reason}); set trainer.tpu to its name or address.") from error
 
 
-# Each is called with the name of the TPU, which one of them uses.
+# Each takes the name of the TPU; only `tpu` uses it.
 STRATEGIES: dict[str, Callable[[str], tf.distribute.Strategy]] = {
     "one_device": _one_device,
     "mirrored": _mirrored,
@@ -70,7 +70,7 @@ def make_strategy(name: str, *, tpu: str = "local") -> tf.distribute.Strategy:
         tpu: Name or address of the TPU; `local` for that of this machine.
 
     Raises:
-        UserError: If there is no such strategy, or what it needs is not there.
+        UserError: If there is no such strategy, or its devices or workers are not available.
     """
     if name not in STRATEGIES:
         raise unknown_name("strategy", name, STRATEGIES)
@@ -78,7 +78,7 @@ def make_strategy(name: str, *, tpu: str = "local") -> tf.distribute.Strategy:
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process is the one of all workers that writes what there is once: config, events, checkpoints."""
+    """Returns whether this process is the chief: the worker that writes config, events and checkpoints."""
     return bool(strategy.extended.should_checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a training: numbers, pictures of a few validation images, profiles."""
+"""TensorBoard events of a training: numbers, pictures of a few validation images, profiles."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ import tensorflow as tf
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.visualize import side_by_side
 
-# Pictures wider than this are made smaller: a training leaves hundreds of them.
+# Largest width of pictures, in pixels; a training writes hundreds of them.
 _MAX_WIDTH = 1536
 # Steps before a profile: the first ones compile and fill buffers.
 _STEPS_BEFORE_PROFILE = 3
@@ -22,14 +22,14 @@ class Summaries:
     """Writes TensorBoard events, until its context ends.
 
     Args:
-        folder: Where to; None, as for all workers but the chief, writes nothing.
+        folder: Folder of the events; None, for workers other than the chief, writes nothing.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self._writer = tf.summary.create_noop_writer() if folder is None else tf.summary.create_file_writer(str(folder))
 
     def numbers(self, values: Mapping[str, float], *, step: int) -> None:
-        """Writes losses, learning rate, speed and whatever else there is."""
+        """Writes scalars, such as losses, learning rate and speed."""
         with self._writer.as_default(step=step):
             for name, value in values.items():
                 tf.summary.scalar(name, value)
@@ -57,8 +57,8 @@ def draw_predictions(
     """Draws image, ground truth and prediction side by side.
 
     Args:
-        examples: What `pipeline.make_eval_dataset` yields.
-        infer: From images, uint8 [1, H, W, 3], to the dictionary of `PanopticSystem.postprocess`.
+        examples: Examples of `pipeline.make_eval_dataset`.
+        infer: Function from images, uint8 [1, H, W, 3], to the dictionary of `PanopticSystem.postprocess`.
         dataset_info: The meaning of the labels.
 
     Returns:
@@ -76,13 +76,13 @@ def draw_predictions(
 
 
 class StepProfiler:
-    """Records a few steps with TensorFlow's profiler, some steps after the start.
+    """Records a few steps with TensorFlow's profiler, after the first few steps.
 
     Args:
-        folder: Where the profile goes; TensorBoard shows it with the plugin `tensorboard-plugin-profile`. None records
+        folder: Folder of the profile; TensorBoard shows it with the plugin `tensorboard-plugin-profile`. None records
             nothing.
-        steps: How many steps to record; 0 for none.
-        steps_left: How many steps there will be; a warning says if they are too few.
+        steps: Number of steps to record; 0 for none.
+        steps_left: Number of steps left to train; if they are too few, a warning is printed.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, steps: int, *, steps_left: int) -> None:
@@ -106,7 +106,7 @@ class StepProfiler:
         self._stop()
 
     def advance(self) -> None:
-        """To be called after every step."""
+        """Counts a step; starts and stops the profiler when it is time."""
         self._done += 1
         if self._done == self._first:
             tf.profiler.experimental.start(self._folder)

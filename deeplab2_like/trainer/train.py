@@ -28,10 +28,9 @@ def train(
 ) -> PanopticSystem:
     """Trains the system of a config, or resumes where an earlier run in the same model folder ended.
 
-    On SIGINT (Ctrl-C), SIGTERM and SIGHUP it finishes the step, saves a checkpoint, says how to resume and ends the
-    process with the exit status 128 + the number of the signal, as a shell reports a process that the signal has
-    ended. A signal that was ignored before stays ignored. An evaluation that was cut short is made up for at the next
-    start.
+    On SIGINT (Ctrl-C), SIGTERM and SIGHUP it finishes the step, saves a checkpoint, prints how to resume and exits with
+    status 128 + the number of the signal, as shells do. A signal that was ignored before stays ignored. An evaluation
+    that was interrupted runs again at the next start.
 
     Args:
         config: What to train, on which records, how long.
@@ -39,7 +38,7 @@ def train(
             Several workers need to see the same folder.
         init_from: A model folder, or a checkpoint's path without ending, to start from with all weights that fit by
             name and shape; without effect when resuming.
-        profile: Number of steps to record with TensorFlow's profiler, some steps after the start.
+        profile: Number of steps to record with TensorFlow's profiler, after the first few steps.
 
     Returns:
         The trained system, with the averaged weights if `trainer.ema_decay` is set.
@@ -54,7 +53,7 @@ def train(
     with run_lock(model_dir) if is_chief(strategy) else contextlib.nullcontext():
         if is_chief(strategy):
             clean_model_folder(model_dir)
-        # Read before the workers meet: later the chief may write it while others still read.
+        # Read before the workers synchronize: later the chief may write it while others still read.
         evaluated_step = read_evaluated_step(model_dir, config.data.val_split)
         run = make_run(config, model_dir, strategy)
         restore_or_initialize(run, init_from)
@@ -88,7 +87,7 @@ def _run_steps(run: Run, *, profile: int, evaluate_first: bool) -> None:
             trainer=trainer,
             strategy=run.strategy,
             global_step=run.step,
-            # A loop ends wherever an action is due, also if the first loop starts in between.
+            # Each loop ends at the next step with an action, also the first one after a resume.
             steps_per_loop=actions.num_steps_of_loop,
             checkpoint_manager=actions.manager,
             train_actions=actions.actions,

@@ -19,7 +19,7 @@ class NonFiniteError(Exception):
     """A loss or a gradient is not finite.
 
     Attributes:
-        value: Its name: that of a loss, or `loss` for the sum, or `gradient_norm`.
+        value: Name of the value: that of a loss term, `loss` for their sum, or `gradient_norm`.
         step: The training step, counted from 1.
     """
 
@@ -42,7 +42,7 @@ class Trainer(orbit.StandardTrainer):
         average: Moving average of the weights to update after each step, or None.
         step: Number of steps done, skipped ones included; int64 scalar.
         after_step: Called after every step.
-        is_report_due: Whether a loop that ends after a step, counted from 1, reports; by default each does.
+        is_report_due: From a step, counted from 1, to whether a loop that ends there reports; by default always.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class Trainer(orbit.StandardTrainer):
 
 
 def make_step_counter() -> tf.Variable:
-    """The number of training steps done, int64 scalar."""
+    """Makes the counter of the training steps done, int64 scalar."""
     with tf.device("CPU:0"):
         return tf.Variable(0, dtype=tf.int64, trainable=False, name="step")
 
@@ -266,11 +266,11 @@ class _Clock:
         self._started = time.perf_counter()
 
     def stop(self) -> None:
-        """Ends it; what comes between two loops, such as saving, does not count."""
+        """Ends a loop; the time between two loops, such as for saving, does not count."""
         self._seconds += time.perf_counter() - self._started
 
     def waiting(self) -> "_Clock":
-        """A context in which the time is waiting time."""
+        """Returns a context whose time counts as waiting time."""
         return self
 
     def __enter__(self) -> None:
@@ -289,7 +289,7 @@ class _Clock:
             self.start()
 
     def report(self, images_per_step: int) -> dict[str, float]:
-        """Returns the speed since the last report; nothing where only the first step was done."""
+        """Returns the speed since the last report; empty if only the first step was done."""
         seconds, waited, steps = self._seconds, self._waited, self._steps
         self._forget()
         if not steps or not images_per_step:

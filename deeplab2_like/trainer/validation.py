@@ -1,4 +1,4 @@
-"""Looking at validation images while a training runs. The graph is traced once for all of a training."""
+"""Pictures and metrics of the validation split during training. The graph is traced once per training."""
 
 import contextlib
 import os
@@ -20,18 +20,18 @@ from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.summaries import draw_predictions
 
-# How many images are shown in TensorBoard.
+# Number of images shown in TensorBoard.
 _PICTURES = 4
-# In the split's folder: the step that was evaluated last, so that an evaluation that was cut short is made up for.
+# File in the split's folder with the last evaluated step, by which a resumed training notices a missing evaluation.
 _EVALUATED_FILE = "evaluated_step"
 
 
 class _StoppedError(Exception):
-    """Somebody wants the training to end."""
+    """The training is to end before the evaluation is complete."""
 
 
 def read_evaluated_step(model_dir: str | os.PathLike[str], split: str) -> int | None:
-    """Returns the step that a training in a model folder has evaluated last, or None if there is none."""
+    """Returns the last step that the training in a model folder has evaluated, or None if there is none."""
     try:
         return int((Path(model_dir) / split / _EVALUATED_FILE).read_text())
     except (OSError, ValueError):
@@ -45,7 +45,7 @@ class Validation:
         system: The system that is trained.
         files: TFRecord files of the split.
         average: The average of its weights, or None.
-        model_dir: Where the best checkpoint is kept; what evaluations find is written to the split's folder in it.
+        model_dir: The model folder; it keeps the best checkpoint, and the metrics in the split's folder.
         split: Name of the split.
         is_stopped: Whether the training is to end; asked after every image, as an evaluation may be long.
     """
@@ -94,13 +94,13 @@ class Validation:
                 return None
 
     def evaluate_and_keep(self, step: int) -> str | None:
-        """Evaluates the whole split, writes what it finds, and keeps the weights if they are the best so far.
+        """Evaluates the whole split, writes the metrics, and keeps the weights if they are the best so far.
 
         Args:
-            step: The training step that they are of.
+            step: The training step of the weights.
 
         Returns:
-            The quality in words, or None if the training is to end; then nothing was written.
+            The PQ as text for the log, or None if the training is to end; then nothing was written.
         """
         metrics = self.evaluate()
         if metrics is None:
@@ -111,10 +111,10 @@ class Validation:
         quality = metrics["panoptic"]["all"]["pq"]
         with self.evaluated_weights():
             is_best = save_if_best(self._model_dir, self._system, step=step, pq=quality)
-        # Last, as it says that all of it is done.
+        # Written last, because it marks the evaluation as complete.
         write_atomically(folder / _EVALUATED_FILE, f"{step}\n".encode())
         return f"PQ {quality:.2f} on split '{self._split}'{', the best so far' if is_best else ''}"
 
     def evaluated_weights(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which the system has the weights that are evaluated."""
+        """Returns a context in which the system has the averaged weights, if there are any."""
         return contextlib.nullcontext() if self._average is None else self._average.in_system()

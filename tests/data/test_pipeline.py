@@ -105,7 +105,7 @@ def test_parts_make_up_the_batches(files, start_step):
     # Two workers of two replicas, and of one.
     for num_parts, shares in ((4, None), (6, [[0, 1, 2], [3, 4, 5]]), (3, [[0], [1, 2]]), (1, [[0]])):
         if shares is None:
-            with pytest.raises(UserError, match="A batch of 6 images cannot be cut into 4 equal parts"):
+            with pytest.raises(UserError, match="A batch of 6 images cannot be divided into 4 equal parts"):
                 train(files, batch_size=6, num_parts=num_parts, parts=[0])
             continue
         parts = {}

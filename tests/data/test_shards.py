@@ -106,7 +106,7 @@ def test_split_name_must_be_a_file_name(split):
 
 @pytest.mark.parametrize("count", [0, 100_000])
 def test_number_of_shards_is_checked(count):
-    with pytest.raises(UserError, match=rf"shards must be 1\.\.99999, got {count}"):
+    with pytest.raises(UserError, match=rf"The number of shards must be 1\.\.99999, got {count}"):
         shard_names("train", count)
 
 

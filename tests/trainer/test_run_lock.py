@@ -143,9 +143,9 @@ def test_without_locks_another_host_is_not_overruled(tmp_path: Path) -> None:
     write_holder(tmp_path, host="elsewhere", process=7, started="2026-01-02 03:04:05+00:00")
     before = (tmp_path / LOCK_FILE).read_bytes()
     message = (
-        r"was in use by the training of process 7 on host 'elsewhere', started 2026-01-02 03:04:05\+00:00, and whether "
-        r"it still runs cannot be told from here; use another --model-dir, or, once you know that it has ended, delete "
-        rf"'{re.escape(str(tmp_path / LOCK_FILE))}'\."
+        r"was in use by the training of process 7 on host 'elsewhere', started 2026-01-02 03:04:05\+00:00, which may "
+        r"still run there; use another --model-dir, or delete "
+        rf"'{re.escape(str(tmp_path / LOCK_FILE))}' if that training has ended\."
     )
     with pytest.raises(UserError, match=message), run_lock(tmp_path):
         pass

@@ -499,10 +499,10 @@ def test_what_is_due_is_saved_before_pictures_and_evaluation(
 @pytest.mark.parametrize(
     ("before", "now", "key"),
     [
-        ({}, {"optimizer": {"name": "sgd"}}, "optimizer.name 'adam', whose checkpoints lack what 'sgd' needs"),
+        ({}, {"optimizer": {"name": "sgd"}}, "optimizer.name 'adam', whose checkpoints lack variables for 'sgd'"),
         ({"optimizer": {"name": "sgd", "momentum": 0}}, {"optimizer": {"name": "sgd"}}, "optimizer.momentum 0.0"),
         ({"optimizer": {"multipliers": {"norm": 0}}}, {}, r"optimizer.multipliers \{'norm': 0.0\}"),
-        ({}, {"ema_decay": 0.5}, "ema_decay None, whose checkpoints lack what 0.5 needs"),
+        ({}, {"ema_decay": 0.5}, "ema_decay None, whose checkpoints lack variables for 0.5"),
         ({}, {"precision": "mixed_float16"}, "precision 'float32'"),
     ],
 )

@@ -425,7 +425,7 @@ def _first_difference(existing: DatasetInfo, info: DatasetInfo) -> str:
 
 
 def require_folder(folder: Path, what: str) -> None:
-    """Raises `UserError` unless a folder exists and can be read; `what` is what to call it."""
+    """Raises `UserError` unless a folder exists and can be read; `what` is its name in the message."""
     require_local(folder)
     if not folder.is_dir():
         raise UserError(f"The {what} '{folder}' does not exist or is not a folder; check the path.")

@@ -22,7 +22,7 @@ from typing import Any
 
 from deeplab2_like import files, temporary
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.shards import ShardWriter, list_present_shards, list_splits, shard_names
+from deeplab2_like.data.shards import ShardWriter, conversion_file, list_present_shards, list_splits, shard_names
 from deeplab2_like.errors import UserError
 
 ERRORS_NAME = "errors.jsonl"
@@ -93,7 +93,7 @@ class UnfinishedSplit:
         self._plan = plan
         self._fingerprints = fingerprints
         self._hidden = folder / f".{split}.conversion"
-        self._record = folder / f".{split}.conversion.json"
+        self._record = conversion_file(folder, split)
         self._publication = self._hidden / "publish.json"
 
     def complete_publication(self) -> bool:

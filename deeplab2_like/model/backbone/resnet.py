@@ -37,7 +37,7 @@ TINY_STEM = Stem(((24, 3, 2), (32, 3, 2)), max_pool=False)
 
 
 class BlockKind(enum.Enum):
-    """The residual unit; the value is its output channels per unit of width."""
+    """Kind of residual block; the value is its output channels divided by its width."""
 
     BASIC = 1
     BOTTLENECK = 4
@@ -54,9 +54,9 @@ def atrous_stages(output_stride: int) -> dict[str, tuple[int, int, int]]:
     """
     stages = {}
     for stage, stride in zip(STAGES, (4, 8, 16, 32), strict=True):
-        kept = min(stride, output_stride)
-        first = 2 if 4 < stride <= output_stride else 1
-        stages[stage] = (first, stride // kept, kept)
+        feature_stride = min(stride, output_stride)
+        block_stride = 2 if 4 < stride <= output_stride else 1
+        stages[stage] = (block_stride, stride // feature_stride, feature_stride)
     return stages
 
 
@@ -171,17 +171,17 @@ class ResNet(keras.layers.Layer):
 
     Args:
         stem: The layers before the stages.
-        block: The residual unit.
-        widths: Channels inside the units of the four stages.
-        depths: Units in each of the four stages.
+        block: Kind of the residual blocks.
+        widths: Channels inside the blocks of each of the four stages.
+        depths: Blocks in each of the four stages.
         output_stride: Stride of res5; stages that would exceed it use atrous convolution instead of stride.
-        multi_grid: Factors of the dilation of the units of res5; they repeat if res5 has more units.
+        multi_grid: Factors of the dilation of the blocks of res5; they repeat if res5 has more blocks.
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of in the 3x3.
         norm: The normalization after each convolution.
         deformable_stages: Stages whose 3x3 convolutions are deformable; not with groups.
         groups: Groups of the 3x3 convolutions of bottlenecks: the "cardinality" of ResNeXt.
-        group_width: Channels of each group in the first stage, in place of `widths`; each stage doubles them. A stage's
-            output keeps the channels that `widths` gives it. ResNeXt-101 32x8d has 32 groups of width 8.
+        group_width: Channels of each group in the first stage, in place of `widths`; each stage doubles it. The output
+            channels of a stage still follow `widths`. ResNeXt-101 32x8d has 32 groups of width 8.
 
     Attributes:
         strides: Stride of each feature map, by its name.
@@ -209,7 +209,7 @@ class ResNet(keras.layers.Layer):
         self.channels: dict[str, int] = {"stem": stem.convolutions[-1 if stem.max_pool else -2][0]}
         self.stem = StemLayer(stem, norm=norm, name="stem")
         self.stages = []
-        for (stage, (stride, dilation, kept)), width, depth in zip(
+        for (stage, (stride, dilation, feature_stride)), width, depth in zip(
             atrous_stages(output_stride).items(), widths, depths, strict=True
         ):
             grid = [multi_grid[index % len(multi_grid)] if stage == STAGES[-1] else 1 for index in range(depth)]
@@ -230,7 +230,7 @@ class ResNet(keras.layers.Layer):
                 for index in range(depth)
             ]
             self.stages.append(BlockSequence(blocks, name=stage))
-            self.strides[stage] = kept
+            self.strides[stage] = feature_stride
             self.channels[stage] = width * block.value
 
     def call(self, images: Tensor, training: bool = False) -> dict[str, Tensor]:

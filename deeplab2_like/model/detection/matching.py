@@ -26,7 +26,7 @@ def match_boxes(boxes: Tensor, truth: Tensor, truth_valid: Tensor) -> tuple[Tens
     """
     batch, num_truth = ops.shape(truth)[0], truth.shape[1]
     num_boxes = ops.shape(boxes)[1]
-    # An empty box far away overlaps nothing.
+    # Unused rows become empty boxes, which overlap nothing.
     truth = ops.where(truth_valid[..., None], truth, -1.0)
     at_once = min(num_truth, max(1, _PAIRS_AT_ONCE // (boxes.shape[1] or _PAIRS_AT_ONCE // 8)))
     num_steps = -(-num_truth // at_once)
@@ -53,7 +53,7 @@ def match_boxes(boxes: Tensor, truth: Tensor, truth_valid: Tensor) -> tuple[Tens
 
 
 def crowd_share(boxes: Tensor, instance_map: Tensor) -> Tensor:
-    """Returns the share of each box that is crowd, counted in pixels by sums over rectangles.
+    """Returns the share of each box that is crowd, counted in pixels with a summed-area table.
 
     A crowd region of a panoptic map may be scattered over the image, so its bounding box would say little.
 
@@ -117,7 +117,7 @@ def sample_balanced(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Samples positives and negatives at random.
 
-    Negatives fill the places that positives leave; positives never take more than their share.
+    Positives take at most `max_positive` places; negatives fill the rest.
 
     Args:
         positive: bool [B, N].

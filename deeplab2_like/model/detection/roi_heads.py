@@ -151,6 +151,7 @@ class MaskHead(keras.layers.Layer):
             keras.layers.Conv2D(channels, 3, padding="same", name=f"conv{k + 1}", **options)
             for k in range(config.mask_convolutions)
         ]
+        # The name of this layer is part of the variable paths of checkpoints.
         self.upsample = keras.layers.Conv2DTranspose(channels, 2, strides=2, name="enlarge", **options)
         self.masks = keras.layers.Conv2D(
             num_classes, 1, kernel_initializer=keras.initializers.RandomNormal(stddev=0.001), name="masks"

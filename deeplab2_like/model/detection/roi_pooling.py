@@ -65,7 +65,7 @@ def _pool_samples(
     """RoIAlign with a fixed number of samples: adds up the 2 x 2 pixels around each of them.
 
     Args:
-        table: float [rows, C], see `_locate`, like the next three.
+        table: float [rows, C], as `_locate` returns it and the next three.
         height: int32 [B, R].
         width: int32 [B, R].
         base: int32 [B, R].

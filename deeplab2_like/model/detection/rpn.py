@@ -106,8 +106,8 @@ def sample_anchors(
 def label_anchors(anchors: Tensor, targets: Mapping[str, Tensor], config: RpnConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Decides which anchors are positive and which are negative.
 
-    An anchor is positive if its best overlap is at least `positive_iou`, or if no other anchor overlaps some instance
-    more. The latter still learns the box of the instance that it overlaps most itself.
+    An anchor is positive if its best overlap is at least `positive_iou`, or if its overlap with some instance is the
+    largest of all anchors. The latter still learns the box of the instance that it overlaps most itself.
 
     Args:
         anchors: float32 [A, 4], all levels.

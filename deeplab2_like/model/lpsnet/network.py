@@ -85,7 +85,7 @@ class GlobalAverage(keras.layers.Layer):
 
 
 def _averaging_matrix(size: Any, bins: int) -> Tensor:
-    """Returns the matrix that averages a line in bins, float32 [bins, size]; bins overlap unless they divide it."""
+    """Returns the matrix that averages an axis in bins, float32 [bins, size]; bins overlap unless they divide it."""
     bin_index = ops.arange(bins)[:, None]
     first = bin_index * size // bins
     last = ((bin_index + 1) * size + bins - 1) // bins

@@ -10,6 +10,7 @@ from keras import ops
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model.boxes import box_area, clip_boxes, non_maximum_suppression, take_rows
+from deeplab2_like.model.detection.instances import thing_class_ids
 from deeplab2_like.model.geometry import Geometry, Size
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.lpsnet.config import LPSNetConfig, PostprocessConfig
@@ -95,7 +96,7 @@ def predict_instances(
         dataset_info: The thing classes.
     """
     detections = find_detections(outputs, geometry, config, dataset_info)
-    classes = _class_ids(detections, dataset_info)
+    classes = thing_class_ids(detections.classes, dataset_info)
     semantic = geometry.argmax(outputs["semantic_logits"], stride=config.stride)
     return {
         "masks": masks_in_boxes(semantic, detections.boxes, classes),
@@ -108,7 +109,7 @@ def predict_instances(
 def find_detections(
     outputs: Mapping[str, Tensor], geometry: Geometry, config: LPSNetConfig, dataset_info: DatasetInfo
 ) -> Detections:
-    """Finds the best boxes, in image pixels; arguments as of `predict_instances`."""
+    """Finds the best boxes, in image pixels; arguments as for `predict_instances`."""
     probability = ops.softmax(outputs["semantic_logits"], axis=-1)
     detections = find_boxes(
         {level: outputs[f"distances_{level}"] for level in config.box.levels},
@@ -125,7 +126,7 @@ def find_detections(
 def select_detections(
     outputs: Mapping[str, Tensor], geometry: Geometry, config: LPSNetConfig, dataset_info: DatasetInfo
 ) -> Detections:
-    """Finds the boxes of the panoptic map, those that reach `score_threshold`; arguments as of `predict_instances`."""
+    """Finds the boxes of the panoptic map, those that reach `score_threshold`; arguments as for `predict_instances`."""
     detections = find_detections(outputs, geometry, config, dataset_info)
     is_used = detections.scores >= config.postprocess.score_threshold
     return detections._replace(scores=ops.where(is_used, detections.scores, 0.0))
@@ -180,7 +181,7 @@ def paste_detections(
         semantic,
         detections.boxes,
         detections.scores,
-        _class_ids(detections, dataset_info),
+        thing_class_ids(detections.classes, dataset_info),
         None if border_ness is None else border_ness.values,
     )
 
@@ -203,10 +204,6 @@ def score_regions(
     """
     probability = ops.softmax(outputs["semantic_logits"], axis=-1)
     return region_scores(probability, table, classes.of_class, geometry, stride=config.stride)
-
-
-def _class_ids(detections: Detections, dataset_info: DatasetInfo) -> Tensor:
-    return ops.take(ops.array(dataset_info.thing_classes, "int32"), detections.classes)
 
 
 def boxes_from_distances(distances: Tensor, stride: int) -> Tensor:
@@ -301,7 +298,7 @@ def find_boxes(
         distances: float32 [B, h, w, 4] by level, in pixels.
         border_ness_logits: float32 [B, h, w] by level.
         probability: float32 [B, H, W, T] of the thing classes.
-        network_size: Height and width of the image as the network sees it, without padding; boxes are clipped to it.
+        network_size: Height and width of the resized image, without padding; boxes are clipped to it.
         config: Thresholds and numbers of boxes.
         strides: Stride of each level.
         semantic_stride: Pixels per probability.

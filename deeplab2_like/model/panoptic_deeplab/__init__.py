@@ -5,14 +5,15 @@ every pixel. The other predicts, without classes, a heat map of the instances' c
 offset to its center. Pixels of things go to the center nearest to where their offset points; the majority of the
 pixels' classes gives the class of the instance.
 
-Read in this order: `config.py`, `system.py`, `targets.py`, `network.py`, `losses.py`, `postprocess.py`, `oracle.py`.
+Read in this order: `config.py`, `system.py`, `targets.py`, `network.py`, `losses.py`, `postprocess.py`, `oracle.py`,
+`views.py` (flips, scales and resized images).
 
 Choices where the paper is silent, and differences from the implementation in Detectron2:
 
 - Image pooling in the ASPP averages the whole image. Detectron2 averages a window as large as its training crop; set
   `aspp.pooling_window` for its released weights.
 - Crowd regions have neither a Gaussian nor offsets; in Detectron2 they have both, and only their own pixels are left
-  out. With `loss.crowd_as_instance` they are instances.
+  out of the losses. With `loss.crowd_as_instance` they are instances.
 - Semantic weights for small instances leave crowd regions out.
 - All of the `top_k` best centers are kept; Detectron2 keeps those strictly better than the last of them.
 - The class probability of an instance's score is read at the resolution of the logits, and its objectness is the heat

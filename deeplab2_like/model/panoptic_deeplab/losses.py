@@ -65,8 +65,8 @@ def compute_losses(
 def bootstrapped_cross_entropy(labels: Tensor, weights: Tensor, logits: Tensor, *, top_k_share: float) -> Loss:
     """Cross entropy of the hardest pixels only, each pixel with its weight (section 3.1).
 
-    The share is that of all pixels of this replica's batch, ignored ones included, so an easy image leaves room for a
-    harder one.
+    The hardest pixels are those of this replica's whole batch, so a hard image contributes more of them than an easy
+    one; ignored pixels count in their share.
 
     Args:
         labels: int32 [B, H, W] class ids; any value where the weight is 0.
@@ -80,7 +80,7 @@ def bootstrapped_cross_entropy(labels: Tensor, weights: Tensor, logits: Tensor, 
     labels = ops.where(weights > 0, labels, 0)
     pixel_losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True) * weights
     pixel_losses = ops.reshape(pixel_losses, (-1,))  # [B * H * W]
-    number = max(1, round(top_k_share * pixel_losses.shape[0]))
+    num_hardest = max(1, round(top_k_share * pixel_losses.shape[0]))
     if top_k_share < 1:
-        pixel_losses, _ = ops.top_k(pixel_losses, number, sorted=False)
-    return Loss(ops.sum(pixel_losses), ops.convert_to_tensor(float(number), "float32"))
+        pixel_losses, _ = ops.top_k(pixel_losses, num_hardest, sorted=False)
+    return Loss(ops.sum(pixel_losses), ops.convert_to_tensor(float(num_hardest), "float32"))

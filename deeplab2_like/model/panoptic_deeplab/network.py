@@ -17,7 +17,7 @@ class AtrousSpatialPyramidPooling(keras.layers.Layer):
 
     Args:
         config: Channels, rates and pooling.
-        convolution: Whether the 3x3 convolutions are depthwise separable.
+        convolution: Kind of the convolutions; the 3x3 ones are depthwise separable for `separable`.
         norm: The normalization.
 
     Input shape: float [B, h, w, C]. Output shape: float [B, h, w, config.channels].
@@ -60,7 +60,7 @@ class Fuse(keras.layers.Layer):
         channels: Output channels.
         convolution: Kind of the convolution.
         norm: The normalization.
-        first_channels: Channels between the two plain ones; by default `channels`.
+        first_channels: Output channels of the first of two `plain` convolutions; by default `channels`.
 
     Input shape: float [B, h, w, C]. Output shape: float [B, h, w, channels].
     """
@@ -138,7 +138,7 @@ class Head(keras.layers.Layer):
         channels: Channels of the convolution.
         convolution: Kind of the convolution.
         norm: Its normalization.
-        first_channels: Channels of the first of two plain convolutions.
+        first_channels: Output channels of the first of two `plain` convolutions; by default `channels`.
 
     Input shape: float [B, h, w, C]. Output shape: float32 [B, h, w, outputs].
     """

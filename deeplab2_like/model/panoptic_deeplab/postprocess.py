@@ -28,8 +28,8 @@ from deeplab2_like.model.stages import stage
 # Side of a cell in pixels, and how many of its nearest centers a cell lists before all centers are tried.
 _CELL = 16
 _CANDIDATES = 16
-# Farther than anything, squared or not.
-_NEVER = 1e30
+# Larger than any distance, also squared, and finite in float32.
+_FAR = 1e30
 
 
 def postprocess(
@@ -142,22 +142,21 @@ def find_centers(
     side = (nms_kernel + 1) // 2
     heat = ops.pad(heat, [[0, 0], [0, -height % side], [0, -width % side]])
     batch, padded_height, padded_width = ops.shape(heat)
-    blocks = ops.reshape(heat, (batch, padded_height // side, side, padded_width // side, side))
+    rows, columns = padded_height // side, padded_width // side
+    blocks = ops.reshape(heat, (batch, rows, side, columns, side))  # [B, Y, side, X, side]
     blocks = ops.transpose(blocks, (0, 1, 3, 2, 4))  # [B, Y, X, side, side]
-    blocks = ops.reshape(
-        blocks, (batch, (padded_height // side) * (padded_width // side), side * side)
-    )  # [B, Y*X, s*s]
+    blocks = ops.reshape(blocks, (batch, rows * columns, side * side))  # [B, Y * X, side * side]
     value, block = _top_k_padded(ops.max(blocks, axis=-1), top_k)  # [B, K]
     inside = ops.argmax(ops.take_along_axis(blocks, block[..., None], axis=1), axis=-1)  # [B, K]
     inside = ops.cast(inside, "int32")
-    y = block // (padded_width // side) * side + inside // side
-    x = block % (padded_width // side) * side + inside % side
+    y = block // columns * side + inside // side
+    x = block % columns * side + inside % side
     centers = ops.where((value > 0)[..., None], ops.stack([y, x], axis=-1), 0)
     return centers, value
 
 
 def _top_k_padded(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Top-k along the last of two axes, padded with zeros so that there are at least k values, none negative."""
+    """Returns the k largest values, [B, N] and not negative, and their indices; missing values are zero."""
     value, index = ops.top_k(ops.pad(values, [[0, 0], [0, k]]), k)
     last = ops.shape(values)[1] - 1
     return value, ops.minimum(ops.cast(index, "int32"), last)
@@ -174,14 +173,14 @@ def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: 
     """Assigns each pixel to a row of the segment table: things to the nearest center, stuff to its class.
 
     A pixel p of a thing is compared with the centers c of its cell's list, in order of their distance to the middle m
-    of the cell. As |p - c| >= |m - c| - |p - m|, the walk ends once this bound of the next center exceeds the best
-    distance. Pixels whose walk has not ended with the list are compared with all centers, one after the other.
+    of the cell. As |p - c| >= |m - c| - |p - m|, the walk ends once this lower bound for the next center exceeds
+    the best distance. Pixels whose walk has not ended with the list are compared with all centers, one after the other.
 
     Args:
         classes: int32 [B, H, W] class ids.
         is_thing: bool [C].
-        offset: float32 [B, H, W, 2] (y, x).
-        centers: int32 [B, K, 2] (y, x).
+        offset: float32 [B, H, W, 2] (y, x), in image pixels.
+        centers: int32 [B, K, 2] (y, x), in image pixels.
         heat: float32 [B, K], zero for unused rows.
 
     Returns:
@@ -196,7 +195,7 @@ def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: 
     center_y = ops.where(used, ops.cast(centers[..., 0], "float32"), 1e9)  # [B, K]
     center_x = ops.where(used, ops.cast(centers[..., 1], "float32"), 1e9)  # [B, K]
 
-    # The list of each cell, and how far its next entry is from the middle of the cell.
+    # The list of each cell, and the distance of each next entry to the middle of the cell.
     cells_y, cells_x = (height - 1) // _CELL + 1, (width - 1) // _CELL + 1
     middle_y = (ops.cast(ops.arange(cells_y), "float32") + 0.5) * _CELL
     middle_x = (ops.cast(ops.arange(cells_x), "float32") + 0.5) * _CELL
@@ -209,9 +208,9 @@ def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: 
     listed_y = ops.reshape(ops.take_along_axis(center_y, order, axis=1), (-1,))  # [B * cells * M]
     listed_x = ops.reshape(ops.take_along_axis(center_x, order, axis=1), (-1,))  # [B * cells * M]
     reach = ops.sqrt(-closeness)
-    reach = ops.where(reach < 1e8, reach, _NEVER)
-    # What is not listed is at least as far as the last entry.
-    beyond = reach[..., -1:] if candidates < num_centers else ops.full_like(reach[..., -1:], _NEVER)
+    reach = ops.where(reach < 1e8, reach, _FAR)
+    # Centers that are not listed are at least as far as the last entry.
+    beyond = reach[..., -1:] if candidates < num_centers else ops.full_like(reach[..., -1:], _FAR)
     next_reach = ops.reshape(ops.concatenate([reach[..., 1:], beyond], axis=-1), (-1,))  # [B * cells * M]
 
     thing = ops.take(is_thing, classes)  # [B, H, W]
@@ -222,32 +221,32 @@ def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: 
     to_middle_y = (ops.cast(cell_y, "float32") + 0.5) * _CELL - y
     to_middle_x = (ops.cast(cell_x, "float32") + 0.5) * _CELL - x
     to_middle = ops.sqrt(ops.square(to_middle_y) + ops.square(to_middle_x))  # [B, H, W]
-    # The slack covers rounding: a step too many does no harm. Stuff never waits.
-    to_middle = ops.where(thing, to_middle + 0.01, -_NEVER)
+    # The slack covers rounding; one step too many does no harm. Stuff is done from the start.
+    to_middle = ops.where(thing, to_middle + 0.01, -_FAR)
 
-    def walk_on(step: Tensor, best: Tensor, best_step: Tensor, waiting: Tensor) -> Tensor:
+    def must_walk(step: Tensor, best: Tensor, best_step: Tensor, any_unfinished: Tensor) -> Tensor:
         del best, best_step
-        return (step < candidates) & waiting
+        return (step < candidates) & any_unfinished
 
-    def walk(step: Tensor, best: Tensor, best_step: Tensor, waiting: Tensor) -> tuple[Tensor, ...]:
+    def walk(step: Tensor, best: Tensor, best_step: Tensor, any_unfinished: Tensor) -> tuple[Tensor, ...]:
         near_y = ops.take(listed_y, list_start + step)
         near_x = ops.take(listed_x, list_start + step)
         square = ops.square(y - near_y) + ops.square(x - near_x)
         closer = square < best
         best = ops.where(closer, square, best)
         best_step = ops.where(closer, step, best_step)
-        waiting = ops.any(ops.take(next_reach, list_start + step) < ops.sqrt(best) + to_middle)
-        return step + 1, best, best_step, waiting
+        any_unfinished = ops.any(ops.take(next_reach, list_start + step) < ops.sqrt(best) + to_middle)
+        return step + 1, best, best_step, any_unfinished
 
-    infinite = ops.full_like(y, _NEVER)
+    far = ops.full_like(y, _FAR)
     zeros = ops.zeros_like(classes)
-    start = (ops.array(0, "int32"), infinite, zeros, ops.any(thing))
-    _, best, best_step, waiting = ops.while_loop(walk_on, walk, start)
+    start = (ops.array(0, "int32"), far, zeros, ops.any(thing))
+    _, best, best_step, any_unfinished = ops.while_loop(must_walk, walk, start)
     nearest = ops.take(ops.reshape(order, (-1,)), list_start + best_step)  # [B, H, W]
 
-    def compare_on(index: Tensor, best: Tensor, nearest: Tensor) -> Tensor:
+    def must_compare(index: Tensor, best: Tensor, nearest: Tensor) -> Tensor:
         del best, nearest
-        return (index < num_centers) & waiting
+        return (index < num_centers) & any_unfinished
 
     def compare(index: Tensor, best: Tensor, nearest: Tensor) -> tuple[Tensor, ...]:
         this_y = ops.reshape(ops.take(center_y, index, axis=1), (-1, 1, 1))  # [B, 1, 1]
@@ -256,7 +255,7 @@ def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: 
         closer = square < best
         return index + 1, ops.where(closer, square, best), ops.where(closer, index, nearest)
 
-    _, _, nearest = ops.while_loop(compare_on, compare, (ops.array(0, "int32"), best, nearest))
+    _, _, nearest = ops.while_loop(must_compare, compare, (ops.array(0, "int32"), best, nearest))
 
     none = num_centers + num_classes
     instance = ops.where(ops.any(used, axis=1)[:, None, None], nearest, none)

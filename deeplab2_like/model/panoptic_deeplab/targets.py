@@ -11,7 +11,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.panoptic_deeplab.config import LossConfig
 
-# What a pixel is of.
+# Kinds of pixels; the kinds of instances come last, see `_pixel_targets`.
 _STUFF, _VOID, _CROWD, _INSTANCE, _SMALL_INSTANCE = range(5)
 
 
@@ -32,7 +32,7 @@ def make_targets(
         `semantic`: int32 [H, W], class id, or the ignore label.
         `semantic_weight`: float32 [H, W], 0 on void, `config.small_instance_weight` on small instances, else 1.
         `center`: float32 [H, W], Gaussians of height 1 around the rounded centers of mass, the larger one winning.
-        `center_weight`: uint8 [H, W], 0 on void and crowd, else 1 (stuff teaches where no center is).
+        `center_weight`: uint8 [H, W], 0 on void and crowd, else 1; stuff is a negative example.
         `offset`: float32 [H, W, 2], (y, x) from each instance pixel to its center of mass, in pixels; 0 elsewhere.
         `offset_weight`: uint8 [H, W], 1 on instances, else 0.
     """
@@ -49,8 +49,14 @@ def make_targets(
 
     area, mean = _measure(panoptic, num_bins)
     kind = tf.where(is_instance & (area < config.small_instance_area), _SMALL_INSTANCE, static_kind)
-    meaning = (tf.cast(kind, tf.int8), mean, dataset_info.label_divisor, float(config.small_instance_weight))
-    pixels = _in_one_pass(_pixel_targets, panoptic, *meaning)
+    pixels = _run_compiled(
+        _pixel_targets,
+        panoptic,
+        tf.cast(kind, tf.int8),
+        mean,
+        dataset_info.label_divisor,
+        float(config.small_instance_weight),
+    )
     if semantic_only:
         return {name: pixels[name] for name in ("semantic", "semantic_weight")}
     centers = tf.cast(tf.round(tf.boolean_mask(mean, is_instance & (area > 0))), tf.int32)  # [N, 2]
@@ -58,7 +64,7 @@ def make_targets(
 
 
 def _measure(panoptic: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
-    """Measures the segments of a map by its runs, of which there are far fewer than pixels.
+    """Measures the segments of a map from its runs of equal values, which are far fewer than its pixels.
 
     Args:
         panoptic: int32 [H, W], panoptic map.
@@ -70,12 +76,12 @@ def _measure(panoptic: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
     import tensorflow as tf
 
     width = panoptic.shape[1]
-    is_end = _in_one_pass(_run_ends, panoptic)
+    is_end = _run_compiled(_run_ends, panoptic)
     ends = tf.where(tf.reshape(is_end, (-1,)))[:, 0]  # int64 [R], positions in the flat map.
     lengths = ends - tf.concat([tf.constant([-1], tf.int64), ends[:-1]], axis=0)
     bins = tf.minimum(tf.gather(tf.reshape(panoptic, (-1,)), ends), num_bins - 1)
     rows, last_columns = ends // width, ends % width
-    # Sums of y and of 2 x are whole numbers: float32 would be off by a fraction of a pixel.
+    # Integer sums of y and 2 x are exact; sums in float32 would be off by a fraction of a pixel.
     parts = tf.stack([lengths, lengths * rows, lengths * (2 * last_columns - lengths + 1)], axis=-1)  # [R, 3]
     sums = tf.math.unsorted_segment_sum(parts, bins, num_bins)  # [num_bins, 3]
     area = sums[:, 0]
@@ -84,7 +90,7 @@ def _measure(panoptic: Tensor, num_bins: int) -> tuple[Tensor, Tensor]:
 
 
 def _run_ends(panoptic: Tensor) -> Tensor:
-    """Marks where a run ends, a stretch of one row in which a map keeps its value; bool [H, W]."""
+    """Marks the last pixel of each run, the neighboring pixels of a row that have one value; bool [H, W]."""
     import tensorflow as tf
 
     last = tf.ones((panoptic.shape[0], 1), tf.bool)
@@ -94,7 +100,15 @@ def _run_ends(panoptic: Tensor) -> Tensor:
 def _pixel_targets(
     panoptic: Tensor, kind: Tensor, mean: Tensor, label_divisor: int, small_instance_weight: float
 ) -> dict[str, Tensor]:
-    """The targets that follow from a pixel's value, int32 [H, W], from its kind, int8 [num_bins], and its mean."""
+    """Computes all targets but the center heat map, see `make_targets`.
+
+    Args:
+        panoptic: int32 [H, W].
+        kind: int8 [num_bins], kind of the pixels with each panoptic value.
+        mean: float32 [num_bins, 2], center of mass (y, x) of each panoptic value.
+        label_divisor: Factor between class and instance ids.
+        small_instance_weight: `semantic_weight` of small instances.
+    """
     import tensorflow as tf
 
     height, width = panoptic.shape
@@ -114,11 +128,11 @@ def _pixel_targets(
     }
 
 
-def _in_one_pass(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function of maps of a static size, compiled, so that XLA makes one pass over the pixels of many."""
+def _run_compiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function of maps of static size; in a graph, XLA compiles it and fuses its passes over the pixels."""
     import tensorflow as tf
 
-    # Whoever works eagerly has images of many sizes, each of which would be compiled.
+    # Not eagerly: evaluation has images of many sizes, each of which would be compiled.
     return function(*arguments) if tf.executing_eagerly() else _compiled(function)(*arguments)
 
 
@@ -130,7 +144,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 def _gaussians(centers: Tensor, height: int, width: int, sigma: float) -> Tensor:
-    """The largest of the Gaussians around int32 [N, 2] (y, x) centers, each cut at 3 sigma + 1; float32 [H, W]."""
+    """Draws the maximum of Gaussians around centers, int32 [N, 2] (y, x), each cut at 3 sigma + 1; float32 [H, W]."""
     import tensorflow as tf
 
     radius = int(3 * sigma + 1)
@@ -142,6 +156,6 @@ def _gaussians(centers: Tensor, height: int, width: int, sigma: float) -> Tensor
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)  # [N, P, P]
     values = tf.where(inside, patch, 0.0)
     position = tf.where(inside, y * width + x, 0)  # [N, P, P]
-    # Several times as fast as `tensor_scatter_nd_max`; where there is no Gaussian it gives the lowest number.
+    # Several times as fast as `tensor_scatter_nd_max`. Without a Gaussian it gives the lowest float, hence the ReLU.
     heat = tf.nn.relu(tf.math.unsorted_segment_max(values, position, height * width))  # [H * W]
     return tf.reshape(heat, (height, width))  # [H, W]

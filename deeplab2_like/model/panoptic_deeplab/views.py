@@ -42,7 +42,7 @@ def average_views(views: Sequence[View], image_size: Size, *, stride: int, cente
         views: At least one.
         image_size: Height and width of the images, multiples of `stride`.
         stride: Image pixels per output pixel.
-        center_is_logit: Whether `center` needs a sigmoid before, and its inverse after the average.
+        center_is_logit: Whether `center` is a logit; its probability is averaged then.
 
     Returns:
         Raw outputs of the images at `image_size`.

@@ -1,10 +1,9 @@
 """Panoptic FCN: fully convolutional networks for panoptic segmentation (Li et al., CVPR 2021).
 
 On every level of a feature pyramid, a position head predicts the centers of things and the regions of stuff, and a
-kernel head predicts a kernel for each position. The kernel at a center stands for a thing; the kernels of a region,
-averaged, stand for stuff. Kernels that stand for the same object are fused across levels. Each kernel, multiplied with
-one encoded feature of high resolution, gives a mask, for things and stuff alike, without boxes and without
-non-maximum suppression.
+kernel head predicts a kernel for each position. The kernel at a center represents a thing; the mean kernel of a region
+represents stuff. Kernels of the same object are fused across levels. Each kernel, multiplied with one encoded feature
+of high resolution, gives a mask, for things and stuff alike, without boxes and without non-maximum suppression.
 
 Read in this order: `config.py`, `system.py`, `targets.py`, `network.py`, `losses.py` (with `dice.py`), `postprocess.py`
 (with `kernels.py` and `masks.py`), `oracle.py`.
@@ -19,7 +18,7 @@ behavior in the first three, for released weights:
   whole map, so that a kernel depends on the size of the image and of the padding.
 - An object that fills no position of a level is predicted from the position of its center; the released code skips it.
 - The mask loss uses at most `2 * loss.max_instances` pairs of object and level per image.
-- Deformable convolutions start as plain ones; in the released code their offsets start at random.
+- Deformable convolutions start as plain ones, with offsets of zero; in the released code the offsets start at random.
 - The score of a stuff segment is the mean probability over its mask, read at the resolution of the feature.
 - Images are padded to a multiple of 32 with the mean color. The network sees them at their own size unless `resize` is
   set; they are then resized without antialiasing.

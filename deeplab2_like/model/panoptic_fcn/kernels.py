@@ -47,7 +47,7 @@ class StuffKernels(NamedTuple):
 def find_centers(
     center_logits: Tensor, kernels: Tensor, *, window: int, threshold: float, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Finds the peaks of a level: the positions where the score of a class is the best of its neighborhood.
+    """Finds the peaks of a level: the positions where the score of a class is the largest of its 3x3 neighborhood.
 
     Args:
         center_logits: float32 [B, h, w, T].
@@ -55,7 +55,7 @@ def find_centers(
         window: Odd side of a window; the score is the mean of the probability and its average over the window, so that
             a broad peak beats a single pixel.
         threshold: Score that a peak must exceed.
-        count: Number of best peaks, N; a level has at most as many as positions.
+        count: Number of best peaks, N; a level of fewer positions has at most one peak per position.
 
     Returns:
         Kernels float32 [B, N, K], scores float32 [B, N], zero in unused rows, and classes int32 [B, N].

@@ -237,14 +237,14 @@ def stuff_mask_loss(
 
 
 def _known(unknown_share: Tensor, config: PanopticFCNConfig) -> Tensor:
-    """1 where less than half is unknown, otherwise 0; 1 everywhere with `reference_behavior`. float32."""
+    """Returns 1 where less than half is unknown, otherwise 0, float32; 1 everywhere with `reference_behavior`."""
     if config.reference_behavior:
         return ops.ones_like(unknown_share)
     return ops.cast(unknown_share < 0.5, "float32")
 
 
 def _known_cells(labels: Labels, config: PanopticFCNConfig) -> Tensor:
-    """`_known` for the cells of the feature, float32 [B, h, w]."""
+    """Returns `_known` for the cells of the feature, float32 [B, h, w]."""
     return _known(ops.mean(ops.cast(labels.samples == labels.unknown, "float32"), axis=-1), config)
 
 

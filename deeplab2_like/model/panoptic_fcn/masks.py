@@ -129,7 +129,7 @@ def thing_mask(
 def thing_masks(
     feature: Tensor, weights: Tensor, upsample_rows: Tensor, upsample_columns: Tensor, *, threshold: float
 ) -> Tensor:
-    """Computes all masks, one after the other; arguments as of `thing_mask`, but weights [B, N, E].
+    """Computes all masks, one after the other; arguments as for `thing_mask`, but weights [B, N, E].
 
     Returns:
         bool [B, N, H, W].

@@ -7,6 +7,7 @@ from keras import ops
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model.boxes import take_rows
+from deeplab2_like.model.detection.instances import thing_class_ids
 from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.panoptic_fcn.config import PanopticFCNConfig
@@ -196,7 +197,7 @@ def paint_true_masks(
     table = paint_segments(
         semantic,
         owner,
-        ops.take(ops.array(dataset_info.thing_classes, "int32"), thing_classes),
+        thing_class_ids(thing_classes, dataset_info),
         class_of_semantic=(*classes.painted_class, -1),
         dataset_info=dataset_info,
         stuff_area_limit=config.postprocess.stuff_area_limit,

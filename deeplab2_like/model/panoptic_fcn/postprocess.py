@@ -6,6 +6,7 @@ from keras import ops
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model.boxes import boxes_around_masks, take_rows
+from deeplab2_like.model.detection.instances import thing_class_ids
 from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.panoptic_fcn.config import PanopticFCNConfig, PostprocessConfig
@@ -77,7 +78,7 @@ def predict_instances(
     return {
         "masks": masks,
         "boxes": boxes_around_masks(masks),
-        "classes": class_ids(things, dataset_info),
+        "classes": thing_class_ids(things.classes, dataset_info),
         "scores": things.scores,
     }
 
@@ -89,6 +90,9 @@ def find_things(outputs: Mapping[str, Tensor], config: PanopticFCNConfig, kernel
         outputs: Raw outputs.
         config: Levels and thresholds.
         kernel_head: Embeds the kernels.
+
+    Returns:
+        The fused kernels of all levels, not sorted again; the score of a removed kernel is zero.
     """
     options = config.postprocess
     centers = [
@@ -208,18 +212,13 @@ def paint_kernels(
     table = paint_segments(
         geometry.argmax(probability, stride=config.stride),
         owner,
-        class_ids(things, dataset_info),
+        thing_class_ids(things.classes, dataset_info),
         class_of_semantic=classes.painted_class,
         dataset_info=dataset_info,
         stuff_area_limit=options.stuff_area_limit,
     )
     stuff_scores = region_scores(probability, table, classes.of_class, geometry, stride=config.stride)
     return segment_outputs(table, things.scores, stuff_scores)
-
-
-def class_ids(things: ThingKernels, dataset_info: DatasetInfo) -> Tensor:
-    """Returns the class ids of things, int32 [B, N]."""
-    return ops.take(ops.array(dataset_info.thing_classes, "int32"), things.classes)
 
 
 def _upsampling_matrices(feature: Tensor, geometry: Geometry, config: PanopticFCNConfig) -> tuple[Tensor, Tensor]:

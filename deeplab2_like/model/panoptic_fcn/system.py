@@ -51,10 +51,8 @@ class PanopticFCN(PanopticSystem):
     def __init__(self, config: PanopticFCNConfig, dataset_info: DatasetInfo, *, name: str | None = None) -> None:
         super().__init__(config, dataset_info, name=name)
         _check_things(dataset_info)
-        self.check_instance_limit(
-            "model.postprocess.kernels or model.loss.max_instances",
-            max(config.postprocess.kernels, config.loss.max_instances),
-        )
+        self.check_instance_limit("model.postprocess.kernels", config.postprocess.kernels)
+        self.check_instance_limit("model.loss.max_instances", config.loss.max_instances)
         _check_stuff(dataset_info)
         self.classes = SemanticClasses.of(dataset_info, things="other", paint_things=False)
         self.loss_weights = {

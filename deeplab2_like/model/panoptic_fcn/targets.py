@@ -67,7 +67,7 @@ def make_targets(
 
 
 def is_in_size_range(boxes: Tensor, low: float, high: float) -> Tensor:
-    """Whether the square root of a box's area is in [low, high]: float32 [..., 4] to bool [...]."""
+    """Returns whether the square root of a box's area is in [low, high]: float32 [..., 4] to bool [...]."""
     size = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])) ** 0.5
     return (size >= low) & (size <= high)
 
@@ -121,7 +121,7 @@ def weighted_labels(samples: Tensor, size: tuple[int, int]) -> list[tuple[Tensor
 
 
 def label_share(pairs: list[tuple[Tensor, Tensor]], label: int) -> Tensor:
-    """Share of each position that has a label, float32 [B, h, w], from the result of `weighted_labels`."""
+    """Returns the share of each position that has a label, float32 [B, h, w]; `pairs` is of `weighted_labels`."""
     share: Tensor = 0.0
     for labels, weight in pairs:
         share = share + ops.cast(labels == label, "float32") * weight
@@ -129,7 +129,7 @@ def label_share(pairs: list[tuple[Tensor, Tensor]], label: int) -> Tensor:
 
 
 def region_targets(pairs: list[tuple[Tensor, Tensor]], num_regions: int) -> Tensor:
-    """Share of each position that has each label, 0 where it is less than half.
+    """Returns the share of each position that has each label; shares below one half become 0.
 
     Args:
         pairs: Result of `weighted_labels`.
@@ -179,11 +179,11 @@ def _centers_of_mass(samples: Tensor, max_instances: int) -> Tensor:
 
 
 def _gaussian_radius(size: Tensor, min_overlap: float) -> Tensor:
-    """Returns how far both corners of a box may move for it to keep an IoU, as CornerNet computes it.
+    """Returns the distance that both corners of a box may move while it keeps an IoU, as CornerNet computes it.
 
     Args:
         size: float [M, 2], height and width of the boxes.
-        min_overlap: The IoU.
+        min_overlap: The smallest IoU.
 
     Returns:
         float [M], rounded down to whole positions.

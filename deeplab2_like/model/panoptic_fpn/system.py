@@ -11,6 +11,7 @@ from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import build_backbone
 from deeplab2_like.model.base import Loss, PanopticSystem
 from deeplab2_like.model.detection.detector import Detector
+from deeplab2_like.model.detection.instances import thing_class_ids
 from deeplab2_like.model.detection.masks import paste_masks
 from deeplab2_like.model.geometry import Geometry, Size, resize_for_network
 from deeplab2_like.model.layers import Tensor
@@ -81,8 +82,8 @@ class PanopticFPN(PanopticSystem):
                 f"Data set '{self.dataset_info.name}' has no things, so there is nothing for Mask R-CNN to find; set "
                 "config key model.semantic_only to true."
             )
-        limit = max(self.config.roi.detections, self.config.loss.max_instances)
-        self.check_instance_limit("model.roi.detections or model.loss.max_instances", limit)
+        self.check_instance_limit("model.roi.detections", self.config.roi.detections)
+        self.check_instance_limit("model.loss.max_instances", self.config.loss.max_instances)
 
     def make_targets(self, panoptic: Tensor) -> dict[str, Tensor]:
         """See `targets.make_targets`."""
@@ -121,7 +122,7 @@ class PanopticFPN(PanopticSystem):
         return {
             "masks": paste_masks(outputs["masks"], boxes, *image_size),
             "boxes": boxes,
-            "classes": self.thing_class_ids(outputs["thing_classes"]),
+            "classes": thing_class_ids(outputs["thing_classes"], self.dataset_info),
             "scores": outputs["scores"],
         }
 

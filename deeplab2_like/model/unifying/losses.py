@@ -60,7 +60,7 @@ def panoptic_loss(
     potential: Potential,
     stride: int,
 ) -> Loss:
-    """Computes the panoptic matching loss, with arguments as `compute_losses`."""
+    """Computes the panoptic matching loss, with the arguments of `compute_losses`."""
     outputs = dict(outputs)
     if not config.end_to_end:
         for name in ("semantic_logits", "scores", "masks"):

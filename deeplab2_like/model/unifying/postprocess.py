@@ -61,7 +61,7 @@ def find_segments(
     potential: Potential,
     stride: int,
 ) -> SegmentTable:
-    """Finds the segments of the panoptic map, with arguments as `postprocess`."""
+    """Finds the segments of the panoptic map, with the arguments of `postprocess`."""
     scores = outputs["scores"]
     is_strong = scores >= config.score_threshold
     if config.merge == "argmax":
@@ -116,7 +116,7 @@ def find_best_slots(
     potential: Potential,
     stride: int,
 ) -> Tensor:
-    """Finds the slot with the largest potential in each pixel, with arguments as `postprocess`.
+    """Finds the slot with the largest potential in each pixel, with the arguments of `postprocess`.
 
     Returns:
         int32 [B, H, W].

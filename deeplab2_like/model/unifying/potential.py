@@ -33,7 +33,7 @@ def slot_potentials(
         stride: Network pixels per cell.
 
     Returns:
-        The potential without affinities, float32 [B, D + S, h, w], and the update to add to it, of the same shape, or
+        The potential before the update, float32 [B, D + S, h, w], and the affinity update to add, of the same shape;
         None without affinities.
     """
     values = dynamic_potential(
@@ -87,7 +87,7 @@ def dynamic_potential(
 
 
 def class_values(semantic_logits: Tensor, potential: str) -> Tensor:
-    """Returns the values of a potential: class logits for `a`, or else probabilities.
+    """Returns the class values that enter a potential: logits for `a`, otherwise probabilities.
 
     Args:
         semantic_logits: float32 [B, h, w, C].

@@ -12,6 +12,7 @@ from deeplab2_like.model.backbone import build_backbone
 from deeplab2_like.model.base import Loss, PanopticSystem
 from deeplab2_like.model.config import backbone_features
 from deeplab2_like.model.detection.detector import Detector
+from deeplab2_like.model.detection.instances import thing_class_ids
 from deeplab2_like.model.detection.masks import paste_masks
 from deeplab2_like.model.fpn import FeaturePyramid
 from deeplab2_like.model.geometry import Geometry, Size, resize_for_network
@@ -106,8 +107,8 @@ class Unifying(PanopticSystem):
                 f"Data set '{info.name}' has no stuff, so pixels without an object have no slot; make the background a "
                 "class, with `convert coco-instances --background NAME` for example."
             )
-        limit = max(self.config.roi.detections, self.config.loss.max_instances)
-        self.check_instance_limit("model.roi.detections or model.loss.max_instances", limit)
+        self.check_instance_limit("model.roi.detections", self.config.roi.detections)
+        self.check_instance_limit("model.loss.max_instances", self.config.loss.max_instances)
 
     def make_targets(self, panoptic: Tensor) -> dict[str, Tensor]:
         """See `targets.make_targets`."""
@@ -158,7 +159,7 @@ class Unifying(PanopticSystem):
         return postprocess(outputs, geometry, self.config.postprocess, self.dataset_info, **self._options())
 
     def instances(self, outputs: Mapping[str, Tensor], image_size: Size) -> dict[str, Tensor]:
-        """See `PanopticSystem.instances`: all detections; without masks, with their segments in the panoptic map."""
+        """See `PanopticSystem.instances`: all detections; without a mask head, masks are panoptic segments."""
         geometry = Geometry.of(outputs, image_size)
         boxes = geometry.boxes_to_image(outputs["boxes"])
         if self.config.panoptic.masks:
@@ -169,7 +170,7 @@ class Unifying(PanopticSystem):
         return {
             "masks": masks,
             "boxes": boxes,
-            "classes": self.thing_class_ids(outputs["thing_classes"]),
+            "classes": thing_class_ids(outputs["thing_classes"], self.dataset_info),
             "scores": outputs["scores"],
         }
 
