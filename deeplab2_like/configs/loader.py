@@ -89,7 +89,7 @@ def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) ->
     if not path.is_file():
         raise UserError(f"Config file '{path}' does not exist; give a YAML file or one of {', '.join(list_configs())}.")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"Config file '{path}' is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
@@ -101,7 +101,8 @@ def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) ->
         raise UserError(f"Key 'base' in '{path}' must be the name of a config or a YAML file, but is {base!r}.")
     require_local(base)
     if Path(base).suffix in _YAML_SUFFIXES:
-        base = str(path.parent / base)  # Relative to the folder of the file that names it.
+        # Relative to the folder of the file that names it; normalized, so that a cycle comes back to the same name.
+        base = os.path.normpath(path.parent / base)
     return _merge(_read(base, asked_by=(*asked_by, name)), content)
 
 
@@ -191,9 +192,12 @@ def _describe(fault: _Fault, *, source: str, overrides: Sequence[str]) -> str:
             source = f"--set '{override}'"  # The last one counts.
     if fault.kind == "missing":
         return f"Config key '{key}' is missing in {source}; set it there or with --set."
+    message = fault.message
+    if fault.kind in ("model_type", "model_attributes_type"):
+        message = "must be a section of keys and values"
     # A whole section as a value would bury the message.
     value = "is not allowed" if isinstance(fault.value, dict) else f"has the value {fault.value!r}"
-    return f"Config key '{key}' in {source} {value}: {fault.message}."
+    return f"Config key '{key}' in {source} {value}: {message}."
 
 
 def _known_keys(section: Any, keys: Sequence[int | str]) -> list[str]:

@@ -34,7 +34,7 @@ def list_config_summaries() -> list[dict[str, str]]:
     summaries = []
     for name in list_configs():
         config: Any = load_config(name)
-        summary = builtin_config_file(name).read_text().partition("\n")[0].removeprefix("# ")
+        summary = builtin_config_file(name).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
         backbone = config.model.backbone.name
         machine = "CPU" if backbone == "resnet_tiny" else f"accelerators, batch {config.trainer.batch_size}"
         summaries.append({"name": name, "backbone": backbone, "machine": machine, "summary": summary})
@@ -149,4 +149,4 @@ def _yaml_value(value: Any) -> str:
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         guide = Path(argument)
-        guide.write_text(write_key_tables(guide.read_text()))
+        guide.write_text(write_key_tables(guide.read_text(encoding="utf-8")), encoding="utf-8")

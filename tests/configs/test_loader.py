@@ -101,6 +101,21 @@ def test_circle(tmp_path: Path) -> None:
         load_config(first)
 
 
+def test_circle_through_the_parent_folder(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "own.yaml"
+    path.parent.mkdir()
+    path.write_text("base: ../folder/own.yaml")
+    with pytest.raises(UserError, match=r"own.yaml' is based on itself through .*own.yaml; remove"):
+        load_config(path)
+
+
+def test_a_section_must_have_keys(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("base: panoptic_deeplab/scenes_tiny\ntrainer: null\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"'trainer' .* has the value None: must be a section of keys and values\.$"):
+        load_config(path)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
