@@ -32,6 +32,7 @@ from rich.table import Table
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.files import write_atomically
+from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.model.panoptic_deeplab.config import PostprocessConfig
 from deeplab2_like.model.panoptic_deeplab.postprocess import postprocess
 from deeplab2_like.model.stages import compiled_stages
@@ -73,7 +74,9 @@ def run_postprocess(outputs: Outputs, image_size: tuple[Any, Any]) -> dict[str, 
     categories = [Category(i, str(i), i in things, (0, 0, 0)) for i in range(outputs["semantic_logits"].shape[-1])]
     info = DatasetInfo("made up", tuple(categories), options.pop("label_divisor"), options.pop("ignore_label"))
     stride = options.pop("stride")
-    return postprocess(outputs, image_size, PostprocessConfig(**options), info, stride=stride, center_is_logit=False)
+    return postprocess(
+        outputs, Geometry(image_size), PostprocessConfig(**options), info, stride=stride, center_is_logit=False
+    )
 
 
 def make_outputs(size: tuple[int, int], num_classes: int, num_centers: int) -> Outputs:

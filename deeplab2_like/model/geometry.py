@@ -39,6 +39,13 @@ class Geometry(NamedTuple):
             return ops.ones((2,), "float32")
         return _float_size(self.network_size) / _float_size(self.image_size)
 
+    @property
+    def network_sides(self) -> dict[str, Any]:
+        """The network size as keywords of a stage, `network_height` and `network_width`; empty if not resized."""
+        if self.network_size is None:
+            return {}
+        return {"network_height": self.network_size[0], "network_width": self.network_size[1]}
+
     def boxes_to_image(self, boxes: Tensor) -> Tensor:
         """Scales boxes, float32 [B, N, 4], from network pixels to image pixels."""
         if self.network_size is None:

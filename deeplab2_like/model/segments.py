@@ -103,16 +103,13 @@ def region_scores(
     """
     num_instances = table.area.shape[1] - len(semantic_of_class) - 1
     row_class = ops.array([0] * num_instances + [*semantic_of_class, 0], "int32")
-    sizes: dict[str, Any] = {}
-    if geometry.network_size is not None:
-        sizes = {"network_height": geometry.network_size[0], "network_width": geometry.network_size[1]}
     mean = mean_probability(
         probability,
         table.rows,
         ops.broadcast_to(row_class[None], ops.shape(table.area)),
         table.area,
         stride=stride,
-        **sizes,
+        **geometry.network_sides,
     )
     return mean[:, num_instances:-1]
 

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.model.panoptic_deeplab.config import PostprocessConfig
 from deeplab2_like.model.panoptic_deeplab.postprocess import find_centers, postprocess
 
@@ -49,7 +50,7 @@ def run_postprocess(
     ]
     info = DatasetInfo("made up", tuple(categories), label_divisor, ignore_label)
     return postprocess(
-        outputs, size, PostprocessConfig(**thresholds), info, stride=stride, center_is_logit=center_is_logit
+        outputs, Geometry(size), PostprocessConfig(**thresholds), info, stride=stride, center_is_logit=center_is_logit
     )
 
 

@@ -18,10 +18,11 @@ from typing import Any
 from keras import ops
 
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.model.geometry import Size
+from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.panoptic_deeplab.config import PostprocessConfig
-from deeplab2_like.model.resampling import upsample_bilinear, upsampled_argmax
+from deeplab2_like.model.panoptic_deeplab.views import resize_outputs
+from deeplab2_like.model.resampling import upsample_bilinear
 from deeplab2_like.model.segments import look_up, mean_probability, number_within_class
 from deeplab2_like.model.stages import stage
 
@@ -34,7 +35,7 @@ _FAR = 1e30
 
 def postprocess(
     outputs: Mapping[str, Tensor],
-    image_size: Size,
+    geometry: Geometry,
     config: PostprocessConfig,
     dataset_info: DatasetInfo,
     *,
@@ -45,11 +46,11 @@ def postprocess(
 
     Args:
         outputs: `semantic_logits` float32 [B, h, w, C] and, unless semantic only, `center` [B, h, w, 1] and `offset`
-            [B, h, w, 2] (y, x) in image pixels.
-        image_size: Height and width of the images without padding.
+            [B, h, w, 2] (y, x) in network pixels.
+        geometry: Sizes of the images.
         config: Thresholds.
         dataset_info: The meaning of the panoptic map.
-        stride: Image pixels per output pixel.
+        stride: Network pixels per output pixel.
         center_is_logit: Whether `center` needs a sigmoid.
 
     Returns:
@@ -60,22 +61,25 @@ def postprocess(
     """
     logits = outputs["semantic_logits"]
     num_classes, top_k = logits.shape[-1], config.top_k
-    height, width = image_size
+    height, width = geometry.image_size
     is_thing = ops.array([category.is_thing for category in dataset_info.categories])  # [C]
-    classes = upsampled_argmax(logits, image_size, stride=stride)  # [B, H, W]
+    classes = geometry.argmax(logits, stride=stride)  # [B, H, W]
 
     if "center" in outputs:
+        instance_outputs, instance_stride = {name: outputs[name] for name in ("center", "offset")}, stride
+        if geometry.network_size is not None:
+            instance_outputs, instance_stride = resize_outputs(instance_outputs, geometry, stride=stride), 1
         centers, heat = find_centers(
-            outputs["center"],
+            instance_outputs["center"],
             height=height,
             width=width,
-            stride=stride,
+            stride=instance_stride,
             is_logit=center_is_logit,
             threshold=config.center_threshold,
             nms_kernel=config.nms_kernel,
             top_k=top_k,
         )
-        offset = upsample_offset(outputs["offset"], height=height, width=width, stride=stride)
+        offset = upsample_offset(instance_outputs["offset"], height=height, width=width, stride=instance_stride)
         rows = assign_segments(classes, is_thing, offset, centers, heat)
     else:
         # Semantic only: a thing class is one region without instances, like a crowd.
@@ -93,7 +97,9 @@ def postprocess(
         stuff_area_limit=config.stuff_area_limit,
     )
     area = ops.sum(votes, axis=-1)
-    probability = mean_probability(ops.softmax(logits, axis=-1), rows, table["class"], area, stride=stride)
+    probability = mean_probability(
+        ops.softmax(logits, axis=-1), rows, table["class"], area, stride=stride, **geometry.network_sides
+    )
     used = table["used"]
     objectness = ops.concatenate([heat, ops.ones((ops.shape(heat)[0], num_classes), "float32")], axis=1)
     return {

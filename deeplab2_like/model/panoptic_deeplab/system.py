@@ -122,10 +122,7 @@ class PanopticDeepLab(PanopticSystem):
 
     def postprocess(self, outputs: Mapping[str, Tensor], image_size: Size) -> dict[str, Tensor]:
         """See `postprocess.postprocess`."""
-        geometry = Geometry.of(outputs, image_size)
-        if geometry.network_size is None:
-            return self._postprocess(outputs, image_size, self.stride)
-        return self._postprocess(resize_outputs(outputs, geometry, stride=self.stride), image_size, 1)
+        return self._postprocess(outputs, Geometry.of(outputs, image_size), self.stride)
 
     def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
         """See `views.average_views`."""
@@ -134,7 +131,7 @@ class PanopticDeepLab(PanopticSystem):
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_targets`."""
         height, width = targets["semantic"].shape[1:3]
-        return self._postprocess(self._perfect_outputs(targets), (height, width), 1)
+        return self._postprocess(self._perfect_outputs(targets), Geometry((height, width)), 1)
 
     def postprocess_with_truth(
         self,
@@ -145,15 +142,16 @@ class PanopticDeepLab(PanopticSystem):
     ) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_with_truth`; outputs are upsampled to the size of the targets first."""
         full = resize_outputs(outputs, Geometry.of(outputs, image_size), stride=self.stride)
-        return self._postprocess(replace_outputs(full, self._perfect_outputs(targets), parts), image_size, 1)
+        mixed = replace_outputs(full, self._perfect_outputs(targets), parts)
+        return self._postprocess(mixed, Geometry(image_size), 1)
 
     def _perfect_outputs(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return perfect_outputs(targets, num_classes=self.dataset_info.num_classes, center_is_logit=self.center_is_logit)
 
-    def _postprocess(self, outputs: Mapping[str, Tensor], image_size: Size, stride: int) -> dict[str, Tensor]:
+    def _postprocess(self, outputs: Mapping[str, Tensor], geometry: Geometry, stride: int) -> dict[str, Tensor]:
         return postprocess(
             outputs,
-            image_size,
+            geometry,
             self.config.postprocess,
             self.dataset_info,
             stride=stride,
