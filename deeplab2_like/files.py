@@ -13,6 +13,9 @@ from typing import Any
 from deeplab2_like.errors import UserError
 from deeplab2_like.temporary import TemporaryFile, remove_leftovers
 
+# In an output folder: the names of the results that a run has written there, one per line.
+OUTPUTS_FILE = ".deeplab2-like-outputs"
+
 
 def cannot_write(path: str | os.PathLike[str], error: Exception) -> UserError:
     """Builds the error for a file or folder that cannot be written.
@@ -43,6 +46,35 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
         reason = "there is a file in its place" if isinstance(error, FileExistsError) else error.strerror
         raise UserError(f"Output folder '{folder}' cannot be created ({reason}); choose another.") from error
     remove_leftovers(folder)
+
+
+def reserve_outputs(output_dir: str | os.PathLike[str], names: Sequence[str]) -> None:
+    """Checks that files and folders in an output folder may be replaced, and makes the folder.
+
+    They may if they are missing or empty, or if an earlier run has reserved them: `OUTPUTS_FILE` lists these. So a
+    folder of labels is not replaced because it has the name of a folder of results.
+
+    Args:
+        output_dir: The output folder; created if missing.
+        names: Names of the files and folders to write in it.
+
+    Raises:
+        UserError: If one of them is not from an earlier run, or the folder cannot be written.
+    """
+    folder = Path(output_dir)
+    list_file = folder / OUTPUTS_FILE
+    reserved = set(list_file.read_text(encoding="utf-8").splitlines()) if list_file.is_file() else set()
+    for name in names:
+        path = folder / name
+        is_used = any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
+        if is_used and name not in reserved:
+            raise UserError(
+                f"'{path}' is not from an earlier run of this command, which would replace it; choose another "
+                "--output-dir."
+            )
+    make_folder(folder)
+    if not reserved.issuperset(names):
+        write_atomically(list_file, "".join(f"{name}\n" for name in sorted(reserved.union(names))).encode())
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:

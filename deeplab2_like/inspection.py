@@ -25,7 +25,7 @@ from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.data.record_errors import report_bad_records
 from deeplab2_like.data.shards import RecordIndex, list_shards, list_splits, read_index
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import make_folder, write_atomically
+from deeplab2_like.files import reserve_outputs, write_atomically
 from deeplab2_like.parallel import map_in_order
 from deeplab2_like.visualize import caption, contact_sheet, draw_overlay
 
@@ -59,9 +59,10 @@ class Inspection:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `contact_sheet_SPLIT.png` and then `statistics.json`; raises `UserError` if it cannot."""
-        make_folder(folder)
-        for split, sheet in self.sheets.items():
-            write_png(Path(folder) / f"contact_sheet_{split}.png", sheet)
+        sheets = {f"contact_sheet_{split}.png": sheet for split, sheet in self.sheets.items()}
+        reserve_outputs(folder, [*sheets, "statistics.json"])
+        for name, sheet in sheets.items():
+            write_png(Path(folder) / name, sheet)
         write_atomically(Path(folder) / "statistics.json", (json.dumps(self.statistics, indent=1) + "\n").encode())
 
 

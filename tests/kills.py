@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from deeplab2_like.files import OUTPUTS_FILE
+
 # `os.replace` counts as `os.rename`, and `Path.unlink` as `os.remove`.
 _OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "shutil.move")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -64,7 +66,8 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 def hidden_in(folder: Path) -> list[str]:
     """The hidden files and folders in a folder and its folders, which is what a killed run leaves."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob(".*"))
+    paths = (path for path in folder.rglob(".*") if path.name != OUTPUTS_FILE)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _killed_operation(run: Callable[[], Any], number: int) -> str | None:

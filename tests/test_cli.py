@@ -15,6 +15,7 @@ import deeplab2_like
 from deeplab2_like.cli import describe, main
 from deeplab2_like.configs import list_configs, load_config
 from deeplab2_like.evaluation.coco_format import CocoPanopticReader
+from deeplab2_like.files import OUTPUTS_FILE
 
 CONFIG = """
 base: panoptic_deeplab/scenes_tiny
@@ -95,7 +96,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def hidden(folder: Path) -> list[Path]:
     """What a command that was cut off would leave behind."""
-    return list(folder.rglob(".*"))
+    return [path for path in folder.rglob(".*") if path.name != OUTPUTS_FILE]
 
 
 # --- The whole chain. -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from deeplab2_like import files
+from deeplab2_like.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,15 @@ def test_image_ids_are_numbers_where_all_names_are(names, ids):
 
 def test_image_id_of_one_name():
     assert [files.image_id_of_name(name) for name in ("000000000139", "a1", "")] == [139, "a1", ""]
+
+
+def test_outputs_of_an_earlier_run_may_be_replaced_and_other_files_may_not(tmp_path: Path) -> None:
+    (tmp_path / "panoptic").mkdir()  # Empty, so there is nothing to lose.
+    files.reserve_outputs(tmp_path, ["panoptic", "panoptic.json"])
+    for name in ("panoptic/a.png", "panoptic.json", "labels.json"):
+        (tmp_path / name).write_text("content")
+    files.reserve_outputs(tmp_path, ["panoptic.json", "panoptic", "pictures"])
+    (tmp_path / "linked").symlink_to("nowhere")
+    for name in ("labels.json", "linked"):
+        with pytest.raises(UserError, match=rf"'{tmp_path / name}' is not from an earlier run .* another --output-dir"):
+            files.reserve_outputs(tmp_path, ["panoptic", name])

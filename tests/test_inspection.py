@@ -15,6 +15,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.records import serialize_example
 from deeplab2_like.data.shards import ShardWriter, read_index, shard_names
 from deeplab2_like.errors import UserError
+from deeplab2_like.files import OUTPUTS_FILE
 
 INFO = DatasetInfo.from_coco_categories(
     [
@@ -98,7 +99,11 @@ def test_no_faults_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "No faults found." in out
     content = json.loads((tmp_path / "out" / "statistics.json").read_text())
     assert content == inspect(tmp_path).statistics
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"statistics.json", "contact_sheet_train.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        OUTPUTS_FILE,
+        "statistics.json",
+        "contact_sheet_train.png",
+    }
     assert cv2.imread(str(tmp_path / "out" / "contact_sheet_train.png")) is not None
 
 

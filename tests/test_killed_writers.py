@@ -17,6 +17,7 @@ from deeplab2_like.evaluation import report
 from deeplab2_like.evaluation.model_folder import ModelFolderEvaluation
 from deeplab2_like.export import predictor as predictor_module
 from deeplab2_like.export.predictor import PanopticPrediction, predict_files
+from deeplab2_like.files import OUTPUTS_FILE
 from deeplab2_like.model_folder import prepare_model_folder
 
 INFO = DatasetInfo.from_coco_categories(
@@ -52,7 +53,11 @@ def _check_kills(folder: Path, run: Callable[[np.ndarray], object], *, jsons: tu
 
     for operation in kills(lambda: run(NEW_MAP), prepare=start):
         hidden += len(hidden_in(folder))
-        found = {name: content for name, content in files_in(folder).items() if not Path(name).name.startswith(".")}
+        found = {
+            name: content
+            for name, content in files_in(folder).items()
+            if Path(name).name == OUTPUTS_FILE or not Path(name).name.startswith(".")
+        }
         assert {name for name in old if name not in found} <= set(jsons), operation
         for name, content in found.items():
             assert content in (old[name], new[name]), f"{name} is damaged, {operation}"

@@ -8,7 +8,7 @@ bits because void, which is written as 0, is the largest class. Category ids in 
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ from deeplab2_like.data.images import read_id_png, write_png
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.data.panoptic_label import classes_of_values, ids_to_rgb
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import make_folder, read_json, require_local, write_atomically
+from deeplab2_like.files import read_json, require_local, reserve_outputs, write_atomically
 from deeplab2_like.paths import path_inside
 from deeplab2_like.temporary import remove_leftovers
 
@@ -107,16 +107,19 @@ class CocoPanopticWriter:
         self._annotations: list[dict[str, Any]] = []
         self._image_of_png: dict[str, int | str] = {}
 
-    def start(self) -> None:
-        """Makes the output folder, and removes what must not stay in it beside the files of this run.
+    def start(self, *, more_outputs: Sequence[str] = ()) -> None:
+        """Makes the output folder, and removes the JSON of an earlier run and leftovers of killed runs.
 
-        That is the JSON of an earlier run, which would describe other PNG files should this one end early, and what
-        killed runs have left.
+        The JSON of an earlier run would describe other PNG files should this run end early.
+
+        Args:
+            more_outputs: Names of other files and folders that this run writes in the output folder.
 
         Raises:
-            UserError: If the folder cannot be made.
+            UserError: If files there are not from an earlier run, see `files.reserve_outputs`, or the folder cannot be
+                written.
         """
-        make_folder(self.json_file.parent)
+        reserve_outputs(self.json_file.parent, [self.json_file.name, self.png_dir.name, *more_outputs])
         remove_leftovers(self.png_dir, recursive=True)
         self.json_file.unlink(missing_ok=True)
 

@@ -32,7 +32,7 @@ from deeplab2_like.evaluation.inference import (
     make_oracle_function,
 )
 from deeplab2_like.evaluation.submission import Instances, make_submission
-from deeplab2_like.files import make_folder
+from deeplab2_like.files import make_folder, reserve_outputs
 from deeplab2_like.model_folder import CONFIG_FILE, build_from_model_folder, load_model_folder
 from deeplab2_like.progress import progress_bar
 from deeplab2_like.temporary import remove_leftovers
@@ -289,6 +289,7 @@ class ModelFolderEvaluation:
         pictures = self.output_dir / "predictions"
         picture_names: set[str] = set()
         if self._save_predictions:
+            reserve_outputs(self.output_dir, [pictures.name])
             remove_leftovers(pictures, recursive=True)
         with contextlib.ExitStack() as stack:
             submission = None

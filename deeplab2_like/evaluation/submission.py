@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -56,6 +56,9 @@ class Submission(abc.ABC):
         dataset_info: The meaning of the maps, with the category ids of the server.
     """
 
+    # Names of the folders that a benchmark adds to the output folder.
+    _more_outputs: ClassVar[tuple[str, ...]] = ()
+
     def __init__(
         self,
         output_dir: str | os.PathLike[str],
@@ -73,14 +76,15 @@ class Submission(abc.ABC):
             stem: Name of the panoptic JSON without its suffix, and of the folder of its PNG files.
 
         Raises:
-            UserError: If the data set does not match the benchmark, or the folder cannot be created.
+            UserError: If the data set does not match the benchmark, the folder holds other files under these names, or
+                cannot be written.
         """
         self.output_dir = Path(output_dir)
         self.dataset_info = dataset_info
         self._image_ids = image_ids
         self._panoptic = CocoPanopticWriter(output_dir, dataset_info, name=stem)
         self._name_of_image_id: dict[int | str, str] = {}
-        self._panoptic.start()
+        self._panoptic.start(more_outputs=self._more_outputs)
 
     def add(
         self,
@@ -188,6 +192,8 @@ class CityscapesSubmission(Submission):
     All class ids are Cityscapes' label ids ("road" is 7), looked up by the names of the classes. So it does not matter
     whether the data set was converted with label ids or with train ids ("road" is 0).
     """
+
+    _more_outputs = ("semantic", "instances")
 
     def __init__(
         self,

@@ -241,10 +241,11 @@ def predict_files(
     pictures_dir = Path(output_dir) / "pictures"
     predictor = Predictor(model_dir, compiled=compiled)
     writer = CocoPanopticWriter(output_dir, predictor.dataset_info)
+    input_folders = {file.parent.resolve() for file in files}
     for folder in (pictures_dir, writer.png_dir):
-        if files[0].resolve().parent == folder.resolve():
+        if folder.resolve() in input_folders:
             raise UserError(f"The output would replace the images in '{folder}'; choose another output folder.")
-    writer.start()
+    writer.start(more_outputs=[pictures_dir.name])
     remove_leftovers(pictures_dir)
 
     skipped: list[str] = []

@@ -20,6 +20,7 @@ from deeplab2_like.evaluation.submission import (
     make_submission,
     read_image_ids,
 )
+from deeplab2_like.files import OUTPUTS_FILE
 
 # Cityscapes with train ids, as `createPanopticImgs.py --use-train-id` makes it; its label ids are 7, 24 and 26.
 INFO = DatasetInfo(
@@ -45,7 +46,8 @@ AACHEN = "aachen_000000_000019"
 
 def _files(folder: Path) -> list[str]:
     """The files in a folder and its subfolders, hidden ones included."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != OUTPUTS_FILE)
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def _read(path: Path) -> np.ndarray:

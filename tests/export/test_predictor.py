@@ -17,6 +17,7 @@ from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.coco_format import CocoPanopticReader
 from deeplab2_like.export import predictor as predictor_module
 from deeplab2_like.export.predictor import PanopticPrediction, Predictor, Segment, predict_files
+from deeplab2_like.files import OUTPUTS_FILE
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +248,30 @@ def image_dir(tmp_path, make_image) -> Path:
     return folder
 
 
+def test_labels_are_not_replaced(export_dir, image_dir, make_image, tmp_path):
+    data = tmp_path / "data"
+    (data / "panoptic").mkdir(parents=True)
+    _write(data / "panoptic" / "b.png", make_image(32, 48))
+    label = (data / "panoptic" / "b.png").read_bytes()
+    with pytest.raises(
+        UserError, match=r"'.*data/panoptic' is not from an earlier run .*; choose another --output-dir"
+    ):
+        predict_files(export_dir, image_dir, data)
+    assert (data / "panoptic" / "b.png").read_bytes() == label
+    assert sorted(path.name for path in data.iterdir()) == ["panoptic"]
+
+
+def test_images_among_links_are_not_replaced(export_dir, make_image, tmp_path):
+    folder = tmp_path / "out" / "pictures"
+    folder.mkdir(parents=True)
+    (tmp_path / "real").mkdir()
+    _write(folder / "b.png", make_image(8, 8))
+    _write(tmp_path / "real" / "a.png", make_image(8, 8))
+    (folder / "a.png").symlink_to(tmp_path / "real" / "a.png")
+    with pytest.raises(UserError, match=r"The output would replace the images in '.*out/pictures'"):
+        predict_files(export_dir, folder, tmp_path / "out")
+
+
 def test_predicts_a_folder(export_dir, predictor, image_dir, make_image, tmp_path):
     calls = []
     output = tmp_path / "new" / "out"
@@ -256,7 +281,14 @@ def test_predicts_a_folder(export_dir, predictor, image_dir, make_image, tmp_pat
     assert summary.pictures_dir == output / "pictures"
     assert summary.json_file == output / "panoptic.json"
     written = sorted(str(file.relative_to(output)) for file in output.rglob("*") if file.is_file())
-    assert written == ["panoptic.json", "panoptic/A.png", "panoptic/b.png", "pictures/A.png", "pictures/b.png"]
+    assert written == [
+        OUTPUTS_FILE,
+        "panoptic.json",
+        "panoptic/A.png",
+        "panoptic/b.png",
+        "pictures/A.png",
+        "pictures/b.png",
+    ]
 
     content = json.loads(summary.json_file.read_text())
     assert content["images"] == [
