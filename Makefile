@@ -22,8 +22,16 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/deeplab2-like demo --output-dir demo
 
+# A process keeps each program that XLA has compiled for it until it ends, so the tests of the networks, which compile
+# most of them, have processes of their own.
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+ifeq ($(strip $(PYTEST_ARGS)),)
+	$(PYTEST) --durations=10 tests/model
+	$(PYTEST) --durations=10 --ignore=tests/model
+else
+	$(PYTEST) $(PYTEST_ARGS)
+endif
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
