@@ -385,6 +385,14 @@ def test_wrong_words(run: Run, arguments: list[str], message: str) -> None:
     assert err.startswith("usage: deeplab2-like")
 
 
+def test_output_in_place_of_a_folder_or_file(tmp_path: Path, chain: Path, refuse: Callable[..., str]) -> None:
+    message = refuse("describe", "--config", "panoptic_deeplab/scenes_tiny", "--json", tmp_path)
+    assert message == f"'{tmp_path}' is a folder; give the name of a JSON file.\n"
+    (tmp_path / "file").write_text("kept")
+    message = refuse("inspect", chain / "records", "--output-dir", tmp_path / "file")
+    assert message.startswith(f"Output folder '{tmp_path / 'file'}' cannot be created (there is a file in its place)")
+
+
 def test_timeout_needs_follow(tmp_path: Path, refuse: Callable[..., str]) -> None:
     message = refuse("evaluate", "--model-dir", tmp_path, "--timeout", "5")
     assert message == "--timeout ends --follow; add --follow, or leave out --timeout.\n"

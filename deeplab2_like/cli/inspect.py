@@ -21,9 +21,14 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Inspects records; raises `UserError` if their labels have faults."""
+    from deeplab2_like.data.shards import list_splits
+    from deeplab2_like.files import make_folder
     from deeplab2_like.inspection import inspect_records, print_inspection, raise_if_faulty
     from deeplab2_like.progress import progress_bar
 
+    # Before the records are read, so that an error comes early; a wrong record folder leaves no output folder behind.
+    list_splits(options.records)
+    make_folder(options.output_dir)
     with progress_bar("inspect") as progress:
         inspection = inspect_records(
             options.records,

@@ -143,3 +143,9 @@ def test_faulty_files(tmp_path, capfd):
         with pytest.raises(UserError, match=r"a\.png' is not a readable PNG, or cut short"):
             read_id_png(tmp_path / "a.png")
     capfd.readouterr()  # libpng says something about each.
+
+
+def test_a_pipe_is_no_input(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe' is a pipe or a device; give an image file or a folder of images"):
+        images.list_images(tmp_path / "pipe")
