@@ -110,7 +110,7 @@ def test_the_printed_table_breaks_no_cell() -> None:
     thing = {"images": 118287, "segments": 1370357, "pixel_share": 0.5, "crowds": 123456, "area": area}
     sizes = {"different": 1, "most_common": [[4000, 6000, 118287]]}
     for names in (["cat"], [long]):
-        per_class = {name: thing for name in names} | {long + " too": {"images": 0}}
+        per_class = dict.fromkeys(names, thing) | {long + " too": {"images": 0}}
         train = {"images": 118287, "image_sizes": sizes, "void_share": 0.25, "per_class": per_class}
         found = inspection.Inspection({"splits": {"train": train}, "fault_counts": {}}, {}, [])
         for width in (40, 80, 200):
