@@ -199,7 +199,7 @@ def test_every_fault_is_named_with_where_it_is(tmp_path: Path) -> None:
         ("a: [1", r"Config file '.*bad.yaml' is not valid YAML"),
         ("base: 3", r"Key 'base' in '.*bad.yaml' must be the name of a config or a YAML file, but is 3\."),
         ("base: missing.yaml", r"Config file '.*missing.yaml' does not exist"),
-        ("base: panoptic_deeplab/scenes_tine", r"Unknown config .* Did you mean 'panoptic_deeplab/scenes_tiny'\?"),
+        ("base: panoptic_deeplab/scenes_tine", r"Unknown config .* Did you mean 'panoptic_deeplab/scenes_tiny' or '"),
     ],
 )
 def test_wrong_files(tmp_path: Path, content: str, message: str) -> None:
