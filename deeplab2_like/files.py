@@ -31,6 +31,20 @@ def cannot_write(path: str | os.PathLike[str], error: Exception) -> UserError:
     return UserError(f"Cannot write '{path}' ({reason}); choose a folder that can be written.")
 
 
+def require_no_folder(path: str | os.PathLike[str], kind: str) -> None:
+    """Checks, before long work, that a file to be written has no folder in its place.
+
+    Args:
+        path: The file.
+        kind: Kind of the file for the message, such as "JSON file".
+
+    Raises:
+        UserError: If there is a folder.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"'{path}' is a folder; give the name of a {kind}.")
+
+
 def make_folder(folder: str | os.PathLike[str]) -> None:
     """Creates a folder and its parents if they are missing, and removes leftovers of killed runs directly in it.
 

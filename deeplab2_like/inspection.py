@@ -36,6 +36,8 @@ _SMALL_AREA, _LARGE_AREA = 32**2, 96**2
 # Pictures of the contact sheet fit into a square of this side, in pixels; small ones are upsampled towards it.
 _PICTURE_SIZE = 448
 _MAX_COMMON_SIZES = 5
+# More characters than a row of the printed table ever has.
+_MAX_TABLE_WIDTH = 100_000
 
 
 @dataclasses.dataclass
@@ -280,10 +282,10 @@ def print_inspection(inspection: Inspection, *, console: Console | None = None, 
             height, width, count = sizes["most_common"][0]
             title += f" (most often {height}x{width}: {count})"
         title += f", void {values['void_share']:.1%}"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("class", no_wrap=True)
-        for column in ("images", "segments", "crowds", "pixels", "min", "mean", "max", "S", "M", "L"):
-            table.add_column(column, justify="right", overflow="fold")
+        for column in ("images", "segm.", "crowds", "pixels", "min", "mean", "max", "S", "M", "L"):
+            table.add_column(column, justify="right", no_wrap=True)
         for name, entry in values["per_class"].items():
             if not entry["images"]:
                 continue
@@ -297,10 +299,11 @@ def print_inspection(inspection: Inspection, *, console: Console | None = None, 
                 *((str(area["min"]), f"{area['mean']:.0f}", str(area["max"])) if area else ()),
                 *((str(area[name]) for name in ("small", "medium", "large")) if area else ()),
             )
-        console.print(table)
+        console.print(title, soft_wrap=True, markup=False)
+        _print_whole_table(table, console)
         absent = [name for name, entry in values["per_class"].items() if not entry["images"]]
         if absent:
-            console.print(f"Without pixels: {', '.join(absent)}", markup=False, highlight=False)
+            console.print(f"Without pixels: {', '.join(absent)}", soft_wrap=True, markup=False, highlight=False)
     counts = inspection.statistics["fault_counts"]
     if not counts:
         console.print("No faults found.")
@@ -310,6 +313,18 @@ def print_inspection(inspection: Inspection, *, console: Console | None = None, 
         of_kind = [fault for fault in inspection.faults if fault.kind == kind]
         for fault in of_kind[: max(1, max_faults // len(counts))]:
             console.print(f"  {fault.where}: {fault.text}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _print_whole_table(table: Table, console: Console) -> None:
+    """Prints a table without breaking or cutting a cell, if need be beyond the width of the console."""
+
+    def measure() -> int:
+        return console.measure(table, options=console.options.update(max_width=_MAX_TABLE_WIDTH)).maximum
+
+    if measure() > console.width:
+        table.padding = 0
+    table.width = measure()
+    console.print(table, crop=False)
 
 
 def _make_record_inspector(

@@ -202,14 +202,14 @@ def test_following_keeps_the_best_checkpoint(model: Path, run: Run, refuse: Call
 def test_following_leaves_out_what_is_damaged_and_ends(model: Path, run: Run) -> None:
     for file in (model / "checkpoints").glob("ckpt-2.data*"):
         file.write_bytes(b"")
-    output = run("evaluate", "--model-dir", model, "--follow", "--timeout", 0)
+    output = run("evaluate", "--model-dir", model, "--follow", "--timeout", 1e-9)
     assert output.status == 0
     assert "Step 2 is left out: Checkpoint" in output.err
 
 
 def test_following_a_training_that_never_starts(refuse: Callable[..., str], tmp_path: Path) -> None:
-    message = refuse("evaluate", "--model-dir", tmp_path / "model", "--follow", "--timeout", 0)
-    assert f"No training has started in '{tmp_path / 'model'}' for 0 minutes; check --model-dir, or raise" in message
+    message = refuse("evaluate", "--model-dir", tmp_path / "model", "--follow", "--timeout", 1e-9)
+    assert f"No training has started in '{tmp_path / 'model'}' for 1e-09 minutes; check --model-dir, or " in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,7 +283,6 @@ def test_images_that_a_benchmark_names(model: Path, run: Run, refuse: Callable[.
             ["--oracle", "semantic", "--flip"],
             "An oracle looks at one view of one model, uncompiled; leave out --flip",
         ),
-        (["--scales", "0"], "Scales must be numbers above 0"),
         (["--submission", "kitti"], "Unknown submission 'kitti'. Known: cityscapes, coco"),
         (["--submission", "cityscapes"], "of data set 'scenes' is none of those that Cityscapes evaluates"),
         (["--images", "."], "Images without labels give no metrics; ask for pictures"),
@@ -368,6 +367,11 @@ def test_annotated_config(run: Run, refuse: Callable[..., str], tmp_path: Path) 
         (["describe", "--config", "x", "--size", "12"], "'12' is not a size; give height and width as in 512x1024"),
         (["describe", "--config", "x", "--size", "0x4"], "'0x4' is not a size"),
         (["describe", "--config", "x", "--size", "²x4"], "'²x4' is not a size"),
+        (["evaluate", "--model-dir", "m", "--follow", "--timeout", "nan"], "'nan' is not a finite number above 0"),
+        (["evaluate", "--model-dir", "m", "--follow", "--timeout", "-1"], "'-1' is not a finite number above 0"),
+        (["evaluate", "--model-dir", "m", "--follow", "--timeout", "soon"], "'soon' is not a finite number above 0"),
+        (["evaluate", "--model-dir", "m", "--scales", "1", "inf"], "'inf' is not a finite number above 0"),
+        (["evaluate", "--model-dir", "m", "--scales", "0"], "'0' is not a finite number above 0"),
         (["predict", "--model", "m", "--input", "i", "--output-dir", "o", "--on-error", "no"], "invalid choice: 'no'"),
         (
             ["convert", "scenes", "--train", "x", "--val", "1", "--size", "8x8", "--output-dir", "o"],
@@ -380,6 +384,19 @@ def test_wrong_words(run: Run, arguments: list[str], message: str) -> None:
     assert (status, out) == (2, "")
     assert message in err
     assert err.startswith("usage: deeplab2-like")
+
+
+def test_output_in_place_of_a_folder_or_file(tmp_path: Path, chain: Path, refuse: Callable[..., str]) -> None:
+    message = refuse("describe", "--config", "panoptic_deeplab/scenes_tiny", "--json", tmp_path)
+    assert message == f"'{tmp_path}' is a folder; give the name of a JSON file.\n"
+    (tmp_path / "file").write_text("kept")
+    message = refuse("inspect", chain / "records", "--output-dir", tmp_path / "file")
+    assert message.startswith(f"Output folder '{tmp_path / 'file'}' cannot be created (there is a file in its place)")
+
+
+def test_timeout_needs_follow(tmp_path: Path, refuse: Callable[..., str]) -> None:
+    message = refuse("evaluate", "--model-dir", tmp_path, "--timeout", "5")
+    assert message == "--timeout ends --follow; add --follow, or leave out --timeout.\n"
 
 
 def test_wrong_configs(chain: Path, tmp_path: Path, refuse: Callable[..., str]) -> None:

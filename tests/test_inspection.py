@@ -1,5 +1,6 @@
 """Inspection of records: statistics, faults and output files."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from rich.console import Console
 
 from deeplab2_like import cli, inspection
 from deeplab2_like.data import coco_segments
@@ -105,6 +107,27 @@ def test_no_faults_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "contact_sheet_train.png",
     }
     assert cv2.imread(str(tmp_path / "out" / "contact_sheet_train.png")) is not None
+
+
+def test_the_printed_table_breaks_no_cell() -> None:
+    long = "a class with a name of several words, which alone is longer than a narrow terminal"
+    area = {"min": 1, "mean": 1234567.0, "max": 2345678, "small": 345678, "medium": 456789, "large": 567890}
+    thing = {"images": 118287, "segments": 1370357, "pixel_share": 0.5, "crowds": 123456, "area": area}
+    sizes = {"different": 1, "most_common": [[4000, 6000, 118287]]}
+    for names in (["cat"], [long]):
+        per_class = dict.fromkeys(names, thing) | {long + " too": {"images": 0}}
+        train = {"images": 118287, "image_sizes": sizes, "void_share": 0.25, "per_class": per_class}
+        found = inspection.Inspection({"splits": {"train": train}, "fault_counts": {}}, {}, [])
+        for width in (40, 80, 200):
+            output = io.StringIO()
+            inspection.print_inspection(found, console=Console(file=output, width=width))
+            lines = [line.strip() for line in output.getvalue().splitlines()]
+            assert lines[0] == "train: 118287 images, 1 sizes (most often 4000x6000: 118287), void 25.0%"
+            cells = ["118287", "1370357", "123456", "50.0%", "1", "1234567", "2345678", "345678", "456789", "567890"]
+            rows = [line.split() for line in lines]
+            assert ["class", "images", "segm.", "crowds", "pixels", "min", "mean", "max", "S", "M", "L"] in rows
+            assert [*names[0].split(), *cells] in rows
+            assert f"Without pixels: {long} too" in lines
 
 
 def test_ids_out_of_range(tmp_path: Path) -> None:

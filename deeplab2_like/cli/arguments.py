@@ -1,6 +1,7 @@
 """Argument types and options that several commands share."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,17 @@ def positive_int(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 1 or more")
     return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Parses a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number above 0")
+    return number
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deeplab2_like.cli.arguments import add_command, add_config, image_size, positive_int
+from deeplab2_like.files import require_no_folder
 
 _DEFAULT_CLASSES = 19
 
@@ -27,7 +28,9 @@ def run(options: argparse.Namespace) -> None:
     """Describes the system of a config."""
     from deeplab2_like.configs import load_config
 
-    # A wrong config is reported before Keras is imported, which takes seconds.
+    # Wrong options are reported before Keras is imported, which takes seconds.
+    if options.json is not None:
+        require_no_folder(options.json, "JSON file")
     config = load_config(options.config, options.set)
 
     from deeplab2_like.data.dataset_info import DatasetInfo

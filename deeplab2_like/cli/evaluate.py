@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deeplab2_like.cli.arguments import add_checkpoint, add_command, add_compile, add_overrides
+from deeplab2_like.cli.arguments import add_checkpoint, add_command, add_compile, add_overrides, positive_float
 from deeplab2_like.errors import UserError
 
 
@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=positive_float,
         metavar="MINUTES",
         help="end --follow if no new checkpoint appears for this long",
     )
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--flip", action="store_true", help="average with the predictions of mirrored images")
     parser.add_argument(
-        "--scales", type=float, nargs="+", default=[1.0], metavar="FACTOR", help="average over image sizes"
+        "--scales", type=positive_float, nargs="+", default=[1.0], metavar="FACTOR", help="average over image sizes"
     )
     parser.add_argument(
         "--ensemble", type=Path, nargs="+", default=[], metavar="MODEL_DIR", help="average with these models"
@@ -47,6 +47,8 @@ def run(options: argparse.Namespace) -> None:
     """Evaluates a model folder."""
     if options.follow and (options.images or options.checkpoint != "last"):
         raise UserError("--follow evaluates every new checkpoint on labels; leave out --images and --checkpoint.")
+    if options.timeout is not None and not options.follow:
+        raise UserError("--timeout ends --follow; add --follow, or leave out --timeout.")
     if options.images and options.split:
         raise UserError("--images takes the place of a split of the records; leave out one of --images and --split.")
 

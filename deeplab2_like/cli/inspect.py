@@ -21,9 +21,17 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Inspects records; raises `UserError` if their labels have faults."""
+    from deeplab2_like.data.dataset_info import DatasetInfo
+    from deeplab2_like.data.shards import list_shards, list_splits
+    from deeplab2_like.files import make_folder
     from deeplab2_like.inspection import inspect_records, print_inspection, raise_if_faulty
     from deeplab2_like.progress import progress_bar
 
+    # Before the records are read, so that an error comes early; a wrong record folder leaves no output folder behind.
+    DatasetInfo.load(options.records)
+    for split in options.splits or list_splits(options.records):
+        list_shards(options.records, split)
+    make_folder(options.output_dir)
     with progress_bar("inspect") as progress:
         inspection = inspect_records(
             options.records,

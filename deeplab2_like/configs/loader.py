@@ -11,7 +11,7 @@ import yaml
 
 from deeplab2_like.configs.schema import Config, StrictModel
 from deeplab2_like.configs.systems import find_config_class
-from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.errors import UserError
 from deeplab2_like.files import require_local, write_atomically
 
 _FOLDER = Path(__file__).parent
@@ -25,9 +25,11 @@ def list_configs() -> list[str]:
 
 
 def builtin_config_file(name: str) -> Path:
-    """Returns the YAML file of a built-in config; an unknown name lists the known ones."""
+    """Returns the YAML file of a built-in config; the error for an unknown name suggests the closest ones."""
     if name not in list_configs():
-        raise unknown_name("config", name, list_configs())
+        close = " or ".join(f"'{known}'" for known in difflib.get_close_matches(name, list_configs(), n=3))
+        suggestion = f" Did you mean {close}?" if close else ""
+        raise UserError(f"Unknown config '{name}'.{suggestion} `deeplab2-like configs` lists them.")
     return _FOLDER / f"{name}.yaml"
 
 
@@ -87,7 +89,7 @@ def _read(name_or_file: str | os.PathLike[str], *, asked_by: tuple[str, ...]) ->
     if path.suffix not in _YAML_SUFFIXES:
         path = builtin_config_file(name)
     if not path.is_file():
-        raise UserError(f"Config file '{path}' does not exist; give a YAML file or one of {', '.join(list_configs())}.")
+        raise UserError(f"Config file '{path}' does not exist; `deeplab2-like configs` lists the built-in ones.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -137,6 +139,24 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise UserError(f"Override '{override}' fails: '{'.'.join(keys[:depth])}' is a value, not a section.")
     section[keys[-1]] = value
+
+
+# Pydantic's type of an error -> what the value must be.
+_MESSAGES = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a section of keys and values",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "list_type": "must be a list such as [1, 2]",
+    "model_attributes_type": "must be a section of keys and values",
+    "model_type": "must be a section of keys and values",
+    "string_type": "must be a text",
+    "tuple_type": "must be a list such as [512, 1024]",
+}
 
 
 class _Fault(NamedTuple):
@@ -193,8 +213,9 @@ def _describe(fault: _Fault, *, source: str, overrides: Sequence[str]) -> str:
     if fault.kind == "missing":
         return f"Config key '{key}' is missing in {source}; set it there or with --set."
     message = fault.message
-    if fault.kind in ("model_type", "model_attributes_type"):
-        message = "must be a section of keys and values"
+    if fault.kind == "literal_error":
+        message = f"must be one of {fault.message.removeprefix('Input should be ').replace(' or ', ', ')}"
+    message = _MESSAGES.get(fault.kind, message)
     # A whole section as a value would bury the message.
     value = "is not allowed" if isinstance(fault.value, dict) else f"has the value {fault.value!r}"
     return f"Config key '{key}' in {source} {value}: {message}."

@@ -40,6 +40,8 @@ def list_images(path: Path, *, recursive: bool = False) -> list[Path]:
     require_local(path)
     if path.is_file():
         return [path]
+    if path.exists() and not path.is_dir():
+        raise UserError(f"Input '{path}' is a pipe or a device; give an image file or a folder of images.")
     if not path.is_dir():
         raise UserError(f"Input '{path}' does not exist; give an image file or a folder of images.")
     files = list_files(path, IMAGE_SUFFIXES, recursive=recursive)

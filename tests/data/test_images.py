@@ -1,5 +1,6 @@
 """Image files: orientation, decoding, PNGs, label PNGs."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import pytest
 from PIL import Image, ImageOps
 
 from deeplab2_like.data.exif import find_orientation, without_orientation
-from deeplab2_like.data.images import decode_image, encode_png, read_id_png, read_image, turn_upright, write_png
+from deeplab2_like.data.images import (
+    decode_image,
+    encode_png,
+    list_images,
+    read_id_png,
+    read_image,
+    turn_upright,
+    write_png,
+)
 from deeplab2_like.data.panoptic_label import ids_to_rgb
 from deeplab2_like.errors import UserError
 
@@ -143,3 +152,9 @@ def test_faulty_files(tmp_path, capfd):
         with pytest.raises(UserError, match=r"a\.png' is not a readable PNG, or cut short"):
             read_id_png(tmp_path / "a.png")
     capfd.readouterr()  # libpng says something about each.
+
+
+def test_a_pipe_is_no_input(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe' is a pipe or a device; give an image file or a folder of images"):
+        list_images(tmp_path / "pipe")
