@@ -412,6 +412,21 @@ def test_faults_of_finished_files_are_reported_after_a_kill(conversion: Conversi
     assert json.loads((tmp_path / "errors.jsonl").read_text())["file"] == str(conversion.inputs[0])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shards": -1}, r"^The number of shards must be 1\.\.99999, got -1\.$"),
+        ({"split": "a" * 300}, r"up to 100 characters, but 'a{20}\.\.\.' has 300"),
+    ],
+)
+def test_wrong_arguments_are_refused_first(
+    conversion: Conversion, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        conversion.run(tmp_path / "records", **changes)
+    assert not (tmp_path / "records").exists()
+
+
 def test_without_inputs_every_run_begins_anew(conversion: Conversion, tmp_path: Path) -> None:
     for _ in range(2):
         assert not conversion.run(tmp_path, inputs_of=None).is_unchanged

@@ -17,7 +17,7 @@ from deeplab2_like.data.convert.unfinished import UnfinishedSplit, fingerprint, 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.data.records import serialize_example
-from deeplab2_like.data.shards import list_splits
+from deeplab2_like.data.shards import list_splits, require_shard_count
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import make_folder, require_local
 from deeplab2_like.parallel import map_in_order
@@ -278,8 +278,9 @@ def _split_into_ranges(num_items: int, shards: int | None) -> list[tuple[int, in
     """Returns the first item and the end of each file: `shards` files, or about one per `EXAMPLES_PER_SHARD` items."""
     if shards is None:
         shards = max(1, round(num_items / EXAMPLES_PER_SHARD))
+    require_shard_count(shards)
     shards = min(shards, max(1, num_items))
-    bounds = [number * num_items // max(shards, 1) for number in range(shards + 1)]
+    bounds = [number * num_items // shards for number in range(shards + 1)]
     return list(itertools.pairwise(bounds))
 
 
