@@ -89,7 +89,7 @@ def _convert_annotations(
         {"id": class_id, "name": name, "isthing": int(class_id in things)}
         for class_id, name in enumerate(known_datasets.ADE20K_NAMES)
     ]
-    instances = root / "annotations_instance" / images.name
+    annotations, instances = root / "annotations" / images.name, root / "annotations_instance" / images.name
     common.require_folder(instances, "folder of instance PNGs")
 
     def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
@@ -116,10 +116,10 @@ def _convert_annotations(
         return image, labeled_images.values_to_panoptic(np.where(is_object, _OBJECT + objects, classes), meaning, info)
 
     return labeled_images.write_labeled_images(
-        labeled_images.pair_images(images, root / "annotations" / images.name),
+        labeled_images.pair_images(images, annotations),
         load,
         inputs_of=lambda pair: [pair.image, pair.label, instances / pair.label.name],
-        source=[images],
+        source=[images, annotations, instances],
         info=DatasetInfo.from_coco_categories(categories, name="ade20k"),
         output_dir=output_dir,
         split=split,

@@ -132,7 +132,7 @@ def convert_coco_instances(
             "crowds_are_objects": crowds_are_objects,
             "stuff_values": class_names_of_values,
         },
-        source=[json_file, images],
+        source=[json_file, images] if stuff_pngs is None else [json_file, images, Path(stuff_pngs)],
         info=info,
         output_dir=Path(output_dir),
         split=split if split is not None else common.guess_split(json_file),
