@@ -248,6 +248,13 @@ def test_second_split_with_more_instances_is_refused(source):
     assert DatasetInfo.load(source.folder / "records").label_divisor == 10_000
 
 
+def test_the_only_split_may_change_its_categories(source):
+    source.convert()
+    source.content["categories"][1]["name"] = "human"
+    source.convert()
+    assert "human" in [category.name for category in DatasetInfo.load(source.folder / "records").categories]
+
+
 def test_other_categories_in_the_folder_are_refused(source):
     source.convert()
     source.content["categories"][1]["name"] = "human"

@@ -60,27 +60,43 @@ def convert_ade20k(
             f"'{root}' has ade20k_panoptic_{prepared[0]}.json but not such a JSON for every split, and the two kinds "
             "of labels cannot be mixed; add the others, or move this one away, so that all come from 'annotations'."
         )
+    sources = {split: _source(root, split, is_prepared=bool(prepared)) for split in splits}
+    common.require_replaceable(output_dir, sources, replace=options.get("replace", False))
     reports = []
-    for split in splits:
-        images = root / "images" / _FOLDERS[split]
-        panoptic = root / f"ade20k_panoptic_{split}"
+    for split, source in sources.items():
         if prepared:
+            json_file, images, panoptic = source
             report = convert_coco_panoptic(
                 images=images,
                 panoptic=panoptic,
-                json_file=panoptic.with_suffix(".json"),
+                json_file=json_file,
                 output_dir=output_dir,
                 split=split,
                 **options,
             )
         else:
-            report = _convert_annotations(root, images, output_dir=output_dir, split=split, options=options)
+            report = _convert_annotations(*source, output_dir=output_dir, split=split, options=options)
         reports.append(report)
     return tuple(reports)
 
 
+def _source(root: Path, split: str, *, is_prepared: bool) -> tuple[Path, Path, Path]:
+    """Returns the files and folders of a split: JSON, images and panoptic PNGs, or images, annotations and objects."""
+    folder = _FOLDERS[split]
+    if is_prepared:
+        panoptic = root / f"ade20k_panoptic_{split}"
+        return panoptic.with_suffix(".json"), root / "images" / folder, panoptic
+    return root / "images" / folder, root / "annotations" / folder, root / "annotations_instance" / folder
+
+
 def _convert_annotations(
-    root: Path, images: Path, *, output_dir: Path, split: str, options: labeled_images.LabelOptions
+    images: Path,
+    annotations: Path,
+    instances: Path,
+    *,
+    output_dir: Path,
+    split: str,
+    options: labeled_images.LabelOptions,
 ) -> common.ConversionReport:
     """Converts a split from `annotations` and `annotations_instance`."""
     # Ids as in the panoptic JSON, from 0.
@@ -89,7 +105,6 @@ def _convert_annotations(
         {"id": class_id, "name": name, "isthing": int(class_id in things)}
         for class_id, name in enumerate(known_datasets.ADE20K_NAMES)
     ]
-    annotations, instances = root / "annotations" / images.name, root / "annotations_instance" / images.name
     common.require_folder(instances, "folder of instance PNGs")
 
     def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:

@@ -13,7 +13,14 @@ import numpy as np
 
 from deeplab2_like import errors
 from deeplab2_like.data import dataset_info
-from deeplab2_like.data.convert.unfinished import UnfinishedSplit, fingerprint, make_plan
+from deeplab2_like.data.convert.unfinished import (
+    UnfinishedSplit,
+    fingerprint,
+    hidden_folder,
+    interrupted_conversions,
+    make_plan,
+    require_same_source,
+)
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.data.records import serialize_example
@@ -158,7 +165,7 @@ def write_split(  # noqa: PLR0913 - converters pass their options through
     may_skip = on_error == "skip"
     was_completed = unfinished.complete_publication()
     if not replace:
-        unfinished.require_same_source()
+        require_same_source(output_dir, split, source)
     finished = unfinished.finished(allow_skipped=may_skip)
     if finished is not None:
         return _make_report(split, finished, kept_files=len(ranges), is_unchanged=not was_completed)
@@ -375,7 +382,8 @@ def agree_on_dataset_info(
         The `DatasetInfo` to write, the same as in the folder if it has other splits.
 
     Raises:
-        UserError: If the divisor is too small, or other splits in the folder have other categories or another divisor.
+        UserError: If the divisor is too small, or other splits in the folder, or interrupted conversions of them, have
+            other categories or another divisor.
     """
     existing = None
     other_splits: list[str] = []
@@ -384,13 +392,24 @@ def agree_on_dataset_info(
         other_splits = [name for name in list_splits(output_dir) if name != split]
         if existing.record_offset:
             raise UserError(f"'{output_dir}' holds records that DeepLab2 made; choose another output folder.")
-        if existing.categories != info.categories:
+        if other_splits and existing.categories != info.categories:
             raise UserError(
                 f"'{output_dir}' holds records of '{existing.name}' with other categories "
-                f"({_first_difference(existing, info)}); choose another output folder."
+                f"({_first_difference(existing, info)}) in its other splits ({', '.join(other_splits)}); choose "
+                "another output folder."
+            )
+    interrupted = {
+        name: plan_info for name, plan_info in interrupted_conversions(output_dir).items() if name != split
+    }
+    for name, plan_info in interrupted.items():
+        if plan_info.categories != info.categories:
+            raise UserError(
+                f"'{output_dir}' holds an interrupted conversion of split '{name}' with other categories "
+                f"({_first_difference(plan_info, info)}); choose another output folder, or delete "
+                f"'{hidden_folder(output_dir, name)}' if that conversion is not needed."
             )
     if label_divisor is None:
-        known = [existing.label_divisor] if existing is not None else []
+        known = [found.label_divisor for found in (existing, *interrupted.values()) if found is not None]
         fitting = [divisor for divisor in (*known, *LABEL_DIVISORS) if divisor > max_instances]
         if not fitting:
             raise UserError(
@@ -403,14 +422,37 @@ def agree_on_dataset_info(
             f"label_divisor {label_divisor} is too small: an image of split '{split}' has {max_instances} instances of "
             f"one class; give {max_instances + 1} or more."
         )
-    if existing is None:
+    for name, plan_info in interrupted.items():
+        if plan_info.label_divisor != label_divisor:
+            raise UserError(
+                f"'{output_dir}' holds an interrupted conversion of split '{name}' with label_divisor "
+                f"{plan_info.label_divisor}, but split '{split}' needs {label_divisor}; choose another output folder, "
+                f"or delete '{hidden_folder(output_dir, name)}' and convert both with label_divisor {label_divisor}."
+            )
+    if existing is None or not other_splits:
         return dataclasses.replace(info, label_divisor=label_divisor)
-    if other_splits and existing.label_divisor != label_divisor:
+    if existing.label_divisor != label_divisor:
         raise UserError(
             f"'{output_dir}' holds splits ({', '.join(other_splits)}) with label_divisor {existing.label_divisor}, but "
             f"split '{split}' needs {label_divisor}; convert all of them with label_divisor {label_divisor}."
         )
     return dataclasses.replace(existing, label_divisor=label_divisor)
+
+
+def require_replaceable(output_dir: Path, sources: Mapping[str, Sequence[Path]], *, replace: bool) -> None:
+    """Checks all splits of a conversion before the first is written; `write_split` checks each again.
+
+    Args:
+        output_dir: The record folder, which may be missing.
+        sources: The source of each split, see `write_split`.
+        replace: Whether splits from other sources may be replaced.
+
+    Raises:
+        UserError: If the folder has one of the splits, or an interrupted conversion of it, from another source.
+    """
+    for split, source in sources.items():
+        if not replace and output_dir.is_dir():
+            require_same_source(output_dir, split, source)
 
 
 def _first_difference(existing: DatasetInfo, info: DatasetInfo) -> str:

@@ -21,6 +21,7 @@ from deeplab2_like.data import dataset_info
 from deeplab2_like.data.convert import common, labeled_images, shapes
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import IMAGE_SUFFIXES, turn_upright
+from deeplab2_like.data.shards import list_splits
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import is_inside, require_inside
 
@@ -87,7 +88,7 @@ def convert_labelme(
     if not any(example.json_file for example in examples):
         raise UserError(f"'{root}' has no JSON of labelme; give the folder in which labelme saves them.")
     if classes is None:
-        classes = _known_names(output_dir, names) or sorted(names)
+        classes = _known_names(output_dir, split, names) or sorted(names)
     info = shapes.make_info(
         [{"id": number, "name": name} for number, name in enumerate(classes, start=1)],
         name=root.name,
@@ -155,9 +156,9 @@ def _scan(root: Path) -> tuple[list[_Example], set[str], int]:
     return examples, names, max_instances
 
 
-def _known_names(output_dir: Path, names: set[str]) -> list[str]:
-    """Returns the class names of a record folder, in its order, if they include some names; otherwise nothing."""
-    if not (output_dir / dataset_info.FILE_NAME).is_file():
+def _known_names(output_dir: Path, split: str, names: set[str]) -> list[str]:
+    """Returns the class names of other splits in a record folder, if they include some names; otherwise nothing."""
+    if not (output_dir / dataset_info.FILE_NAME).is_file() or not set(list_splits(output_dir)) - {split}:
         return []
     known = [category.name for category in DatasetInfo.load(output_dir).categories]
     return known if names <= set(known) else []
