@@ -108,8 +108,8 @@ def shard_names(split: str, count: int) -> list[str]:
         raise UserError(f"Split name '{split}' is not allowed; use letters, digits, '_', '-' and '.'.")
     if len(split) > _MAX_SPLIT_LENGTH:
         raise UserError(
-            f"A split name may have up to {_MAX_SPLIT_LENGTH} characters, but '{split[:20]}...' has {len(split)}; use a "
-            "shorter one."
+            f"A split name may have up to {_MAX_SPLIT_LENGTH} characters, but '{split[:20]}...' has {len(split)}; use "
+            "a shorter one."
         )
     require_shard_count(count)
     return [f"{split}-{number:05d}-of-{count:05d}.tfrecord" for number in range(count)]

@@ -275,6 +275,28 @@ def test_all_splits_are_checked_before_the_first_is_written(conversion: Conversi
     assert contents(tmp_path / "records") == before
 
 
+def test_two_conversions_at_once_do_not_meet(conversion: Conversion, tmp_path: Path) -> None:
+    second = Conversion(tmp_path / "second")
+    message = rf"^Split 'train' in '{tmp_path / 'records'}' is being converted by another process; wait until it has"
+    refused = []
+
+    def convert_again(done: int, total: int) -> None:
+        for options in ({}, {"replace": True}):
+            with pytest.raises(UserError, match=message):
+                second.run(tmp_path / "records", **options)
+            refused.append(done)
+        second.run(tmp_path / "records", split="val")  # Another split is none of its business.
+
+    report = conversion.run(tmp_path / "records", progress=convert_again)
+    assert (report.examples, len(refused)) == (COUNT, 2 * COUNT)
+    assert not list((tmp_path / "records").glob("*.lock"))
+    assert not list((tmp_path / "records").glob(".*.lock"))
+    # A killed process leaves an unlocked file.
+    (tmp_path / "records" / ".train.conversion.lock").touch()
+    assert conversion.run(tmp_path / "records").is_unchanged
+    assert not (tmp_path / "records" / ".train.conversion.lock").exists()
+
+
 def test_what_is_finished_is_not_made_again(conversion: Conversion, tmp_path: Path) -> None:
     conversion.run(tmp_path / "straight")
     conversion.inputs[4].write_text("bad")

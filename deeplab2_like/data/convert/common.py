@@ -160,32 +160,23 @@ def write_split(  # noqa: PLR0913 - converters pass their options through
         ]
     plan = make_plan(info, source=source, examples=len(items), shards=len(ranges), options=options or {})
     unfinished = UnfinishedSplit(output_dir, split, plan=plan, fingerprints=fingerprints)
+    conversion = _Conversion(items, make_record, inputs_of=inputs_of, may_skip=on_error == "skip", progress=progress)
     is_new = not output_dir.exists()
     make_folder(output_dir)
-    may_skip = on_error == "skip"
-    was_completed = unfinished.complete_publication()
-    if not replace:
-        require_same_source(output_dir, split, source)
-    finished = unfinished.finished(allow_skipped=may_skip)
-    if finished is not None:
-        return _make_report(split, finished, kept_files=len(ranges), is_unchanged=not was_completed)
-
     try:
-        kept = unfinished.begin(allow_skipped=may_skip, replace=replace)
-        conversion = _Conversion(items, make_record, inputs_of=inputs_of, may_skip=may_skip, progress=progress)
-        states = conversion.write_files(unfinished, ranges, kept, num_classes=info.num_classes, workers=workers)
-        report = _make_report(split, states, kept_files=sum(state is not None for state in kept))
-        if not report.examples:
-            first = f"all {len(report.skipped)} are faulty, the first: {report.skipped[0]}" if report.skipped else ""
-            raise _EmptySplitError(f"Split '{split}' has no examples to write: {first or 'the data set is empty.'}")
-        unfinished.publish(info, states)
-    except BaseException as error:
-        unfinished.abandon(keep_finished=not isinstance(error, _EmptySplitError))
+        with unfinished.lock():
+            was_completed = unfinished.complete_publication()
+            if not replace:
+                require_same_source(output_dir, split, source)
+            finished = unfinished.finished(allow_skipped=on_error == "skip")
+            if finished is not None:
+                return _make_report(split, finished, kept_files=len(ranges), is_unchanged=not was_completed)
+            return conversion.run(unfinished, ranges, info=info, split=split, workers=workers, replace=replace)
+    except BaseException:
         if is_new:
-            with contextlib.suppress(OSError):  # Another process may have created files there.
+            with contextlib.suppress(OSError):  # Finished files are kept, and other processes may have created some.
                 output_dir.rmdir()
         raise
-    return report
 
 
 class _EmptySplitError(UserError):
@@ -218,7 +209,33 @@ class _Conversion(Generic[Item]):
         self._may_skip = may_skip
         self._progress = progress
 
-    def write_files(
+    def run(
+        self,
+        unfinished: UnfinishedSplit,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        info: DatasetInfo,
+        split: str,
+        workers: int,
+        replace: bool,
+    ) -> ConversionReport:
+        """Writes the files and publishes the split; the arguments are those of `write_split`."""
+        try:
+            kept = unfinished.begin(allow_skipped=self._may_skip, replace=replace)
+            states = self._write_files(unfinished, ranges, kept, num_classes=info.num_classes, workers=workers)
+            report = _make_report(split, states, kept_files=sum(state is not None for state in kept))
+            if not report.examples:
+                first = (
+                    f"all {len(report.skipped)} are faulty, the first: {report.skipped[0]}" if report.skipped else ""
+                )
+                raise _EmptySplitError(f"Split '{split}' has no examples to write: {first or 'the data set is empty.'}")
+            unfinished.publish(info, states)
+        except BaseException as error:
+            unfinished.abandon(keep_finished=not isinstance(error, _EmptySplitError))
+            raise
+        return report
+
+    def _write_files(
         self,
         unfinished: UnfinishedSplit,
         ranges: Sequence[tuple[int, int]],
@@ -398,16 +415,7 @@ def agree_on_dataset_info(
                 f"({_first_difference(existing, info)}) in its other splits ({', '.join(other_splits)}); choose "
                 "another output folder."
             )
-    interrupted = {
-        name: plan_info for name, plan_info in interrupted_conversions(output_dir).items() if name != split
-    }
-    for name, plan_info in interrupted.items():
-        if plan_info.categories != info.categories:
-            raise UserError(
-                f"'{output_dir}' holds an interrupted conversion of split '{name}' with other categories "
-                f"({_first_difference(plan_info, info)}); choose another output folder, or delete "
-                f"'{hidden_folder(output_dir, name)}' if that conversion is not needed."
-            )
+    interrupted = _interrupted_others(info, output_dir, split)
     if label_divisor is None:
         known = [found.label_divisor for found in (existing, *interrupted.values()) if found is not None]
         fitting = [divisor for divisor in (*known, *LABEL_DIVISORS) if divisor > max_instances]
@@ -422,13 +430,7 @@ def agree_on_dataset_info(
             f"label_divisor {label_divisor} is too small: an image of split '{split}' has {max_instances} instances of "
             f"one class; give {max_instances + 1} or more."
         )
-    for name, plan_info in interrupted.items():
-        if plan_info.label_divisor != label_divisor:
-            raise UserError(
-                f"'{output_dir}' holds an interrupted conversion of split '{name}' with label_divisor "
-                f"{plan_info.label_divisor}, but split '{split}' needs {label_divisor}; choose another output folder, "
-                f"or delete '{hidden_folder(output_dir, name)}' and convert both with label_divisor {label_divisor}."
-            )
+    _require_label_divisor(interrupted, label_divisor, output_dir, split)
     if existing is None or not other_splits:
         return dataclasses.replace(info, label_divisor=label_divisor)
     if existing.label_divisor != label_divisor:
@@ -437,6 +439,33 @@ def agree_on_dataset_info(
             f"split '{split}' needs {label_divisor}; convert all of them with label_divisor {label_divisor}."
         )
     return dataclasses.replace(existing, label_divisor=label_divisor)
+
+
+def _interrupted_others(info: DatasetInfo, output_dir: Path, split: str) -> dict[str, DatasetInfo]:
+    """Returns the classes of interrupted conversions of other splits; raises `UserError` if they differ from `info`."""
+    interrupted = interrupted_conversions(output_dir)
+    interrupted.pop(split, None)
+    for name, other in interrupted.items():
+        if other.categories != info.categories:
+            raise UserError(
+                f"'{output_dir}' holds an interrupted conversion of split '{name}' with other categories "
+                f"({_first_difference(other, info)}); choose another output folder, or delete "
+                f"'{hidden_folder(output_dir, name)}' if that conversion is not needed."
+            )
+    return interrupted
+
+
+def _require_label_divisor(
+    interrupted: Mapping[str, DatasetInfo], label_divisor: int, output_dir: Path, split: str
+) -> None:
+    """Raises `UserError` unless interrupted conversions of other splits have this label divisor."""
+    for name, other in interrupted.items():
+        if other.label_divisor != label_divisor:
+            raise UserError(
+                f"'{output_dir}' holds an interrupted conversion of split '{name}' with label_divisor "
+                f"{other.label_divisor}, but split '{split}' needs {label_divisor}; choose another output folder, or "
+                f"delete '{hidden_folder(output_dir, name)}' and convert both with label_divisor {label_divisor}."
+            )
 
 
 def require_replaceable(output_dir: Path, sources: Mapping[str, Sequence[Path]], *, replace: bool) -> None:

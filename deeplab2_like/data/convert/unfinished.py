@@ -9,6 +9,9 @@ conversion are moved out of the record folder and the new ones into it. These ar
 never mixed there, and the moment without a split is short. If the process is killed in between, the next conversion of
 the split completes the move, whatever its source. Finally `.SPLIT.conversion.json` is written, by which a later run
 knows the source of the split and whether there is anything to do.
+
+Meanwhile the process holds the lock of `.SPLIT.conversion.lock`, so that two conversions of a split do not remove each
+other's files.
 """
 
 import contextlib
@@ -143,6 +146,23 @@ class UnfinishedSplit:
         self._hidden = hidden_folder(folder, split)
         self._record = conversion_file(folder, split)
         self._publication = self._hidden / "publish.json"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other conversions of the split out while the context is open.
+
+        Raises:
+            UserError: If another process is converting the split.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(temporary.lock_file(self._hidden.with_name(f"{self._hidden.name}.lock")))
+            except temporary.LockedError as error:
+                raise UserError(
+                    f"Split '{self._split}' in '{self._folder}' is being converted by another process; wait until it "
+                    "has ended, or choose another --output-dir."
+                ) from error
+            yield
 
     def complete_publication(self) -> bool:
         """Completes the move into the record folder if a run was killed in it.
@@ -334,7 +354,8 @@ def _describe_source(source: Any) -> str:
     """Describes the source of a split, after "made"."""
     if not isinstance(source, list):
         return "from an unknown source (by another program, or by an older version)"
-    return f"from {' and '.join(f"'{path}'" for path in source)}" if source else "by `convert scenes`"
+    paths = " and ".join(f"'{path}'" for path in source)
+    return f"from {paths}" if paths else "by `convert scenes`"
 
 
 def _has_finished(hidden: Path) -> bool:
