@@ -115,18 +115,24 @@ def _convert_annotations(
                 instance_class = value & 255
                 if instance_class > len(things):
                     raise UserError(
-                        f"'{instance_png}' has class {instance_class} (red); it must be 0 to {len(things)}."
+                        f"'{instance_png}' has class {instance_class} (red); it must be 0 to {len(things)}: correct the "
+                        "PNG."
                     )
                 return known_datasets.ADE20K_THINGS[instance_class - 1] - 1, True
             if value > len(categories):
-                raise UserError(f"'{pair.label}' has class {value}; it must be 0 to {len(categories)}.")
+                raise UserError(
+                    f"'{pair.label}' has class {value}; it must be 0 to {len(categories)}: correct the PNG."
+                )
             return None if value == 0 or value - 1 in things else (value - 1, False)
 
         image = files.read_file(pair.image, "the image")
         classes = read_value_png(pair.label, "class PNG")
         objects = read_color_png(instance_png, "instance PNG") & 0xFFFF  # Without blue.
         if classes.shape != objects.shape:
-            raise UserError(f"'{pair.label}' is {classes.shape} but '{instance_png}' {objects.shape} (height, width).")
+            raise UserError(
+                f"'{pair.label}' is {classes.shape} but '{instance_png}' {objects.shape} (height, width); make "
+                "them again."
+            )
         is_object = ((objects & 255) > 0) & (objects >> 8 > 0)
         return image, labeled_images.values_to_panoptic(np.where(is_object, _OBJECT + objects, classes), meaning, info)
 

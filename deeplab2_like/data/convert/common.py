@@ -350,6 +350,15 @@ def make_labeled_record(*, image: bytes | np.ndarray, panoptic: np.ndarray, file
     return Record(serialized, tuple(objects.tolist()), tuple(pixels.tolist()))
 
 
+def fault_of_image(name: str, source: Path, error: UserError) -> UserError:
+    """Returns the error of one image, with the names of the image and of its source in front."""
+    text = str(error)
+    for beginning in (f"Image '{name}' ", f"'{name}' "):
+        if text.startswith(beginning):  # The name once is enough.
+            text = f"it {text.removeprefix(beginning)}"
+    return UserError(f"Image '{name}' of '{source}': {text}")
+
+
 def guess_split(*paths: Path) -> str:
     """Guesses a split from the names of files or folders, or else from those of their parent folders.
 

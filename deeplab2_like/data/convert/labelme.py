@@ -226,7 +226,7 @@ def _runs_of_shape(shape: dict[str, Any], size: tuple[int, int]) -> shapes.Runs:
     if kind not in ("rectangle", "circle", "mask"):
         raise UserError(f"is a {kind}, which has no inside; use polygon, rectangle, circle or mask, or remove it")
     if len(points) != 2:
-        raise UserError(f"is a {kind} of {len(points)} points, not of 2")
+        raise UserError(f"is a {kind} of {len(points)} points, not of 2; draw it again")
     if kind == "rectangle":
         (left, top), (right, bottom) = points.tolist()
         return shapes.polygon_runs([[left, top, right, top, right, bottom, left, bottom]], size)
@@ -240,10 +240,10 @@ def _runs_of_shape(shape: dict[str, Any], size: tuple[int, int]) -> shapes.Runs:
         with Image.open(io.BytesIO(_decode_base64(shape.get("mask"), "'mask'"))) as picture:
             inside = np.asarray(picture).astype(bool)
     except OSError as error:
-        raise UserError("has a 'mask' that is not a readable PNG") from error
+        raise UserError("has a 'mask' that is not a readable PNG; draw it again") from error
     mask = np.zeros(size, bool)
     if left < 0 or top < 0 or mask[top : bottom + 1, left : right + 1].shape != inside.shape:
-        raise UserError("has a 'mask' that does not fit its points, or that extends beyond the image")
+        raise UserError("has a 'mask' that does not fit its points, or that extends beyond the image; draw it again")
     mask[top : bottom + 1, left : right + 1] = inside
     return shapes.mask_runs(mask)
 
@@ -252,9 +252,9 @@ def _points(shape: dict[str, Any]) -> list[list[float]]:
     try:
         points = [[float(x), float(y)] for x, y in shape["points"]]
     except (LookupError, TypeError, ValueError) as error:
-        raise UserError("has no list 'points' of pairs x, y") from error
+        raise UserError("has no list 'points' of pairs x, y; draw it again") from error
     if not np.isfinite(points).all():
-        raise UserError("has a point with a coordinate that is not a number")
+        raise UserError("has a point with a coordinate that is not a number; draw it again")
     return points
 
 
