@@ -115,8 +115,8 @@ def _convert_annotations(
                 instance_class = value & 255
                 if instance_class > len(things):
                     raise UserError(
-                        f"'{instance_png}' has class {instance_class} (red); it must be 0 to {len(things)}: correct the "
-                        "PNG."
+                        f"'{instance_png}' has class {instance_class} (red); it must be 0 to {len(things)}: correct "
+                        "the PNG."
                     )
                 return known_datasets.ADE20K_THINGS[instance_class - 1] - 1, True
             if value > len(categories):
