@@ -14,7 +14,7 @@ import numpy as np
 from deeplab2_like import files
 from deeplab2_like.data import known_datasets
 from deeplab2_like.data.convert import common, labeled_images
-from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic
+from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic, require_same_categories
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import read_color_png, read_value_png
 from deeplab2_like.errors import UserError, unknown_name
@@ -62,6 +62,8 @@ def convert_ade20k(
         )
     sources = {split: _source(root, split, is_prepared=bool(prepared)) for split in splits}
     common.require_replaceable(output_dir, sources, replace=options.get("replace", False))
+    if prepared:
+        require_same_categories([json_file for json_file, *_ in sources.values()])
     reports = []
     for split, source in sources.items():
         if prepared:

@@ -5,7 +5,7 @@ The JSON says everything about the classes, so any data set in this format conve
 
 import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,20 @@ def check_segments(
         if progress is not None:
             progress(done, len(examples))
     return faults
+
+
+def require_same_categories(json_files: Sequence[Path]) -> None:
+    """Raises `UserError` unless the JSONs of several splits list the same categories."""
+    found = [
+        DatasetInfo.from_coco_categories(_read_json(path)["categories"], name=path.stem).categories
+        for path in json_files
+    ]
+    for path, categories in zip(json_files, found, strict=True):
+        if categories != found[0]:
+            raise UserError(
+                f"'{path}' has other categories than '{json_files[0]}', so the two cannot be in one record folder; "
+                "make both JSONs again from the same list of categories."
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
