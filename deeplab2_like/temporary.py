@@ -51,6 +51,10 @@ class _InUseError(Exception):
     """Another process holds the lock, or has just removed the path."""
 
 
+class LockedError(_InUseError):
+    """Another process holds the lock."""
+
+
 class _Temporary:
     """A locked path beside `target`: the base of `TemporaryFile` and `TemporaryFolder`.
 
@@ -228,6 +232,46 @@ class TemporaryFolder(_Temporary):
                 os.close(descriptor)
 
 
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Holds the lock of a file while the context is open; the file is created, and removed at the end.
+
+    A killed process leaves the file, which the next one takes over. Where the file system has no locks or the file
+    cannot be created, nothing is locked.
+
+    Args:
+        path: The file.
+
+    Raises:
+        LockedError: If another process holds the lock.
+    """
+    descriptor = _open_and_lock(path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            _remove(path)  # While it is locked: a process that has opened it meanwhile finds that it is gone.
+            os.close(descriptor)
+
+
+def _open_and_lock(path: Path) -> int | None:
+    """Opens a file and locks it; returns None where that is impossible."""
+    for _ in range(_MAX_TRIES if fcntl is not None else 0):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return None
+        try:
+            _lock(descriptor, path)
+            return descriptor
+        except LockedError:
+            os.close(descriptor)
+            raise
+        except _InUseError:  # Its holder has removed it after it was opened here.
+            os.close(descriptor)
+    return None
+
+
 def exchange(first: Path, second: Path) -> None:
     """Exchanges two paths of one file system in one step.
 
@@ -326,14 +370,15 @@ def _lock(descriptor: int | None, path: Path) -> bool:
         Whether it is locked; False where the file system has no locks.
 
     Raises:
-        _InUseError: If another process has locked it, or has just moved or removed it.
+        LockedError: If another process has locked it.
+        _InUseError: If another process has just moved or removed it.
     """
     if fcntl is None or descriptor is None:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise _InUseError from error
+        raise LockedError from error
     except OSError:  # ENOLCK, ENOTSUP, or EBADF for a folder on NFS.
         return False
     try:

@@ -64,12 +64,12 @@ def parse_segments(segments: Any, dataset_info: DatasetInfo) -> list[Segment]:
         if class_id is None:
             raise UserError(
                 f"segment {segment_id} has category_id {category_id}, which 'categories' does not list (those of "
-                f"'{dataset_info.name}' count)."
+                f"'{dataset_info.name}' count); add it there, or correct the segment."
             )
         if segment_id == 0:
             raise UserError("a segment has id 0, which stands for unlabeled pixels; use another id.")
         if segment_id in parsed:
-            raise UserError(f"'segments_info' lists id {segment_id} more than once; ids must differ.")
+            raise UserError(f"'segments_info' lists id {segment_id} more than once; ids must differ: correct the JSON.")
         parsed[segment_id] = Segment(segment_id, class_id, is_crowd, area)
     return list(parsed.values())
 
@@ -168,8 +168,12 @@ def check_ids(present: np.ndarray, segments: Sequence[Segment], *, png: str) -> 
     if in_map == listed:
         return
     if in_map - listed:
-        raise UserError(f"{png} has pixels of id {_format_ids(in_map - listed)}, which 'segments_info' does not list.")
-    raise UserError(f"'segments_info' lists id {_format_ids(listed - in_map)}, of which {png} has no pixels.")
+        raise UserError(
+            f"{png} has pixels of id {_format_ids(in_map - listed)}, which 'segments_info' does not list; add it there."
+        )
+    raise UserError(
+        f"'segments_info' lists id {_format_ids(listed - in_map)}, of which {png} has no pixels; correct the JSON."
+    )
 
 
 def _format_ids(ids: set[int]) -> str:

@@ -28,6 +28,9 @@ from deeplab2_like.temporary import TemporaryFolder
 _WRITE_ERRORS = (OSError, tf.errors.OpError)
 
 _SHARD_NAME = re.compile(r"^(?P<split>[^.].*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.tfrecord$")
+# Most file systems allow names of 255 bytes, which must also hold the numbers and the additions of hidden names.
+_MAX_SPLIT_LENGTH = 100
+_MAX_SHARDS = 99999
 # A record is: length (uint64), its checksum (uint32), the content, its checksum (uint32).
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
@@ -98,13 +101,24 @@ def shard_names(split: str, count: int) -> list[str]:
         count: The number of files.
 
     Raises:
-        UserError: If the name has characters other than letters, digits, `_`, `-`, `.`, or `count` is not 1..99999.
+        UserError: If the name has characters other than letters, digits, `_`, `-`, `.`, or more than 100 of them, or
+            `count` is not 1..99999.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", split):
         raise UserError(f"Split name '{split}' is not allowed; use letters, digits, '_', '-' and '.'.")
-    if not 1 <= count <= 99999:
-        raise UserError(f"The number of shards must be 1..99999, got {count}.")
+    if len(split) > _MAX_SPLIT_LENGTH:
+        raise UserError(
+            f"A split name may have up to {_MAX_SPLIT_LENGTH} characters, but '{split[:20]}...' has {len(split)}; use "
+            "a shorter one."
+        )
+    require_shard_count(count)
     return [f"{split}-{number:05d}-of-{count:05d}.tfrecord" for number in range(count)]
+
+
+def require_shard_count(count: int) -> None:
+    """Raises `UserError` unless a split may have this number of files."""
+    if not 1 <= count <= _MAX_SHARDS:
+        raise UserError(f"The number of shards must be 1..{_MAX_SHARDS}, got {count}.")
 
 
 def conversion_file(folder: str | os.PathLike[str], split: str) -> Path:

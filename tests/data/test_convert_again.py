@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,27 @@ def semantic_pngs(root: Path) -> tuple[list[str], Path]:
     (root / "classes.txt").write_text("road\n")
     words = ["semantic-pngs", "--images", str(root / "images"), "--labels", str(root / "labels")]
     return [*words, "--classes", str(root / "classes.txt"), "--split", "train"], label
+
+
+def test_other_labels_of_the_same_images_are_another_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "source").mkdir()
+    words, _ = coco_instances(tmp_path / "source")
+    write_png(tmp_path / "other" / "a.png", gray(7))
+    command = ["convert", *words, "--output-dir", str(tmp_path / "records")]
+    assert main(command) == 0
+    command[command.index("--stuff-pngs") + 1] = str(tmp_path / "other")
+    assert main(command) == 2
+    assert f"stuff', not from '{tmp_path / 'source' / 'train.json'}'" in capsys.readouterr().err
+    assert main([*command, "--replace"]) == 0
+
+    # The images of two folders of ADE20K may be the same, by a link.
+    ade20k(tmp_path / "first")
+    ade20k(tmp_path / "second")
+    shutil.rmtree(tmp_path / "second" / "images")
+    (tmp_path / "second" / "images").symlink_to(tmp_path / "first" / "images")
+    output = ["--splits", "train", "--output-dir", str(tmp_path / "ade20k")]
+    assert main(["convert", "ade20k", "--root", str(tmp_path / "first"), *output]) == 0
+    assert main(["convert", "ade20k", "--root", str(tmp_path / "second"), *output]) == 2
 
 
 SOURCES = (cityscapes, mapillary, ade20k, coco_instances, labelme, cvat_masks, semantic_pngs)

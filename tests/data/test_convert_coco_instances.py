@@ -202,6 +202,10 @@ def doubled_image(source: Source) -> None:
     [
         (change("category_id", 2), "its annotation of id 11 has category_id 2, which 'categories' does not list"),
         (change("category_id", None), "its annotation of id 11 has category_id None, which"),
+        (
+            lambda source: source.content["annotations"][4].update(id=None, category_id=2),
+            "entry 4 of 'annotations' has",
+        ),
         (change("segmentation", []), "id 11 has no 'segmentation'; a box does not say which pixels are meant"),
         (change("segmentation", [[0, 0, 1, 1]]), "id 11 has a polygon that is not a list x, y, x, y"),
         (change("segmentation", [[0, 0, 1, 1, 2, "x"]]), "id 11 has a polygon with a coordinate that is not a number"),
@@ -212,13 +216,13 @@ def doubled_image(source: Source) -> None:
         (change("iscrowd", "no"), "id 11 has iscrowd 'no'; it must be 0 or 1"),
         (
             change("segmentation", {"size": [6, 4], "counts": [24]}),
-            r"id 11 has run lengths of size \[6, 4\]; its image is \[4, 6\]",
+            r"id 11 has run lengths of size \[6, 4\], but its image is \[4, 6\]",
         ),
         (change("segmentation", {"size": [4, 6], "counts": [1, 2]}), r"cannot be read \(they cover 3 of 24 pixels\)"),
         (change("segmentation", {"size": [4, 6], "counts": "62"}), r"cannot be read \(they cover 8 of 24 pixels\)"),
         (change("segmentation", {"size": [4, 6], "counts": None}), "id 11 has run lengths that cannot be read"),
         (doubled_image, "id 1 is in 'images' more than once"),
-        (other_size, "is 5x6 but its label is 4x6"),
+        (other_size, "it is 5x6 but its label is 4x6"),
         (lambda source: (source.folder / "images" / "b.png").unlink(), "the image '.*b.png' cannot be read"),
     ],
 )

@@ -248,6 +248,13 @@ def test_second_split_with_more_instances_is_refused(source):
     assert DatasetInfo.load(source.folder / "records").label_divisor == 10_000
 
 
+def test_the_only_split_may_change_its_categories(source):
+    source.convert()
+    source.content["categories"][1]["name"] = "human"
+    source.convert()
+    assert "human" in [category.name for category in DatasetInfo.load(source.folder / "records").categories]
+
+
 def test_other_categories_in_the_folder_are_refused(source):
     source.convert()
     source.content["categories"][1]["name"] = "human"
@@ -336,11 +343,11 @@ def doubled_image(source):
 
 IMAGE_FAULTS = [
     (absent_image, r"the image '.*images.b\.png' cannot be read \(No such file"),
-    (truncated_image, r"'b\.png' is not a readable image, or cut short"),
+    (truncated_image, r"it is not a readable image, or cut short"),
     (absent_png, r"the panoptic PNG '.*panoptic.b\.png' cannot be read \(No such file"),
     (truncated_png, r"'.*panoptic.b\.png' is not a readable PNG, or cut short"),
     (gray_png, r"panoptic.b\.png' has 1 channels; a panoptic PNG is RGB"),
-    (other_size, r"Image 'b\.png' is 4x2 but its label is 2x4"),
+    (other_size, r"it is 4x2 but its label is 2x4"),
     (id_not_in_json, r"panoptic.b\.png' has pixels of id 300, which 'segments_info' does not list"),
     (largest_id_not_in_json, r"has pixels of id 16777215, which 'segments_info' does not list"),
     (id_not_in_png, r"'segments_info' lists id 77, of which '.*panoptic.b\.png' has no pixels"),
@@ -375,7 +382,9 @@ def test_doubled_annotation_is_named(source):
     report = source.convert(on_error="skip")
     assert report.examples == 3
     assert "'a.png'" in report.skipped[0]
-    assert "entry 3 of 'annotations' is a second annotation of image_id 0; an image must have one." in report.skipped[0]
+    assert (
+        "entry 3 of 'annotations' is a second annotation of image_id 0; an image must have one: " in report.skipped[0]
+    )
 
 
 @pytest.mark.parametrize(

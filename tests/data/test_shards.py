@@ -104,6 +104,12 @@ def test_split_name_must_be_a_file_name(split):
         shard_names(split, 1)
 
 
+def test_split_name_must_fit_into_a_file_name():
+    assert len(shard_names("a" * 100, 1)) == 1
+    with pytest.raises(UserError, match=r"up to 100 characters, but 'a{20}\.\.\.' has 101; use a shorter one\.$"):
+        shard_names("a" * 101, 1)
+
+
 @pytest.mark.parametrize("count", [0, 100_000])
 def test_number_of_shards_is_checked(count):
     with pytest.raises(UserError, match=rf"The number of shards must be 1\.\.99999, got {count}"):

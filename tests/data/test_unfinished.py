@@ -21,7 +21,9 @@ import tensorflow as tf
 from kills import killed_at_the_end
 
 from deeplab2_like.data.convert import common, unfinished
+from deeplab2_like.data.convert.scenes import convert_scenes
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.data.shards import ShardWriter, count_examples, list_shards, read_index, shard_names
 from deeplab2_like.errors import UserError
 from deeplab2_like.temporary import TemporaryFile
@@ -203,7 +205,7 @@ def test_another_source_does_not_replace_a_split(conversion: Conversion, tmp_pat
     other.inputs[1].write_text("good")
     assert other.run(folder, source=[second], replace=True).examples == 2
     assert count_examples(list_shards(folder, "train")) == 2
-    with pytest.raises(UserError, match=rf"was made from '{second}', not from no files \(by `convert scenes`\)"):
+    with pytest.raises(UserError, match=rf"was made from '{second}', not by `convert scenes`; name"):
         conversion.run(folder)
 
 
@@ -250,6 +252,49 @@ def test_a_split_is_not_put_beside_others_of_other_classes(
     with pytest.raises(UserError, match=r"does not match the splits made since \(val\): .*label_divisor 1000 differ"):
         conversion.run(tmp_path)
     assert DatasetInfo.load(tmp_path) == other
+
+
+def test_an_interrupted_conversion_of_other_classes_is_not_shut_out(conversion: Conversion, tmp_path: Path) -> None:
+    conversion.inputs[6].write_text("bad")
+    with pytest.raises(UserError, match="is bad"):
+        conversion.run(tmp_path)
+    other = INFO.from_coco_categories([{"id": 1, "name": "other", "isthing": 1}], name="x")
+    message = r"interrupted conversion of split 'train' with other categories \(id 1 'thing' there, id 1 'other' here\)"
+    with pytest.raises(UserError, match=message):
+        common.agree_on_dataset_info(other, output_dir=tmp_path, split="val", max_instances=0)
+    with pytest.raises(UserError, match=r"'train' with label_divisor 1000, but split 'val' needs 5000"):
+        common.agree_on_dataset_info(INFO, output_dir=tmp_path, split="val", max_instances=0, label_divisor=5000)
+    assert common.agree_on_dataset_info(INFO, output_dir=tmp_path, split="val", max_instances=0) == INFO
+
+
+def test_all_splits_are_checked_before_the_first_is_written(conversion: Conversion, tmp_path: Path) -> None:
+    conversion.run(tmp_path / "records", split="val", source=[tmp_path / "inputs"], info=scenes_info())
+    before = contents(tmp_path / "records")
+    with pytest.raises(UserError, match=r"Split 'val' in '.*' was made from '.*inputs', not by `convert scenes`"):
+        convert_scenes(train=2, val=1, size=(32, 32), output_dir=tmp_path / "records")
+    assert contents(tmp_path / "records") == before
+
+
+def test_two_conversions_at_once_do_not_meet(conversion: Conversion, tmp_path: Path) -> None:
+    second = Conversion(tmp_path / "second")
+    message = rf"^Split 'train' in '{tmp_path / 'records'}' is being converted by another process; wait until it has"
+    refused = []
+
+    def convert_again(done: int, total: int) -> None:
+        for options in ({}, {"replace": True}):
+            with pytest.raises(UserError, match=message):
+                second.run(tmp_path / "records", **options)
+            refused.append(done)
+        second.run(tmp_path / "records", split="val")  # Another split is none of its business.
+
+    report = conversion.run(tmp_path / "records", progress=convert_again)
+    assert (report.examples, len(refused)) == (COUNT, 2 * COUNT)
+    assert not list((tmp_path / "records").glob("*.lock"))
+    assert not list((tmp_path / "records").glob(".*.lock"))
+    # A killed process leaves an unlocked file.
+    (tmp_path / "records" / ".train.conversion.lock").touch()
+    assert conversion.run(tmp_path / "records").is_unchanged
+    assert not (tmp_path / "records" / ".train.conversion.lock").exists()
 
 
 def test_what_is_finished_is_not_made_again(conversion: Conversion, tmp_path: Path) -> None:
@@ -410,6 +455,21 @@ def test_faults_of_finished_files_are_reported_after_a_kill(conversion: Conversi
     report = conversion.run(tmp_path, on_error="skip")
     assert (report.kept_files, report.skipped, conversion.made) == (2, ("'0.txt' is bad.",), ["4", "5", "6"])
     assert json.loads((tmp_path / "errors.jsonl").read_text())["file"] == str(conversion.inputs[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shards": -1}, r"^The number of shards must be 1\.\.99999, got -1\.$"),
+        ({"split": "a" * 300}, r"up to 100 characters, but 'a{20}\.\.\.' has 300"),
+    ],
+)
+def test_wrong_arguments_are_refused_first(
+    conversion: Conversion, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        conversion.run(tmp_path / "records", **changes)
+    assert not (tmp_path / "records").exists()
 
 
 def test_without_inputs_every_run_begins_anew(conversion: Conversion, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from deeplab2_like import files
 from deeplab2_like.data import known_datasets
 from deeplab2_like.data.convert import common, labeled_images
-from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic
+from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic, require_same_categories
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import read_color_png, read_value_png
 from deeplab2_like.errors import UserError, unknown_name
@@ -60,27 +60,45 @@ def convert_ade20k(
             f"'{root}' has ade20k_panoptic_{prepared[0]}.json but not such a JSON for every split, and the two kinds "
             "of labels cannot be mixed; add the others, or move this one away, so that all come from 'annotations'."
         )
+    sources = {split: _source(root, split, is_prepared=bool(prepared)) for split in splits}
+    common.require_replaceable(output_dir, sources, replace=options.get("replace", False))
+    if prepared:
+        require_same_categories([json_file for json_file, *_ in sources.values()])
     reports = []
-    for split in splits:
-        images = root / "images" / _FOLDERS[split]
-        panoptic = root / f"ade20k_panoptic_{split}"
+    for split, source in sources.items():
         if prepared:
+            json_file, images, panoptic = source
             report = convert_coco_panoptic(
                 images=images,
                 panoptic=panoptic,
-                json_file=panoptic.with_suffix(".json"),
+                json_file=json_file,
                 output_dir=output_dir,
                 split=split,
                 **options,
             )
         else:
-            report = _convert_annotations(root, images, output_dir=output_dir, split=split, options=options)
+            report = _convert_annotations(*source, output_dir=output_dir, split=split, options=options)
         reports.append(report)
     return tuple(reports)
 
 
+def _source(root: Path, split: str, *, is_prepared: bool) -> tuple[Path, Path, Path]:
+    """Returns the files and folders of a split: JSON, images and panoptic PNGs, or images, annotations and objects."""
+    folder = _FOLDERS[split]
+    if is_prepared:
+        panoptic = root / f"ade20k_panoptic_{split}"
+        return panoptic.with_suffix(".json"), root / "images" / folder, panoptic
+    return root / "images" / folder, root / "annotations" / folder, root / "annotations_instance" / folder
+
+
 def _convert_annotations(
-    root: Path, images: Path, *, output_dir: Path, split: str, options: labeled_images.LabelOptions
+    images: Path,
+    annotations: Path,
+    instances: Path,
+    *,
+    output_dir: Path,
+    split: str,
+    options: labeled_images.LabelOptions,
 ) -> common.ConversionReport:
     """Converts a split from `annotations` and `annotations_instance`."""
     # Ids as in the panoptic JSON, from 0.
@@ -89,7 +107,6 @@ def _convert_annotations(
         {"id": class_id, "name": name, "isthing": int(class_id in things)}
         for class_id, name in enumerate(known_datasets.ADE20K_NAMES)
     ]
-    instances = root / "annotations_instance" / images.name
     common.require_folder(instances, "folder of instance PNGs")
 
     def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
@@ -100,26 +117,32 @@ def _convert_annotations(
                 instance_class = value & 255
                 if instance_class > len(things):
                     raise UserError(
-                        f"'{instance_png}' has class {instance_class} (red); it must be 0 to {len(things)}."
+                        f"'{instance_png}' has class {instance_class} (red); it must be 0 to {len(things)}: correct "
+                        "the PNG."
                     )
                 return known_datasets.ADE20K_THINGS[instance_class - 1] - 1, True
             if value > len(categories):
-                raise UserError(f"'{pair.label}' has class {value}; it must be 0 to {len(categories)}.")
+                raise UserError(
+                    f"'{pair.label}' has class {value}; it must be 0 to {len(categories)}: correct the PNG."
+                )
             return None if value == 0 or value - 1 in things else (value - 1, False)
 
         image = files.read_file(pair.image, "the image")
         classes = read_value_png(pair.label, "class PNG")
         objects = read_color_png(instance_png, "instance PNG") & 0xFFFF  # Without blue.
         if classes.shape != objects.shape:
-            raise UserError(f"'{pair.label}' is {classes.shape} but '{instance_png}' {objects.shape} (height, width).")
+            raise UserError(
+                f"'{pair.label}' is {classes.shape} but '{instance_png}' {objects.shape} (height, width); make "
+                "them again."
+            )
         is_object = ((objects & 255) > 0) & (objects >> 8 > 0)
         return image, labeled_images.values_to_panoptic(np.where(is_object, _OBJECT + objects, classes), meaning, info)
 
     return labeled_images.write_labeled_images(
-        labeled_images.pair_images(images, root / "annotations" / images.name),
+        labeled_images.pair_images(images, annotations),
         load,
         inputs_of=lambda pair: [pair.image, pair.label, instances / pair.label.name],
-        source=[images],
+        source=[images, annotations, instances],
         info=DatasetInfo.from_coco_categories(categories, name="ade20k"),
         output_dir=output_dir,
         split=split,

@@ -76,9 +76,17 @@ def convert_cityscapes(
     """
     labels = Path(root) / ("gtCoarse" if coarse else "gtFine")
     info = DatasetInfo("cityscapes", known_datasets.CITYSCAPES)
+    splits = splits or (("train_extra",) if coarse else ("train", "val"))
+    names = {split: f"{split}_coarse" if coarse else split for split in splits}
+    sources = {split: [Path(root) / "leftImg8bit" / split, labels] for split in splits}
+    common.require_replaceable(
+        Path(output_dir),
+        {names[split]: source for split, source in sources.items()},
+        replace=options.get("replace", False),
+    )
     reports = []
-    for split in splits or (("train_extra",) if coarse else ("train", "val")):
-        images = Path(root) / "leftImg8bit" / split
+    for split, source in sources.items():
+        images = source[0]
         common.require_folder(images, "image folder")
         panoptic = labels / f"cityscapes_panoptic_{split}"
         if panoptic.is_dir() and panoptic.with_suffix(".json").is_file():
@@ -96,10 +104,10 @@ def convert_cityscapes(
                 examples,
                 _load,
                 inputs_of=lambda example: [example.image, example.label],
-                source=[images, labels],
+                source=source,
                 info=info,
                 output_dir=Path(output_dir),
-                split=f"{split}_coarse" if coarse else split,
+                split=names[split],
                 **options,
             )
         )

@@ -30,12 +30,15 @@ class _Example:
         name: The image's file name.
         size: Height and width.
         annotations: The annotations of the image, in the order of the JSON, not yet checked.
+        positions: The position of each annotation in the list of the JSON.
         fault: A fault that was found in the JSON, or None.
     """
 
     name: str
     size: tuple[int, int] = (0, 0)
     annotations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    # Not in the `repr`, so that files of records do not change with annotations of other images.
+    positions: list[int] = dataclasses.field(default_factory=list, repr=False)
     fault: str | None = None
 
 
@@ -115,7 +118,10 @@ def convert_coco_instances(
         if stuff_pngs is not None:
             png = path_inside(Path(stuff_pngs), _stuff_name(example))
             below = _draw_stuff(png, class_names_of_values, below, info)
-        found = [_read_shape(annotation, example.size, info) for annotation in example.annotations]
+        found = [
+            _read_shape(annotation, position, example.size, info)
+            for annotation, position in zip(example.annotations, example.positions, strict=True)
+        ]
         if crowds_are_objects:
             found = [dataclasses.replace(shape, is_crowd=False) for shape in found]
         return image, shapes.draw(found, below, overlap=overlap, info=info)
@@ -132,7 +138,7 @@ def convert_coco_instances(
             "crowds_are_objects": crowds_are_objects,
             "stuff_values": class_names_of_values,
         },
-        source=[json_file, images],
+        source=[json_file, images] if stuff_pngs is None else [json_file, images, Path(stuff_pngs)],
         info=info,
         output_dir=Path(output_dir),
         split=split if split is not None else common.guess_split(json_file),
@@ -187,7 +193,7 @@ def _list_examples(content: dict[str, Any]) -> list[_Example]:
             fault = f"entry {position} of 'images' lacks 'id', 'file_name', 'height' or 'width'; add it."
             examples.append(_Example(str(name or image_id), fault=fault))
         elif image_id in of_image_id:
-            fault = f"id {image_id!r} is in 'images' more than once; ids must differ."
+            fault = f"id {image_id!r} is in 'images' more than once; ids must differ: correct the JSON."
             of_image_id[image_id].fault = fault
         else:
             of_image_id[image_id] = _Example(name, (height, width))
@@ -196,19 +202,24 @@ def _list_examples(content: dict[str, Any]) -> list[_Example]:
         image_id = annotation.get("image_id")
         if isinstance(image_id, int | str) and image_id in of_image_id:
             of_image_id[image_id].annotations.append(annotation)
+            of_image_id[image_id].positions.append(position)
         else:
-            fault = f"entry {position} of 'annotations' has image_id {image_id!r}, which 'images' does not list."
+            fault = (
+                f"entry {position} of 'annotations' has image_id {image_id!r}, which 'images' does not list; add it "
+                "there."
+            )
             examples.append(_Example(str(image_id), fault=fault))
     return examples
 
 
-def _read_shape(annotation: dict[str, Any], size: tuple[int, int], info: DatasetInfo) -> shapes.Shape:
-    """Reads one annotation."""
-    name = f"its annotation of id {annotation.get('id')!r}"
+def _read_shape(annotation: dict[str, Any], position: int, size: tuple[int, int], info: DatasetInfo) -> shapes.Shape:
+    """Reads one annotation, the one at `position` in the JSON."""
+    annotation_id = annotation.get("id")
+    name = f"entry {position} of 'annotations'" if annotation_id is None else f"its annotation of id {annotation_id!r}"
     category_id, segmentation = annotation.get("category_id"), annotation.get("segmentation")
     class_id = info.class_of_category_id.get(category_id) if isinstance(category_id, int) else None
     if class_id is None:
-        raise UserError(f"{name} has category_id {category_id!r}, which 'categories' does not list.")
+        raise UserError(f"{name} has category_id {category_id!r}, which 'categories' does not list; add it there.")
     if isinstance(segmentation, dict):
         runs = _read_runs(segmentation, size, name)
     elif isinstance(segmentation, list) and segmentation:
@@ -222,7 +233,7 @@ def _read_shape(annotation: dict[str, Any], size: tuple[int, int], info: Dataset
     try:
         is_crowd = crowd is not None and bool(whole_number(crowd, 0, 1))
     except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{name} has iscrowd {crowd!r}; it must be 0 or 1.") from error
+        raise UserError(f"{name} has iscrowd {crowd!r}; it must be 0 or 1: correct the JSON.") from error
     return shapes.Shape(class_id, runs, is_crowd=is_crowd)
 
 
@@ -231,7 +242,10 @@ def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], name: str) -
     height, width = size
     counts: Any = segmentation.get("counts")
     if segmentation.get("size") != [height, width]:
-        raise UserError(f"{name} has run lengths of size {segmentation.get('size')}; its image is {[height, width]}.")
+        raise UserError(
+            f"{name} has run lengths of size {segmentation.get('size')}, but its image is {[height, width]} (height, "
+            "width); correct the JSON."
+        )
     try:
         if isinstance(counts, list):
             runs = coco_mask.frPyObjects(segmentation, height, width)
@@ -240,7 +254,7 @@ def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], name: str) -
         shapes.decode_runs(runs)  # Raises an error if they are damaged.
         return runs
     except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{name} has run lengths that cannot be read ({error}).") from error
+        raise UserError(f"{name} has run lengths that cannot be read ({error}); correct the JSON.") from error
 
 
 def _stuff_name(example: _Example) -> str:
@@ -252,7 +266,9 @@ def _draw_stuff(png: Path, name_of_value: dict[int, str], below: np.ndarray, inf
     """Draws a stuff PNG over a panoptic map, int32 [H, W]."""
     values = read_value_png(png, "stuff PNG")
     if values.shape != below.shape:
-        raise UserError(f"the stuff PNG '{png}' is {values.shape} but its image {below.shape} (height, width).")
+        raise UserError(
+            f"the stuff PNG '{png}' is {values.shape} but its image {below.shape} (height, width); make it again."
+        )
     class_id_of_name = shapes.class_of_name(info)
     class_id_of_value = {value: class_id_of_name[name] for value, name in name_of_value.items()}
 

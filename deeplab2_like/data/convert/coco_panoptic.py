@@ -5,7 +5,7 @@ The JSON says everything about the classes, so any data set in this format conve
 
 import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def convert_coco_panoptic(  # noqa: PLR0913 - its arguments are the options of t
         try:
             return _make_record(example, images=images, panoptic=panoptic, info=info, max_side=max_side)
         except UserError as error:
-            raise UserError(f"Image '{example.name}' of '{json_file}': {error}") from error
+            raise common.fault_of_image(example.name, json_file, error) from error
 
     return common.write_split(
         _list_examples(content),
@@ -144,6 +144,20 @@ def check_segments(
         if progress is not None:
             progress(done, len(examples))
     return faults
+
+
+def require_same_categories(json_files: Sequence[Path]) -> None:
+    """Raises `UserError` unless the JSONs of several splits list the same categories."""
+    found = [
+        DatasetInfo.from_coco_categories(_read_json(path)["categories"], name=path.stem).categories
+        for path in json_files
+    ]
+    for path, categories in zip(json_files, found, strict=True):
+        if categories != found[0]:
+            raise UserError(
+                f"'{path}' has other categories than '{json_files[0]}', so the two cannot be in one record folder; "
+                "make both JSONs again from the same list of categories."
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -195,12 +209,15 @@ def _list_examples(content: Mapping[str, Any]) -> list[_Example]:
                 str(panoptic_name or image_id), fault=f"{entry} lacks 'image_id' or 'file_name' (of the PNG); add it."
             )
         elif image_id not in file_names:
-            example = _Example(panoptic_name, fault=f"{entry} has image_id {image_id!r}, which 'images' does not list.")
+            fault = f"{entry} has image_id {image_id!r}, which 'images' does not list; add it there."
+            example = _Example(panoptic_name, fault=fault)
         elif image_id in repeated:
-            fault = f"id {image_id!r} is in 'images' more than once; ids must differ."
+            fault = f"id {image_id!r} is in 'images' more than once; ids must differ: correct the JSON."
             example = _Example(file_names[image_id], fault=fault)
         elif image_id in seen:
-            fault = f"{entry} is a second annotation of image_id {image_id!r}; an image must have one."
+            fault = (
+                f"{entry} is a second annotation of image_id {image_id!r}; an image must have one: remove the other."
+            )
             example = _Example(file_names[image_id], fault=fault)
         else:
             example = _Example(file_names[image_id], panoptic_name, annotation.get("segments_info"))

@@ -13,11 +13,18 @@ import numpy as np
 
 from deeplab2_like import errors
 from deeplab2_like.data import dataset_info
-from deeplab2_like.data.convert.unfinished import UnfinishedSplit, fingerprint, make_plan
+from deeplab2_like.data.convert.unfinished import (
+    UnfinishedSplit,
+    fingerprint,
+    hidden_folder,
+    interrupted_conversions,
+    make_plan,
+    require_same_source,
+)
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.data.records import serialize_example
-from deeplab2_like.data.shards import list_splits
+from deeplab2_like.data.shards import list_splits, require_shard_count
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import make_folder, require_local
 from deeplab2_like.parallel import map_in_order
@@ -153,32 +160,23 @@ def write_split(  # noqa: PLR0913 - converters pass their options through
         ]
     plan = make_plan(info, source=source, examples=len(items), shards=len(ranges), options=options or {})
     unfinished = UnfinishedSplit(output_dir, split, plan=plan, fingerprints=fingerprints)
+    conversion = _Conversion(items, make_record, inputs_of=inputs_of, may_skip=on_error == "skip", progress=progress)
     is_new = not output_dir.exists()
     make_folder(output_dir)
-    may_skip = on_error == "skip"
-    was_completed = unfinished.complete_publication()
-    if not replace:
-        unfinished.require_same_source()
-    finished = unfinished.finished(allow_skipped=may_skip)
-    if finished is not None:
-        return _make_report(split, finished, kept_files=len(ranges), is_unchanged=not was_completed)
-
     try:
-        kept = unfinished.begin(allow_skipped=may_skip, replace=replace)
-        conversion = _Conversion(items, make_record, inputs_of=inputs_of, may_skip=may_skip, progress=progress)
-        states = conversion.write_files(unfinished, ranges, kept, num_classes=info.num_classes, workers=workers)
-        report = _make_report(split, states, kept_files=sum(state is not None for state in kept))
-        if not report.examples:
-            first = f"all {len(report.skipped)} are faulty, the first: {report.skipped[0]}" if report.skipped else ""
-            raise _EmptySplitError(f"Split '{split}' has no examples to write: {first or 'the data set is empty.'}")
-        unfinished.publish(info, states)
-    except BaseException as error:
-        unfinished.abandon(keep_finished=not isinstance(error, _EmptySplitError))
+        with unfinished.lock():
+            was_completed = unfinished.complete_publication()
+            if not replace:
+                require_same_source(output_dir, split, source)
+            finished = unfinished.finished(allow_skipped=on_error == "skip")
+            if finished is not None:
+                return _make_report(split, finished, kept_files=len(ranges), is_unchanged=not was_completed)
+            return conversion.run(unfinished, ranges, info=info, split=split, workers=workers, replace=replace)
+    except BaseException:
         if is_new:
-            with contextlib.suppress(OSError):  # Another process may have created files there.
+            with contextlib.suppress(OSError):  # Finished files are kept, and other processes may have created some.
                 output_dir.rmdir()
         raise
-    return report
 
 
 class _EmptySplitError(UserError):
@@ -211,7 +209,33 @@ class _Conversion(Generic[Item]):
         self._may_skip = may_skip
         self._progress = progress
 
-    def write_files(
+    def run(
+        self,
+        unfinished: UnfinishedSplit,
+        ranges: Sequence[tuple[int, int]],
+        *,
+        info: DatasetInfo,
+        split: str,
+        workers: int,
+        replace: bool,
+    ) -> ConversionReport:
+        """Writes the files and publishes the split; the arguments are those of `write_split`."""
+        try:
+            kept = unfinished.begin(allow_skipped=self._may_skip, replace=replace)
+            states = self._write_files(unfinished, ranges, kept, num_classes=info.num_classes, workers=workers)
+            report = _make_report(split, states, kept_files=sum(state is not None for state in kept))
+            if not report.examples:
+                first = (
+                    f"all {len(report.skipped)} are faulty, the first: {report.skipped[0]}" if report.skipped else ""
+                )
+                raise _EmptySplitError(f"Split '{split}' has no examples to write: {first or 'the data set is empty.'}")
+            unfinished.publish(info, states)
+        except BaseException as error:
+            unfinished.abandon(keep_finished=not isinstance(error, _EmptySplitError))
+            raise
+        return report
+
+    def _write_files(
         self,
         unfinished: UnfinishedSplit,
         ranges: Sequence[tuple[int, int]],
@@ -278,8 +302,9 @@ def _split_into_ranges(num_items: int, shards: int | None) -> list[tuple[int, in
     """Returns the first item and the end of each file: `shards` files, or about one per `EXAMPLES_PER_SHARD` items."""
     if shards is None:
         shards = max(1, round(num_items / EXAMPLES_PER_SHARD))
+    require_shard_count(shards)
     shards = min(shards, max(1, num_items))
-    bounds = [number * num_items // max(shards, 1) for number in range(shards + 1)]
+    bounds = [number * num_items // shards for number in range(shards + 1)]
     return list(itertools.pairwise(bounds))
 
 
@@ -323,6 +348,15 @@ def make_labeled_record(*, image: bytes | np.ndarray, panoptic: np.ndarray, file
     np.add.at(pixels, classes, table.areas)
     objects = np.bincount(classes[is_object], minlength=info.num_classes)
     return Record(serialized, tuple(objects.tolist()), tuple(pixels.tolist()))
+
+
+def fault_of_image(name: str, source: Path, error: UserError) -> UserError:
+    """Returns the error of one image, with the names of the image and of its source in front."""
+    text = str(error)
+    for beginning in (f"Image '{name}' ", f"'{name}' "):
+        if text.startswith(beginning):  # The name once is enough.
+            text = f"it {text.removeprefix(beginning)}"
+    return UserError(f"Image '{name}' of '{source}': {text}")
 
 
 def guess_split(*paths: Path) -> str:
@@ -374,7 +408,8 @@ def agree_on_dataset_info(
         The `DatasetInfo` to write, the same as in the folder if it has other splits.
 
     Raises:
-        UserError: If the divisor is too small, or other splits in the folder have other categories or another divisor.
+        UserError: If the divisor is too small, or other splits in the folder, or interrupted conversions of them, have
+            other categories or another divisor.
     """
     existing = None
     other_splits: list[str] = []
@@ -383,13 +418,15 @@ def agree_on_dataset_info(
         other_splits = [name for name in list_splits(output_dir) if name != split]
         if existing.record_offset:
             raise UserError(f"'{output_dir}' holds records that DeepLab2 made; choose another output folder.")
-        if existing.categories != info.categories:
+        if other_splits and existing.categories != info.categories:
             raise UserError(
                 f"'{output_dir}' holds records of '{existing.name}' with other categories "
-                f"({_first_difference(existing, info)}); choose another output folder."
+                f"({_first_difference(existing, info)}) in its other splits ({', '.join(other_splits)}); choose "
+                "another output folder."
             )
+    interrupted = _interrupted_others(info, output_dir, split)
     if label_divisor is None:
-        known = [existing.label_divisor] if existing is not None else []
+        known = [found.label_divisor for found in (existing, *interrupted.values()) if found is not None]
         fitting = [divisor for divisor in (*known, *LABEL_DIVISORS) if divisor > max_instances]
         if not fitting:
             raise UserError(
@@ -402,14 +439,58 @@ def agree_on_dataset_info(
             f"label_divisor {label_divisor} is too small: an image of split '{split}' has {max_instances} instances of "
             f"one class; give {max_instances + 1} or more."
         )
-    if existing is None:
+    _require_label_divisor(interrupted, label_divisor, output_dir, split)
+    if existing is None or not other_splits:
         return dataclasses.replace(info, label_divisor=label_divisor)
-    if other_splits and existing.label_divisor != label_divisor:
+    if existing.label_divisor != label_divisor:
         raise UserError(
             f"'{output_dir}' holds splits ({', '.join(other_splits)}) with label_divisor {existing.label_divisor}, but "
             f"split '{split}' needs {label_divisor}; convert all of them with label_divisor {label_divisor}."
         )
     return dataclasses.replace(existing, label_divisor=label_divisor)
+
+
+def _interrupted_others(info: DatasetInfo, output_dir: Path, split: str) -> dict[str, DatasetInfo]:
+    """Returns the classes of interrupted conversions of other splits; raises `UserError` if they differ from `info`."""
+    interrupted = interrupted_conversions(output_dir)
+    interrupted.pop(split, None)
+    for name, other in interrupted.items():
+        if other.categories != info.categories:
+            raise UserError(
+                f"'{output_dir}' holds an interrupted conversion of split '{name}' with other categories "
+                f"({_first_difference(other, info)}); choose another output folder, or delete "
+                f"'{hidden_folder(output_dir, name)}' if that conversion is not needed."
+            )
+    return interrupted
+
+
+def _require_label_divisor(
+    interrupted: Mapping[str, DatasetInfo], label_divisor: int, output_dir: Path, split: str
+) -> None:
+    """Raises `UserError` unless interrupted conversions of other splits have this label divisor."""
+    for name, other in interrupted.items():
+        if other.label_divisor != label_divisor:
+            raise UserError(
+                f"'{output_dir}' holds an interrupted conversion of split '{name}' with label_divisor "
+                f"{other.label_divisor}, but split '{split}' needs {label_divisor}; choose another output folder, or "
+                f"delete '{hidden_folder(output_dir, name)}' and convert both with label_divisor {label_divisor}."
+            )
+
+
+def require_replaceable(output_dir: Path, sources: Mapping[str, Sequence[Path]], *, replace: bool) -> None:
+    """Checks all splits of a conversion before the first is written; `write_split` checks each again.
+
+    Args:
+        output_dir: The record folder, which may be missing.
+        sources: The source of each split, see `write_split`.
+        replace: Whether splits from other sources may be replaced.
+
+    Raises:
+        UserError: If the folder has one of the splits, or an interrupted conversion of it, from another source.
+    """
+    for split, source in sources.items():
+        if not replace and output_dir.is_dir():
+            require_same_source(output_dir, split, source)
 
 
 def _first_difference(existing: DatasetInfo, info: DatasetInfo) -> str:

@@ -93,7 +93,7 @@ def write_labeled_images(  # noqa: PLR0913 - converters pass their options throu
                 image, panoptic = downscale(image, panoptic, max_side, name=item.name)
             return common.make_labeled_record(image=image, panoptic=panoptic, filename=item.name, info=agreed)
         except UserError as error:
-            raise UserError(f"Image '{item.name}' of '{source[0]}': {error}") from error
+            raise common.fault_of_image(item.name, source[0], error) from error
 
     return common.write_split(
         items,

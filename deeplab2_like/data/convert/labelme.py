@@ -21,6 +21,7 @@ from deeplab2_like.data import dataset_info
 from deeplab2_like.data.convert import common, labeled_images, shapes
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import IMAGE_SUFFIXES, turn_upright
+from deeplab2_like.data.shards import list_splits
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import is_inside, require_inside
 
@@ -87,7 +88,7 @@ def convert_labelme(
     if not any(example.json_file for example in examples):
         raise UserError(f"'{root}' has no JSON of labelme; give the folder in which labelme saves them.")
     if classes is None:
-        classes = _known_names(output_dir, names) or sorted(names)
+        classes = _known_names(output_dir, split, names) or sorted(names)
     info = shapes.make_info(
         [{"id": number, "name": name} for number, name in enumerate(classes, start=1)],
         name=root.name,
@@ -155,9 +156,9 @@ def _scan(root: Path) -> tuple[list[_Example], set[str], int]:
     return examples, names, max_instances
 
 
-def _known_names(output_dir: Path, names: set[str]) -> list[str]:
-    """Returns the class names of a record folder, in its order, if they include some names; otherwise nothing."""
-    if not (output_dir / dataset_info.FILE_NAME).is_file():
+def _known_names(output_dir: Path, split: str, names: set[str]) -> list[str]:
+    """Returns the class names of other splits in a record folder, if they include some names; otherwise nothing."""
+    if not (output_dir / dataset_info.FILE_NAME).is_file() or not set(list_splits(output_dir)) - {split}:
         return []
     known = [category.name for category in DatasetInfo.load(output_dir).categories]
     return known if names <= set(known) else []
@@ -225,7 +226,7 @@ def _runs_of_shape(shape: dict[str, Any], size: tuple[int, int]) -> shapes.Runs:
     if kind not in ("rectangle", "circle", "mask"):
         raise UserError(f"is a {kind}, which has no inside; use polygon, rectangle, circle or mask, or remove it")
     if len(points) != 2:
-        raise UserError(f"is a {kind} of {len(points)} points, not of 2")
+        raise UserError(f"is a {kind} of {len(points)} points, not of 2; draw it again")
     if kind == "rectangle":
         (left, top), (right, bottom) = points.tolist()
         return shapes.polygon_runs([[left, top, right, top, right, bottom, left, bottom]], size)
@@ -239,10 +240,10 @@ def _runs_of_shape(shape: dict[str, Any], size: tuple[int, int]) -> shapes.Runs:
         with Image.open(io.BytesIO(_decode_base64(shape.get("mask"), "'mask'"))) as picture:
             inside = np.asarray(picture).astype(bool)
     except OSError as error:
-        raise UserError("has a 'mask' that is not a readable PNG") from error
+        raise UserError("has a 'mask' that is not a readable PNG; draw it again") from error
     mask = np.zeros(size, bool)
     if left < 0 or top < 0 or mask[top : bottom + 1, left : right + 1].shape != inside.shape:
-        raise UserError("has a 'mask' that does not fit its points, or that extends beyond the image")
+        raise UserError("has a 'mask' that does not fit its points, or that extends beyond the image; draw it again")
     mask[top : bottom + 1, left : right + 1] = inside
     return shapes.mask_runs(mask)
 
@@ -251,9 +252,9 @@ def _points(shape: dict[str, Any]) -> list[list[float]]:
     try:
         points = [[float(x), float(y)] for x, y in shape["points"]]
     except (LookupError, TypeError, ValueError) as error:
-        raise UserError("has no list 'points' of pairs x, y") from error
+        raise UserError("has no list 'points' of pairs x, y; draw it again") from error
     if not np.isfinite(points).all():
-        raise UserError("has a point with a coordinate that is not a number")
+        raise UserError("has a point with a coordinate that is not a number; draw it again")
     return points
 
 

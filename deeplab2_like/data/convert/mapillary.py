@@ -66,11 +66,14 @@ def convert_mapillary(
         values = read_value_png(pair.label, "instance PNG")
         return image, labeled_images.values_to_panoptic(values, meaning, info)
 
-    reports = []
+    sources = {}
     for split in splits or _FOLDERS:
         if split not in _FOLDERS:
             raise unknown_name("split of Mapillary Vistas", split, _FOLDERS)
-        images, label_pngs = root / _FOLDERS[split] / "images", root / _FOLDERS[split] / labels_folder
+        sources[split] = [root / _FOLDERS[split] / "images", root / _FOLDERS[split] / labels_folder]
+    common.require_replaceable(Path(output_dir), sources, replace=options.get("replace", False))
+    reports = []
+    for split, (images, label_pngs) in sources.items():
         reports.append(
             labeled_images.write_labeled_images(
                 labeled_images.pair_images(images, label_pngs),

@@ -53,25 +53,26 @@ def convert_scenes(
         image, panoptic = scenes.render_scene(index, height=height, width=width, seed=seed)
         return common.make_labeled_record(image=image, panoptic=panoptic, filename=f"scene_{index:07d}.png", info=info)
 
+    planned = [part for part in (("train", 0, train), ("val", FIRST_VAL_INDEX, val)) if part[2]]
+    common.require_replaceable(Path(output_dir), {split: () for split, _, _ in planned}, replace=replace)
     reports = []
-    for split, first, count in (("train", 0, train), ("val", FIRST_VAL_INDEX, val)):
-        if count:
-            agreed = common.agree_on_dataset_info(
-                info, output_dir=Path(output_dir), split=split, max_instances=0, label_divisor=info.label_divisor
+    for split, first, count in planned:
+        agreed = common.agree_on_dataset_info(
+            info, output_dir=Path(output_dir), split=split, max_instances=0, label_divisor=info.label_divisor
+        )
+        reports.append(
+            common.write_split(
+                range(first, first + count),
+                make_record,
+                info=agreed,
+                output_dir=Path(output_dir),
+                split=split,
+                shards=shards,
+                workers=workers,
+                progress=progress,
+                replace=replace,
+                inputs_of=lambda _: (),
+                options={"seed": seed, "size": size},
             )
-            reports.append(
-                common.write_split(
-                    range(first, first + count),
-                    make_record,
-                    info=agreed,
-                    output_dir=Path(output_dir),
-                    split=split,
-                    shards=shards,
-                    workers=workers,
-                    progress=progress,
-                    replace=replace,
-                    inputs_of=lambda _: (),
-                    options={"seed": seed, "size": size},
-                )
-            )
+        )
     return tuple(reports)

@@ -142,12 +142,14 @@ def polygon_runs(polygons: Any, size: tuple[int, int]) -> Runs:
     for polygon in polygons:
         # pycocotools would take four numbers for a box.
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise UserError("has a polygon that is not a list x, y, x, y, ... of three points or more")
+            raise UserError(
+                "has a polygon that is not a list x, y, x, y, ... of three points or more; correct the JSON"
+            )
         if not all(isinstance(number, int | float) and np.isfinite(number) for number in polygon):
-            raise UserError("has a polygon with a coordinate that is not a number")
+            raise UserError("has a polygon with a coordinate that is not a number; correct the JSON")
         # pycocotools also draws outside of the image, and aborts the process if it runs out of memory there.
         if max(map(abs, polygon)) > _LARGEST_COORDINATE:
-            raise UserError("has a polygon with a coordinate far outside of the image")
+            raise UserError("has a polygon with a coordinate far outside of the image; correct the JSON")
     height, width = size
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 

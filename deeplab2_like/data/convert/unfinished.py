@@ -9,6 +9,9 @@ conversion are moved out of the record folder and the new ones into it. These ar
 never mixed there, and the moment without a split is short. If the process is killed in between, the next conversion of
 the split completes the move, whatever its source. Finally `.SPLIT.conversion.json` is written, by which a later run
 knows the source of the split and whether there is anything to do.
+
+Meanwhile the process holds the lock of `.SPLIT.conversion.lock`, so that two conversions of a split do not remove each
+other's files.
 """
 
 import contextlib
@@ -34,13 +37,61 @@ _STATE_KEYS = ("fingerprint", "bytes", "examples", "skipped", "objects", "pixels
 _FORMAT = 4
 
 
+def hidden_folder(folder: Path, split: str) -> Path:
+    """Returns the hidden folder in which a split is converted."""
+    return folder / f".{split}.conversion"
+
+
+def interrupted_conversions(folder: Path) -> dict[str, DatasetInfo]:
+    """Returns the classes of each interrupted conversion with finished files in a record folder, by split."""
+    found = {}
+    for hidden in sorted(folder.glob(".*.conversion")):
+        plan = _read(hidden / "plan.json", "format", "categories", "label_divisor")
+        if plan is not None and plan["format"] == _FORMAT and _has_finished(hidden):
+            split = hidden.name[1:].removesuffix(".conversion")
+            found[split] = DatasetInfo.from_coco_categories(
+                plan["categories"], name=str(hidden), label_divisor=plan["label_divisor"]
+            )
+    return found
+
+
+def require_same_source(folder: Path, split: str, source: Sequence[Path]) -> None:
+    """Checks that an existing split and an interrupted conversion of it were made from a source.
+
+    Args:
+        folder: The record folder, which must exist.
+        split: The split's name.
+        source: The files or folders of the source.
+
+    Raises:
+        UserError: If one of them was made from another source or an unknown one.
+    """
+    hidden = hidden_folder(folder, split)
+    found = []
+    if (publication := _read(hidden / "publish.json", "plan")) is not None:  # It replaces everything else.
+        found.append((f"Split '{split}' in '{folder}' was made", publication["plan"]))
+    else:
+        if _has_finished(hidden) and (plan := _read(hidden / "plan.json")) is not None:
+            found.append((f"An interrupted conversion of split '{split}' in '{folder}' is", plan))
+        if list_present_shards(folder, split):
+            note = _read(conversion_file(folder, split), "plan")
+            found.append((f"Split '{split}' in '{folder}' was made", note["plan"] if note else None))
+    for what, plan in found:
+        old, new = plan.get("source") if isinstance(plan, dict) else None, _identify_source(source)
+        if old != new:
+            raise UserError(
+                f"{what} {_describe_source(old)}, not {_describe_source(new)}; name another split with --split or "
+                "another folder with --output-dir, or replace it with --replace."
+            )
+
+
 def make_plan(
     info: DatasetInfo, *, source: Sequence[Path], examples: int, shards: int, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Makes the content of `plan.json`: everything that affects the files, except the inputs themselves."""
     plan = {
         "format": _FORMAT,
-        "source": [os.path.realpath(path) for path in source],
+        "source": _identify_source(source),
         "examples": examples,
         "shards": shards,
         "label_divisor": info.label_divisor,
@@ -92,9 +143,26 @@ class UnfinishedSplit:
         self._split = split
         self._plan = plan
         self._fingerprints = fingerprints
-        self._hidden = folder / f".{split}.conversion"
+        self._hidden = hidden_folder(folder, split)
         self._record = conversion_file(folder, split)
         self._publication = self._hidden / "publish.json"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other conversions of the split out while the context is open.
+
+        Raises:
+            UserError: If another process is converting the split.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(temporary.lock_file(self._hidden.with_name(f"{self._hidden.name}.lock")))
+            except temporary.LockedError as error:
+                raise UserError(
+                    f"Split '{self._split}' in '{self._folder}' is being converted by another process; wait until it "
+                    "has ended, or choose another --output-dir."
+                ) from error
+            yield
 
     def complete_publication(self) -> bool:
         """Completes the move into the record folder if a run was killed in it.
@@ -119,27 +187,6 @@ class UnfinishedSplit:
                 )
             self._move_into_place(publication, info)
         return True
-
-    def require_same_source(self) -> None:
-        """Checks that the existing split and an interrupted conversion of it were made from this source.
-
-        Raises:
-            UserError: If one of them was made from another source or an unknown one.
-        """
-        here = f"in '{self._folder}'"
-        found = []
-        if self._has_finished() and (plan := _read(self._hidden / "plan.json")) is not None:
-            found.append((f"An interrupted conversion of split '{self._split}' {here} is", plan))
-        if list_present_shards(self._folder, self._split):
-            note = _read(self._record, "plan")
-            found.append((f"Split '{self._split}' {here} was made", note["plan"] if note else None))
-        for what, plan in found:
-            source = plan.get("source") if isinstance(plan, dict) else None
-            if source != self._plan["source"]:
-                raise UserError(
-                    f"{what} from {_describe_source(source)}, not from {_describe_source(self._plan['source'])}; name "
-                    "another split with --split or another folder with --output-dir, or replace it with --replace."
-                )
 
     def finished(self, *, allow_skipped: bool) -> list[dict[str, Any]] | None:
         """Returns the state of each file if an earlier run completed the same conversion, otherwise None."""
@@ -282,7 +329,7 @@ class UnfinishedSplit:
 
     def _has_finished(self) -> bool:
         """Returns whether an earlier run has finished at least one file."""
-        return any(self._hidden.glob("*.tfrecord.json"))
+        return _has_finished(self._hidden)
 
     def _remove(self) -> None:
         if self._hidden.exists():
@@ -299,11 +346,21 @@ class UnfinishedSplit:
             raise files.cannot_write(self._folder, error) from error
 
 
+def _identify_source(source: Sequence[Path]) -> list[str]:
+    return [os.path.realpath(path) for path in source]
+
+
 def _describe_source(source: Any) -> str:
-    """Describes the source of a split."""
+    """Describes the source of a split, after "made"."""
     if not isinstance(source, list):
-        return "an unknown source (by another program, or by an older version)"
-    return " and ".join(f"'{path}'" for path in source) or "no files (by `convert scenes`)"
+        return "from an unknown source (by another program, or by an older version)"
+    paths = " and ".join(f"'{path}'" for path in source)
+    return f"from {paths}" if paths else "by `convert scenes`"
+
+
+def _has_finished(hidden: Path) -> bool:
+    """Returns whether at least one file in a hidden folder is finished."""
+    return any(hidden.glob("*.tfrecord.json"))
 
 
 def _read(path: Path, *keys: str) -> Any:
