@@ -16,7 +16,6 @@ from deeplab2_like.data import dataset_info
 from deeplab2_like.data.convert.unfinished import (
     UnfinishedSplit,
     fingerprint,
-    hidden_folder,
     interrupted_conversions,
     make_plan,
     require_same_source,
@@ -458,8 +457,8 @@ def _interrupted_others(info: DatasetInfo, output_dir: Path, split: str) -> dict
         if other.categories != info.categories:
             raise UserError(
                 f"'{output_dir}' holds an interrupted conversion of split '{name}' with other categories "
-                f"({_first_difference(other, info)}); choose another output folder, or delete "
-                f"'{hidden_folder(output_dir, name)}' if that conversion is not needed."
+                f"({_first_difference(other, info)}); finish that conversion first, or choose another output "
+                "folder."
             )
     return interrupted
 
@@ -472,8 +471,8 @@ def _require_label_divisor(
         if other.label_divisor != label_divisor:
             raise UserError(
                 f"'{output_dir}' holds an interrupted conversion of split '{name}' with label_divisor "
-                f"{other.label_divisor}, but split '{split}' needs {label_divisor}; choose another output folder, or "
-                f"delete '{hidden_folder(output_dir, name)}' and convert both with label_divisor {label_divisor}."
+                f"{other.label_divisor}, but split '{split}' needs {label_divisor}; finish that conversion first, choose "
+                f"another output folder, or convert both with label_divisor {label_divisor}."
             )
 
 
