@@ -471,8 +471,8 @@ def _require_label_divisor(
         if other.label_divisor != label_divisor:
             raise UserError(
                 f"'{output_dir}' holds an interrupted conversion of split '{name}' with label_divisor "
-                f"{other.label_divisor}, but split '{split}' needs {label_divisor}; finish that conversion first, choose "
-                f"another output folder, or convert both with label_divisor {label_divisor}."
+                f"{other.label_divisor}, but split '{split}' needs {label_divisor}; finish that conversion first, "
+                f"choose another output folder, or convert both with label_divisor {label_divisor}."
             )
 
 
