@@ -69,7 +69,7 @@ def test_map_and_list_must_fit():
     ids = np.array([[1, 1, 0, 4, 5, 6]])
     with pytest.raises(UserError, match=r"^the PNG has pixels of id 1, 4, 5 and 1 more, which 'segments"):
         ids_to_panoptic(ids, [], INFO)
-    with pytest.raises(UserError, match=r"^'segments_info' lists id 2, of which 'a\.png' has no pixels\."):
+    with pytest.raises(UserError, match=r"lists id 2, of which 'a\.png' has no pixels; correct the JSON\.$"):
         ids_to_panoptic(ids[:, :3], [Segment(1, 0), Segment(2, 0)], INFO, png="'a.png'")
     few = DatasetInfo("few", INFO.categories, label_divisor=2)
     with pytest.raises(UserError, match=r"has more than 1 instances of 'cat'; use a label_divisor above 2"):
