@@ -121,7 +121,7 @@ def test_an_image_lies_as_its_label_does(semantic: dict[str, Any]) -> None:
 
 def test_an_orientation_that_sizes_do_not_tell_is_refused(semantic: dict[str, Any]) -> None:
     save_lying(semantic["images"] / "a.png", 3)
-    with pytest.raises(UserError, match=r"'a\.png' is 3x2 but its label is 2x3"):
+    with pytest.raises(UserError, match=r"Image 'a\.png' of '.*': it is 3x2 but its label is 2x3"):
         convert_semantic_pngs(**semantic)
     write_png(semantic["labels"] / "a.png", [[3, 1], [3, 1], [3, 1]])
     with pytest.raises(
