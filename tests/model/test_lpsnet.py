@@ -170,8 +170,8 @@ def test_oracle_parts() -> None:
         ("model.box.size_limits=[16]", "size_limits must be 2 numbers, one between each two of levels"),
         ("model.box.size_limits=[64, 32]", "size_limits must grow from one to the next"),
         ("model.box={levels: [p1], size_limits: []}", r"box\.levels begins with p1, finer than fpn\.finest_level"),
-        ("model.context.kind=attention", "'pyramid_pooling', 'global_average' or 'none'"),
-        ("model.postprocess.conflicts=nearest", "'closest_border_ness', 'smallest_area' or 'highest_score'"),
+        ("model.context.kind=attention", "'pyramid_pooling', 'global_average', 'none'"),
+        ("model.postprocess.conflicts=nearest", "'closest_border_ness', 'smallest_area', 'highest_score'"),
     ],
 )
 def test_wrong_configs(override: str, message: str) -> None:

@@ -164,7 +164,7 @@ def test_oracle_of_perfect_outputs() -> None:
         ("model.size_ranges={p3: [64, 1]}", "the range of p3 must be a smaller and a larger number"),
         ("model.size_ranges={p3: [1, 16], p4: [64, 300]}", "the range of p4 must begin at 16 or below"),
         ("model.size_ranges={p1: [1, 64]}", "size_ranges begins with p1, finer than fpn.finest_level"),
-        ("model.loss.center=middle", "'mass' or 'box'"),
+        ("model.loss.center=middle", "'mass', 'box'"),
     ],
 )
 def test_wrong_configs(override: str, message: str) -> None:

@@ -165,8 +165,8 @@ def test_matching_loss_alone_trains_the_affinities() -> None:
         ("model.rpn.anchor_sizes=[8, 16]", r"rpn\.anchor_sizes must be 5 sizes, one for each level from p2 to p6"),
         ("model.loss.matching=false", r"panoptic\.affinity needs loss\.matching, as nothing else trains it"),
         ("model.roi.samples=1", r"roi\.samples \* roi\.foreground_share must be 1 or more"),
-        ("model.panoptic.potential=d", "'a', 'b' or 'c'"),
-        ("model.postprocess.merge=rules", "'argmax' or 'heuristic'"),
+        ("model.panoptic.potential=d", "'a', 'b', 'c'"),
+        ("model.postprocess.merge=rules", "'argmax', 'heuristic'"),
     ],
 )
 def test_wrong_configs(override: str, message: str) -> None:
