@@ -1,11 +1,10 @@
 """The checkpoint files of a model folder: lists, finds, saves and deletes them, and keeps the best one."""
 
-import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,7 @@ from deeplab2_like.checkpoint import is_whole, make_checkpoint
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import cannot_write, require_local, write_atomically
 from deeplab2_like.model import PanopticSystem
-from deeplab2_like.temporary import TemporaryFolder, remove_leftovers
-
-try:
-    import fcntl
-except ImportError:  # Windows.
-    fcntl = None  # type: ignore[assignment]
+from deeplab2_like.temporary import TemporaryFolder, remove_leftovers, wait_for_folder
 
 CHECKPOINT_FOLDER = "checkpoints"
 BEST_FOLDER = "best"
@@ -155,7 +149,8 @@ def save_if_best(model_dir: str | os.PathLike[str], system: PanopticSystem, *, s
     folder = Path(model_dir) / BEST_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock_folder(folder):
+        # `evaluate --follow` may run beside a training.
+        with wait_for_folder(folder):
             best = read_best(model_dir)
             if best is not None and pq < best[1]:
                 return False
@@ -177,24 +172,6 @@ def save_if_best(model_dir: str | os.PathLike[str], system: PanopticSystem, *, s
     except (OSError, tf.errors.OpError) as error:
         raise cannot_write(folder, error) from error
     return True
-
-
-@contextlib.contextmanager
-def _lock_folder(folder: Path) -> Iterator[None]:
-    """Waits until no other process has the folder locked, as `evaluate --follow` may run beside a training.
-
-    Where there are no locks it does not wait.
-    """
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # Some file systems have no locks, or none of folders.
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def make_checkpoint_manager(

@@ -254,6 +254,23 @@ def lock_file(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def wait_for_folder(path: Path) -> Iterator[None]:
+    """Holds the lock of a folder while the context is open; waits until no other process holds it.
+
+    Where there are no locks, or none of folders, it does not wait.
+    """
+    descriptor = _open_folder(path)
+    try:
+        if fcntl is not None and descriptor is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def _open_and_lock(path: Path) -> int | None:
     """Opens a file and locks it; returns None where that is impossible."""
     for _ in range(_MAX_TRIES if fcntl is not None else 0):
