@@ -55,9 +55,12 @@ class OneConvolution(PanopticSystem):
         )
         return {"semantic": Loss(ops.sum(loss * targets["weight"]), ops.sum(targets["weight"]))}
 
-    def postprocess(self, outputs: Mapping[str, Any], image_size: tuple[Any, Any]) -> dict[str, Any]:
+    def semantic_map(self, outputs: Mapping[str, Any], image_size: tuple[Any, Any]) -> Any:
         logits = outputs["logits"][:, : image_size[0], : image_size[1]]  # [B, H, W, classes]
-        classes = ops.cast(ops.argmax(logits, axis=-1), "int32")
+        return ops.cast(ops.argmax(logits, axis=-1), "int32")
+
+    def postprocess(self, outputs: Mapping[str, Any], image_size: tuple[Any, Any]) -> dict[str, Any]:
+        classes = self.semantic_map(outputs, image_size)
         every = ops.arange(self.dataset_info.num_classes, dtype="int32")
         present = ops.any(classes[..., None] == every, axis=(1, 2))  # [B, classes]
         used = ops.cast(present, "int32") * every

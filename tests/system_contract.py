@@ -16,6 +16,7 @@ from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.inference import make_inference_function, make_oracle_function
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
+from deeplab2_like.evaluation.semantic_iou import SemanticIoU
 from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import PanopticSystem
 from deeplab2_like.model.base import View
@@ -221,6 +222,38 @@ class SystemContract:
             {"image": tf.constant(paint(label)), "panoptic": tf.constant(label)}
         )
         assert panoptic_quality(label, found["panoptic"].numpy()[0], INFO) == 1.0
+
+    def test_semantic_map_of_a_perfect_network_has_a_mean_iou_of_1(self, excited: PanopticSystem) -> None:
+        label = hand_made_label()
+        example = {"image": tf.constant(paint(label)), "panoptic": tf.constant(label)}
+        part = ["semantic"] if "semantic" in excited.oracle_parts else excited.oracle_parts
+        found = make_oracle_function(excited, part)(example)["semantic"].numpy()[0]
+        metric = SemanticIoU(INFO, classes=excited.semantic_classes)
+        metric.update_from_class_maps(label // INFO.label_divisor, found)
+        assert metric.result().miou == 1.0
+        assert len(metric.result().per_class) == len(excited.semantic_classes)
+
+    def test_semantic_map_is_that_of_the_logits(self, excited: PanopticSystem) -> None:
+        outputs = dict(excited(np.zeros((1, 64, 64, 3), np.uint8)))
+        if "semantic_logits" not in outputs:
+            assert self.config_name.startswith("panoptic_fcn")  # Its masks are products of kernels and a feature.
+            return
+        # Four quarters of one class each; upsampling keeps straight borders between cells of stride 4.
+        label = np.repeat(np.repeat(np.arange(4).reshape(2, 2), 32, axis=0), 32, axis=1)
+        classes = getattr(excited, "classes", None)
+        channels = label if classes is None else np.asarray(classes.of_class)[label]
+        num_channels = outputs["semantic_logits"].shape[-1]
+        outputs["semantic_logits"] = 20.0 * tf.one_hot(channels[None, ::4, ::4], num_channels)
+        found = excited.semantic_map(outputs, (64, 64)).numpy()[0]
+        np.testing.assert_array_equal(
+            found, np.where(np.isin(label, excited.semantic_classes), label, INFO.ignore_label)
+        )
+
+    def test_semantic_map_has_the_classes_of_the_head(self, excited: PanopticSystem) -> None:
+        found = excited.infer(paint(hand_made_label())[None, :37, :53], with_instances=True)["semantic"]
+        assert found.dtype == tf.int32
+        assert found.shape == (1, 37, 53)
+        assert set(np.unique(found)) <= {*excited.semantic_classes, INFO.ignore_label}
 
     def test_views_are_merged_in_place(self, excited: PanopticSystem) -> None:
         image = tf.constant(paint(hand_made_label())[None])

@@ -31,13 +31,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Computes PQ, mIoU and AP over a data set.
 
+    PQ is that of the panoptic map. mIoU is that of the semantic head (`PanopticSystem.semantic_map`), so it depends
+    neither on the instances nor on the stuff limit.
+
     The network sees one image at a time, at its own size, while other threads measure the outputs for earlier images.
 
     Args:
         system: The trained system.
         examples: Examples of `pipeline.make_eval_dataset`.
-        infer: Function from an example to the dictionary of `PanopticSystem.postprocess` with a batch of one, as
-            `make_example_function` and `make_oracle_function` return; by default plain inference.
+        infer: Function from an example to the dictionary of `PanopticSystem.infer`, with instances and a batch of one,
+            as `make_example_function` and `make_oracle_function` return; by default plain inference.
         after_image: Called in order with each example and its outputs.
         workers: Number of threads that measure; by default the number of cores.
 
@@ -46,7 +49,8 @@ def evaluate(
     """
     info = system.dataset_info
     infer_example = infer or make_example_function(make_inference_function(system, with_instances=True))
-    quality, iou, precision = PanopticQuality(info), SemanticIoU(info), InstanceAP(info)
+    quality, iou = PanopticQuality(info), SemanticIoU(info, classes=system.semantic_classes)
+    precision = InstanceAP(info)
 
     def predict_all() -> Iterator[tuple[int, Example, Outputs]]:
         for number, example in enumerate(examples):
@@ -55,11 +59,8 @@ def evaluate(
     def measure(item: tuple[int, Example, Outputs]) -> _Measurement:
         number, example, outputs = item
         (label,), (prediction,) = check_maps(example["panoptic"].numpy(), outputs["panoptic"])
-        # PQ and mIoU share these counts, unless the system has a semantic map that differs from its panoptic map.
         overlaps = count_panoptic_overlaps(label, prediction, info)
-        class_overlaps = overlaps
-        if "semantic" in outputs:
-            class_overlaps = count_panoptic_overlaps(label // info.label_divisor, outputs["semantic"], info, divisor=1)
+        class_overlaps = count_panoptic_overlaps(label // info.label_divisor, outputs["semantic"], info, divisor=1)
         instances = InstanceAP(info)
         # Numbered, because images of different folders may have the same name.
         name = f"{number}/{example['image_id'].numpy().decode()}"

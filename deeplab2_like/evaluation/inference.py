@@ -83,7 +83,8 @@ def make_oracle_function(system: PanopticSystem, parts: Sequence[str]) -> Exampl
         parts: The parts to replace, some of the system's `oracle_parts`.
 
     Returns:
-        A function from an example of `pipeline.make_eval_dataset` to the dictionary of `PanopticSystem.postprocess`.
+        A function from an example of `pipeline.make_eval_dataset` to the dictionary of `PanopticSystem.postprocess`,
+        and the result of `semantic_map` as `semantic`, which is the true one if the part `semantic` or all parts are.
 
     Raises:
         UserError: If the system has no such part.
@@ -100,6 +101,10 @@ def make_oracle_function(system: PanopticSystem, parts: Sequence[str]) -> Exampl
         # Outside the graph, because targets have static shapes: every image size would need a graph of its own.
         targets = {name: value[tf.newaxis] for name, value in system.make_targets(example["panoptic"]).items()}
         size = tuple(example["panoptic"].shape)
-        return system.postprocess_with_truth(network(example["image"][tf.newaxis]), targets, size, parts)
+        outputs = network(example["image"][tf.newaxis])
+        found = system.postprocess_with_truth(outputs, targets, size, parts)
+        if "semantic" in parts or set(parts) == set(system.oracle_parts):
+            return found | {"semantic": system.true_semantic_map(targets)}
+        return found | {"semantic": system.semantic_map(outputs, size)}
 
     return infer

@@ -303,7 +303,13 @@ class ModelFolderEvaluation:
             def write(example: Example, outputs: Outputs) -> None:
                 name = example["image_id"].numpy().decode()
                 if submission is not None:
-                    submission.add(name, outputs["panoptic"], _get_scores(outputs), _get_instances(outputs))
+                    submission.add(
+                        name,
+                        outputs["panoptic"],
+                        _get_scores(outputs),
+                        _get_instances(outputs),
+                        outputs["semantic"],
+                    )
                 if self._save_predictions:
                     truth = example["panoptic"].numpy() if "panoptic" in example else None
                     picture = side_by_side(example["image"].numpy(), truth, outputs["panoptic"], info)

@@ -30,9 +30,10 @@ def metrics_dict(
         instance: Result of `InstanceAP`, if it was computed.
 
     Returns:
-        Nested mappings with "panoptic" ("all", "things", "stuff", "per_class"), "semantic" and "instance", each only if
-        given. Fractions are in percent; "tp", "fp" and "fn" are counts. An AP without any ground truth (for instance of
-        large objects where there are none) is left out.
+        Nested mappings with "panoptic" ("all", "things", "stuff", "per_class"), "semantic" ("miou", "fwiou",
+        "per_class", "not_predicted") and "instance", each only if given. Fractions are in percent; "tp", "fp" and "fn"
+        are counts. Left out are an AP without any ground truth (for instance of large objects where there are none),
+        and the IoU of a class that occurs nowhere or that the semantic head does not predict.
     """
     metrics: dict[str, Any] = {}
     if panoptic is not None:
@@ -52,7 +53,12 @@ def metrics_dict(
             for name, quality in panoptic.per_class.items()
         }
     if semantic is not None:
-        metrics["semantic"] = {"miou": 100.0 * semantic.miou, "fwiou": 100.0 * semantic.fwiou}
+        metrics["semantic"] = {
+            "miou": 100.0 * semantic.miou,
+            "fwiou": 100.0 * semantic.fwiou,
+            "per_class": {name: 100.0 * value for name, value in semantic.per_class.items()},
+            "not_predicted": list(semantic.not_predicted),
+        }
     if instance is not None:
         metrics["instance"] = {
             f"{kind}_{name}": 100.0 * value
@@ -76,7 +82,8 @@ def scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
         for name, value in values.items()
     }
     for part in ("semantic", "instance"):
-        scalars |= {f"{part}/{name}": value for name, value in metrics.get(part, {}).items()}
+        values = metrics.get(part, {}).items()
+        scalars |= {f"{part}/{name}": value for name, value in values if isinstance(value, float)}
     return scalars
 
 
@@ -146,27 +153,33 @@ def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console
         console: Where to print; standard output by default.
     """
     console = console or Console()
+    semantic = metrics.get("semantic", {})
+    class_iou = semantic.get("per_class", {})
     if panoptic := metrics.get("panoptic"):
         table = Table(title=None if title is None else Text(title), title_justify="left")
         table.add_column("class")
-        for header in ("PQ", "SQ", "RQ", "TP", "FP", "FN"):
+        for header in ("PQ", "SQ", "RQ", "TP", "FP", "FN", "IoU"):
             table.add_column(header, justify="right", no_wrap=True)
         groups = ("all", "things", "stuff")
         for group in groups:
-            table.add_row(group, *_format_percents(panoptic[group], "pq", "sq", "rq"), "", "", "", style="bold")
+            table.add_row(group, *_format_percents(panoptic[group], "pq", "sq", "rq"), "", "", "", "", style="bold")
         table.add_section()
         for name, quality in panoptic["per_class"].items():
             counts = [quality[key] for key in ("tp", "fp", "fn")]
-            if not any(counts):
+            if not any(counts) and name not in class_iou:
                 continue  # A class that occurs nowhere has no quality; zeros would look like failures.
-            values = _format_percents(quality, "pq", "sq", "rq")
+            values = _format_percents(quality, "pq", "sq", "rq") if any(counts) else ["", "", ""]
+            iou = f"{class_iou[name]:.2f}" if name in class_iou else ""
             # As `Text`, because rich would read brackets in a plain string as markup.
-            table.add_row(Text(name), *values, *(str(count) for count in counts))
+            table.add_row(Text(name), *values, *(str(count) for count in counts), iou)
         console.print(table)
         # Again, as the first rows of a table of many classes scroll away.
         _print_line(console, "Panoptic", {f"PQ {group}": panoptic[group]["pq"] for group in groups})
-    if semantic := metrics.get("semantic"):
+    if semantic:
         _print_line(console, "Semantic", {"mIoU": semantic["miou"], "fwIoU": semantic["fwiou"]})
+        if left_out := semantic.get("not_predicted"):
+            text = f"          over {len(class_iou)} classes; the semantic head does not predict {', '.join(left_out)}"
+            console.print(Text(text))
     for kind in ("mask", "box"):
         precisions = {
             key.removeprefix(f"{kind}_").replace("ap", "AP").replace("_", " "): value

@@ -1,6 +1,7 @@
 """Mean and frequency-weighted intersection over union of the classes, the metrics of semantic segmentation."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,14 +15,17 @@ class SemanticIoUResult:
     """Semantic segmentation quality of a data set, fractions in [0, 1].
 
     Attributes:
-        miou: Mean IoU over the classes that occur in the ground truth or the prediction; 0 without any.
-        fwiou: Mean IoU weighted by the classes' share of the labeled ground-truth pixels; 0 if there are none.
-        per_class: Class name -> IoU, in the order of the classes; 0 for a class that occurs nowhere.
+        miou: Mean IoU over the classes of `per_class`; 0 without any.
+        fwiou: Mean IoU weighted by the share of these classes in the ground-truth pixels; 0 if there are none.
+        per_class: Class name -> IoU, in the order of the classes: those that can be predicted and that occur in the
+            ground truth or the prediction.
+        not_predicted: Names of the classes that cannot be predicted, which both means leave out.
     """
 
     miou: float
     fwiou: float
     per_class: dict[str, float]
+    not_predicted: tuple[str, ...] = ()
 
 
 class SemanticIoU:
@@ -34,9 +38,17 @@ class SemanticIoU:
         confusion: int64 [C, C + 1], pixels by true class and predicted class; the last column is predicted void.
     """
 
-    def __init__(self, dataset_info: DatasetInfo) -> None:
-        """Creates the metric without any images; `dataset_info` is the meaning of the maps."""
+    def __init__(self, dataset_info: DatasetInfo, *, classes: Sequence[int] | None = None) -> None:
+        """Creates the metric without any images.
+
+        Args:
+            dataset_info: The meaning of the maps.
+            classes: Class ids that can be predicted; None for all. Pixels of other classes count only as wrong
+                predictions of these.
+        """
         self.dataset_info = dataset_info
+        can_predict = range(dataset_info.num_classes) if classes is None else classes
+        self._can_predict = np.isin(np.arange(dataset_info.num_classes), list(can_predict))
         self.reset_state()
 
     def reset_state(self) -> None:
@@ -91,13 +103,13 @@ class SemanticIoU:
         truth = self.confusion.sum(axis=1)
         union = truth + self.confusion.sum(axis=0)[:-1] - intersection
         iou = intersection / np.maximum(union, 1)
-        present = union > 0
+        counted = self._can_predict & (union > 0)
+        names = [category.name for category in self.dataset_info.categories]
         return SemanticIoUResult(
-            miou=float(iou[present].mean()) if present.any() else 0.0,
-            fwiou=float((truth * iou).sum() / max(int(truth.sum()), 1)),
-            per_class={
-                category.name: float(value) for category, value in zip(self.dataset_info.categories, iou, strict=True)
-            },
+            miou=float(iou[counted].mean()) if counted.any() else 0.0,
+            fwiou=float((truth * iou)[counted].sum() / max(int(truth[counted].sum()), 1)),
+            per_class={name: float(value) for name, value, used in zip(names, iou, counted, strict=True) if used},
+            not_predicted=tuple(name for name, can in zip(names, self._can_predict, strict=True) if not can),
         )
 
     def _update(self, ground_truth: np.ndarray, prediction: np.ndarray, *, divisor: int) -> None:

@@ -92,6 +92,7 @@ class Submission(abc.ABC):
         panoptic: np.ndarray,
         scores: Mapping[int, float],
         instances: Instances | None = None,
+        semantic: np.ndarray | None = None,
     ) -> None:
         """Writes the files of an image.
 
@@ -100,6 +101,8 @@ class Submission(abc.ABC):
             panoptic: int32 [H, W], panoptic map.
             scores: Panoptic value -> score, for the segments that have one.
             instances: Instances for the benchmarks that take them; by default the thing segments.
+            semantic: int32 [H, W], class ids, for the benchmarks of semantic segmentation. Pixels with the ignore label
+                take the class of the panoptic map, and by default all do.
 
         Raises:
             UserError: If the image has no id on the server or the same id as an earlier one, the map or an instance
@@ -227,11 +230,15 @@ class CityscapesSubmission(Submission):
         panoptic: np.ndarray,
         scores: Mapping[int, float],
         instances: Instances | None = None,
+        semantic: np.ndarray | None = None,
     ) -> None:
         """See `Submission.add`."""
         super().add(image_name, panoptic, scores)
         image_id = self._image_id(image_name)
-        classes = np.minimum(panoptic // self.dataset_info.label_divisor, self.dataset_info.num_classes)
+        classes = panoptic // self.dataset_info.label_divisor
+        if semantic is not None:
+            classes = np.where(semantic == self.dataset_info.ignore_label, classes, semantic)
+        classes = np.minimum(classes, self.dataset_info.num_classes)
         write_png(self.semantic_dir / f"{image_id}_pred_labelIds.png", self._label_ids[classes])
 
         if instances is None:

@@ -173,18 +173,36 @@ class PanopticSystem(keras.Model):
         del outputs, image_size
         return None
 
-    def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor | None:
-        """Returns the semantic class of every pixel, for mIoU; None if mIoU is computed from the panoptic map.
+    @property
+    def semantic_classes(self) -> tuple[int, ...]:
+        """Class ids that the semantic head predicts, over which mIoU is averaged; by default all classes."""
+        return tuple(range(self.dataset_info.num_classes))
+
+    def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
+        """Returns the prediction of the semantic head, for mIoU, without the rules that make the panoptic map.
 
         Args:
             outputs: Raw outputs of the system.
             image_size: Height and width of the images before padding, ints or int32 scalars.
 
         Returns:
-            int32 [B, H, W], class ids.
+            int32 [B, H, W], some of `semantic_classes`, or the ignore label where none of them is predicted.
         """
-        del outputs, image_size
-        return None
+        raise NotImplementedError
+
+    def true_semantic_map(self, targets: Mapping[str, Tensor]) -> Tensor:
+        """Returns the `semantic_map` of a perfect network.
+
+        Args:
+            targets: Result of `make_targets`, with a leading batch axis; `semantic` holds the class ids.
+
+        Returns:
+            int32 [B, H, W], the true class, or the ignore label for void and for classes that the head cannot predict.
+        """
+        info = self.dataset_info
+        predicted = [c if c in self.semantic_classes else info.ignore_label for c in range(info.num_classes)]
+        class_ids = ops.minimum(targets["semantic"], info.num_classes)  # Void is the row after the classes.
+        return ops.take(ops.array([*predicted, info.ignore_label], "int32"), class_ids)
 
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Post-processes the outputs of a perfect network, at full resolution, for a batch of targets.
@@ -255,8 +273,8 @@ class PanopticSystem(keras.Model):
 
         Args:
             images: uint8 [B, H, W, 3], red, green and blue, any size.
-            with_instances: Whether to add the results of `instances`, as `instance_masks` and so on, and of
-                `semantic_map`, as `semantic`, where the system defines them; metrics need them.
+            with_instances: Whether to add the result of `semantic_map`, as `semantic`, and those of `instances`, as
+                `instance_masks` and so on, where the system defines them; metrics need them.
 
         Returns:
             The dictionary of `postprocess`.
@@ -280,9 +298,8 @@ class PanopticSystem(keras.Model):
         if not with_instances:
             return results
         instances = self.instances(outputs, image_size) or {}
-        semantic = self.semantic_map(outputs, image_size)
         results |= {f"instance_{name}": value for name, value in instances.items()}
-        return results if semantic is None else results | {"semantic": semantic}
+        return results | {"semantic": self.semantic_map(outputs, image_size)}
 
     def build(self, input_shape: Any = None) -> None:
         """Does nothing: layers build themselves when called, and Keras would trace the whole network first."""

@@ -50,6 +50,15 @@ class SemanticClasses(NamedTuple):
         """Class id of each semantic class, -1 for those that are not painted."""
         return tuple(i if painted else -1 for i, painted in zip(self.class_id, self.is_painted, strict=True))
 
+    @property
+    def predicted(self) -> tuple[int, ...]:
+        """Class ids that are semantic classes of their own, ascending."""
+        return tuple(sorted(i for i in self.class_id if i >= 0))
+
+    def to_class_ids(self, semantic: Tensor, ignore_label: int) -> Tensor:
+        """Returns the class id of each semantic class, int32 [B, H, W]; "other" becomes the ignore label."""
+        return ops.take(ops.array([i if i >= 0 else ignore_label for i in self.class_id], "int32"), semantic)
+
     def of_class_map(self, class_map: Tensor) -> Tensor:
         """Returns the semantic class of each pixel, int32 [B, H, W]; void gets the number of semantic classes.
 

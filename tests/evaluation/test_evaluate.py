@@ -28,6 +28,7 @@ class Oracle:
 
     def __init__(self, info: DatasetInfo) -> None:
         self.dataset_info = info
+        self.semantic_classes = tuple(range(info.num_classes))
 
     def infer(self, images: tf.Tensor, *, with_instances: bool = False) -> dict[str, tf.Tensor]:
         parts = tf.cast(images, tf.int32)
@@ -42,6 +43,7 @@ class Oracle:
             "segment_id": ids * used,
             "segment_class": classes * used,
             "segment_score": scores,
+            "semantic": panoptic // self.dataset_info.label_divisor,
         }
 
 
@@ -71,7 +73,9 @@ def test_a_perfect_system_gets_everything() -> None:
     shown = {name: quality for name, quality in metrics["panoptic"]["per_class"].items() if quality["tp"]}
     assert len(shown) >= 4
     assert all((quality["pq"], quality["fp"], quality["fn"]) == (100.0, 0, 0) for quality in shown.values())
-    assert metrics["semantic"] == {"miou": 100.0, "fwiou": 100.0}
+    assert (metrics["semantic"]["miou"], metrics["semantic"]["fwiou"]) == (100.0, 100.0)
+    assert metrics["semantic"]["per_class"] == dict.fromkeys(shown, 100.0)
+    assert metrics["semantic"]["not_predicted"] == []
     assert metrics["panoptic"]["stuff"]["sq"] == 100.0
     assert metrics["instance"]["mask_ap"] == pytest.approx(100.0)
     assert metrics["instance"]["box_ap50"] == pytest.approx(100.0)
@@ -106,6 +110,30 @@ def test_average_precision_is_that_of_a_system_s_own_instances() -> None:
     metrics = evaluate(WithInstances(scenes_info()), examples())  # type: ignore[arg-type]
     assert metrics["instance"]["mask_ap"] == 0.0
     assert metrics["panoptic"]["stuff"]["sq"] == 100.0
+
+
+class BlindToThings(Oracle):
+    """Its panoptic map is void, and its semantic head predicts stuff alone: things are void."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        super().__init__(info)
+        self.semantic_classes = info.stuff_classes
+
+    def infer(self, images: tf.Tensor, *, with_instances: bool = False) -> dict[str, tf.Tensor]:
+        found = super().infer(images)
+        is_stuff = tf.reduce_any(found["semantic"][..., None] == tf.constant(self.dataset_info.stuff_classes), axis=-1)
+        found["semantic"] = tf.where(is_stuff, found["semantic"], self.dataset_info.ignore_label)
+        return found | {"panoptic": tf.fill(tf.shape(found["panoptic"]), self.dataset_info.void)}
+
+
+def test_mean_iou_is_that_of_the_semantic_head() -> None:
+    info = scenes_info()
+    metrics = evaluate(BlindToThings(info), examples())  # type: ignore[arg-type]
+    assert metrics["panoptic"]["all"]["pq"] == 0.0
+    assert (metrics["semantic"]["miou"], metrics["semantic"]["fwiou"]) == (100.0, 100.0)
+    stuff = [info.categories[i].name for i in info.stuff_classes]
+    assert set(metrics["semantic"]["per_class"]) <= set(stuff)
+    assert metrics["semantic"]["not_predicted"] == [info.categories[i].name for i in info.thing_classes]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -11,7 +11,7 @@ from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.instance_ap import InstanceAP
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
-from deeplab2_like.evaluation.report import metrics_dict, print_table, write_metrics
+from deeplab2_like.evaluation.report import metrics_dict, print_table, scalar_metrics, write_metrics
 from deeplab2_like.evaluation.semantic_iou import SemanticIoU
 
 INFO = DatasetInfo(
@@ -50,7 +50,14 @@ def test_layout_in_percent(metrics):
         "[cat]": pytest.approx({"pq": 80.0, "sq": 80.0, "rq": 100.0, "tp": 1, "fp": 0, "fn": 0}),
         "dog": {"pq": 0.0, "sq": 0.0, "rq": 0.0, "tp": 0, "fp": 0, "fn": 0},
     }
-    assert metrics["semantic"] == pytest.approx({"miou": 77.5, "fwiou": 77.5})
+    assert metrics["semantic"] == {
+        "miou": pytest.approx(77.5),
+        "fwiou": pytest.approx(77.5),
+        "per_class": pytest.approx({"sky": 75.0, "[cat]": 80.0}),
+        "not_predicted": [],
+    }
+    assert scalar_metrics(metrics)["semantic/miou"] == pytest.approx(77.5)
+    assert "semantic/per_class" not in scalar_metrics(metrics)
     # IoU 0.8 reaches 7 of the 10 thresholds 0.50, 0.55, ..., 0.95. There are no medium or large cats.
     assert metrics["instance"] == pytest.approx(
         {
@@ -83,12 +90,12 @@ def test_table_without_a_terminal(metrics):
     assert "\x1b" not in text
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
     assert rows == [
-        ["all", "77.50", "77.50", "100.00", "", "", ""],
-        ["things", "80.00", "80.00", "100.00", "", "", ""],
-        ["stuff", "75.00", "75.00", "100.00", "", "", ""],
-        ["sky", "75.00", "75.00", "100.00", "1", "0", "0"],
+        ["all", "77.50", "77.50", "100.00", "", "", "", ""],
+        ["things", "80.00", "80.00", "100.00", "", "", "", ""],
+        ["stuff", "75.00", "75.00", "100.00", "", "", "", ""],
+        ["sky", "75.00", "75.00", "100.00", "1", "0", "0", "75.00"],
         # Names in brackets are no markup.
-        ["[cat]", "80.00", "80.00", "100.00", "1", "0", "0"],
+        ["[cat]", "80.00", "80.00", "100.00", "1", "0", "0", "80.00"],
         # Nobody has seen a dog.
     ]
     assert "toy, [val]" in text
@@ -102,3 +109,10 @@ def test_table_of_a_part():
     stream = io.StringIO()
     print_table({"semantic": {"miou": 12.25, "fwiou": 5.0}}, console=Console(file=stream))
     assert stream.getvalue() == "Semantic: mIoU 12.25  fwIoU 5.00\n"
+
+
+def test_classes_that_the_semantic_head_does_not_predict():
+    stream = io.StringIO()
+    semantic = {"miou": 50.0, "fwiou": 50.0, "per_class": {"sky": 50.0}, "not_predicted": ["[cat]", "dog"]}
+    print_table({"semantic": semantic}, console=Console(file=stream, width=100))
+    assert "over 1 classes; the semantic head does not predict [cat], dog\n" in stream.getvalue()

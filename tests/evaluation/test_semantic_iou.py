@@ -26,7 +26,7 @@ def test_worked_example():
     result = metric.result()
     # cat: 2 of 3 pixels found, no other labeled pixel called cat: 2/3. sky: 2 shared; 3 true, 3 predicted on labeled
     # pixels, so the union is 4: 1/2. The void prediction makes sky miss a pixel. sea occurs nowhere: not in the mean.
-    assert result.per_class == pytest.approx({"cat": 2 / 3, "sky": 1 / 2, "sea": 0.0})
+    assert result.per_class == pytest.approx({"cat": 2 / 3, "sky": 1 / 2})
     assert result.miou == pytest.approx((2 / 3 + 1 / 2) / 2)
     # 3 of 6 labeled pixels are cat, 3 sky.
     assert result.fwiou == pytest.approx((2 / 3 + 1 / 2) / 2)
@@ -39,6 +39,19 @@ def test_frequency_weights_and_hallucinated_class():
     # cat 0/1, sky 3/3, sea (only predicted) 0/1; a quarter of the pixels is cat, three quarters sky.
     assert metric.result().miou == pytest.approx(1 / 3)
     assert metric.result().fwiou == pytest.approx(3 / 4)
+
+
+def test_classes_that_cannot_be_predicted_are_left_out():
+    metric = SemanticIoU(INFO, classes=[1, 2])
+    # Of 2 cat pixels one is void, which is right, and one is called sky; 2 of 3 sky pixels are found, one is called sea.
+    metric.update_from_class_maps(np.array([[0, 0, 1, 1, 1]]), np.array([[9, 1, 1, 1, 2]]))
+    result = metric.result()
+    # sky: 2 shared, 3 true, 3 predicted: union 4. sea: predicted once, never true.
+    assert result.per_class == pytest.approx({"sky": 1 / 2, "sea": 0.0})
+    assert result.miou == pytest.approx(1 / 4)
+    # All pixels of the two classes are sky.
+    assert result.fwiou == pytest.approx(1 / 2)
+    assert result.not_predicted == ("cat",)
 
 
 def test_nothing_labeled():

@@ -126,6 +126,10 @@ class LPSNet(PanopticSystem):
         """See `postprocess.predict_instances`."""
         return predict_instances(outputs, Geometry.of(outputs, image_size), self.config, self.dataset_info)
 
+    def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
+        """See `PanopticSystem.semantic_map`."""
+        return Geometry.of(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.config.stride)
+
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_targets`.
 

@@ -124,6 +124,10 @@ class PanopticDeepLab(PanopticSystem):
         """See `postprocess.postprocess`."""
         return self._postprocess(outputs, Geometry.of(outputs, image_size), self.stride)
 
+    def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
+        """See `PanopticSystem.semantic_map`."""
+        return Geometry.of(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.stride)
+
     def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
         """See `views.average_views`."""
         return average_views(views, image_size, stride=self.stride, center_is_logit=self.center_is_logit)

@@ -207,8 +207,7 @@ def paint_kernels(
         threshold=options.mask_threshold,
         overlap_threshold=options.overlap_threshold,
     )
-    logits = ops.einsum("bhwe,bse->bhws", feature, stuff.weights)
-    probability = ops.where(stuff.present[:, None, None], ops.sigmoid(logits), 0.0)  # [B, h, w, S]
+    probability = stuff_probability(feature, stuff)
     table = paint_segments(
         geometry.argmax(probability, stride=config.stride),
         owner,
@@ -219,6 +218,16 @@ def paint_kernels(
     )
     stuff_scores = region_scores(probability, table, classes.of_class, geometry, stride=config.stride)
     return segment_outputs(table, things.scores, stuff_scores)
+
+
+def stuff_probability(feature: Tensor, stuff: StuffKernels) -> Tensor:
+    """Multiplies the kernels of stuff with the feature, float32 [B, h, w, E].
+
+    Returns:
+        float32 [B, h, w, S], the probability of each region class, zero for those that were not found.
+    """
+    logits = ops.einsum("bhwe,bse->bhws", feature, stuff.weights)
+    return ops.where(stuff.present[:, None, None], ops.sigmoid(logits), 0.0)
 
 
 def _upsampling_matrices(feature: Tensor, geometry: Geometry, config: PanopticFCNConfig) -> tuple[Tensor, Tensor]:

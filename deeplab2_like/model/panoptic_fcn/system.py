@@ -17,7 +17,12 @@ from deeplab2_like.model.panoptic_fcn.config import PanopticFCNConfig
 from deeplab2_like.model.panoptic_fcn.losses import compute_losses
 from deeplab2_like.model.panoptic_fcn.network import FeatureEncoder, KernelHead, PositionHead
 from deeplab2_like.model.panoptic_fcn.oracle import paint_true_masks, postprocess_with_truth
-from deeplab2_like.model.panoptic_fcn.postprocess import postprocess, predict_instances
+from deeplab2_like.model.panoptic_fcn.postprocess import (
+    find_stuff,
+    postprocess,
+    predict_instances,
+    stuff_probability,
+)
 from deeplab2_like.model.panoptic_fcn.targets import make_targets
 from deeplab2_like.model.semantic import SemanticClasses
 
@@ -120,6 +125,18 @@ class PanopticFCN(PanopticSystem):
         """See `postprocess.predict_instances`."""
         geometry = Geometry.of(outputs, image_size)
         return predict_instances(outputs, geometry, self.config, self.dataset_info, self.kernel_head)
+
+    @property
+    def semantic_classes(self) -> tuple[int, ...]:
+        """See `PanopticSystem.semantic_classes`: those of stuff, as things have kernels of their own."""
+        return self.classes.predicted
+
+    def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
+        """See `PanopticSystem.semantic_map`: the best mask of stuff or "other", without those of things."""
+        stuff = find_stuff(outputs, self.config, self.kernel_head)
+        probability = stuff_probability(outputs["feature"], stuff)
+        semantic = Geometry.of(outputs, image_size).argmax(probability, stride=self.config.stride)
+        return self.classes.to_class_ids(semantic, self.dataset_info.ignore_label)
 
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_targets`."""

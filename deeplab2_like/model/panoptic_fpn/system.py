@@ -126,6 +126,16 @@ class PanopticFPN(PanopticSystem):
             "scores": outputs["scores"],
         }
 
+    @property
+    def semantic_classes(self) -> tuple[int, ...]:
+        """See `PanopticSystem.semantic_classes`: with `semantic.things: other`, those of stuff."""
+        return self.classes.predicted
+
+    def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
+        """See `PanopticSystem.semantic_map`."""
+        semantic = Geometry.of(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.stride)
+        return self.classes.to_class_ids(semantic, self.dataset_info.ignore_label)
+
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_targets`."""
         height, width = targets["semantic"].shape[1:3]
