@@ -178,8 +178,9 @@ def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console
     if semantic:
         _print_line(console, "Semantic", {"mIoU": semantic["miou"], "fwIoU": semantic["fwiou"]})
         if left_out := semantic.get("not_predicted"):
-            text = f"          over {len(class_iou)} classes; the semantic head does not predict {', '.join(left_out)}"
-            console.print(Text(text))
+            console.print(
+                Text(f"          mean over {len(class_iou)} classes; the head does not predict {', '.join(left_out)}")
+            )
     for kind in ("mask", "box"):
         precisions = {
             key.removeprefix(f"{kind}_").replace("ap", "AP").replace("_", " "): value

@@ -115,4 +115,4 @@ def test_classes_that_the_semantic_head_does_not_predict():
     stream = io.StringIO()
     semantic = {"miou": 50.0, "fwiou": 50.0, "per_class": {"sky": 50.0}, "not_predicted": ["[cat]", "dog"]}
     print_table({"semantic": semantic}, console=Console(file=stream, width=100))
-    assert "over 1 classes; the semantic head does not predict [cat], dog\n" in stream.getvalue()
+    assert "mean over 1 classes; the head does not predict [cat], dog\n" in stream.getvalue()

@@ -317,3 +317,14 @@ def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"Output folder '.*file' cannot be created \(there is a file in its place\)"):
         make_submission("coco", tmp_path / "file", INFO)
+
+
+def test_cityscapes_pixel_level_result_is_that_of_the_semantic_head(tmp_path):
+    # The person is called a car; the void pixel, which the panoptic map had dropped, road. The head leaves out two cars.
+    semantic = np.array([[0, 0, 255, 2], [0, 2, 2, 255]], np.int32)
+    with CityscapesSubmission(tmp_path, INFO) as submission:
+        submission.add(AACHEN, PANOPTIC, SCORES, semantic=semantic)
+    labels = _read(tmp_path / f"semantic/{AACHEN}_pred_labelIds.png")
+    np.testing.assert_array_equal(labels, [[7, 7, 26, 26], [7, 26, 26, 26]])
+    reader = CocoPanopticReader(tmp_path / "panoptic.json", tmp_path / "panoptic")
+    np.testing.assert_array_equal(reader.read(AACHEN), PANOPTIC)
