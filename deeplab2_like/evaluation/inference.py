@@ -84,7 +84,7 @@ def make_oracle_function(system: PanopticSystem, parts: Sequence[str]) -> Exampl
 
     Returns:
         A function from an example of `pipeline.make_eval_dataset` to the dictionary of `PanopticSystem.postprocess`,
-        and the result of `semantic_map` as `semantic`, which is the true one if the part `semantic` or all parts are.
+        and the result of `semantic_map_with_truth` as `semantic`.
 
     Raises:
         UserError: If the system has no such part.
@@ -103,8 +103,6 @@ def make_oracle_function(system: PanopticSystem, parts: Sequence[str]) -> Exampl
         size = tuple(example["panoptic"].shape)
         outputs = network(example["image"][tf.newaxis])
         found = system.postprocess_with_truth(outputs, targets, size, parts)
-        if "semantic" in parts or set(parts) == set(system.oracle_parts):
-            return found | {"semantic": system.true_semantic_map(targets)}
-        return found | {"semantic": system.semantic_map(outputs, size)}
+        return found | {"semantic": system.semantic_map_with_truth(outputs, targets, size, parts)}
 
     return infer

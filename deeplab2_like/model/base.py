@@ -236,6 +236,21 @@ class PanopticSystem(keras.Model):
         """
         raise NotImplementedError
 
+    def semantic_map_with_truth(
+        self,
+        outputs: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        image_size: Size,
+        parts: Sequence[str],
+    ) -> Tensor:
+        """Returns the `semantic_map` that belongs to `postprocess_with_truth`, with the same arguments.
+
+        It is the true one if the part `semantic` or all parts are true.
+        """
+        if "semantic" in parts or set(parts) == set(self.oracle_parts):
+            return self.true_semantic_map(targets)
+        return self.semantic_map(outputs, image_size)
+
     def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
         """Averages the raw outputs of several views of the same images.
 

@@ -56,8 +56,9 @@ class SemanticClasses(NamedTuple):
         return tuple(sorted(i for i in self.class_id if i >= 0))
 
     def to_class_ids(self, semantic: Tensor, ignore_label: int) -> Tensor:
-        """Returns the class id of each semantic class, int32 [B, H, W]; "other" becomes the ignore label."""
-        return ops.take(ops.array([i if i >= 0 else ignore_label for i in self.class_id], "int32"), semantic)
+        """Turns semantic classes into class ids, int32 [B, H, W] each; "other" and void become the ignore label."""
+        class_ids = [*(i if i >= 0 else ignore_label for i in self.class_id), ignore_label]
+        return ops.take(ops.array(class_ids, "int32"), semantic)
 
     def of_class_map(self, class_map: Tensor) -> Tensor:
         """Returns the semantic class of each pixel, int32 [B, H, W]; void gets the number of semantic classes.

@@ -43,7 +43,7 @@ def test_frequency_weights_and_hallucinated_class():
 
 def test_classes_that_cannot_be_predicted_are_left_out():
     metric = SemanticIoU(INFO, classes=[1, 2])
-    # Of 2 cat pixels one is void, which is right, and one is called sky; 2 of 3 sky pixels are found, one is called sea.
+    # Of 2 cat pixels one is void, which is right, one is called sky. Of 3 sky pixels 2 are found, one is called sea.
     metric.update_from_class_maps(np.array([[0, 0, 1, 1, 1]]), np.array([[9, 1, 1, 1, 2]]))
     result = metric.result()
     # sky: 2 shared, 3 true, 3 predicted: union 4. sea: predicted once, never true.

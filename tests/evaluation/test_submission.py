@@ -320,7 +320,7 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 
 def test_cityscapes_pixel_level_result_is_that_of_the_semantic_head(tmp_path):
-    # The person is called a car; the void pixel, which the panoptic map had dropped, road. The head leaves out two cars.
+    # The head calls the person a car, and the pixel without a segment road. It leaves out two pixels of cars.
     semantic = np.array([[0, 0, 255, 2], [0, 2, 2, 255]], np.int32)
     with CityscapesSubmission(tmp_path, INFO) as submission:
         submission.add(AACHEN, PANOPTIC, SCORES, semantic=semantic)

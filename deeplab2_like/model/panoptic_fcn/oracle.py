@@ -13,7 +13,7 @@ from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.panoptic_fcn.config import PanopticFCNConfig
 from deeplab2_like.model.panoptic_fcn.kernels import StuffKernels, ThingKernels
 from deeplab2_like.model.panoptic_fcn.network import KernelHead
-from deeplab2_like.model.panoptic_fcn.postprocess import paint_kernels, pool_stuff
+from deeplab2_like.model.panoptic_fcn.postprocess import paint_kernels, pool_stuff, stuff_probability
 from deeplab2_like.model.panoptic_fcn.targets import is_in_size_range
 from deeplab2_like.model.segments import look_up, paint_segments, segment_outputs
 from deeplab2_like.model.semantic import SemanticClasses
@@ -47,24 +47,36 @@ def postprocess_with_truth(
         The dictionary of `postprocess`.
     """
     things = true_things(outputs, targets, geometry, config, kernel_head)
-    regions = true_regions(outputs, targets, geometry, config, classes)
-    region_classes = predict_region_classes(outputs, regions)
     if "classes" in parts:
         things = things._replace(classes=targets["classes"])
-        region_classes = ops.zeros_like(region_classes) + ops.arange(region_classes.shape[1])
+    regions = true_regions(outputs, targets, geometry, config, classes)
+    region_classes = classify_regions(outputs, regions, parts)
     if "masks" in parts:
         return paint_true_masks(targets, things.classes, region_classes, config, dataset_info, classes)
-    present = {level: ops.any(masks > 0, axis=(1, 2)) for level, masks in regions.items()}
-    stuff = pool_stuff(outputs, [(regions[level], present[level]) for level in regions], config, kernel_head)
-    return paint_kernels(
-        outputs["feature"],
-        things,
-        join_regions(stuff, region_classes),
-        geometry,
-        config,
-        dataset_info,
-        classes,
-    )
+    stuff = true_stuff(outputs, regions, region_classes, config, kernel_head)
+    return paint_kernels(outputs["feature"], things, stuff, geometry, config, dataset_info, classes)
+
+
+def semantic_map_with_truth(
+    outputs: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    geometry: Geometry,
+    parts: Sequence[str],
+    config: PanopticFCNConfig,
+    classes: SemanticClasses,
+    kernel_head: KernelHead,
+) -> Tensor:
+    """Returns the region class of each pixel, with the arguments of `postprocess_with_truth`.
+
+    Returns:
+        int32 [B, H, W]; the number of region classes for void, which only true masks have.
+    """
+    regions = true_regions(outputs, targets, geometry, config, classes)
+    region_classes = classify_regions(outputs, regions, parts)
+    if "masks" in parts:
+        return true_region_map(targets, region_classes, classes)
+    stuff = true_stuff(outputs, regions, region_classes, config, kernel_head)
+    return geometry.argmax(stuff_probability(outputs["feature"], stuff), stride=config.stride)
 
 
 def true_things(
@@ -148,6 +160,49 @@ def predict_region_classes(outputs: Mapping[str, Tensor], regions: Mapping[str, 
     return ops.cast(ops.argmax(total, axis=-1), "int32")
 
 
+def classify_regions(outputs: Mapping[str, Tensor], regions: Mapping[str, Tensor], parts: Sequence[str]) -> Tensor:
+    """Returns the class of each true region, int32 [B, S], which is the predicted one unless `parts` has `classes`."""
+    predicted = predict_region_classes(outputs, regions)
+    if "classes" in parts:
+        return ops.zeros_like(predicted) + ops.arange(predicted.shape[1])
+    return predicted
+
+
+def true_stuff(
+    outputs: Mapping[str, Tensor],
+    regions: Mapping[str, Tensor],
+    region_classes: Tensor,
+    config: PanopticFCNConfig,
+    kernel_head: KernelHead,
+) -> StuffKernels:
+    """Averages the kernels of the true regions.
+
+    Args:
+        outputs: Raw outputs.
+        regions: Result of `true_regions`.
+        region_classes: Result of `classify_regions`.
+        config: Levels.
+        kernel_head: Embeds the kernels.
+    """
+    pairs = [(masks, ops.any(masks > 0, axis=(1, 2))) for masks in regions.values()]
+    return join_regions(pool_stuff(outputs, pairs, config, kernel_head), region_classes)
+
+
+def true_region_map(targets: Mapping[str, Tensor], region_classes: Tensor | None, classes: SemanticClasses) -> Tensor:
+    """Returns the map of true regions with given classes, int32 [B, H, W]; void is the number of region classes.
+
+    Args:
+        targets: Batched targets.
+        region_classes: int32 [B, S], class of each true region; None keeps the true classes.
+        classes: The classes of the regions.
+    """
+    semantic = classes.of_class_map(targets["semantic"])
+    if region_classes is None:
+        return semantic
+    void = ops.full_like(region_classes[:, :1], len(classes.class_id))
+    return look_up(ops.concatenate([region_classes, void], axis=1), semantic)
+
+
 def join_regions(stuff: StuffKernels, region_classes: Tensor) -> StuffKernels:
     """Averages the kernels of the regions that are predicted to have the same class.
 
@@ -190,12 +245,8 @@ def paint_true_masks(
     # The instance map counts rows from 1; true masks do not overlap.
     instance_map, num_things = targets["instance_map"], targets["valid"].shape[1]
     owner = ops.where(instance_map > 0, instance_map - 1, num_things)
-    semantic = classes.of_class_map(targets["semantic"])
-    if region_classes is not None:
-        void = ops.full_like(region_classes[:, :1], len(classes.class_id))
-        semantic = look_up(ops.concatenate([region_classes, void], axis=1), semantic)
     table = paint_segments(
-        semantic,
+        true_region_map(targets, region_classes, classes),
         owner,
         thing_class_ids(thing_classes, dataset_info),
         class_of_semantic=(*classes.painted_class, -1),

@@ -16,7 +16,7 @@ from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.panoptic_fcn.config import PanopticFCNConfig
 from deeplab2_like.model.panoptic_fcn.losses import compute_losses
 from deeplab2_like.model.panoptic_fcn.network import FeatureEncoder, KernelHead, PositionHead
-from deeplab2_like.model.panoptic_fcn.oracle import paint_true_masks, postprocess_with_truth
+from deeplab2_like.model.panoptic_fcn.oracle import paint_true_masks, postprocess_with_truth, semantic_map_with_truth
 from deeplab2_like.model.panoptic_fcn.postprocess import (
     find_stuff,
     postprocess,
@@ -165,6 +165,22 @@ class PanopticFCN(PanopticSystem):
         return postprocess_with_truth(
             outputs, targets, geometry, parts, self.config, self.dataset_info, self.classes, self.kernel_head
         )
+
+    def semantic_map_with_truth(
+        self,
+        outputs: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        image_size: Size,
+        parts: Sequence[str],
+    ) -> Tensor:
+        """See `PanopticSystem.semantic_map_with_truth`: the map of the true regions."""
+        if not parts:
+            return self.semantic_map(outputs, image_size)
+        geometry = Geometry.of(outputs, image_size)
+        semantic = semantic_map_with_truth(
+            outputs, targets, geometry, parts, self.config, self.classes, self.kernel_head
+        )
+        return self.classes.to_class_ids(semantic, self.dataset_info.ignore_label)
 
 
 def _check_things(info: DatasetInfo) -> None:
