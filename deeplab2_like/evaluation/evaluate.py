@@ -14,6 +14,7 @@ from deeplab2_like.evaluation.inference import (
     make_inference_function,
 )
 from deeplab2_like.evaluation.instance_ap import InstanceAP
+from deeplab2_like.evaluation.instance_iou import InstanceIoU, has_cityscapes_classes
 from deeplab2_like.evaluation.overlaps import ClassifiedOverlaps, count_panoptic_overlaps
 from deeplab2_like.evaluation.panoptic_quality import Matches, PanopticQuality
 from deeplab2_like.evaluation.semantic_iou import SemanticIoU
@@ -51,6 +52,7 @@ def evaluate(
     infer_example = infer or make_example_function(make_inference_function(system, with_instances=True))
     quality, iou = PanopticQuality(info), SemanticIoU(info, classes=system.semantic_classes)
     precision = InstanceAP(info)
+    instance_iou = InstanceIoU(info) if _predicts_cityscapes(system) else None
 
     def predict_all() -> Iterator[tuple[int, Example, Outputs]]:
         for number, example in enumerate(examples):
@@ -70,15 +72,31 @@ def evaluate(
         else:
             table = {key: outputs[key] for key in ("segment_id", "segment_class", "segment_score")}
             instances.update_from_panoptic(name, label, prediction, **table)
-        return _Measurement(example, outputs, class_overlaps, quality.match_panoptic(overlaps), instances)
+        own_iou = None if instance_iou is None else InstanceIoU(info)
+        if own_iou is not None:
+            own_iou.update_state(label, outputs["semantic"])
+        return _Measurement(example, outputs, class_overlaps, quality.match_panoptic(overlaps), instances, own_iou)
 
     for measurement in map_in_order(measure, predict_all(), workers=workers or os.cpu_count() or 1):
         quality.add(measurement.matches)
         iou.add(measurement.class_overlaps)
         precision.merge(measurement.instances)
+        if instance_iou is not None and measurement.instance_iou is not None:
+            instance_iou.merge(measurement.instance_iou)
         if after_image is not None:
             after_image(measurement.example, measurement.outputs)
-    return report.metrics_dict(panoptic=quality.result(), semantic=iou.result(), instance=precision.result())
+    return report.metrics_dict(
+        panoptic=quality.result(),
+        semantic=iou.result(),
+        instance_iou=None if instance_iou is None else instance_iou.result(),
+        instance=precision.result(),
+    )
+
+
+def _predicts_cityscapes(system: PanopticSystem) -> bool:
+    """Returns whether iIoU is defined: for the classes of Cityscapes, if the semantic head predicts them all."""
+    info = system.dataset_info
+    return has_cityscapes_classes(info) and len(system.semantic_classes) == info.num_classes
 
 
 class _Measurement(NamedTuple):
@@ -89,3 +107,4 @@ class _Measurement(NamedTuple):
     class_overlaps: ClassifiedOverlaps
     matches: Matches
     instances: InstanceAP
+    instance_iou: InstanceIoU | None

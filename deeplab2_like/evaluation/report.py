@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deeplab2_like.evaluation.instance_ap import InstanceAPResult
+from deeplab2_like.evaluation.instance_iou import InstanceIoUResult
 from deeplab2_like.evaluation.panoptic_quality import PanopticQualityResult
 from deeplab2_like.evaluation.semantic_iou import SemanticIoUResult
 from deeplab2_like.files import write_atomically
@@ -20,6 +21,7 @@ def metrics_dict(
     *,
     panoptic: PanopticQualityResult | None = None,
     semantic: SemanticIoUResult | None = None,
+    instance_iou: InstanceIoUResult | None = None,
     instance: InstanceAPResult | None = None,
 ) -> dict[str, Any]:
     """Arranges results in the form of `metrics.json`.
@@ -27,13 +29,16 @@ def metrics_dict(
     Args:
         panoptic: Result of `PanopticQuality`, if it was computed.
         semantic: Result of `SemanticIoU`, if it was computed.
+        instance_iou: Result of `InstanceIoU`, if it was computed; only with `semantic`.
         instance: Result of `InstanceAP`, if it was computed.
 
     Returns:
-        Nested mappings with "panoptic" ("all", "things", "stuff", "per_class"), "semantic" ("miou", "fwiou",
-        "per_class", "not_predicted") and "instance", each only if given. Fractions are in percent; "tp", "fp" and "fn"
-        are counts. Left out are an AP without any ground truth (for instance of large objects where there are none),
-        and the IoU of a class that occurs nowhere or that the semantic head does not predict.
+        Nested mappings, each only if given. Fractions are in percent; "tp", "fp" and "fn" are counts.
+        "panoptic": "all", "things", "stuff" and "per_class".
+        "semantic": "miou", "fwiou", "per_class", "not_predicted", and with `instance_iou` "iiou", "category_iiou" and
+        "iiou_per_class". The IoU of a class that occurs nowhere or that the semantic head does not predict is left out.
+        "instance": "mask_ap", "box_ap" and so on. An AP without any ground truth (for instance of large objects where
+        there are none) is left out.
     """
     metrics: dict[str, Any] = {}
     if panoptic is not None:
@@ -58,6 +63,12 @@ def metrics_dict(
             "fwiou": 100.0 * semantic.fwiou,
             "per_class": {name: 100.0 * value for name, value in semantic.per_class.items()},
             "not_predicted": list(semantic.not_predicted),
+        }
+    if instance_iou is not None:
+        named = {"iiou": instance_iou.iiou, "category_iiou": instance_iou.category_iiou}
+        metrics["semantic"] |= {name: 100.0 * value for name, value in named.items() if value is not None}
+        metrics["semantic"]["iiou_per_class"] = {
+            name: 100.0 * value for name, value in instance_iou.per_class.items() if value is not None
         }
     if instance is not None:
         metrics["instance"] = {
@@ -176,7 +187,8 @@ def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console
         # Again, as the first rows of a table of many classes scroll away.
         _print_line(console, "Panoptic", {f"PQ {group}": panoptic[group]["pq"] for group in groups})
     if semantic:
-        _print_line(console, "Semantic", {"mIoU": semantic["miou"], "fwIoU": semantic["fwiou"]})
+        titles = {"miou": "mIoU", "fwiou": "fwIoU", "iiou": "iIoU", "category_iiou": "category iIoU"}
+        _print_line(console, "Semantic", {title: semantic[key] for key, title in titles.items() if key in semantic})
         if left_out := semantic.get("not_predicted"):
             console.print(
                 Text(f"          mean over {len(class_iou)} classes; the head does not predict {', '.join(left_out)}")

@@ -10,6 +10,7 @@ import tensorflow as tf
 from one_convolution import OneConvolution, OneConvolutionConfig, one_convolution_config
 
 from deeplab2_like.configs import load_config
+from deeplab2_like.data import known_datasets
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.errors import UserError
@@ -110,6 +111,29 @@ def test_average_precision_is_that_of_a_system_s_own_instances() -> None:
     metrics = evaluate(WithInstances(scenes_info()), examples())  # type: ignore[arg-type]
     assert metrics["instance"]["mask_ap"] == 0.0
     assert metrics["panoptic"]["stuff"]["sq"] == 100.0
+
+
+def test_instance_iou_of_cityscapes() -> None:
+    info = DatasetInfo("streets", known_datasets.CITYSCAPES)
+    label = np.full((4, 8), info.void, np.int32)
+    label[:, :4] = 0
+    label[:2, 4:] = 13001
+    label[2:, 4:6] = 13002
+
+    def measure(shown: np.ndarray, system: Oracle) -> dict[str, Any]:
+        image = np.stack([shown & 255, shown >> 8 & 255, shown >> 16], axis=-1).astype(np.uint8)
+        name = tf.constant("a_000000_000000.png")
+        example = {"image": tf.constant(image), "panoptic": tf.constant(label), "image_id": name}
+        return evaluate(system, [example])["semantic"]  # type: ignore[arg-type]
+
+    # The smaller car is missed: two cars of equal weight, and one is found.
+    metrics = measure(np.where(label == 13002, 11001, label), Oracle(info))
+    assert metrics["iiou_per_class"] == {"person": 0.0, "car": pytest.approx(50.0)}
+    assert metrics["iiou"] == pytest.approx(25.0)
+    # The person is no vehicle.
+    assert metrics["category_iiou"] == pytest.approx(25.0)
+    # A head that does not predict cars has no iIoU.
+    assert "iiou" not in measure(label, BlindToThings(info))
 
 
 class BlindToThings(Oracle):
