@@ -3,7 +3,8 @@
 The `model` section is declared in the `config.py` of each system and found through the registry of systems.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import pydantic
 
@@ -32,6 +33,86 @@ class ColorJitterConfig(StrictModel):
     )
 
 
+class SideChoices(StrictModel):
+    """Sizes of the shorter side, one of which is drawn for each image."""
+
+    choices: tuple[pydantic.PositiveInt, ...] = pydantic.Field(
+        min_length=1, description="Sizes in pixels, one of which is drawn for each image; only in `data`."
+    )
+
+
+class SideLimit(StrictModel):
+    """A limit of the longer side."""
+
+    max: pydantic.PositiveInt = pydantic.Field(
+        description="Limit of the longer side, in pixels: an image that would exceed it is resized to this longer side."
+    )
+
+
+class ResizeConfig(StrictModel):
+    """A size to which images are resized; they keep their aspect ratio."""
+
+    shorter_side: pydantic.PositiveInt | tuple[pydantic.PositiveInt, pydantic.PositiveInt] | SideChoices | None = (
+        pydantic.Field(
+            None,
+            description="Size of the shorter side, in pixels. In `data` also a range such as [640, 800], from which a "
+            "size is drawn for each image, or {choices: [640, 672, 704]}.",
+        )
+    )
+    longer_side: pydantic.PositiveInt | SideLimit | None = pydantic.Field(
+        None,
+        description="Size of the longer side, in pixels, without `shorter_side`; or, with it, a limit such as "
+        "{max: 1333}.",
+    )
+
+    def scales(self, shorter: Any, longer: Any, *, target: Any = None) -> list[Any]:
+        """Returns one or two factors for an image; the smaller one resizes it.
+
+        Args:
+            shorter: Shorter side of the image, a number or a float tensor.
+            longer: Longer side of the image, a number or a float tensor.
+            target: A value of `shorter_side`, where that is a range or choices; by default the fixed size.
+        """
+        if self.longer_side is not None and not isinstance(self.longer_side, SideLimit):
+            return [self.longer_side / longer]
+        size: Any = self.shorter_side if target is None else target
+        scale = size / shorter
+        return [scale] if self.longer_side is None else [scale, self.longer_side.max / longer]
+
+    @pydantic.field_validator("shorter_side", mode="wrap")
+    @classmethod
+    def _check_shorter_side(cls, value: Any, handler: pydantic.ValidatorFunctionWrapHandler) -> Any:
+        # One sentence instead of pydantic's one for each member of the union.
+        try:
+            checked = handler(value)
+        except pydantic.ValidationError as error:
+            raise ValueError(
+                "must be a size such as 800, a range such as [640, 800] or choices such as {choices: [640, 672, 704]}"
+            ) from error
+        if isinstance(checked, tuple) and checked[0] > checked[1]:
+            raise ValueError("must be two sizes, the smaller one first")
+        return checked
+
+    @pydantic.field_validator("longer_side", mode="wrap")
+    @classmethod
+    def _check_longer_side(cls, value: Any, handler: pydantic.ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except pydantic.ValidationError as error:
+            raise ValueError("must be a size such as 1025 or a limit such as {max: 1333}") from error
+
+    @pydantic.model_validator(mode="after")
+    def _sides_fit_together(self) -> "ResizeConfig":
+        if self.shorter_side is None and not isinstance(self.longer_side, int):
+            raise ValueError("needs a size: `shorter_side`, such as 800, or `longer_side`, such as 1025")
+        if self.shorter_side is not None and isinstance(self.longer_side, int):
+            raise ValueError(
+                f"`longer_side: {self.longer_side}` sets the size alone; remove `shorter_side` or set a limit, "
+                f"`longer_side: {{max: {self.longer_side}}}`"
+            )
+        return self
+
+
 class DataConfig(StrictModel):
     """Records and the augmentation of training examples."""
 
@@ -39,10 +120,21 @@ class DataConfig(StrictModel):
     train_split: str = pydantic.Field("train", description="Split of the records to train on.")
     val_split: str = pydantic.Field("val", description="Split of the records to evaluate on.")
     crop_size: tuple[int, int] = pydantic.Field(description="Height and width of training crops, in pixels.")
+    resize: ResizeConfig | None = pydantic.Field(
+        None,
+        description="Size to which a training image is resized first, such as {shorter_side: [640, 800], longer_side: "
+        "{max: 1333}} or {longer_side: 1025}; `scale_range` multiplies it. null keeps the size of the image.",
+    )
     scale_range: tuple[float, float] = pydantic.Field(
         (1.0, 1.0),
         description="Range of the random scale: a training image is resized by a factor from this range before it is "
         "cropped.",
+    )
+    scale_step: float | None = pydantic.Field(
+        None,
+        gt=0,
+        description="Step between the possible scales: the smallest of `scale_range`, the smallest + 1 step and so on, "
+        "up to the largest. null for any scale in the range.",
     )
     flip: bool = pydantic.Field(True, description="Flip half of the examples left to right.")
     dihedral: bool = pydantic.Field(
@@ -84,6 +176,26 @@ class DataConfig(StrictModel):
         if not 0 < value[0] <= value[1]:
             raise ValueError("must be two positive numbers, the smaller one first")
         return value
+
+    @property
+    def possible_scales(self) -> Sequence[float] | None:
+        """The values of the random scale with `scale_step`; None without it."""
+        if self.scale_step is None:
+            return None
+        smallest, largest = self.scale_range
+        num_steps = round((largest - smallest) / self.scale_step)
+        return [smallest + step * self.scale_step for step in range(num_steps + 1)]
+
+    @pydantic.model_validator(mode="after")
+    def _whole_steps(self) -> "DataConfig":
+        scales = self.possible_scales
+        if scales is not None and abs(scales[-1] - self.scale_range[1]) > 1e-3 * scales[-1]:
+            smallest, largest = self.scale_range
+            raise ValueError(
+                f"`scale_step` {self.scale_step} does not lead from {smallest} to {largest} in whole steps; change it "
+                "or `scale_range`"
+            )
+        return self
 
 
 class OptimizerConfig(StrictModel):

@@ -6,11 +6,12 @@ that does not grow with the scale. Padding is added last, so that colors are jit
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
-from deeplab2_like.configs.schema import ColorJitterConfig, DataConfig
+from deeplab2_like.configs.schema import ColorJitterConfig, DataConfig, ResizeConfig, SideChoices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +41,18 @@ def augment(
     void: int,
     pad_value: Sequence[int],
 ) -> dict[str, tf.Tensor]:
-    """Scales at random, takes a random crop, flips and jitters colors.
+    """Resizes, scales at random, takes a random crop, flips and jitters colors.
 
-    The scale is drawn uniformly from `scale_range`. The window of the source begins and ends at whole pixels, which
-    changes the scale of each axis by at most half a pixel of the window. Where the scaled image is smaller than the
-    crop, it is placed at random and the rest is padded. The image is resampled bilinearly (with antialiasing below half
-    its size), the label takes the nearest pixel; both with half-pixel centers, so they stay aligned. At scale 1 pixels
-    stay as they are.
+    The scale is that of `resize`, if it is set, times one drawn from `scale_range`. The window of the source begins and
+    ends at whole pixels, which changes the scale of each axis by at most half a pixel of the window. Where the scaled
+    image is smaller than the crop, it is placed at random and the rest is padded. The image is resampled bilinearly
+    (with antialiasing below half its size), the label takes the nearest pixel; both with half-pixel centers, so they
+    stay aligned. At scale 1 pixels stay as they are.
 
     Args:
         example: `image` uint8 [H, W, 3], `panoptic` int32 [H, W], and further keys, which are passed on.
-        config: Section `data` of a config: `crop_size`, `scale_range`, `flip`, `dihedral` and `color_jitter`.
+        config: Section `data` of a config: `resize`, `scale_range`, `scale_step`, `crop_size`, `flip`, `dihedral` and
+            `color_jitter`.
         seed: int32 or int64 [2].
         void: Panoptic value of padded pixels.
         pad_value: Color of padded pixels, red, green and blue.
@@ -60,8 +62,9 @@ def augment(
     """
     image, panoptic = example["image"], example["panoptic"]
     # Each number of this draw has one use, so that switching one augmentation on or off leaves the others as they are.
-    draws = tf.unstack(tf.random.stateless_uniform([10], seed=seed))
-    draw_scale, draw_y, draw_x, draw_transpose, draw_flip_y, draw_flip_x, *draw_colors = draws
+    # A longer draw begins with the same numbers, so new uses come last: runs of earlier versions resume unchanged.
+    draws = tf.unstack(tf.random.stateless_uniform([11], seed=seed))
+    draw_scale, draw_y, draw_x, draw_transpose, draw_flip_y, draw_flip_x, *draw_colors, draw_resize = draws
 
     if config.dihedral:
         # The transpose, with a flip of each axis below, gives all eight rotations and reflections of a square.
@@ -71,8 +74,9 @@ def augment(
             lambda: (image, panoptic),
         )
 
-    smallest, largest = config.scale_range
-    scale = smallest + draw_scale * (largest - smallest)
+    scale = _random_scale(config, draw_scale)
+    if config.resize is not None:
+        scale *= _resize_scale(config.resize, tf.shape(image)[:2], draw_resize)
     rows = _random_window(tf.shape(image)[0], config.crop_size[0], scale, draw_y)
     columns = _random_window(tf.shape(image)[1], config.crop_size[1], scale, draw_x)
 
@@ -96,6 +100,30 @@ def augment(
     image = tf.ensure_shape(image, [*config.crop_size, 3])
     panoptic = tf.ensure_shape(panoptic, config.crop_size)
     return {**example, "image": image, "panoptic": panoptic}
+
+
+def _random_scale(config: DataConfig, draw: tf.Tensor) -> tf.Tensor:
+    """Draws from `scale_range`, in steps of `scale_step` if it is set; `draw` is in [0, 1)."""
+    if config.possible_scales is not None:
+        return _choose(config.possible_scales, draw)
+    smallest, largest = config.scale_range
+    return smallest + draw * (largest - smallest)
+
+
+def _resize_scale(config: ResizeConfig, image_size: tf.Tensor, draw: tf.Tensor) -> tf.Tensor:
+    """Returns the factor that resizes an image of this height and width, int32 [2]; `draw` is in [0, 1)."""
+    sides = tf.cast(image_size, tf.float32)
+    target = config.shorter_side
+    if isinstance(target, SideChoices):
+        target = _choose(target.choices, draw)
+    elif isinstance(target, tuple):
+        target = target[0] + draw * (target[1] - target[0])
+    return functools.reduce(tf.minimum, config.scales(tf.reduce_min(sides), tf.reduce_max(sides), target=target))
+
+
+def _choose(values: Sequence[float], draw: tf.Tensor) -> tf.Tensor:
+    """Returns one of the values, float32 []; `draw` is in [0, 1)."""
+    return tf.gather(tf.constant(values, tf.float32), tf.cast(draw * len(values), tf.int32))
 
 
 def _random_window(source: tf.Tensor, crop: int, scale: tf.Tensor, draw: tf.Tensor) -> _Axis:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from deeplab2_like.configs.schema import StrictModel
+from deeplab2_like.configs.schema import ResizeConfig, StrictModel
 
 
 class Norm(StrictModel):
@@ -91,13 +91,6 @@ def level_stride(level: str) -> int:
     return int(2 ** int(level.removeprefix("p")))
 
 
-class ResizeConfig(StrictModel):
-    """The network size outside of training; images keep their aspect ratio."""
-
-    short_side: int = pydantic.Field(800, ge=1, description="Shorter side, in pixels.")
-    long_side: int = pydantic.Field(1333, ge=1, description="Limit of the longer side, in pixels.")
-
-
 class SystemConfig(StrictModel):
     """The part of a `model` section that all systems share."""
 
@@ -111,19 +104,34 @@ class SystemConfig(StrictModel):
     )
     resize: ResizeConfig | None = pydantic.Field(
         None,
-        description="Network size outside of training, such as {short_side: 800, long_side: 1333}; null keeps the "
-        "size of the image. The panoptic map always has the size of the image.",
+        description="Network size outside of training, such as {shorter_side: 800, longer_side: {max: 1333}}; null "
+        "keeps the size of the image. The panoptic map always has the size of the image.",
     )
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _move_old_keys(cls, content: Any) -> Any:
-        """Reads configs of earlier versions, in which `resize` was a key of `postprocess`."""
-        postprocess = content.get("postprocess") if isinstance(content, dict) else None
+        """Reads configs of earlier versions: `postprocess.resize`, and `short_side` and `long_side` in `resize`."""
+        if not isinstance(content, dict):
+            return content
+        postprocess = content.get("postprocess")
         if isinstance(postprocess, dict) and "resize" in postprocess and "resize" not in content:
             others = {key: value for key, value in postprocess.items() if key != "resize"}
-            return {**content, "postprocess": others, "resize": postprocess["resize"]}
+            content = {**content, "postprocess": others, "resize": postprocess["resize"]}
+        resize, old_keys = content.get("resize"), {"short_side", "long_side"}
+        # A saved config has both old keys, to which an override may add a new one; a new config refuses old keys.
+        if isinstance(resize, dict) and resize and (resize.keys() <= old_keys or resize.keys() >= old_keys):
+            shorter, limit = resize.get("short_side", 800), resize.get("long_side", 1333)
+            new = {key: value for key, value in resize.items() if key not in old_keys}
+            content = {**content, "resize": {"shorter_side": shorter, "longer_side": {"max": limit}, **new}}
         return content
+
+    @pydantic.field_validator("resize")
+    @classmethod
+    def _fixed_size(cls, value: ResizeConfig | None) -> ResizeConfig | None:
+        if value is not None and not isinstance(value.shorter_side, int | None):
+            raise ValueError("the network size must be fixed: `shorter_side` can be a range or choices only in `data`")
+        return value
 
 
 class PyramidSystemConfig(SystemConfig):

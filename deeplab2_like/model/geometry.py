@@ -1,11 +1,12 @@
 """The two sizes of an image: its own, and the network size, to which it is resized before the network."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 from keras import ops
 
-from deeplab2_like.model.config import ResizeConfig
+from deeplab2_like.configs.schema import ResizeConfig
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.resampling import resize_bilinear, upsampled_argmax, upsampling_matrix
 
@@ -109,7 +110,7 @@ def resize_for_network(images: Tensor, config: ResizeConfig | None) -> tuple[Ten
 
     Args:
         images: uint8 or float [B, H, W, 3].
-        config: The network size; None keeps the images as they are.
+        config: The network size, of fixed `shorter_side`; None keeps the images as they are.
 
     Returns:
         The images, [B, H', W', 3], and, if they were resized, the raw output `NETWORK_SIZE`, which `Geometry.of` reads.
@@ -117,8 +118,8 @@ def resize_for_network(images: Tensor, config: ResizeConfig | None) -> tuple[Ten
     if config is None:
         return images, {}
     height, width = ops.shape(images)[1:3]
-    short, long = ops.minimum(height, width), ops.maximum(height, width)
-    scale = ops.minimum(config.short_side / ops.cast(short, "float32"), config.long_side / ops.cast(long, "float32"))
+    shorter, longer = (ops.cast(side(height, width), "float32") for side in (ops.minimum, ops.maximum))
+    scale = functools.reduce(ops.minimum, config.scales(shorter, longer))
     sides = [ops.cast(ops.floor(ops.cast(side, "float32") * scale + 0.5), "int32") for side in (height, width)]
     images = resize_bilinear(ops.cast(images, "float32"), *(ops.maximum(side, 1) for side in sides))
     sides = list(ops.shape(images)[1:3])

@@ -50,7 +50,7 @@ def panoptic_fcn_config(*, depth: Literal[50, 101] = 50, enhanced: bool = False)
             "image_mean": (103.53, 116.28, 123.675),
             "image_std": (1.0, 1.0, 1.0),
             "encoder": {"channels": 256, "deformable": True} if enhanced else {},
-            "resize": {"short_side": 800, "long_side": 1333},
+            "resize": {"shorter_side": 800, "longer_side": {"max": 1333}},
             "reference_behavior": True,
         }
     )

@@ -43,7 +43,7 @@ def panoptic_fpn_config(*, depth: Literal[50, 101] = 50) -> PanopticFPNConfig:
             "norm": {"kind": "frozen_batch", "epsilon": _EPSILON},
             "image_std": (1.0, 1.0, 1.0),
             "roi": {"sampling_ratio": 0},
-            "resize": {"short_side": 800, "long_side": 1333},
+            "resize": {"shorter_side": 800, "longer_side": {"max": 1333}},
         }
     )
 
