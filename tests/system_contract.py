@@ -272,6 +272,25 @@ class SystemContract:
         mirrored = excited.infer(image[:, :, ::-1])["panoptic"].numpy()[0, :, ::-1]
         assert panoptic_quality(mirrored, excited.finish(outputs, size)["panoptic"].numpy()[0], INFO) > 0.95
 
+    def test_a_resized_image_has_a_map_of_its_own_size(self, excited: PanopticSystem) -> None:
+        def resized(resize: dict[str, Any]) -> PanopticSystem:
+            content = excited.get_config()
+            system = type(excited).from_config(content | {"config": content["config"] | {"resize": resize}})
+            system.create_variables().set_weights(excited.get_weights())
+            return system
+
+        image = paint(hand_made_label())[None]
+        expected = excited.infer(image)["panoptic"].numpy()[0]
+        assert len(np.unique(expected)) > 2
+        # The network size is the image size: the same map, up to rounding on borders.
+        same = resized({"longer_side": 64}).infer(image)["panoptic"].numpy()[0]
+        assert panoptic_quality(expected, same, INFO) > 0.95
+        # 48x64 pixels: the limit of the longer side allows the factor 120 / 64 = 1.875 only, not 96 / 48 = 2.
+        larger = resized({"shorter_side": 96, "longer_side": {"max": 120}})
+        outputs = larger(image[:, :48], training=False)
+        np.testing.assert_array_equal(outputs["network_size"], [90, 120])
+        assert larger.postprocess(outputs, (48, 64))["panoptic"].shape == (1, 48, 64)
+
     def test_image_without_things(self, untrained: PanopticSystem) -> None:
         label = np.where(np.arange(64)[:, None] < 32, 0, 1000) * np.ones((1, 64), np.int32)
         label = label.astype(np.int32)

@@ -122,9 +122,10 @@ def write_key_tables(text: str) -> str:
 
 
 def _inner_section(annotation: Any) -> type[StrictModel] | None:
-    """Returns the section of a key that may be a section or null."""
-    kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, StrictModel)), None)
+    """Returns the section of a key that is a section or null; a key that may also be a value describes both itself."""
+    kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind is not type(None)]
+    is_section = len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], StrictModel)
+    return kinds[0] if is_section else None
 
 
 def _summary(kind: type) -> str:

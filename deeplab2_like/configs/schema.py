@@ -37,7 +37,7 @@ class SideChoices(StrictModel):
     """Sizes of the shorter side, one of which is drawn for each image."""
 
     choices: tuple[pydantic.PositiveInt, ...] = pydantic.Field(
-        min_length=1, description="Sizes in pixels, one of which is drawn for each image; only in `data`."
+        min_length=1, description="Sizes in pixels, one of which is drawn for each image."
     )
 
 
@@ -45,7 +45,7 @@ class SideLimit(StrictModel):
     """A limit of the longer side."""
 
     max: pydantic.PositiveInt = pydantic.Field(
-        description="Limit of the longer side, in pixels: an image that would exceed it is resized to this longer side."
+        description="Limit in pixels: an image whose longer side would exceed it is resized to this longer side."
     )
 
 
@@ -55,14 +55,14 @@ class ResizeConfig(StrictModel):
     shorter_side: pydantic.PositiveInt | tuple[pydantic.PositiveInt, pydantic.PositiveInt] | SideChoices | None = (
         pydantic.Field(
             None,
-            description="Size of the shorter side, in pixels. In `data` also a range such as [640, 800], from which a "
-            "size is drawn for each image, or {choices: [640, 672, 704]}.",
+            description="Size of the shorter side, in pixels. In `data` also a range such as [640, 800] or choices "
+            "such as {choices: [640, 672, 704]}, from which a size is drawn for each image.",
         )
     )
     longer_side: pydantic.PositiveInt | SideLimit | None = pydantic.Field(
         None,
-        description="Size of the longer side, in pixels, without `shorter_side`; or, with it, a limit such as "
-        "{max: 1333}.",
+        description="Without `shorter_side`, the size of the longer side, in pixels. With it, a limit of the longer "
+        "side such as {max: 1333}, or null for none.",
     )
 
     def scales(self, shorter: Any, longer: Any, *, target: Any = None) -> list[Any]:

@@ -66,6 +66,68 @@ def test_overrides(whole: Path) -> None:
     assert (config.trainer.batch_size, config.trainer.optimizer.momentum) == (2, 0.8)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("{short_side: 600, long_side: 1000}", "{shorter_side: 600, longer_side: {max: 1000}}"),
+        # The defaults of earlier versions.
+        ("{short_side: 600}", "{shorter_side: 600, longer_side: {max: 1333}}"),
+        ("{long_side: 1000}", "{shorter_side: 800, longer_side: {max: 1000}}"),
+        ("null", "null"),
+    ],
+)
+def test_sizes_of_earlier_versions_are_read(whole: Path, tmp_path: Path, old: str, new: str) -> None:
+    earlier = tmp_path / "earlier.yaml"
+    earlier.write_text(WHOLE.replace("model: {", f"model: {{resize: {old}, "))
+    assert load_config(earlier) == load_config(whole, [f"model.resize={new}"])
+
+
+def test_an_override_changes_a_size_of_an_earlier_version(tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier.yaml"
+    earlier.write_text(WHOLE.replace("model: {", "model: {resize: {short_side: 600, long_side: 1000}, "))
+    model = load_config(earlier, ["model.resize.shorter_side=700"]).model.model_dump()
+    assert model["resize"] == {"shorter_side": 700, "longer_side": {"max": 1000}}
+
+
+COCO = [name for name in list_configs() if "/coco_" in name and not name.startswith("panoptic_deeplab/")]
+
+
+@pytest.mark.parametrize("name", COCO)
+def test_crops_of_coco_hold_landscape_and_portrait_images(name: str) -> None:
+    data = load_config(name).data
+    assert data.resize is not None
+    side = data.resize.shorter_side
+    largest = side[1] if isinstance(side, tuple) else side
+    # 480x640 pixels, the most frequent size of COCO.
+    assert min(data.crop_size) >= round(largest * 640 / 480)
+    assert data.scale_range == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [
+        # Longer sides by section 4 and Table 9 of Panoptic-DeepLab; its 641 is a multiple of the stride plus one.
+        ("panoptic_deeplab/mapillary_resnet50", {"longer_side": 2177, "shorter_side": None}),
+        ("panoptic_deeplab/coco_resnet50_1025", {"longer_side": 1025, "shorter_side": None}),
+        ("panoptic_deeplab/coco_resnet50", {"longer_side": 640, "shorter_side": None}),
+        ("lpsnet/coco_resnet101_736", {"shorter_side": 736, "longer_side": {"max": 1226}}),
+        ("lpsnet/cityscapes_resnet50_1200", {"shorter_side": 1200, "longer_side": None}),
+    ],
+)
+def test_training_and_inference_have_the_size_of_the_paper(name: str, sides: dict[str, object]) -> None:
+    config = load_config(name).model_dump()
+    assert config["data"]["resize"] == config["model"]["resize"] == sides
+
+
+def test_panoptic_deeplab_trains_on_mapillary_as_in_the_paper() -> None:
+    config = load_config("panoptic_deeplab/mapillary_resnet50")
+    trainer, postprocess = config.trainer, config.model.model_dump()["postprocess"]
+    assert (trainer.steps, trainer.batch_size, trainer.learning_rate) == (150_000, 64, 0.001)
+    assert postprocess["stuff_area_limit"] == 4096
+    # One less than in the paper, where 1025 is a multiple of the stride plus one.
+    assert config.data.crop_size == (1024, 1024)
+
+
 def test_the_last_override_counts(whole: Path) -> None:
     assert load_config(whole, ["trainer.steps=20", "trainer.steps=30"]).trainer.steps == 30
 
@@ -149,6 +211,40 @@ def test_a_section_must_have_keys(tmp_path: Path) -> None:
         ),
         ("data.crop_size=[0, 4]", r"'data.crop_size' .* has the value \[0, 4\]: height and width must be at least 1\."),
         ("data.scale_range=[2, 1]", r"'data.scale_range' .*: must be two positive numbers, the smaller one first\."),
+        (
+            "data.resize={}",
+            r"'data.resize' .* is not allowed: needs a size: `shorter_side`, such as 800, or `lon",
+        ),
+        ("data.resize={longer_side: {max: 9}}", r"'data.resize' .* is not allowed: needs a size: `shorter_side`"),
+        (
+            "data.resize={shorter_side: 5, longer_side: 9}",
+            r"'data.resize' .*: `longer_side: 9` sets the size alone; remove `shorter_side` or set a limit, "
+            r"`longer_side: \{max: 9\}`\.$",
+        ),
+        (
+            "data.resize.shorter_side=[9, 8]",
+            r"data.resize.shorter_side' .*: must be two sizes, the smaller one first\.$",
+        ),
+        (
+            "data.resize.shorter_side=[7, 8, 9]",
+            r"data.resize.shorter_side' .*: must be a size such as 800, a range su",
+        ),
+        ("data.resize.shorter_side={choices: []}", r"'data.resize.shorter_side' .* choices such as \{choices: \[640, "),
+        (
+            "data.resize={shorter_side: 8, longer_side: {min: 9}}",
+            r"'data.resize.longer_side' .* must be a size such as",
+        ),
+        ("data.resize.short_side=8", r"'data.resize.short_side'\. Did you mean 'data.resize.shorter_side'\? Known in"),
+        (
+            "model.resize.shorter_side=[8, 9]",
+            r"'model.resize' .*: the network size must be fixed: `shorter_side` can be a range or choices only in `d",
+        ),
+        ("model.resize={shorter_side: {choices: [8, 9]}}", r"'model.resize' .*: the network size must be fixed: "),
+        ("data.scale_step=0", r"'data.scale_step' .* has the value 0: Input should be greater than 0"),
+        (
+            "data={crop_size: [8, 8], scale_range: [0.5, 1.5], scale_step: 0.3}",
+            r"'data' .*: `scale_step` 0.3 does not lead from 0.5 to 1.5 in whole steps; change it or `scale_range`\.$",
+        ),
         ("trainer.learning_rate=fast", r"has the value 'fast': must be a number\.$"),
         ("data.flip=maybe", r"has the value 'maybe': must be true or false\.$"),
         ("data.crop_size=5", r"'data.crop_size' .* has the value 5: must be a list such as \[512, 1024\]\.$"),
@@ -175,7 +271,7 @@ def test_every_fault_is_named_with_where_it_is(tmp_path: Path) -> None:
     assert str(error.value) == (
         f"Config key 'model.backbone.name' in config '{path}' has the value [1]: must be a text. "
         "Unknown config key 'data.flop'. Did you mean 'data.flip'? Known in 'data': color_jitter, crop_size, dihedral, "
-        "flip, path, scale_range, train_split, val_split. "
+        "flip, path, resize, scale_range, scale_step, train_split, val_split. "
         "Config key 'trainer.steps' in --set 'trainer.steps=0' has the value 0: Input should be greater than or equal "
         f"to 1. Config key 'trainer.batch_size' in config '{path}' has the value 0: Input should be greater than or "
         "equal to 1."

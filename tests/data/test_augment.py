@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from deeplab2_like.configs import load_config
 from deeplab2_like.configs.schema import ColorJitterConfig, DataConfig
 from deeplab2_like.data.augment import augment
 
@@ -148,6 +149,84 @@ def test_scale_covers_its_range():
     ]
     assert 0.5 <= min(scales) < 0.6
     assert 1.9 < max(scales) <= 2.0
+
+
+def labeled_size(result):
+    """Height and width of what the crop shows of the image."""
+    labeled = result["panoptic"] != VOID
+    return int(labeled.any(axis=1).sum()), int(labeled.any(axis=0).sum())
+
+
+def test_scale_has_steps():
+    example = example_of(100, 100)
+    results = run(example, range(80), (200, 200), scale_range=(0.5, 2.0), scale_step=0.25)
+    assert {labeled_size(result)[0] for result in results} == {50, 75, 100, 125, 150, 175, 200}
+
+
+@pytest.mark.parametrize(
+    ("resize", "size", "expected"),
+    [
+        ({"shorter_side": 20}, (10, 40), (20, 80)),
+        ({"shorter_side": 20}, (40, 10), (80, 20)),
+        # Twice the size would be 80 wide: the limit allows 1.5 times.
+        ({"shorter_side": 20, "longer_side": {"max": 60}}, (10, 40), (15, 60)),
+        ({"shorter_side": 20, "longer_side": {"max": 80}}, (10, 40), (20, 80)),
+        # 427 * 1025 / 640 = 683.9
+        ({"longer_side": 1025}, (427, 640), (684, 1025)),
+        ({"longer_side": 1025}, (640, 427), (1025, 684)),
+        # 3000 * 1088 / 4000 = 816
+        ({"longer_side": 1088}, (3000, 4000), (816, 1088)),
+    ],
+)
+def test_image_is_resized_to_a_side(resize, size, expected):
+    crop = (1088, 1088) if max(size) > 100 else (80, 80)
+    (result,) = run(example_of(*size), [0], crop, resize=resize)
+    assert labeled_size(result) == expected
+
+
+def test_shorter_side_is_drawn_from_a_range():
+    # At 800 pixels the longer side is 640 * 800 / 427 = 1199, below the limit.
+    resize = {"shorter_side": (640, 800), "longer_side": {"max": 1333}}
+    sizes = [labeled_size(result) for result in run(example_of(427, 640), range(40), (1344, 1344), resize=resize)]
+    heights = [height for height, _ in sizes]
+    assert 640 <= min(heights) < 660
+    assert 780 < max(heights) <= 800
+    for height, width in sizes:
+        # The height is rounded to whole pixels, which are 1.5 pixels of the width.
+        assert width == pytest.approx(640 * height / 427, abs=1.3)
+
+
+def test_shorter_side_is_drawn_from_choices():
+    results = run(example_of(10, 20), range(40), (60, 60), resize={"shorter_side": {"choices": (15, 20, 30)}})
+    assert {labeled_size(result) for result in results} == {(15, 30), (20, 40), (30, 60)}
+
+
+def test_random_scale_multiplies_the_size():
+    # 10 rows become 40, and half of that are 20.
+    (result,) = run(example_of(10, 20), [0], (60, 60), resize={"shorter_side": 40}, scale_range=(0.5, 0.5))
+    assert labeled_size(result) == (20, 40)
+
+
+@pytest.mark.parametrize(
+    "name", ["panoptic_fcn/coco_resnet50", "panoptic_fcn/coco_resnet50_512", "lpsnet/coco_resnet50_882"]
+)
+@pytest.mark.parametrize("size", [(640, 480), (480, 640)])
+def test_crops_of_coco_hold_whole_images(name, size):
+    data = load_config(name).data
+    for result in run(example_of(*size), range(6), data.crop_size, resize=data.resize, scale_range=data.scale_range):
+        y, x = np.divmod(result["panoptic"][result["panoptic"] != VOID], size[1])
+        # Some sizes are smaller than the image and skip single lines, but reach its border.
+        assert (y.min(), y.max(), x.min(), x.max()) == (0, size[0] - 1, 0, size[1] - 1)
+
+
+def test_random_numbers_of_earlier_versions():
+    # The first pixel of each crop, so that runs of earlier versions resume with the same examples.
+    example = example_of(60, 80)
+    first = [int(r["panoptic"][0, 0]) for r in run(example, range(8), (4, 4), flip=True, scale_range=(0.5, 2.0))]
+    assert first == [2208, 599, 958, 941, 296, 1379, 2802, 1119]
+    # Resizing has its own random number.
+    same = run(example, range(8), (4, 4), flip=True, scale_range=(0.5, 2.0), resize={"shorter_side": (60, 60)})
+    assert [int(result["panoptic"][0, 0]) for result in same] == first
 
 
 def test_flip_mirrors_left_and_right_only():

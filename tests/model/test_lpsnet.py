@@ -91,7 +91,7 @@ VARIANTS = {
     "normalized semantic head": ["model.semantic.channels=32", "model.semantic.norm={kind: group}"],
     "smallest area": ["model.postprocess.conflicts=smallest_area"],
     "highest score": ["model.postprocess.conflicts=highest_score"],
-    "other size": ["model.resize={short_side: 96, long_side: 128}"],
+    "other size": ["model.resize={shorter_side: 96, longer_side: {max: 128}}"],
 }
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from system_contract import INFO, SystemContract, hand_made_label, paint, panoptic_quality
+from system_contract import INFO, SystemContract, hand_made_label, paint
 
 from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
@@ -105,22 +105,6 @@ def test_views_average_probabilities() -> None:
     ]
     merged = system.merge_views(views, (32, 32))["semantic_logits"]
     np.testing.assert_allclose(np.exp(merged[0, 0, 0, :2]), [0.5, 0.5], atol=1e-6)
-
-
-def test_a_resized_image_has_a_map_of_its_own_size() -> None:
-    image = paint(hand_made_label())[None]
-    plain = build_small()
-    TestContract().excite(plain)
-    expected = plain.infer(image)["panoptic"].numpy()[0]
-    assert len(np.unique(expected)) > 2
-    # The network size is the image size: the same map, up to rounding on borders.
-    same = build_small(INFO, "model.resize={short_side: 64, long_side: 64}")
-    same.set_weights(plain.get_weights())
-    assert panoptic_quality(expected, same.infer(image)["panoptic"].numpy()[0], INFO) > 0.95
-    larger = build_small(INFO, "model.resize={short_side: 96, long_side: 128}")
-    outputs = larger(image[:, :48], training=False)
-    np.testing.assert_array_equal(outputs["network_size"], [96, 128])
-    assert larger.postprocess(outputs, (48, 64))["panoptic"].shape == (1, 48, 64)
 
 
 def test_outputs_of_a_resized_image_are_resized_back() -> None:

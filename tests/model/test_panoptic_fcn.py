@@ -6,11 +6,11 @@ import tensorflow as tf
 from system_contract import INFO, SystemContract, hand_made_label, paint, panoptic_quality
 
 from deeplab2_like.configs import load_config
+from deeplab2_like.configs.schema import ResizeConfig, SideLimit
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 from deeplab2_like.model import PanopticSystem, build_system
-from deeplab2_like.model.config import ResizeConfig
 from deeplab2_like.model.panoptic_fcn import PanopticFCNConfig
 
 SMALL = [
@@ -60,7 +60,7 @@ VARIANTS = {
     "levels to p7": ["model.size_ranges={p3: [1, 64], p4: [32, 128], p5: [64, 256], p6: [128, 512], p7: [256, 2048]}"],
     "pyramid from stride 2": ["model.fpn.finest_level=p1", "model.size_ranges={p1: [1, 32], p2: [16, 256]}"],
     "as the released code": ["model.reference_behavior=true"],
-    "other size": ["model.resize={short_side: 96, long_side: 128}"],
+    "other size": ["model.resize={shorter_side: 96, longer_side: {max: 128}}"],
 }
 
 
@@ -199,7 +199,7 @@ def test_old_keys_are_read() -> None:
         {"reference_behaviour": True, "postprocess": {"resize": {"short_side": 96, "long_side": 128}}}
     )
     assert old.reference_behavior
-    assert old.resize == ResizeConfig(short_side=96, long_side=128)
+    assert old.resize == ResizeConfig(shorter_side=96, longer_side=SideLimit(max=128))
     # An override sets the new key of an old config.
     both = PanopticFCNConfig.model_validate({"reference_behaviour": True, "reference_behavior": False})
     assert not both.reference_behavior

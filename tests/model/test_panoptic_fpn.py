@@ -59,7 +59,7 @@ VARIANTS = {
     "adaptive RoIAlign": ["model.roi.sampling_ratio=0"],
     "losses per drawn anchor": ["model.rpn.normalizer=sampled"],
     "frozen batch norm": ["model.norm.kind=frozen_batch"],
-    "other size": ["model.resize={short_side: 96, long_side: 128}"],
+    "other size": ["model.resize={shorter_side: 96, longer_side: {max: 128}}"],
 }
 
 

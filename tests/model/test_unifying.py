@@ -63,7 +63,7 @@ VARIANTS = MODELS | {
     "no excitation": ["model.squeeze_excitation=false"],
     "deformable": ["model.semantic.deformable=true", "model.semantic.convolutions=2"],
     "pyramid from stride 2": ["model.fpn.finest_level=p1", "model.rpn.anchor_sizes=[8, 16, 28, 48, 80, 128]"],
-    "other size": ["model.resize={short_side: 96, long_side: 128}"],
+    "other size": ["model.resize={shorter_side: 96, longer_side: {max: 128}}"],
 }
 
 
