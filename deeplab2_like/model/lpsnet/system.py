@@ -57,6 +57,7 @@ class LPSNet(PanopticSystem):
         self.check_instance_limit("model.postprocess.detections", config.postprocess.detections)
         self.check_instance_limit("model.loss.max_instances", config.loss.max_instances)
         self.classes = SemanticClasses.of(dataset_info, things="all", paint_things=False)
+        self.stride = config.stride
         self.loss_weights = {
             "semantic": config.loss.semantic_weight,
             "box": config.loss.box_weight,
@@ -97,10 +98,12 @@ class LPSNet(PanopticSystem):
             size_multiple=self.size_multiple,
         )
 
-    def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
+    def call(
+        self, images: Tensor, targets: Any = None, training: bool = False, scale: float = 1.0
+    ) -> dict[str, Tensor]:
         """See `PanopticSystem.call`."""
         del targets
-        images, outputs = resize_for_network(images, None if training else self.config.resize)
+        images, outputs = resize_for_network(images, None if training else self.config.resize, scale=scale)
         features = self.backbone(self.prepare_images(images), training=training)
         context = self.context(features["res5"], training=training) if self.context is not None else None
         pyramid = self.fpn(features, context=context, training=training)

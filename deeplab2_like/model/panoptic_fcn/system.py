@@ -55,6 +55,7 @@ class PanopticFCN(PanopticSystem):
         self.check_instance_limit("model.loss.max_instances", config.loss.max_instances)
         _check_stuff(dataset_info)
         self.classes = SemanticClasses.of(dataset_info, things="other", paint_things=False)
+        self.stride = config.stride
         self.loss_weights = {
             "center": config.loss.position_weight,
             "region": config.loss.position_weight,
@@ -89,10 +90,12 @@ class PanopticFCN(PanopticSystem):
         """See `targets.make_targets`."""
         return make_targets(panoptic, self.config, self.dataset_info, size_multiple=self.size_multiple)
 
-    def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
+    def call(
+        self, images: Tensor, targets: Any = None, training: bool = False, scale: float = 1.0
+    ) -> dict[str, Tensor]:
         """See `PanopticSystem.call`."""
         del targets
-        images, outputs = resize_for_network(images, None if training else self.config.resize)
+        images, outputs = resize_for_network(images, None if training else self.config.resize, scale=scale)
         pyramid = self.fpn(self.backbone(self.prepare_images(images), training=training), training=training)
         levels = {level: pyramid[level] for level in self.config.size_ranges}
         centers, regions = self.position_head(levels, training=training)

@@ -90,9 +90,11 @@ class PanopticFPN(PanopticSystem):
         config = self.config
         return make_targets(panoptic, config.loss, self.dataset_info, semantic_only=config.semantic_only)
 
-    def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
+    def call(
+        self, images: Tensor, targets: Any = None, training: bool = False, scale: float = 1.0
+    ) -> dict[str, Tensor]:
         """See `PanopticSystem.call`. `targets` are needed in training, to sample anchors and RoIs."""
-        images, outputs = resize_for_network(images, None if training else self.config.resize)
+        images, outputs = resize_for_network(images, None if training else self.config.resize, scale=scale)
         image_size = tuple(ops.shape(images)[1:3])
         features = self.backbone(self.prepare_images(images), training=training)
         pyramid = self.fpn(features, training=training)

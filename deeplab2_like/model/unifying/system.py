@@ -114,9 +114,11 @@ class Unifying(PanopticSystem):
         """See `targets.make_targets`."""
         return make_targets(panoptic, self.config.loss, self.dataset_info)
 
-    def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
+    def call(
+        self, images: Tensor, targets: Any = None, training: bool = False, scale: float = 1.0
+    ) -> dict[str, Tensor]:
         """See `PanopticSystem.call`. `targets` are needed in training, to sample anchors and RoIs."""
-        images, outputs = resize_for_network(images, None if training else self.config.resize)
+        images, outputs = resize_for_network(images, None if training else self.config.resize, scale=scale)
         image_size = tuple(ops.shape(images)[1:3])
         features = dict(self.backbone(self.prepare_images(images), training=training))
         if self.excitation is not None:
