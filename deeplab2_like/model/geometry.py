@@ -111,9 +111,7 @@ class Geometry(NamedTuple):
         Returns:
             int32 [B, H, W].
         """
-        return upsampled_argmax(
-            values, self.image_size, stride=self.map_stride(stride), network_size=self.network_size
-        )
+        return upsampled_argmax(values, self.image_size, stride=self.map_stride(stride), network_size=self.network_size)
 
     def upsample(self, values: Tensor, *, stride: int) -> Tensor:
         """Upsamples a map to the image, see `upsample_to_image`.

@@ -7,7 +7,7 @@ from keras import ops
 
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.base import View
-from deeplab2_like.model.geometry import NUM_VIEWS, Geometry, Size
+from deeplab2_like.model.geometry import NETWORK_SIZE, NUM_VIEWS, Geometry, Size
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.resampling import interpolate_axis
 from deeplab2_like.model.stages import compute_after
@@ -21,7 +21,7 @@ def average_semantic(views: Sequence[View], image_size: Size) -> dict[str, Tenso
         image_size: Height and width of the images.
 
     Returns:
-        `semantic_logits` float32 [B, H, W, C], the logarithms of the mean probabilities, and the raw output `NUM_VIEWS`.
+        `semantic_logits` float32 [B, H, W, C], the logarithms of the mean probabilities, and `NUM_VIEWS`.
     """
     mean = average_maps(views, "semantic_logits", image_size, lambda logits, view: ops.softmax(logits, axis=-1))
     return {"semantic_logits": log_probability(mean), NUM_VIEWS: ops.array(len(views), "int32")}
@@ -109,6 +109,22 @@ class Grid(NamedTuple):
         largest = max(views, key=lambda view: view.scale)
         height, width = ops.shape(largest.outputs[name])[1:3]
         return cls(Geometry.of(largest.outputs, image_size), (height, width), largest.system.stride)
+
+    @property
+    def size_output(self) -> dict[str, Tensor]:
+        """The raw output `NETWORK_SIZE` of the largest view; empty if its images were not resized."""
+        size = self.geometry.network_size
+        return (
+            {} if size is None else {NETWORK_SIZE: ops.stack([ops.convert_to_tensor(side, "int32") for side in size])}
+        )
+
+    @property
+    def is_inside(self) -> Tensor:
+        """The cells that are not padding alone, bool [h, w]."""
+        rows, columns = (
+            ops.arange(cells) * self.stride < side for cells, side in zip(self.cells, self.network_size, strict=True)
+        )
+        return rows[:, None] & columns[None, :]
 
     @property
     def network_size(self) -> Size:

@@ -167,9 +167,7 @@ def test_the_network_sees_a_view_at_its_scale() -> None:
     outputs = system(np.zeros((1, 30, 50, 3), np.uint8), scale=1.5)
     np.testing.assert_array_equal(outputs["network_size"], [45, 75])
     resized = build_small(INFO, "model.resize={short_side: 60, long_side: 128}")
-    np.testing.assert_array_equal(
-        resized(np.zeros((1, 30, 50, 3), np.uint8), scale=0.5)["network_size"], [30, 50]
-    )
+    np.testing.assert_array_equal(resized(np.zeros((1, 30, 50, 3), np.uint8), scale=0.5)["network_size"], [30, 50])
 
 
 def test_a_resized_image_has_a_map_of_its_own_size() -> None:

@@ -8,7 +8,7 @@ import keras
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import build_backbone
-from deeplab2_like.model.base import Loss, PanopticSystem
+from deeplab2_like.model.base import Loss, PanopticSystem, View
 from deeplab2_like.model.config import backbone_features
 from deeplab2_like.model.fpn import FeaturePyramid
 from deeplab2_like.model.geometry import Geometry, Size, resize_for_network
@@ -19,6 +19,7 @@ from deeplab2_like.model.lpsnet.network import BoxHead, make_context
 from deeplab2_like.model.lpsnet.oracle import postprocess_with_truth
 from deeplab2_like.model.lpsnet.postprocess import postprocess, predict_instances
 from deeplab2_like.model.lpsnet.targets import make_targets
+from deeplab2_like.model.lpsnet.views import merge_views
 from deeplab2_like.model.semantic import SemanticClasses, SemanticSubnet
 
 
@@ -128,6 +129,10 @@ class LPSNet(PanopticSystem):
     def instances(self, outputs: Mapping[str, Tensor], image_size: Size) -> dict[str, Tensor]:
         """See `postprocess.predict_instances`."""
         return predict_instances(outputs, Geometry.of(outputs, image_size), self.config, self.dataset_info)
+
+    def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
+        """See `views.merge_views`."""
+        return merge_views(views, image_size, self.config, self.dataset_info)
 
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_targets`.

@@ -8,7 +8,7 @@ import keras
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import build_backbone
-from deeplab2_like.model.base import Loss, PanopticSystem
+from deeplab2_like.model.base import Loss, PanopticSystem, View
 from deeplab2_like.model.config import backbone_features
 from deeplab2_like.model.fpn import FeaturePyramid
 from deeplab2_like.model.geometry import Geometry, Size, resize_for_network
@@ -19,6 +19,7 @@ from deeplab2_like.model.panoptic_fcn.network import FeatureEncoder, KernelHead,
 from deeplab2_like.model.panoptic_fcn.oracle import paint_true_masks, postprocess_with_truth
 from deeplab2_like.model.panoptic_fcn.postprocess import postprocess, predict_instances
 from deeplab2_like.model.panoptic_fcn.targets import make_targets
+from deeplab2_like.model.panoptic_fcn.views import merge_views
 from deeplab2_like.model.semantic import SemanticClasses
 
 
@@ -123,6 +124,10 @@ class PanopticFCN(PanopticSystem):
         """See `postprocess.predict_instances`."""
         geometry = Geometry.of(outputs, image_size)
         return predict_instances(outputs, geometry, self.config, self.dataset_info, self.kernel_head)
+
+    def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
+        """See `views.merge_views`."""
+        return merge_views(views, image_size, self.config.postprocess)
 
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_targets`."""

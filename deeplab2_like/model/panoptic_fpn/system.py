@@ -9,10 +9,11 @@ from keras import ops
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import build_backbone
-from deeplab2_like.model.base import Loss, PanopticSystem
+from deeplab2_like.model.base import Loss, PanopticSystem, View
 from deeplab2_like.model.detection.detector import Detector
 from deeplab2_like.model.detection.instances import thing_class_ids
 from deeplab2_like.model.detection.masks import paste_masks
+from deeplab2_like.model.detection.views import merge_detections
 from deeplab2_like.model.geometry import Geometry, Size, resize_for_network
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.panoptic_fpn.config import PanopticFPNConfig
@@ -27,6 +28,7 @@ from deeplab2_like.model.panoptic_fpn.oracle import instances_of_targets
 from deeplab2_like.model.panoptic_fpn.postprocess import postprocess
 from deeplab2_like.model.panoptic_fpn.targets import make_targets
 from deeplab2_like.model.semantic import SemanticClasses
+from deeplab2_like.model.views import average_semantic
 
 
 @keras.saving.register_keras_serializable("deeplab2_like")
@@ -127,6 +129,11 @@ class PanopticFPN(PanopticSystem):
             "classes": thing_class_ids(outputs["thing_classes"], self.dataset_info),
             "scores": outputs["scores"],
         }
+
+    def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
+        """See `PanopticSystem.merge_views`, `average_semantic` and `merge_detections`."""
+        merged = average_semantic(views, image_size)
+        return merged if self.detector is None else merged | merge_detections(views, image_size, self.config.roi)
 
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_targets`."""
