@@ -12,6 +12,10 @@ from deeplab2_like.model.base import View
 from deeplab2_like.model.detection.config import RoiConfig
 from deeplab2_like.model.detection.masks import resample_masks
 from deeplab2_like.model.detection.views import merge_detections
+from deeplab2_like.model.geometry import Geometry
+from deeplab2_like.model.lpsnet.config import BoxConfig, LPSNetConfig
+from deeplab2_like.model.lpsnet.postprocess import predict_border_ness
+from deeplab2_like.model.lpsnet.views import average_border_ness
 from deeplab2_like.model.panoptic_fcn.config import PostprocessConfig
 from deeplab2_like.model.panoptic_fcn.kernels import StuffKernels, ThingKernels
 from deeplab2_like.model.panoptic_fcn.masks import mask_overlaps
@@ -77,7 +81,7 @@ def test_boxes_are_mirrored() -> None:
 
 
 def test_masks_are_resampled_to_another_box() -> None:
-    # Four columns of one pixel each, of which the left two belong to the mask; the other box lies one pixel to the left.
+    # Four columns of one pixel each; the left two belong to the mask. The other box lies one pixel to the left.
     mask = np.tile([1.0, 1.0, 0.0, 0.0], (4, 1))
     boxes, others = (tf.constant([[[0.0, x, 4.0, x + 4.0]]]) for x in (5.0, 4.0))
     found = resample_masks(tf.constant(mask[None, None], tf.float32), boxes, others)
@@ -175,3 +179,32 @@ def test_stuff_is_averaged_over_the_views_that_show_it() -> None:
     found = average_stuff(stuff)
     np.testing.assert_allclose(found.weights, [[[1, 2], [2, 0], [0, 0]]])
     np.testing.assert_array_equal(found.present, [[True, True, False]])
+
+
+def test_border_ness_is_that_of_the_views_of_the_own_size() -> None:
+    config = LPSNetConfig(box=BoxConfig(levels=("p3", "p4"), size_limits=(16,)))
+    system: Any = SimpleNamespace(config=config)
+
+    def view(values: list[float], scale: float, *, mirrored: bool = False) -> View:
+        """An image of 8 x 16 pixels with two cells on the finer level and one on the coarser."""
+        size = round(scale)
+        logits = np.log(np.array(values) / (1 - np.array(values)))
+        outputs = {
+            "border_ness_p3": tf.constant(np.kron(logits[None, None], np.ones((1, size, size))), tf.float32),
+            "border_ness_p4": tf.zeros((1, size, size)),
+        }
+        return View(system, outputs | ({"network_size": tf.constant([16, 32])} if size > 1 else {}), scale, mirrored)
+
+    views = [view([0.9, 0.9], 2.0), view([0.2, 0.6], 1.0), view([0.8, 0.4], 1.0, mirrored=True)]
+    found = average_border_ness(views, (8, 16), config)
+    # The mirror image of 0.8, 0.4 is 0.4, 0.8: means are 0.3 and 0.7. The outer half of a cell repeats its value.
+    np.testing.assert_allclose(found["border_ness"][0, 0, :, :4], 0.3 * np.ones((8, 4)), atol=1e-5)
+    np.testing.assert_allclose(found["border_ness"][0, 0, :, -4:], 0.7 * np.ones((8, 4)), atol=1e-5)
+    np.testing.assert_allclose(found["border_ness"][0, 1], 0.5 * np.ones((8, 16)), atol=1e-5)
+    assert found["border_ness_scale"] == 1.0
+    # A view at twice the size alone: its levels are for half the distances.
+    found = average_border_ness(views[:1], (8, 16), config)
+    np.testing.assert_allclose(found["border_ness"][0, 0], 0.9 * np.ones((8, 16)), atol=1e-5)
+    border_ness = predict_border_ness(found, Geometry((8, 16)), config)
+    assert border_ness is not None
+    np.testing.assert_allclose(border_ness.size_limits, [8.0])
