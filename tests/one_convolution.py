@@ -37,7 +37,7 @@ class OneConvolution(PanopticSystem):
             keras.layers.Conv2D(dataset_info.num_classes, 1, name="logits"),
         ]
 
-    def call(self, images: Any, targets: Any = None, training: bool = False) -> dict[str, Any]:
+    def call(self, images: Any, targets: Any = None, training: bool = False, scale: float = 1.0) -> dict[str, Any]:
         features = self.prepare_images(images)
         for stage in self.stages:
             features = stage(features, training=training)

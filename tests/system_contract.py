@@ -20,7 +20,6 @@ from deeplab2_like.evaluation.semantic_iou import SemanticIoU
 from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import PanopticSystem
 from deeplab2_like.model.base import View
-from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.trainer.trainer import Trainer
 
 # Two stuff classes (0, 1) and two thing classes (2, 3).
@@ -257,10 +256,6 @@ class SystemContract:
 
     def test_views_are_merged_in_place(self, excited: PanopticSystem) -> None:
         image = tf.constant(paint(hand_made_label())[None])
-        if type(excited).merge_views is PanopticSystem.merge_views:
-            with pytest.raises(UserError, match="does not define how the outputs of several views are averaged"):
-                make_inference_function(excited, flip=True)(image)
-            return
         expected = excited.infer(image)["panoptic"].numpy()[0]
         assert len(np.unique(expected)) > 2
         # The same view twice, as an ensemble of one model with itself.
@@ -268,7 +263,7 @@ class SystemContract:
         assert panoptic_quality(expected, twice, INFO) > 0.99
         # The mirror image of a mirror image, alone.
         size = tuple(image.shape[1:3])
-        outputs = excited.merge_views([View(excited(image[:, :, ::-1]), Geometry(size), mirrored=True)], size)
+        outputs = excited.merge_views([View(excited, excited(image[:, :, ::-1]), mirrored=True)], size)
         mirrored = excited.infer(image[:, :, ::-1])["panoptic"].numpy()[0, :, ::-1]
         assert panoptic_quality(mirrored, excited.finish(outputs, size)["panoptic"].numpy()[0], INFO) > 0.95
 
@@ -290,6 +285,15 @@ class SystemContract:
         outputs = larger(image[:, :48], training=False)
         np.testing.assert_array_equal(outputs["network_size"], [90, 120])
         assert larger.postprocess(outputs, (48, 64))["panoptic"].shape == (1, 48, 64)
+
+    def test_views_of_several_scales_give_a_valid_map(self, excited: PanopticSystem) -> None:
+        image = tf.constant(paint(hand_made_label())[None, :61, :53])
+        infer = make_inference_function(excited, scales=(1.0, 1.5), flip=True, with_instances=True)
+        found = {name: value.numpy()[0] for name, value in infer(image).items()}
+        assert found["panoptic"].shape == (61, 53)
+        used = found["segment_score"] > 0
+        assert used.any()  # Else this test would show nothing.
+        assert set(found["segment_id"][used]) == set(np.unique(found["panoptic"])) - {INFO.void}
 
     def test_image_without_things(self, untrained: PanopticSystem) -> None:
         label = np.where(np.arange(64)[:, None] < 32, 0, 1000) * np.ones((1, 64), np.int32)

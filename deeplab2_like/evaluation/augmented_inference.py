@@ -1,13 +1,12 @@
 """Test-time augmentation, as the papers report it: mirror images, several scales, ensembles of models.
 
-The network sees several views of an image, and their raw outputs are averaged before post-processing. Every view covers
-the padded image exactly and has a size that is a multiple of `size_multiple`, so the outputs of all views align
-without cropping. Each system defines how its outputs are averaged (`PanopticSystem.merge_views`).
+The network sees several views of an image, and their raw outputs are merged before post-processing. Each system defines
+how (`PanopticSystem.merge_views`).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import tensorflow as tf
 from keras import ops
@@ -15,12 +14,11 @@ from keras import ops
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem
 from deeplab2_like.model.base import View
-from deeplab2_like.model.geometry import Geometry
-from deeplab2_like.model.resampling import pad_to_multiple, resize_bilinear
+from deeplab2_like.model.stages import compute_after
 
 
 def check_views(systems: Sequence[PanopticSystem], scales: Sequence[float]) -> None:
-    """Checks that the outputs of these systems at these scales can be averaged.
+    """Checks that the outputs of these systems at these scales can be merged.
 
     Args:
         systems: One or more systems.
@@ -52,7 +50,7 @@ def infer_views(
     flip: bool = False,
     with_instances: bool = False,
 ) -> dict[str, tf.Tensor]:
-    """Runs every system on every view, averages their raw outputs, and applies the first system's post-processing.
+    """Runs every system on every view, merges their raw outputs, and applies the first system's post-processing.
 
     Args:
         systems: One or more, see `check_views`.
@@ -64,26 +62,14 @@ def infer_views(
     Returns:
         The dictionary that `PanopticSystem.infer` returns.
     """
-    first = systems[0]
-    multiple = math.lcm(*(system.size_multiple for system in systems))
-    height, width = ops.shape(images)[1:3]
-    # The network sees the mean color as zero; padding with it equals the padding of normalized images.
-    mean = tf.constant(first.config.image_mean)
-    padded = pad_to_multiple(tf.cast(images, tf.float32) - mean, multiple) + mean
-    padded_size = tuple(ops.shape(padded)[1:3])
+    image_size = tuple(ops.shape(images)[1:3])
+    images = ops.cast(images, "float32")
     views = []
-    for scale in scales:
-        view_size = tuple(_scale_side(side, scale, multiple) for side in padded_size)
-        resized = padded if scale == 1 else resize_bilinear(padded, *view_size)
-        for mirrored in (False, True) if flip else (False,):
-            view_images = resized[:, :, ::-1] if mirrored else resized
-            geometry = Geometry(padded_size, view_size)
-            views += [View(system(view_images, training=False), geometry, mirrored) for system in systems]
-    outputs = first.merge_views(views, padded_size)
-    return first.finish(outputs, (height, width), with_instances=with_instances)
-
-
-def _scale_side(side: Any, scale: float, multiple: int) -> Any:
-    """Scales a side, int32 scalar, and rounds it to a positive multiple."""
-    num_multiples = tf.cast(tf.round(tf.cast(side, tf.float32) * scale / multiple), tf.int32)
-    return tf.maximum(num_multiples, 1) * multiple
+    for scale, mirrored, system in itertools.product(scales, (False, True) if flip else (False,), systems):
+        outputs = system(images[:, :, ::-1] if mirrored else images, training=False, scale=scale)
+        views.append(View(system, outputs, scale, mirrored))
+        # One view after the other, as the features of all of them would not fit into memory.
+        for values in outputs.values():
+            images = compute_after(ops.cast(values, "float32"), images)
+    first = systems[0]
+    return first.finish(first.merge_views(views, image_size), image_size, with_instances=with_instances)

@@ -10,7 +10,7 @@ from keras import ops
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.config import SystemConfig
-from deeplab2_like.model.geometry import Geometry, Size
+from deeplab2_like.model.geometry import Size
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.resampling import pad_to_multiple
 
@@ -33,14 +33,16 @@ class View(NamedTuple):
     """The raw outputs for one view of a batch of images: another scale, a mirror image, or another model.
 
     Attributes:
-        outputs: The raw outputs.
-        geometry: The image size, and the size of the view as `network_size`, both multiples of `size_multiple`.
-        mirrored: Whether left and right were swapped.
+        system: The system that was called.
+        outputs: Its raw outputs.
+        scale: The `scale` with which it was called.
+        mirrored: Whether left and right of the images were swapped.
     """
 
+    system: "PanopticSystem"
     outputs: Mapping[str, Tensor]
-    geometry: Geometry
-    mirrored: bool
+    scale: float = 1.0
+    mirrored: bool = False
 
 
 class PanopticSystem(keras.Model):
@@ -59,12 +61,14 @@ class PanopticSystem(keras.Model):
         oracle_parts: Names of the parts of a prediction that `postprocess_with_truth` can replace.
         size_multiple: Images are padded to a multiple of this many pixels before the network sees them.
         loss_weights: Factor of each loss term in the sum that is minimized, by the names of `compute_losses`.
+        stride: Network pixels per value of the dense raw outputs, such as semantic logits.
     """
 
     config_class: ClassVar[type[SystemConfig]]
     oracle_parts: ClassVar[tuple[str, ...]] = ()
     size_multiple: ClassVar[int] = 32
     loss_weights: Mapping[str, float]
+    stride: int
 
     def __init__(self, config: Any, dataset_info: DatasetInfo, *, name: str | None = None) -> None:
         # Images are 0..255: bfloat16 could not tell neighboring values apart, so inputs are not cast.
@@ -106,7 +110,9 @@ class PanopticSystem(keras.Model):
                 f"{info.label_divisor - 1} instances; lower it."
             )
 
-    def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
+    def call(
+        self, images: Tensor, targets: Any = None, training: bool = False, scale: float = 1.0
+    ) -> dict[str, Tensor]:
         """Runs the network.
 
         Args:
@@ -114,6 +120,7 @@ class PanopticSystem(keras.Model):
             targets: Result of `make_targets`, with a leading batch axis; some systems need it in training.
             training: Whether normalizations use the statistics of the batch, dropout is active, and the raw outputs are
                 those of training.
+            scale: Factor of the size at which the network sees the images, for averages over several scales.
 
         Returns:
             The raw outputs, private to the system; its class describes them.
@@ -252,14 +259,14 @@ class PanopticSystem(keras.Model):
         return self.semantic_map(outputs, image_size)
 
     def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
-        """Averages the raw outputs of several views of the same images.
+        """Merges the raw outputs of several views of the same images.
 
         Args:
             views: At least one.
-            image_size: Height and width of the images, multiples of `size_multiple`, ints or int32 scalars.
+            image_size: Height and width of the images before padding, ints or int32 scalars.
 
         Returns:
-            Raw outputs of the images at `image_size`.
+            Raw outputs for `postprocess`, `instances` and `semantic_map`.
 
         Raises:
             UserError: If the system does not define this.

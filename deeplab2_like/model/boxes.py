@@ -124,12 +124,18 @@ def non_maximum_suppression(
     Returns:
         bool [B, N], the rows that are kept, without a gradient.
     """
-    boxes = ops.stop_gradient(boxes)
+    return suppress(overlapping_pairs(ops.stop_gradient(boxes), iou_threshold=iou_threshold, classes=classes), valid)
+
+
+def overlapping_pairs(boxes: Tensor, *, iou_threshold: float, classes: Tensor | None = None) -> Tensor:
+    """Finds the boxes that a better one overlaps too much; arguments as for `non_maximum_suppression`.
+
+    Returns:
+        bool [B, better, worse], true only where the first row is before the second one.
+    """
     rank = ops.arange(ops.shape(boxes)[1])
-    overlaps = (pairwise_iou(boxes, boxes) > iou_threshold) & (rank[:, None] < rank[None, :])  # [B, better, worse]
-    if classes is not None:
-        overlaps = overlaps & (classes[:, :, None] == classes[:, None, :])
-    return suppress(overlaps, valid)
+    overlaps = (pairwise_iou(boxes, boxes) > iou_threshold) & (rank[:, None] < rank[None, :])
+    return overlaps if classes is None else overlaps & (classes[:, :, None] == classes[:, None, :])
 
 
 def suppress(suppresses: Tensor, valid: Tensor) -> Tensor:
@@ -155,6 +161,33 @@ def suppress(suppresses: Tensor, valid: Tensor) -> Tensor:
         lambda keep, changed: changed, step, (valid, ops.any(valid)), maximum_iterations=valid.shape[1]
     )
     return keep
+
+
+def find_leaders(joins: Tensor) -> Tensor:
+    """Returns the row that each row joins: the best one that it may join, or itself if there is none.
+
+    Args:
+        joins: bool [B, better, worse], for `suppress` the pairs whose better row is kept.
+
+    Returns:
+        int32 [B, N].
+    """
+    first = ops.cast(ops.argmax(ops.cast(joins, "int32"), axis=1), "int32")
+    return ops.where(ops.any(joins, axis=1), first, ops.arange(ops.shape(joins)[1], dtype="int32"))
+
+
+def group_members(leader: Tensor, used: Tensor) -> Tensor:
+    """Returns the rows that join each row.
+
+    Args:
+        leader: int32 [B, N], result of `find_leaders`.
+        used: bool [B, N], the rows that take part.
+
+    Returns:
+        float32 [B, leader, member] of zeros and ones.
+    """
+    rank = ops.arange(ops.shape(leader)[1], dtype="int32")
+    return ops.cast((leader[:, None, :] == rank[:, None]) & used[:, None, :], "float32")
 
 
 def boxes_around_masks(masks: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ from keras import ops
 
 from deeplab2_like.configs.schema import ResizeConfig
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.resampling import resize_bilinear, upsampled_argmax, upsampling_matrix
+from deeplab2_like.model.resampling import resize_bilinear, upsample_to_image, upsampled_argmax, upsampling_matrix
 
 Size = tuple[Any, Any]  # Height and width, ints or int32 scalars.
 
 # The raw output that holds the network size, int32 [2], if it differs from the image size.
 NETWORK_SIZE = "network_size"
+# The raw output, int32 scalar, that marks averages of several views at full resolution and holds the number of views.
+NUM_VIEWS = "num_views"
 
 
 class Geometry(NamedTuple):
@@ -22,16 +24,19 @@ class Geometry(NamedTuple):
     Attributes:
         image_size: Height H and width W of the images and of the panoptic maps, without padding.
         network_size: Height and width of the resized images, without padding; None if they are not resized.
+        full_resolution: Whether dense maps have the resolution of the images, as averages of views have, and not that
+            of the network; the `stride` of the methods below is 1 then.
     """
 
     image_size: Size
     network_size: Size | None = None
+    full_resolution: bool = False
 
     @classmethod
     def of(cls, outputs: Mapping[str, Tensor], image_size: Size) -> Self:
-        """Reads the network size from the raw outputs of a system, as `resize_for_network` adds it."""
+        """Reads from the raw outputs of a system what `resize_for_network` and `merge_views` add."""
         size = outputs.get(NETWORK_SIZE)
-        return cls(image_size, None if size is None else (size[0], size[1]))
+        return cls(image_size, None if size is None else (size[0], size[1]), NUM_VIEWS in outputs)
 
     @property
     def scale(self) -> Tensor:
@@ -46,6 +51,10 @@ class Geometry(NamedTuple):
         if self.network_size is None:
             return {}
         return {"network_height": self.network_size[0], "network_width": self.network_size[1]}
+
+    def map_stride(self, stride: int) -> int:
+        """Returns the stride of dense maps: that of the network, or 1 at full resolution."""
+        return 1 if self.full_resolution else stride
 
     def boxes_to_image(self, boxes: Tensor) -> Tensor:
         """Scales boxes, float32 [B, N, 4], from network pixels to image pixels."""
@@ -88,7 +97,8 @@ class Geometry(NamedTuple):
         """
         network_size: tuple[Any, Any] = self.network_size or (None, None)
         rows, columns = (
-            upsampling_matrix(cells[axis], network_size[axis], self.image_size[axis], stride=stride) for axis in (0, 1)
+            upsampling_matrix(cells[axis], network_size[axis], self.image_size[axis], stride=self.map_stride(stride))
+            for axis in (0, 1)
         )
         return rows, columns
 
@@ -102,25 +112,44 @@ class Geometry(NamedTuple):
         Returns:
             int32 [B, H, W].
         """
-        return upsampled_argmax(values, self.image_size, stride=stride, network_size=self.network_size)
+        return upsampled_argmax(values, self.image_size, stride=self.map_stride(stride), network_size=self.network_size)
+
+    def upsample(self, values: Tensor, *, stride: int) -> Tensor:
+        """Upsamples a map to the image, see `upsample_to_image`.
+
+        Args:
+            values: float [B, h, w, C].
+            stride: Network pixels per value.
+
+        Returns:
+            float [B, H, W, C].
+        """
+        return upsample_to_image(
+            values, self.image_size, stride=self.map_stride(stride), network_size=self.network_size
+        )
 
 
-def resize_for_network(images: Tensor, config: ResizeConfig | None) -> tuple[Tensor, dict[str, Tensor]]:
+def resize_for_network(
+    images: Tensor, config: ResizeConfig | None, *, scale: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Resizes images to the network size.
 
     Args:
         images: uint8 or float [B, H, W, 3].
-        config: The network size, of fixed `shorter_side`; None keeps the images as they are.
+        config: The network size, of fixed `shorter_side`; None is that of the images.
+        scale: Factor of the network size.
 
     Returns:
         The images, [B, H', W', 3], and, if they were resized, the raw output `NETWORK_SIZE`, which `Geometry.of` reads.
     """
-    if config is None:
+    if config is None and scale == 1:
         return images, {}
     height, width = ops.shape(images)[1:3]
-    shorter, longer = (ops.cast(side(height, width), "float32") for side in (ops.minimum, ops.maximum))
-    scale = functools.reduce(ops.minimum, config.scales(shorter, longer))
-    sides = [ops.cast(ops.floor(ops.cast(side, "float32") * scale + 0.5), "int32") for side in (height, width)]
+    factor: Any = scale
+    if config is not None:
+        shorter, longer = (ops.cast(side(height, width), "float32") for side in (ops.minimum, ops.maximum))
+        factor = scale * functools.reduce(ops.minimum, config.scales(shorter, longer))
+    sides = [ops.cast(ops.floor(ops.cast(side, "float32") * factor + 0.5), "int32") for side in (height, width)]
     images = resize_bilinear(ops.cast(images, "float32"), *(ops.maximum(side, 1) for side in sides))
     sides = list(ops.shape(images)[1:3])
     return images, {NETWORK_SIZE: ops.stack([ops.convert_to_tensor(side, "int32") for side in sides])}

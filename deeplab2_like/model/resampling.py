@@ -151,13 +151,51 @@ def resize_bilinear(x: Tensor, height: Any, width: Any) -> Tensor:
     for axis, size in ((1, height), (2, width)):
         old = ops.shape(x)[axis]
         scale = ops.cast(old, "float32") / ops.cast(size, "float32")
-        position = (ops.cast(ops.arange(size), "float32") + 0.5) * scale - 0.5
-        position = ops.clip(position, 0.0, ops.cast(old - 1, "float32"))
-        first = ops.cast(ops.floor(position), "int32")
-        second = ops.minimum(first + 1, old - 1)
-        weight = ops.cast(position - ops.floor(position), x.dtype)
-        weight = ops.reshape(weight, (1, -1, 1, 1) if axis == 1 else (1, 1, -1, 1))
-        x = ops.take(x, first, axis=axis) * (1 - weight) + ops.take(x, second, axis=axis) * weight
+        x = interpolate_axis(x, (ops.cast(ops.arange(size), "float32") + 0.5) * scale - 0.5, axis=axis)
+    return x
+
+
+def interpolate_axis(x: Tensor, position: Tensor, *, axis: int) -> Tensor:
+    """Interpolates linearly along an axis; beyond the border, the border is repeated.
+
+    Args:
+        x: float [B, h, w, C].
+        position: float32 [N], coordinates of pixel centers: 0 is the center of the first pixel.
+        axis: 1 or 2.
+
+    Returns:
+        float [B, N, w, C] or [B, h, N, C].
+    """
+    old = ops.shape(x)[axis]
+    position = ops.clip(position, 0.0, ops.cast(old - 1, "float32"))
+    first = ops.cast(ops.floor(position), "int32")
+    second = ops.minimum(first + 1, old - 1)
+    weight = ops.cast(position - ops.floor(position), x.dtype)
+    weight = ops.reshape(weight, (1, -1, 1, 1) if axis == 1 else (1, 1, -1, 1))
+    return ops.take(x, first, axis=axis) * (1 - weight) + ops.take(x, second, axis=axis) * weight
+
+
+def upsample_to_image(
+    x: Tensor, image_size: tuple[Any, Any], *, stride: int, network_size: tuple[Any, Any] | None = None
+) -> Tensor:
+    """Upsamples a map of the network by its stride, crops it to the network size, and resizes it to the image size.
+
+    Args:
+        x: float [B, h, w, C].
+        image_size: Height H and width W of the image, without padding.
+        stride: Network pixels per value.
+        network_size: Size to which the image was resized for the network, without padding; None if it was not.
+
+    Returns:
+        float [B, H, W, C].
+    """
+    if network_size is None:
+        return upsample_bilinear(x, stride)[:, : image_size[0], : image_size[1]]
+    # Axis by axis, as the map at the network size may be several times as large as the image.
+    for axis, network_side, image_side in zip((1, 2), network_size, image_size, strict=True):
+        x = interpolate_axis(x, (ops.cast(ops.arange(network_side), "float32") + 0.5) / stride - 0.5, axis=axis)
+        scale = ops.cast(network_side, "float32") / ops.cast(image_side, "float32")
+        x = interpolate_axis(x, (ops.cast(ops.arange(image_side), "float32") + 0.5) * scale - 0.5, axis=axis)
     return x
 
 

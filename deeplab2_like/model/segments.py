@@ -108,7 +108,7 @@ def region_scores(
         table.rows,
         ops.broadcast_to(row_class[None], ops.shape(table.area)),
         table.area,
-        stride=stride,
+        stride=geometry.map_stride(stride),
         **geometry.network_sides,
     )
     return mean[:, num_instances:-1]

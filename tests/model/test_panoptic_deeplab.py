@@ -86,9 +86,11 @@ def test_views_of_other_sizes_and_mirror_images_agree_on_pixels_of_the_image(cen
             "center": tf.fill((*grid, 1), 0.25),
             "offset": tf.constant(offset, tf.float32) * tf.ones((*grid, 1)),
         }
-        views.append(View(outputs, Geometry((32, 64), (scale * 32, scale * 64)), mirrored))
+        if scale > 1:
+            outputs["network_size"] = tf.constant([scale * 32, scale * 64])
+        views.append(View(system, outputs, scale, mirrored))
     merged = system.merge_views(views, (32, 64))
-    assert merged["offset"].shape == (1, 32 // system.stride, 64 // system.stride, 2)
+    assert merged["offset"].shape == (1, 32, 64, 2)
     np.testing.assert_allclose(merged["offset"][0, 1, 2], [-3.0, 5.0], atol=1e-5)
     np.testing.assert_allclose(merged["center"][0, 1, 2], [0.25], atol=1e-5)
     expected = tf.nn.softmax([0.0, 3.0, 1.0, -1.0])
@@ -100,11 +102,72 @@ def test_views_average_probabilities() -> None:
     system = build_small(INFO, "model.semantic_only=true")
     grid = np.ones((1, 32 // system.stride, 32 // system.stride, 1), np.float32)
     views = [
-        View({"semantic_logits": tf.constant(np.log([a, b, 1e-9, 1e-9]) * grid, tf.float32)}, Geometry((32, 32)), False)
+        View(system, {"semantic_logits": tf.constant(np.log([a, b, 1e-9, 1e-9]) * grid, tf.float32)})
         for a, b in ((0.75, 0.25), (0.25, 0.75))
     ]
     merged = system.merge_views(views, (32, 32))["semantic_logits"]
     np.testing.assert_allclose(np.exp(merged[0, 0, 0, :2]), [0.5, 0.5], atol=1e-6)
+
+
+def read_linearly(values: np.ndarray, stride: int, scale: int, axis: int) -> np.ndarray:
+    """Upsamples a map of a view `scale` times as large as the image by its stride, and resizes it to the image."""
+    for factor in (1 / stride, scale):
+        size = len(np.moveaxis(values, axis, 0))
+        position = np.clip((np.arange(round(size / factor)) + 0.5) * factor - 0.5, 0, size - 1)
+        first = np.floor(position).astype(int)
+        weight = np.expand_dims(position - first, (1, 2) if axis == 0 else (0, 2))
+        following = np.take(values, np.minimum(first + 1, size - 1), axis=axis)
+        values = np.take(values, first, axis=axis) * (1 - weight) + following * weight
+    return values
+
+
+def perfect_logits(classes: np.ndarray, stride: int) -> np.ndarray:
+    """The share of each class in each cell as a logit that upsampling keeps well: its value times 20."""
+    height, width = classes.shape
+    is_class = np.eye(4)[classes].reshape(height // stride, stride, width // stride, stride, 4)
+    return 20.0 * is_class.mean(axis=(1, 3))
+
+
+def test_views_are_averaged_at_full_resolution() -> None:
+    """Perfect views at 1x and 2x of a label with thin structures, against plain numpy and against a coarse average."""
+    system = build_small(INFO, "model.semantic_only=true")
+    stride = system.stride
+    label = hand_made_label()
+    label[:, 10:13] = 2001  # Three pixels wide, thinner than a cell of the 1x view.
+    label[5:7, 20:60] = 1000
+    label[50:53, 30:60] = 3001
+    classes = label // 1000
+    views, expected = [], np.zeros((64, 64, 4))
+    for scale in (1, 2):
+        logits = perfect_logits(np.kron(classes, np.ones((scale, scale), int)), stride)
+        full = read_linearly(read_linearly(logits, stride, scale, axis=0), stride, scale, axis=1)
+        expected += np.exp(full) / np.exp(full).sum(axis=-1, keepdims=True) / 2
+        outputs = {"semantic_logits": tf.constant(logits[None], tf.float32)}
+        views.append(View(system, outputs | ({"network_size": tf.constant([128, 128])} if scale > 1 else {}), scale))
+    merged = system.merge_views(views, (64, 64))
+    np.testing.assert_allclose(tf.nn.softmax(merged["semantic_logits"])[0], expected, atol=1e-5)
+    found = system.postprocess(merged, (64, 64))["panoptic"].numpy()[0] // 1000
+    np.testing.assert_array_equal(found, expected.argmax(axis=-1))
+
+
+def test_the_pooling_window_scales_with_the_view() -> None:
+    system = build_small(INFO, "model.aspp.pooling_window=[4, 3]")
+    features = tf.constant(np.random.default_rng(1).standard_normal((1, 10, 12, 128)), tf.float32)
+    system.semantic_aspp(features)  # Creates the variables.
+    found = system.semantic_aspp(features, scale=1.5)
+    # 1.5 * 3 = 4.5 rounds to the even number.
+    system.semantic_aspp.pooling_window = (6, 4)
+    np.testing.assert_allclose(found, system.semantic_aspp(features), atol=1e-6)
+    system.semantic_aspp.pooling_window = (4, 3)
+    assert np.abs(found - system.semantic_aspp(features)).max() > 1e-3
+
+
+def test_the_network_sees_a_view_at_its_scale() -> None:
+    system = build_small()
+    outputs = system(np.zeros((1, 30, 50, 3), np.uint8), scale=1.5)
+    np.testing.assert_array_equal(outputs["network_size"], [45, 75])
+    resized = build_small(INFO, "model.resize={shorter_side: 60, longer_side: {max: 128}}")
+    np.testing.assert_array_equal(resized(np.zeros((1, 30, 50, 3), np.uint8), scale=0.5)["network_size"], [30, 50])
 
 
 def test_outputs_of_a_resized_image_are_resized_back() -> None:

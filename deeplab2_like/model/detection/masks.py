@@ -86,3 +86,28 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, height: Any, width: Any, *
     columns = paste_weights(boxes[..., 1], boxes[..., 3], bins=bins, size=width)  # [B, N, W, P]
     lines = ops.matmul(rows, ops.cast(probabilities, "float32"))  # [B, N, H, P]
     return ops.matmul(lines, ops.transpose(columns, (0, 1, 3, 2))) >= threshold
+
+
+def resample_masks(masks: Tensor, boxes: Tensor, new_boxes: Tensor) -> Tensor:
+    """Resamples predicted masks from the bins of their boxes to those of other boxes, zero outside of their own.
+
+    Args:
+        masks: float32 [B, N, P, P], probabilities.
+        boxes: float32 [B, N, 4], the boxes of the masks.
+        new_boxes: float32 [B, N, 4].
+
+    Returns:
+        float32 [B, N, P, P].
+    """
+    bins = masks.shape[-1]
+    bin_index = ops.arange(bins, dtype="float32")
+
+    def weights(axis: int) -> Tensor:
+        start, end, new_start, new_end = (
+            values[..., None] for table in (boxes, new_boxes) for values in (table[..., axis], table[..., axis + 2])
+        )
+        center = new_start + (bin_index + 0.5) / bins * (new_end - new_start)  # [B, N, P]
+        position = (center - start) / ops.maximum(end - start, 1e-6) * bins - 0.5
+        return ops.maximum(1.0 - ops.abs(position[..., None] - bin_index), 0.0)  # [B, N, P, P]
+
+    return ops.matmul(ops.matmul(weights(0), masks), ops.transpose(weights(1), (0, 1, 3, 2)))

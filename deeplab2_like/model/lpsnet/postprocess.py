@@ -110,6 +110,8 @@ def find_detections(
     outputs: Mapping[str, Tensor], geometry: Geometry, config: LPSNetConfig, dataset_info: DatasetInfo
 ) -> Detections:
     """Finds the best boxes, in image pixels; arguments as for `predict_instances`."""
+    if "boxes" in outputs:  # Those of several views, see `views.merge_views`.
+        return Detections(outputs["boxes"], outputs["scores"], outputs["thing_classes"])
     probability = ops.softmax(outputs["semantic_logits"], axis=-1)
     detections = find_boxes(
         {level: outputs[f"distances_{level}"] for level in config.box.levels},
@@ -133,7 +135,7 @@ def select_detections(
 
 
 def predict_border_ness(outputs: Mapping[str, Tensor], geometry: Geometry, config: LPSNetConfig) -> BorderNess | None:
-    """Upsamples the predicted border-ness of all levels; None if the conflicts are decided without it.
+    """Returns the predicted border-ness of all levels; None if the conflicts are decided without it.
 
     Args:
         outputs: Raw outputs, see `LPSNet`.
@@ -142,6 +144,15 @@ def predict_border_ness(outputs: Mapping[str, Tensor], geometry: Geometry, confi
     """
     if config.postprocess.conflicts != "closest_border_ness":
         return None
+    if "border_ness" not in outputs:
+        return upsample_border_ness(outputs, geometry, config)
+    # That of several views, see `views.merge_views`.
+    size_limits = [limit / outputs["border_ness_scale"] for limit in config.box.size_limits]
+    return BorderNess(outputs["border_ness"], size_limits)
+
+
+def upsample_border_ness(outputs: Mapping[str, Tensor], geometry: Geometry, config: LPSNetConfig) -> BorderNess:
+    """Upsamples the predicted border-ness of all levels; arguments as for `predict_border_ness`."""
     levels = []
     for level, stride in config.box.level_strides.items():
         logits = outputs[f"border_ness_{level}"]
@@ -318,7 +329,12 @@ def find_boxes(
     boxes, scores, classes = (ops.concatenate(values, axis=1) for values in zip(*by_level, strict=True))
     boxes = clip_boxes(boxes, network_size)
     scores = ops.where(box_area(boxes) > 0, scores, 0.0)
-    ranked = Detections(boxes, scores, classes).top(config.candidates)
+    return remove_duplicates(Detections(boxes, scores, classes), config)
+
+
+def remove_duplicates(detections: Detections, config: PostprocessConfig) -> Detections:
+    """Returns the best boxes after non-maximum suppression within each class."""
+    ranked = detections.top(config.candidates)
     kept = non_maximum_suppression(
         ranked.boxes, ranked.scores > 0, iou_threshold=config.nms_iou, classes=ranked.classes
     )

@@ -8,7 +8,7 @@ import keras
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import build_backbone
-from deeplab2_like.model.base import Loss, PanopticSystem
+from deeplab2_like.model.base import Loss, PanopticSystem, View
 from deeplab2_like.model.config import backbone_features
 from deeplab2_like.model.fpn import FeaturePyramid
 from deeplab2_like.model.geometry import Geometry, Size, resize_for_network
@@ -19,6 +19,7 @@ from deeplab2_like.model.lpsnet.network import BoxHead, make_context
 from deeplab2_like.model.lpsnet.oracle import postprocess_with_truth
 from deeplab2_like.model.lpsnet.postprocess import postprocess, predict_instances
 from deeplab2_like.model.lpsnet.targets import make_targets
+from deeplab2_like.model.lpsnet.views import merge_views
 from deeplab2_like.model.semantic import SemanticClasses, SemanticSubnet
 
 
@@ -57,6 +58,7 @@ class LPSNet(PanopticSystem):
         self.check_instance_limit("model.postprocess.detections", config.postprocess.detections)
         self.check_instance_limit("model.loss.max_instances", config.loss.max_instances)
         self.classes = SemanticClasses.of(dataset_info, things="all", paint_things=False)
+        self.stride = config.stride
         self.loss_weights = {
             "semantic": config.loss.semantic_weight,
             "box": config.loss.box_weight,
@@ -97,10 +99,12 @@ class LPSNet(PanopticSystem):
             size_multiple=self.size_multiple,
         )
 
-    def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
+    def call(
+        self, images: Tensor, targets: Any = None, training: bool = False, scale: float = 1.0
+    ) -> dict[str, Tensor]:
         """See `PanopticSystem.call`."""
         del targets
-        images, outputs = resize_for_network(images, None if training else self.config.resize)
+        images, outputs = resize_for_network(images, None if training else self.config.resize, scale=scale)
         features = self.backbone(self.prepare_images(images), training=training)
         context = self.context(features["res5"], training=training) if self.context is not None else None
         pyramid = self.fpn(features, context=context, training=training)
@@ -129,6 +133,10 @@ class LPSNet(PanopticSystem):
     def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
         """See `PanopticSystem.semantic_map`."""
         return Geometry.of(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.config.stride)
+
+    def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
+        """See `views.merge_views`."""
+        return merge_views(views, image_size, self.config, self.dataset_info)
 
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_targets`.

@@ -39,14 +39,15 @@ class AtrousSpatialPyramidPooling(keras.layers.Layer):
         self.project = ConvNorm(channels, 1, norm=norm, name="project")
         self.dropout = keras.layers.Dropout(config.dropout, name="dropout")
 
-    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
-        """Applies all branches, concatenates and projects them."""
+    def call(self, inputs: Tensor, training: bool = False, scale: float = 1.0) -> Tensor:
+        """Applies all branches, concatenates and projects them; the pooling window grows with `scale`."""
         height, width = ops.shape(inputs)[1:3]
         if self.pooling_window is None:
             pooled = self.pooling_branch(ops.mean(inputs, axis=(1, 2), keepdims=True))  # [B, 1, 1, channels]
             pooled = ops.broadcast_to(pooled, (ops.shape(inputs)[0], height, width, pooled.shape[-1]))
         else:
-            pooled = self.pooling_branch(average_pool_within(inputs, self.pooling_window))
+            window_height, window_width = (max(1, round(scale * side)) for side in self.pooling_window)
+            pooled = self.pooling_branch(average_pool_within(inputs, (window_height, window_width)))
             pooled = ops.cast(resize_bilinear(pooled, height, width), inputs.dtype)
         branches = [branch(inputs, training=training) for branch in self.branches]
         x = self.project(ops.concatenate([*branches, pooled], axis=-1), training=training)

@@ -97,18 +97,20 @@ class PanopticDeepLab(PanopticSystem):
         config = self.config
         return make_targets(panoptic, config.loss, self.dataset_info, semantic_only=config.semantic_only)
 
-    def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
+    def call(
+        self, images: Tensor, targets: Any = None, training: bool = False, scale: float = 1.0
+    ) -> dict[str, Tensor]:
         """See `PanopticSystem.call`."""
         del targets
-        images, outputs = resize_for_network(images, None if training else self.config.resize)
+        images, outputs = resize_for_network(images, None if training else self.config.resize, scale=scale)
         features = self.backbone(self.prepare_images(images), training=training)
-        context = self.semantic_aspp(features["res5"], training=training)
+        context = self.semantic_aspp(features["res5"], training=training, scale=scale)
         decoded = self.semantic_decoder(context, features, training=training)
         outputs["semantic_logits"] = self.semantic_head(decoded, training=training)
         if self.config.semantic_only:
             return outputs
         if self.instance_aspp is not None:
-            context = self.instance_aspp(features["res5"], training=training)
+            context = self.instance_aspp(features["res5"], training=training, scale=scale)
         if self.instance_decoder is not None:
             decoded = self.instance_decoder(context, features, training=training)
         outputs["center"] = self.center_head(decoded, training=training)
@@ -122,7 +124,8 @@ class PanopticDeepLab(PanopticSystem):
 
     def postprocess(self, outputs: Mapping[str, Tensor], image_size: Size) -> dict[str, Tensor]:
         """See `postprocess.postprocess`."""
-        return self._postprocess(outputs, Geometry.of(outputs, image_size), self.stride)
+        geometry = Geometry.of(outputs, image_size)
+        return self._postprocess(outputs, geometry, geometry.map_stride(self.stride))
 
     def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
         """See `PanopticSystem.semantic_map`."""
@@ -130,7 +133,7 @@ class PanopticDeepLab(PanopticSystem):
 
     def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
         """See `views.average_views`."""
-        return average_views(views, image_size, stride=self.stride, center_is_logit=self.center_is_logit)
+        return average_views(views, image_size, center_is_logit=self.center_is_logit)
 
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_targets`."""

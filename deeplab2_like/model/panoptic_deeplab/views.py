@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from keras import ops
 
 from deeplab2_like.model.base import View
-from deeplab2_like.model.geometry import NETWORK_SIZE, Geometry, Size
+from deeplab2_like.model.geometry import NETWORK_SIZE, NUM_VIEWS, Geometry, Size
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.resampling import resize_bilinear, upsample_bilinear
+from deeplab2_like.model.views import average_maps, average_semantic
 
 
 def resize_outputs(outputs: Mapping[str, Tensor], geometry: Geometry, *, stride: int) -> dict[str, Tensor]:
@@ -21,54 +21,40 @@ def resize_outputs(outputs: Mapping[str, Tensor], geometry: Geometry, *, stride:
     Returns:
         The outputs at full resolution, [B, H, W, ...].
     """
-    height, width = geometry.network_size or geometry.image_size
     resized = {}
     for name, values in outputs.items():
-        if name == NETWORK_SIZE:
-            continue
-        values = upsample_bilinear(values, stride)[:, :height, :width]
-        if geometry.network_size is not None:
-            values = resize_bilinear(values, *geometry.image_size)
-            if name == "offset":
-                values = values / geometry.scale
-        resized[name] = values
+        if name not in (NETWORK_SIZE, NUM_VIEWS):
+            values = geometry.upsample(values, stride=stride)
+            resized[name] = values / geometry.scale if name == "offset" else values
     return resized
 
 
-def average_views(views: Sequence[View], image_size: Size, *, stride: int, center_is_logit: bool) -> dict[str, Tensor]:
-    """Averages class probabilities, heat and offsets.
+def average_views(views: Sequence[View], image_size: Size, *, center_is_logit: bool) -> dict[str, Tensor]:
+    """Averages class probabilities, heat and offsets at full resolution, as DeepLab2 does.
 
     Args:
-        views: At least one.
-        image_size: Height and width of the images, multiples of `stride`.
-        stride: Image pixels per output pixel.
-        center_is_logit: Whether `center` is a logit; its probability is averaged then.
+        views: At least one, of Panoptic-DeepLab systems.
+        image_size: Height and width of the images.
+        center_is_logit: Whether the merged `center` is a logit; its probability is averaged in any case.
 
     Returns:
-        Raw outputs of the images at `image_size`.
+        Raw outputs at full resolution.
     """
-    height, width = image_size
 
-    def align(view: View, name: str) -> Tensor:
-        outputs, scale = view.outputs, view.geometry.scale
-        if NETWORK_SIZE in outputs:
-            outputs = resize_outputs(outputs, Geometry.of(outputs, image_size), stride=stride)
-            scale = ops.ones((2,), "float32")
-        values = outputs[name]
-        values = values[:, :, ::-1] if view.mirrored else values
-        values = resize_bilinear(values, height // stride, width // stride)
-        if name == "semantic_logits":
-            return ops.softmax(values, axis=-1)
-        if name == "center":
-            return ops.sigmoid(values) if center_is_logit else values
-        # Offsets are in pixels of the view, and a mirror image points the other way.
-        return values / scale * ops.array([1.0, -1.0 if view.mirrored else 1.0])
+    def heat(center: Tensor, view: View) -> Tensor:
+        return ops.sigmoid(center) if view.system.center_is_logit else center
 
-    names = [name for name in views[0].outputs if name != NETWORK_SIZE]
-    mean = {name: sum(align(view, name) for view in views) / len(views) for name in names}
-    merged = {"semantic_logits": ops.log(ops.maximum(mean.pop("semantic_logits"), 1e-30)), **mean}
-    if center_is_logit and "center" in merged:
-        merged["center"] = inverse_sigmoid(merged["center"])
+    def in_image_pixels(offset: Tensor, view: View) -> Tensor:
+        # A mirror image points the other way.
+        direction = ops.array([1.0, -1.0 if view.mirrored else 1.0])
+        return offset / Geometry.of(view.outputs, image_size).scale * direction
+
+    merged = average_semantic(views, image_size)
+    if "center" not in views[0].outputs:
+        return merged
+    center = average_maps(views, "center", image_size, heat)
+    merged["center"] = inverse_sigmoid(center) if center_is_logit else center
+    merged["offset"] = average_maps(views, "offset", image_size, in_image_pixels)
     return merged
 
 

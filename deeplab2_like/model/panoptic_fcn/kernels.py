@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from deeplab2_like.model.boxes import suppress, take_rows
+from deeplab2_like.model.boxes import find_leaders, group_members, suppress, take_rows
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.stages import stage
 
@@ -151,8 +151,6 @@ def fuse_kernels(
 
     # Each joins the best one that is similar.
     to_join = same if reference_behavior else same & keep[:, :, None]
-    first = ops.argmax(ops.cast(to_join, "int32"), axis=1)  # [B, worse]
-    leader = ops.where(ops.any(to_join, axis=1), first, rank)
-    member = ops.cast((leader[:, None, :] == rank[:, None]) & used[:, None, :], "float32")  # [B, leader, member]
+    member = group_members(find_leaders(to_join), used)  # [B, leader, member]
     mean = ops.matmul(member, weights) / ops.maximum(ops.sum(member, axis=-1, keepdims=True), 1.0)
     return mean, ops.where(keep, scores, 0.0)

@@ -61,6 +61,38 @@ def measure_masks(feature: Tensor, weights: Tensor, *, threshold: float) -> tupl
 
 
 @stage
+def mask_overlaps(feature: Tensor, weights: Tensor, *, threshold: float) -> Tensor:
+    """Computes the IoU of each pair of masks at the resolution of the feature, band by band.
+
+    Args:
+        feature: float32 [B, h, w, E].
+        weights: float32 [B, N, E].
+        threshold: Probability that a cell of a mask exceeds.
+
+    Returns:
+        float32 [B, N, N], 0 where both masks are empty.
+    """
+    batch, height, width = ops.shape(feature)[:3]
+    bands = (height + _BAND_ROWS - 1) // _BAND_ROWS
+    feature = ops.pad(feature, [[0, 0], [0, bands * _BAND_ROWS - height], [0, 0], [0, 0]])
+    feature = ops.reshape(feature, (batch, bands, _BAND_ROWS * width, feature.shape[-1]))
+    is_valid = ops.reshape(ops.arange(bands * _BAND_ROWS) < height, (bands, _BAND_ROWS, 1))
+    is_valid = ops.reshape(ops.broadcast_to(is_valid, (bands, _BAND_ROWS, width)), (bands, _BAND_ROWS * width, 1))
+
+    def add(index: Tensor, intersection: Tensor) -> tuple[Tensor, Tensor]:
+        band = ops.sigmoid(ops.matmul(ops.take(feature, index, axis=1), ops.transpose(weights, (0, 2, 1))))
+        inside = ops.cast((band > threshold) & ops.take(is_valid, index, axis=0), "float32")  # [B, P, N]
+        return index + 1, intersection + ops.matmul(ops.transpose(inside, (0, 2, 1)), inside)
+
+    num_masks = weights.shape[1]
+    start = (ops.array(0, "int32"), ops.zeros((batch, num_masks, num_masks), "float32"))
+    _, intersection = ops.while_loop(lambda index, *_: index < bands, add, start)
+    area = ops.diagonal(intersection, axis1=1, axis2=2)
+    union = area[:, :, None] + area[:, None, :] - intersection
+    return intersection / ops.maximum(union, 1.0)
+
+
+@stage
 def resolve_thing_overlaps(
     used: Tensor,
     weights: Tensor,

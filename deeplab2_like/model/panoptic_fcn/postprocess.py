@@ -68,7 +68,7 @@ def predict_instances(
         kernel_head: Embeds the kernels of things.
     """
     feature = outputs["feature"]
-    things, _ = rank_things(feature, find_things(outputs, config, kernel_head), config.postprocess)
+    things, _, _ = rank_things(feature, find_things(outputs, config, kernel_head), config.postprocess)
     masks = thing_masks(
         feature,
         things.weights,
@@ -94,6 +94,8 @@ def find_things(outputs: Mapping[str, Tensor], config: PanopticFCNConfig, kernel
     Returns:
         The fused kernels of all levels, not sorted again; the score of a removed kernel is zero.
     """
+    if "thing_weights" in outputs:  # Those of several views, see `views.merge_views`.
+        return ThingKernels(outputs["thing_weights"], outputs["thing_scores"], outputs["thing_classes"])
     options = config.postprocess
     centers = [
         find_centers(
@@ -125,6 +127,8 @@ def find_stuff(outputs: Mapping[str, Tensor], config: PanopticFCNConfig, kernel_
         config: Levels and thresholds.
         kernel_head: Embeds the kernels.
     """
+    if "stuff_weights" in outputs:  # Those of several views, see `views.merge_views`.
+        return StuffKernels(outputs["stuff_weights"], outputs["stuff_present"])
     regions = (
         find_regions(outputs[f"region_{level}"], threshold=config.postprocess.region_threshold)
         for level in config.size_ranges
@@ -155,7 +159,9 @@ def pool_stuff(
     return StuffKernels(total / ops.maximum(count, 1.0), count[..., 0] > 0)
 
 
-def rank_things(feature: Tensor, things: ThingKernels, config: PostprocessConfig) -> tuple[ThingKernels, Tensor]:
+def rank_things(
+    feature: Tensor, things: ThingKernels, config: PostprocessConfig
+) -> tuple[ThingKernels, Tensor, Tensor]:
     """Multiplies each score by the mean probability inside the mask, and keeps the best things.
 
     Args:
@@ -164,13 +170,14 @@ def rank_things(feature: Tensor, things: ThingKernels, config: PostprocessConfig
         config: Thresholds.
 
     Returns:
-        The things, the best first, and the rows of cells that their masks touch, bool [B, N, h].
+        The things, the best first; the rows of cells that their masks touch, bool [B, N, h]; and their rows among the
+        given things, int32 [B, N].
     """
     certainty, touched = measure_masks(feature, things.weights, threshold=config.mask_threshold)
     scores = things.scores * certainty
     scores = ops.where(scores >= config.score_threshold, scores, 0.0)
     things, index = things._replace(scores=scores).top(config.kernels)
-    return things, take_rows(touched, index)
+    return things, take_rows(touched, index), index
 
 
 def paint_kernels(
@@ -197,7 +204,7 @@ def paint_kernels(
         The dictionary of `postprocess`.
     """
     options = config.postprocess
-    things, touched = rank_things(feature, things, options)
+    things, touched, _ = rank_things(feature, things, options)
     owner = resolve_thing_overlaps(
         (things.scores >= options.map_score_threshold) & (things.scores > 0),
         things.weights,

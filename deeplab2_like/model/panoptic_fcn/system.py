@@ -8,7 +8,7 @@ import keras
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import build_backbone
-from deeplab2_like.model.base import Loss, PanopticSystem
+from deeplab2_like.model.base import Loss, PanopticSystem, View
 from deeplab2_like.model.config import backbone_features
 from deeplab2_like.model.fpn import FeaturePyramid
 from deeplab2_like.model.geometry import Geometry, Size, resize_for_network
@@ -24,6 +24,7 @@ from deeplab2_like.model.panoptic_fcn.postprocess import (
     stuff_probability,
 )
 from deeplab2_like.model.panoptic_fcn.targets import make_targets
+from deeplab2_like.model.panoptic_fcn.views import merge_views
 from deeplab2_like.model.semantic import SemanticClasses
 
 
@@ -60,6 +61,7 @@ class PanopticFCN(PanopticSystem):
         self.check_instance_limit("model.loss.max_instances", config.loss.max_instances)
         _check_stuff(dataset_info)
         self.classes = SemanticClasses.of(dataset_info, things="other", paint_things=False)
+        self.stride = config.stride
         self.loss_weights = {
             "center": config.loss.position_weight,
             "region": config.loss.position_weight,
@@ -94,10 +96,12 @@ class PanopticFCN(PanopticSystem):
         """See `targets.make_targets`."""
         return make_targets(panoptic, self.config, self.dataset_info, size_multiple=self.size_multiple)
 
-    def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
+    def call(
+        self, images: Tensor, targets: Any = None, training: bool = False, scale: float = 1.0
+    ) -> dict[str, Tensor]:
         """See `PanopticSystem.call`."""
         del targets
-        images, outputs = resize_for_network(images, None if training else self.config.resize)
+        images, outputs = resize_for_network(images, None if training else self.config.resize, scale=scale)
         pyramid = self.fpn(self.backbone(self.prepare_images(images), training=training), training=training)
         levels = {level: pyramid[level] for level in self.config.size_ranges}
         centers, regions = self.position_head(levels, training=training)
@@ -137,6 +141,10 @@ class PanopticFCN(PanopticSystem):
         probability = stuff_probability(outputs["feature"], stuff)
         semantic = Geometry.of(outputs, image_size).argmax(probability, stride=self.config.stride)
         return self.classes.to_class_ids(semantic, self.dataset_info.ignore_label)
+
+    def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
+        """See `views.merge_views`."""
+        return merge_views(views, image_size, self.config.postprocess)
 
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_targets`."""

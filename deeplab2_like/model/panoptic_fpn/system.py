@@ -9,10 +9,11 @@ from keras import ops
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import build_backbone
-from deeplab2_like.model.base import Loss, PanopticSystem
+from deeplab2_like.model.base import Loss, PanopticSystem, View
 from deeplab2_like.model.detection.detector import Detector
 from deeplab2_like.model.detection.instances import thing_class_ids
 from deeplab2_like.model.detection.masks import paste_masks
+from deeplab2_like.model.detection.views import merge_detections
 from deeplab2_like.model.geometry import Geometry, Size, resize_for_network
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.panoptic_fpn.config import PanopticFPNConfig
@@ -27,6 +28,7 @@ from deeplab2_like.model.panoptic_fpn.oracle import instances_of_targets
 from deeplab2_like.model.panoptic_fpn.postprocess import postprocess
 from deeplab2_like.model.panoptic_fpn.targets import make_targets
 from deeplab2_like.model.semantic import SemanticClasses
+from deeplab2_like.model.views import average_semantic
 
 
 @keras.saving.register_keras_serializable("deeplab2_like")
@@ -90,9 +92,11 @@ class PanopticFPN(PanopticSystem):
         config = self.config
         return make_targets(panoptic, config.loss, self.dataset_info, semantic_only=config.semantic_only)
 
-    def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
+    def call(
+        self, images: Tensor, targets: Any = None, training: bool = False, scale: float = 1.0
+    ) -> dict[str, Tensor]:
         """See `PanopticSystem.call`. `targets` are needed in training, to sample anchors and RoIs."""
-        images, outputs = resize_for_network(images, None if training else self.config.resize)
+        images, outputs = resize_for_network(images, None if training else self.config.resize, scale=scale)
         image_size = tuple(ops.shape(images)[1:3])
         features = self.backbone(self.prepare_images(images), training=training)
         pyramid = self.fpn(features, training=training)
@@ -135,6 +139,11 @@ class PanopticFPN(PanopticSystem):
         """See `PanopticSystem.semantic_map`."""
         semantic = Geometry.of(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.stride)
         return self.classes.to_class_ids(semantic, self.dataset_info.ignore_label)
+
+    def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
+        """See `PanopticSystem.merge_views`, `average_semantic` and `merge_detections`."""
+        merged = average_semantic(views, image_size)
+        return merged if self.detector is None else merged | merge_detections(views, image_size, self.config.roi)
 
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_targets`."""

@@ -9,7 +9,7 @@ from keras import ops
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import build_backbone
-from deeplab2_like.model.base import Loss, PanopticSystem
+from deeplab2_like.model.base import Loss, PanopticSystem, View
 from deeplab2_like.model.config import backbone_features
 from deeplab2_like.model.detection.detector import Detector
 from deeplab2_like.model.detection.instances import thing_class_ids
@@ -24,6 +24,7 @@ from deeplab2_like.model.unifying.network import AffinityHead, SqueezeExcitation
 from deeplab2_like.model.unifying.oracle import detections_of_targets, postprocess_targets, replace_outputs
 from deeplab2_like.model.unifying.postprocess import find_segments, postprocess
 from deeplab2_like.model.unifying.targets import make_targets
+from deeplab2_like.model.unifying.views import merge_views
 
 
 @keras.saving.register_keras_serializable("deeplab2_like")
@@ -114,9 +115,11 @@ class Unifying(PanopticSystem):
         """See `targets.make_targets`."""
         return make_targets(panoptic, self.config.loss, self.dataset_info)
 
-    def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
+    def call(
+        self, images: Tensor, targets: Any = None, training: bool = False, scale: float = 1.0
+    ) -> dict[str, Tensor]:
         """See `PanopticSystem.call`. `targets` are needed in training, to sample anchors and RoIs."""
-        images, outputs = resize_for_network(images, None if training else self.config.resize)
+        images, outputs = resize_for_network(images, None if training else self.config.resize, scale=scale)
         image_size = tuple(ops.shape(images)[1:3])
         features = dict(self.backbone(self.prepare_images(images), training=training))
         if self.excitation is not None:
@@ -177,6 +180,10 @@ class Unifying(PanopticSystem):
     def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
         """See `PanopticSystem.semantic_map`: the prediction of the semantic head, as in the paper's tables."""
         return Geometry.of(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.stride)
+
+    def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
+        """See `views.merge_views`."""
+        return merge_views(views, image_size, self.config.roi)
 
     def postprocess_targets(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `oracle.postprocess_targets`."""
