@@ -74,6 +74,11 @@ class LossConfig(StrictModel):
     top_k_share: float = pydantic.Field(
         0.2, gt=0, le=1, description="Share of the hardest pixels that enter the semantic loss."
     )
+    top_k_over: Literal["image", "batch"] = pydantic.Field(
+        "image",
+        description="Pixels among which the hardest are chosen: those of each `image`, or those of the whole `batch` of "
+        "a device, as in Detectron2; with `batch` the result of a training depends on the number of devices.",
+    )
     small_instance_area: int = pydantic.Field(
         64 * 64,
         ge=0,
