@@ -58,7 +58,7 @@ def distribute_batches(run: Run, *, start_step: int) -> Any:
             num_parts=num_replicas,
             parts=range(first, first + share),
         )
-        return dataset.map(_without_names)
+        return dataset.map(_for_network)
 
     return run.strategy.distribute_datasets_from_function(make_dataset)
 
@@ -73,6 +73,7 @@ def load_batch(run: Run, step: int) -> Mapping[str, Any] | None:
         return None
 
 
-def _without_names(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves out the image names: accelerators do not support strings."""
-    return {"image": batch["image"], "targets": batch["targets"]}
+def _for_network(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the numbers of the examples to the targets; leaves out the image names, as accelerators have no strings."""
+    number = tf.cast(batch["number"] % 2**31, tf.int32)
+    return {"image": batch["image"], "targets": {**batch["targets"], "number": number}}

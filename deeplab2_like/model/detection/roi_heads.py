@@ -26,7 +26,7 @@ def sample_rois(
     config: RoiConfig,
     *,
     num_classes: int,
-    seed: Tensor,
+    seeds: Tensor,
 ) -> dict[str, Tensor]:
     """Samples the RoIs for the losses of the heads from the proposals and the boxes of the ground truth.
 
@@ -35,7 +35,7 @@ def sample_rois(
         targets: Batched result of `instance_targets`.
         config: Overlap of the foreground, and number of samples, S.
         num_classes: Number of thing classes, T.
-        seed: int32 [2] for the random choice.
+        seeds: int32 [B, 2] for the random choice in each image.
 
     Returns:
         `boxes`: float32 [B, S, 4]. `valid`: bool [B, S]. `foreground`: bool [B, S], true only among the first
@@ -52,7 +52,7 @@ def sample_rois(
         usable & ~is_foreground & ~is_crowd,
         number=config.samples,
         max_positive=config.foreground_samples,
-        seed=seed,
+        seeds=seeds,
     )
     row = take_rows(row, index)
     return {

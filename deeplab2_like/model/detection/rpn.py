@@ -80,7 +80,7 @@ def make_anchors(pyramid: Mapping[str, Tensor], strides: Mapping[str, int], conf
 
 
 def sample_anchors(
-    anchors: Tensor, targets: Mapping[str, Tensor], config: RpnConfig, *, seed: Tensor
+    anchors: Tensor, targets: Mapping[str, Tensor], config: RpnConfig, *, seeds: Tensor
 ) -> dict[str, Tensor]:
     """Matches anchors with the instances and samples those that enter the losses.
 
@@ -88,7 +88,7 @@ def sample_anchors(
         anchors: float32 [A, 4], all levels.
         targets: `boxes` [B, M, 4], `valid` [B, M] and `instance_map` [B, H, W] of `instance_targets`.
         config: Overlaps and number of samples, S.
-        seed: int32 [2] for the random choice.
+        seeds: int32 [B, 2] for the random choice in each image.
 
     Returns:
         `index`: int32 [B, S], the sampled anchors. `valid`: bool [B, S]. `positive`: bool [B, S].
@@ -96,7 +96,7 @@ def sample_anchors(
     """
     positive, negative, row = label_anchors(anchors, targets, config)
     index, is_positive, valid = sample_balanced(
-        positive, negative, number=config.samples, max_positive=config.max_positives, seed=seed
+        positive, negative, number=config.samples, max_positive=config.max_positives, seeds=seeds
     )
     matched = take_rows(targets["boxes"], take_rows(row, index))  # [B, S, 4]
     deltas = encode_boxes(matched, ops.take(anchors, index, axis=0), _WEIGHTS)

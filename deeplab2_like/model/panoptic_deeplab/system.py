@@ -99,16 +99,16 @@ class PanopticDeepLab(PanopticSystem):
 
     def call(self, images: Tensor, targets: Any = None, training: bool = False) -> dict[str, Tensor]:
         """See `PanopticSystem.call`."""
-        del targets
+        numbers = None if targets is None else targets.get("number")
         images, outputs = resize_for_network(images, None if training else self.config.resize)
         features = self.backbone(self.prepare_images(images), training=training)
-        context = self.semantic_aspp(features["res5"], training=training)
+        context = self.semantic_aspp(features["res5"], numbers=numbers, training=training)
         decoded = self.semantic_decoder(context, features, training=training)
         outputs["semantic_logits"] = self.semantic_head(decoded, training=training)
         if self.config.semantic_only:
             return outputs
         if self.instance_aspp is not None:
-            context = self.instance_aspp(features["res5"], training=training)
+            context = self.instance_aspp(features["res5"], numbers=numbers, training=training)
         if self.instance_decoder is not None:
             decoded = self.instance_decoder(context, features, training=training)
         outputs["center"] = self.center_head(decoded, training=training)
