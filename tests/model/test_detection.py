@@ -736,6 +736,38 @@ def test_training_step_has_finite_gradients_for_every_variable() -> None:
         assert np.abs(gradient).max() > 0
 
 
+def test_initial_kernels_are_those_of_detectron2() -> None:
+    rpn = RpnHead(RpnConfig(channels=64))
+    rpn({"p2": np.zeros((1, 2, 2, 64), np.float32)})
+    roi = RoiConfig(box_channels=128, mask_channels=64, mask_convolutions=2)
+    box, mask = BoxHead(roi, num_classes=40), MaskHead(roi, num_classes=40)
+    box(np.zeros((1, 1, 7, 7, 16), np.float32))
+    mask(np.zeros((1, 1, 4, 4, 32), np.float32))
+    kernels = {
+        "rpn conv": (rpn.conv, 0.01),
+        "rpn deltas": (rpn.deltas, 0.01),
+        # Xavier fill of Caffe2: uniform with variance 1 / fan-in.
+        "box dense1": (box.hidden[0], (1 / (7 * 7 * 16)) ** 0.5),
+        "box dense2": (box.hidden[1], (1 / 128) ** 0.5),
+        "box classes": (box.classes, 0.01),
+        "box deltas": (box.deltas, 0.001),
+        # MSRA fill: normal with variance 2 / fan-out. PyTorch counts the inputs of a transposed convolution as fan-out.
+        "mask conv1": (mask.convolutions[0], (2 / (9 * 64)) ** 0.5),
+        "mask conv2": (mask.convolutions[1], (2 / (9 * 64)) ** 0.5),
+        "mask upsample": (mask.upsample, (2 / (4 * 64)) ** 0.5),
+        "masks": (mask.masks, 0.001),
+    }
+    for name, (layer, deviation) in kernels.items():
+        # Of at least 768 values: standard deviation at most 2.6 %.
+        assert layer.kernel.numpy().std() == pytest.approx(deviation, rel=0.1), name
+        assert not layer.bias.numpy().any(), name
+    # A uniform distribution ends at the square root of 3 standard deviations.
+    assert np.abs(box.hidden[1].kernel).max() <= (3 / 128) ** 0.5
+    # No two layers start with the same numbers.
+    first = [float(layer.kernel.numpy().ravel()[0] / deviation) for layer, deviation in kernels.values()]
+    assert len({round(value, 4) for value in first}) == len(first)
+
+
 def test_config_defaults() -> None:
     assert RoiConfig().foreground_samples == 128
     assert len(RpnConfig().anchor_sizes) == 5

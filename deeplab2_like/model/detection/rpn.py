@@ -5,6 +5,7 @@ anchors across the border are kept, and the box loss is the plain L1 distance.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 from keras import ops
@@ -39,10 +40,15 @@ class RpnHead(keras.layers.Layer):
     def __init__(self, config: RpnConfig, *, name: str | None = None) -> None:
         super().__init__(name=name)
         num_anchors = len(config.anchor_ratios)
-        options = {"kernel_initializer": keras.initializers.RandomNormal(stddev=0.01)}
-        self.conv = keras.layers.Conv2D(config.channels, 3, padding="same", activation="relu", name="conv", **options)
-        self.objectness = keras.layers.Conv2D(num_anchors, 1, name="objectness", **options)
-        self.deltas = keras.layers.Conv2D(4 * num_anchors, 1, name="deltas", **options)
+
+        def convolution(filters: int, kernel_size: int, name: str, **options: Any) -> keras.layers.Conv2D:
+            # One initializer for all layers would give them the same random numbers.
+            initializer = keras.initializers.RandomNormal(stddev=0.01)
+            return keras.layers.Conv2D(filters, kernel_size, kernel_initializer=initializer, name=name, **options)
+
+        self.conv = convolution(config.channels, 3, "conv", padding="same", activation="relu")
+        self.objectness = convolution(num_anchors, 1, "objectness")
+        self.deltas = convolution(4 * num_anchors, 1, "deltas")
 
     def call(self, pyramid: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Applies the head to every level."""
