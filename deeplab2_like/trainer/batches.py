@@ -44,7 +44,8 @@ def distribute_batches(run: Run, *, start_step: int) -> Any:
         start_step: Number of training steps done.
 
     Returns:
-        A `tf.distribute.DistributedDataset` of `image` and `targets`, see `pipeline.make_train_dataset`.
+        A `tf.distribute.DistributedDataset` of `image` and `targets`, see `pipeline.make_train_dataset`; the targets
+        have the numbers of the examples, `number`, int32 [B], see `PanopticSystem.call`.
     """
     settings, num_replicas = run.config.trainer, run.strategy.num_replicas_in_sync
 

@@ -27,9 +27,7 @@ from deeplab2_like.trainer.trainer import Trainer
 Weights = dict[str, np.ndarray]
 
 
-def weights_around_a_step(
-    config: Config, strategy: tf.distribute.Strategy, model_dir: str
-) -> tuple[Weights, Weights]:
+def weights_around_a_step(config: Config, strategy: tf.distribute.Strategy, model_dir: str) -> tuple[Weights, Weights]:
     """Returns the weights before and after a step, by path."""
     run = make_run(config, model_dir, strategy)
     before = {weight.path: weight.numpy() for weight in run.system.weights}

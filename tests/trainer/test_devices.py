@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from one_convolution import one_convolution_config
 
 from deeplab2_like.data.convert.scenes import convert_scenes
+from deeplab2_like.trainer.batches import distribute_batches
+from deeplab2_like.trainer.run import make_run
+from deeplab2_like.trainer.strategy import make_strategy
 
 ALL = [
     "data.crop_size=[64, 64]",
@@ -65,3 +69,11 @@ def test_two_devices_take_the_step_of_one(steps: dict[str, Any], name: str) -> N
     assert step["change"] > 1e-2
     # Rounding differs with the size of the batch, and grows through the layers.
     assert step["difference"] < 1e-4
+
+
+def test_accumulated_batches_have_numbers_of_their_own(registered: None, records: Path, tmp_path: Path) -> None:
+    config = one_convolution_config(data={"path": str(records)}, batch_size=2, accumulate_steps=2)
+    batches = iter(distribute_batches(make_run(config, tmp_path, make_strategy("one_device")), start_step=3))
+    # Each of the three steps before has taken two batches of two examples.
+    numbers = [next(batches)["targets"]["number"].numpy().tolist() for _ in range(2)]
+    assert numbers == [[12, 13], [14, 15]]

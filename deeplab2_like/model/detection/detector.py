@@ -83,8 +83,8 @@ class Detector(keras.layers.Layer):
         Args:
             pyramid: Levels, float [B, h, w, C].
             image_size: Height and width of the image without padding, to which boxes are clipped.
-            targets: Batched result of `instance_targets`, and maybe `number`, see `PanopticSystem.call`; None outside of
-                training.
+            targets: Batched result of `instance_targets`, with or without `number`, see `PanopticSystem.call`; None
+                outside of training.
             max_detections: Detections per image, N, 0 for none; None for `roi.detections`.
 
         Returns:

@@ -76,8 +76,8 @@ class LossConfig(StrictModel):
     )
     top_k_over: Literal["image", "batch"] = pydantic.Field(
         "image",
-        description="Pixels among which the hardest are chosen: those of each `image`, or those of the whole `batch` of "
-        "a device, as in Detectron2; with `batch` the result of a training depends on the number of devices.",
+        description="Choose the hardest pixels of each `image`, or of the whole `batch` of a device, as Detectron2 "
+        "does; with `batch`, training depends on the number of devices.",
     )
     small_instance_area: int = pydantic.Field(
         64 * 64,
