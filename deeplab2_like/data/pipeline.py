@@ -56,8 +56,8 @@ def make_train_dataset(  # noqa: PLR0913 - batches, their parts and the source o
         num_parallel_calls: Number of examples prepared at once.
 
     Returns:
-        Yields `{"image": uint8 [B, h, w, 3], "image_id": string [B], "targets": make_targets' dict, each [B, ...]}`
-        with B = `batch_size / num_parts`.
+        Yields `{"image": uint8 [B, h, w, 3], "image_id": string [B], "number": int64 [B], "targets": make_targets'
+        dict, each [B, ...]}` with B = `batch_size / num_parts`. `number` counts the examples of the training from 0.
 
     Raises:
         UserError: If the files hold no records or are damaged, or `num_parts` does not divide `batch_size`. While
@@ -85,6 +85,7 @@ def make_train_dataset(  # noqa: PLR0913 - batches, their parts and the source o
         return {
             "image": example["image"],
             "image_id": example["image_id"],
+            "number": number,
             "targets": make_targets(example["panoptic"]),
         }
 

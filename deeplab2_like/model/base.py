@@ -117,7 +117,9 @@ class PanopticSystem(keras.Model):
 
         Args:
             images: uint8 or float [B, H, W, 3], red, green and blue in 0..255, any size.
-            targets: Result of `make_targets`, with a leading batch axis; some systems need it in training.
+            targets: Result of `make_targets`, with a leading batch axis; some systems need it in training. The trainer
+                adds `number`, int32 [B], the number of each example of the training. Random choices for an image depend
+                on it, so that they are the same on any number of devices; without it, on the position in the batch.
             training: Whether normalizations use the statistics of the batch, dropout is active, and the raw outputs are
                 those of training.
             scale: Factor of the size at which the network sees the images, for averages over several scales.

@@ -50,6 +50,14 @@ def apply_norm(norm: keras.layers.Layer, x: Tensor, *, training: bool) -> Tensor
     return norm(x, training=training) if isinstance(norm, keras.layers.BatchNormalization) else norm(x)
 
 
+def msra_initializer() -> keras.initializers.Initializer:
+    """Makes the initializer of kernels that Detectron2 calls MSRA: normal, with variance 2 / fan-out, not truncated.
+
+    Every layer needs its own: an initializer of Keras gives the same values at each call.
+    """
+    return keras.initializers.VarianceScaling(2.0, mode="fan_out", distribution="untruncated_normal")
+
+
 class ConvNorm(keras.layers.Layer):
     """Convolution, normalization, activation.
 

@@ -11,7 +11,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model.base import Loss
 from deeplab2_like.model.config import Norm
 from deeplab2_like.model.deformable import DeformableConvNorm
-from deeplab2_like.model.layers import ConvNorm, Tensor
+from deeplab2_like.model.layers import ConvNorm, Tensor, msra_initializer
 from deeplab2_like.model.resampling import upsample_bilinear
 
 
@@ -104,14 +104,18 @@ class SemanticBranch(keras.layers.Layer):
         self.num_stages = {level: max(1, (stride // finest).bit_length() - 1) for level, stride in strides.items()}
         # One flat list, as Keras' saving does not find layers in nested containers.
         self.convolutions = [
-            ConvNorm(channels, 3, norm=norm, name=f"{level}_conv{index + 1}")
+            ConvNorm(channels, 3, norm=norm, initializer=msra_initializer(), name=f"{level}_conv{index + 1}")
             for level, number in self.num_stages.items()
             for index in range(number)
         ]
         self.finest = next(level for level, stride in strides.items() if stride == finest)
         # In float32, as small differences between classes matter here.
         self.predictor = (
-            None if num_classes is None else keras.layers.Conv2D(num_classes, 1, dtype="float32", name="predictor")
+            None
+            if num_classes is None
+            else keras.layers.Conv2D(
+                num_classes, 1, kernel_initializer=msra_initializer(), dtype="float32", name="predictor"
+            )
         )
 
     @property

@@ -44,7 +44,8 @@ def distribute_batches(run: Run, *, start_step: int) -> Any:
         start_step: Number of training steps done.
 
     Returns:
-        A `tf.distribute.DistributedDataset` of `image` and `targets`, see `pipeline.make_train_dataset`.
+        A `tf.distribute.DistributedDataset` of `image` and `targets`, see `pipeline.make_train_dataset`; the targets
+        have the numbers of the examples, `number`, int32 [B], see `PanopticSystem.call`.
     """
     settings, num_replicas = run.config.trainer, run.strategy.num_replicas_in_sync
 
@@ -58,7 +59,7 @@ def distribute_batches(run: Run, *, start_step: int) -> Any:
             num_parts=num_replicas,
             parts=range(first, first + share),
         )
-        return dataset.map(_without_names)
+        return dataset.map(_for_network)
 
     return run.strategy.distribute_datasets_from_function(make_dataset)
 
@@ -73,6 +74,7 @@ def load_batch(run: Run, step: int) -> Mapping[str, Any] | None:
         return None
 
 
-def _without_names(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves out the image names: accelerators do not support strings."""
-    return {"image": batch["image"], "targets": batch["targets"]}
+def _for_network(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the numbers of the examples to the targets; leaves out the image names, as accelerators have no strings."""
+    number = tf.cast(batch["number"] % 2**31, tf.int32)
+    return {"image": batch["image"], "targets": {**batch["targets"], "number": number}}

@@ -27,7 +27,8 @@ def panoptic_deeplab_config(
     """Returns the `model` section with which Detectron2's weights give the same results as in Detectron2.
 
     It differs from the defaults in the dilations 2, 4 and 8 of the last stage, plain convolutions in the center head,
-    image pooling over a window of the size of the training crop, and the constants of batch normalization in PyTorch.
+    image pooling over a window of the size of the training crop, hardest pixels chosen over the batch, and the
+    constants of batch normalization in PyTorch.
 
     Args:
         training_crop: Height and width that the model was trained with, in pixels; the Cityscapes models were trained
@@ -44,6 +45,7 @@ def panoptic_deeplab_config(
                 "convolution": "separable" if separable else "plain",
                 "center_head_convolution": "plain",
             },
+            "loss": {"top_k_over": "batch"},
         }
     )
 

@@ -67,6 +67,7 @@ def test_batches_have_static_shapes(files):
     assert dataset.element_spec == {
         "image": tf.TensorSpec([3, 10, 11, 3], tf.uint8),
         "image_id": tf.TensorSpec([3], tf.string),
+        "number": tf.TensorSpec([3], tf.int64),
         "targets": {"label": tf.TensorSpec([3, 10, 11], tf.int32), "pixels": tf.TensorSpec([3], tf.int32)},
     }
     (batch,) = take(dataset, 1)
@@ -96,7 +97,10 @@ def test_every_epoch_holds_each_example_once(files, cache):
 # 2 lies in the first epoch; 7 batches of 3 end where an epoch does; 1000 is far beyond.
 @pytest.mark.parametrize("start_step", [2, 7, 9])
 def test_resumes_exactly(files, start_step):
-    assert_same(take(train(files), 12)[start_step:], take(train(files, start_step=start_step), 12 - start_step))
+    resumed = take(train(files, start_step=start_step), 12 - start_step)
+    assert_same(take(train(files), 12)[start_step:], resumed)
+    # Examples are numbered through all batches of three.
+    assert [number for batch in resumed for number in batch["number"]] == list(range(3 * start_step, 36))
 
 
 @pytest.mark.parametrize("start_step", [0, 4])

@@ -18,7 +18,6 @@ from deeplab2_like.model.detection.masks import mask_targets, paste_masks
 from deeplab2_like.model.detection.matching import (
     crowd_share,
     match_boxes,
-    random_uniform,
     sample_balanced,
     top_k_padded,
 )
@@ -33,9 +32,11 @@ from deeplab2_like.model.detection.roi_heads import (
 )
 from deeplab2_like.model.detection.roi_pooling import assign_levels, roi_align
 from deeplab2_like.model.detection.rpn import RpnHead, make_anchors, propose, rpn_losses, sample_anchors
+from deeplab2_like.model.random_numbers import random_uniform
 from deeplab2_like.model.stages import compiled_stages
 
 SEED = np.array([3, 5], np.int32)
+SEEDS = SEED[None]  # Of one image.
 
 
 # The table of instances.
@@ -195,7 +196,7 @@ def test_balanced_sampling(positives: int, negatives: int, expected: tuple[int, 
     negative = np.zeros((2, 50), bool)
     positive[:, 5 : 5 + positives] = True
     negative[:, 20 : 20 + negatives] = True
-    drawn = sample_balanced(positive, negative, number=8, max_positive=4, seed=SEED)
+    drawn = sample_balanced(positive, negative, number=8, max_positive=4, seeds=np.array([[3, 5], [4, 5]], np.int32))
     index, is_positive, valid = (np.array(value) for value in drawn)
     for image in range(2):
         assert (is_positive[image].sum(), valid[image].sum()) == (expected[0], sum(expected))
@@ -210,11 +211,25 @@ def test_sampling_is_random_and_fair() -> None:
     positive, negative = np.zeros((1, 40), bool), np.ones((1, 40), bool)
     counts = np.zeros(40)
     for step in range(200):
-        index, _, _ = sample_balanced(positive, negative, number=10, max_positive=5, seed=np.array([0, step], np.int32))
+        seeds = np.array([[0, step]], np.int32)
+        index, _, _ = sample_balanced(positive, negative, number=10, max_positive=5, seeds=seeds)
         counts[np.array(index)] += 1
     # Each is drawn in a quarter of 200 draws: 50, standard deviation 6.
     assert counts.min() > 25
     assert counts.max() < 75
+
+
+def test_sampling_of_an_image_does_not_depend_on_the_others() -> None:
+    positive = np.random.default_rng(0).random((3, 40)) < 0.3
+    seeds = np.array([[3, 5], [4, 5], [5, 5]], np.int32)
+    whole, _, _ = sample_balanced(positive, ~positive, number=10, max_positive=5, seeds=seeds)
+    for image in range(3):
+        part = slice(image, image + 1)
+        alone, _, _ = sample_balanced(positive[part], ~positive[part], number=10, max_positive=5, seeds=seeds[part])
+        np.testing.assert_array_equal(alone, whole[part])
+    # Images of equal boxes are sampled differently.
+    index, _, _ = sample_balanced(positive[[0, 0]], ~positive[[0, 0]], number=10, max_positive=5, seeds=seeds[:2])
+    assert not np.array_equal(index[0], index[1])
 
 
 def test_top_k_of_too_few() -> None:
@@ -276,7 +291,7 @@ ANCHORS = batch(
 
 
 def test_sampled_anchors_by_hand() -> None:
-    samples = sample_anchors(tf.constant(ANCHORS), targets_by_hand(), RpnConfig(samples=8), seed=SEED)
+    samples = sample_anchors(tf.constant(ANCHORS), targets_by_hand(), RpnConfig(samples=8), seeds=SEEDS)
     found = {name: np.array(value)[0] for name, value in samples.items()}
     assert found["valid"].sum() == 4
     assert set(found["index"][found["positive"]]) == {0, 1}
@@ -287,7 +302,7 @@ def test_sampled_anchors_by_hand() -> None:
 
 
 def test_an_instance_without_a_good_anchor_keeps_its_best() -> None:
-    samples = sample_anchors(tf.constant(ANCHORS[3:]), targets_by_hand(), RpnConfig(samples=4), seed=SEED)
+    samples = sample_anchors(tf.constant(ANCHORS[3:]), targets_by_hand(), RpnConfig(samples=4), seeds=SEEDS)
     positive = np.array(samples["positive"])
     np.testing.assert_array_equal(np.array(samples["index"])[positive], [0])
 
@@ -463,7 +478,7 @@ def test_sampled_rois_by_hand() -> None:
         "valid": np.array([[True, True, True, True, False]]),
     }
     config = RoiConfig(samples=8, foreground_share=0.5)
-    samples = sample_rois(proposals, targets_by_hand(), config, num_classes=3, seed=SEED)
+    samples = sample_rois(proposals, targets_by_hand(), config, num_classes=3, seeds=SEEDS)
     found = {name: np.array(value)[0] for name, value in samples.items()}
     # Foreground: the first (IoU 10/16) and the instance's own box; background: the second (4/16) and the third. The
     # fourth is crowd, the fifth and the second row of the table are unused.
@@ -483,7 +498,7 @@ def test_an_image_without_instances_gives_background_only() -> None:
     targets["valid"] = np.zeros((1, 2), bool)
     proposals = {"boxes": batch((0, 0, 16, 16), (2, 2, 30, 30)), "valid": np.ones((1, 2), bool)}
     config = RoiConfig(samples=4, foreground_share=0.5)
-    samples = sample_rois(proposals, targets, config, num_classes=3, seed=SEED)
+    samples = sample_rois(proposals, targets, config, num_classes=3, seeds=SEEDS)
     assert not np.any(samples["foreground"])
     assert np.sum(samples["valid"]) == 2
     losses = box_losses(tf.zeros((1, 4, 4)), tf.zeros((1, 4, 3, 4)), samples, config)
@@ -688,11 +703,11 @@ def test_training_step_has_finite_gradients_for_every_variable() -> None:
     targets = targets_by_hand()
 
     @tf.function(jit_compile=True, autograph=False)
-    def step(seed: tf.Tensor) -> tuple[dict[str, tf.Tensor], list[tf.Tensor]]:
+    def step(seeds: tf.Tensor) -> tuple[dict[str, tf.Tensor], list[tf.Tensor]]:
         with tf.GradientTape() as tape:
             objectness, deltas = rpn_head(maps)
             anchors = make_anchors(maps, strides, rpn)
-            samples = sample_anchors(ops.concatenate(list(anchors.values())), targets, rpn, seed=seed)
+            samples = sample_anchors(ops.concatenate(list(anchors.values())), targets, rpn, seeds=seeds)
             losses = rpn_losses(
                 ops.concatenate(list(objectness.values()), axis=1),
                 ops.concatenate(list(deltas.values()), axis=1),
@@ -700,7 +715,7 @@ def test_training_step_has_finite_gradients_for_every_variable() -> None:
                 rpn,
             )
             proposals = propose(objectness, deltas, anchors, (64, 64), rpn, training=True)
-            rois = sample_rois(proposals, targets, roi, num_classes=2, seed=seed)
+            rois = sample_rois(proposals, targets, roi, num_classes=2, seeds=seeds)
             pooled = roi_align(maps, strides, rois["boxes"], output_size=7)
             losses |= box_losses(*box_head(pooled), rois, roi)
             boxes, row = rois["boxes"][:, :4], rois["row"][:, :4]
@@ -713,12 +728,44 @@ def test_training_step_has_finite_gradients_for_every_variable() -> None:
 
     for layer, inputs in zip(layers, (maps, tf.zeros((1, 1, 7, 7, 8)), tf.zeros((1, 1, 14, 14, 8))), strict=True):
         layer(inputs)
-    losses, gradients = step(tf.constant(SEED))
+    losses, gradients = step(tf.constant(SEEDS))
     assert set(losses) == {"rpn_class", "rpn_box", "box_class", "box", "mask"}
     assert all(np.isfinite(value) and value > 0 for value in losses.values())
     for gradient in gradients:
         assert np.isfinite(gradient).all()
         assert np.abs(gradient).max() > 0
+
+
+def test_initial_kernels_are_those_of_detectron2() -> None:
+    rpn = RpnHead(RpnConfig(channels=64))
+    rpn({"p2": np.zeros((1, 2, 2, 64), np.float32)})
+    roi = RoiConfig(box_channels=128, mask_channels=64, mask_convolutions=2)
+    box, mask = BoxHead(roi, num_classes=40), MaskHead(roi, num_classes=40)
+    box(np.zeros((1, 1, 7, 7, 16), np.float32))
+    mask(np.zeros((1, 1, 4, 4, 32), np.float32))
+    kernels = {
+        "rpn conv": (rpn.conv, 0.01),
+        "rpn deltas": (rpn.deltas, 0.01),
+        # Xavier fill of Caffe2: uniform with variance 1 / fan-in.
+        "box dense1": (box.hidden[0], (1 / (7 * 7 * 16)) ** 0.5),
+        "box dense2": (box.hidden[1], (1 / 128) ** 0.5),
+        "box classes": (box.classes, 0.01),
+        "box deltas": (box.deltas, 0.001),
+        # MSRA fill: normal with variance 2 / fan-out. PyTorch counts the inputs of a transposed convolution as fan-out.
+        "mask conv1": (mask.convolutions[0], (2 / (9 * 64)) ** 0.5),
+        "mask conv2": (mask.convolutions[1], (2 / (9 * 64)) ** 0.5),
+        "mask upsample": (mask.upsample, (2 / (4 * 64)) ** 0.5),
+        "masks": (mask.masks, 0.001),
+    }
+    for name, (layer, deviation) in kernels.items():
+        # Of at least 768 values: standard deviation at most 2.6 %.
+        assert layer.kernel.numpy().std() == pytest.approx(deviation, rel=0.1), name
+        assert not layer.bias.numpy().any(), name
+    # A uniform distribution ends at the square root of 3 standard deviations.
+    assert np.abs(box.hidden[1].kernel).max() <= (3 / 128) ** 0.5
+    # No two layers start with the same numbers.
+    first = [float(layer.kernel.numpy().ravel()[0] / deviation) for layer, deviation in kernels.values()]
+    assert len({round(value, 4) for value in first}) == len(first)
 
 
 def test_config_defaults() -> None:

@@ -14,9 +14,13 @@ DETECTRON2 = Path(__file__).parents[1] / "data" / "detectron2_panoptic_deeplab" 
 LN2, LN3 = np.log(2.0), np.log(3.0)
 
 
-def cross_entropy(labels: Any, weights: Any, logits: Any, share: float) -> list[float]:
+def cross_entropy(labels: Any, weights: Any, logits: Any, share: float, **options: Any) -> list[float]:
     loss = bootstrapped_cross_entropy(
-        ops.array(labels, "int32"), ops.array(weights, "float32"), ops.array(logits, "float32"), top_k_share=share
+        ops.array(labels, "int32"),
+        ops.array(weights, "float32"),
+        ops.array(logits, "float32"),
+        top_k_share=share,
+        **options,
     )
     return [float(loss.total), float(loss.normalizer)]
 
@@ -49,11 +53,29 @@ def test_ignored_pixels_count_in_the_share_only() -> None:
     assert cross_entropy(np.full((1, 2, 2), 255), np.zeros((1, 2, 2)), LOGITS, 0.5) == [0, 2]
 
 
-def test_share_is_taken_over_the_batch() -> None:
-    # The same four pixels as two images of two: both of the hardest are in the second image.
-    assert cross_entropy(
-        np.reshape(LABELS, (2, 1, 2)), np.reshape(WEIGHTS, (2, 1, 2)), np.reshape(LOGITS, (2, 1, 2, 2)), 0.5
-    ) == pytest.approx([5 * LN2, 2])
+def test_share_is_taken_of_each_image_or_of_the_batch() -> None:
+    # The same four pixels as two images of two: ln 2 and 2 ln 2 - ln 3; 2 ln 2 and 3 ln 2.
+    images = np.reshape(LABELS, (2, 1, 2)), np.reshape(WEIGHTS, (2, 1, 2)), np.reshape(LOGITS, (2, 1, 2, 2))
+    assert cross_entropy(*images, 0.5) == pytest.approx([LN2 + 3 * LN2, 2])
+    # Both of the hardest of the batch are in the second image.
+    assert cross_entropy(*images, 0.5, over_batch=True) == pytest.approx([5 * LN2, 2])
+
+
+def test_an_easy_and_a_hard_image_on_one_device_and_on_two() -> None:
+    # Five pixels each, of class 0, with logits (-x, 0): the cross entropy is ln(1 + e^x). A fifth is one pixel.
+    easy, hard = [-2.0, -1.0, 0.0, -3.0, -2.0], [1.0, 3.0, 2.0, 2.5, 0.0]
+    logits = np.stack([-np.array([easy, hard]), np.zeros((2, 5))], axis=-1)[:, None]  # [2, 1, 5, 2]
+    labels, weights = np.zeros((2, 1, 5)), np.ones((2, 1, 5))
+    # The hardest pixel of the easy image has x = 0, that of the hard one x = 3.
+    expected = (LN2 + np.log(1 + np.exp(3.0))) / 2  # (0.693 + 3.049) / 2 = 1.871
+    total, count = cross_entropy(labels, weights, logits, 0.2)
+    assert total / count == pytest.approx(expected)
+    halves = np.array([cross_entropy(labels[:1], weights[:1], logits[k : k + 1], 0.2) for k in (0, 1)])
+    total, count = halves.sum(axis=0)
+    assert total / count == pytest.approx(expected)
+    # Over the batch, one device takes x = 3 and x = 2.5, both of the hard image: (3.049 + 2.579) / 2 = 2.814.
+    total, count = cross_entropy(labels, weights, logits, 0.2, over_batch=True)
+    assert total / count == pytest.approx((np.log(1 + np.exp(3.0)) + np.log(1 + np.exp(2.5))) / 2)
 
 
 def losses_of(center_loss: Any = "mean_squared_error", **changes: Any) -> dict[str, list[float]]:
@@ -148,7 +170,7 @@ def test_equals_detectron2() -> None:
     }
     # 20 % of 128 * 128 pixels are 3276.8. Detectron2 rounds down, this library to the nearest.
     share = 3276 / 128**2
-    losses = compute_losses(targets, outputs, LossConfig(top_k_share=share), stride=4)
+    losses = compute_losses(targets, outputs, LossConfig(top_k_share=share, top_k_over="batch"), stride=4)
     assert float(losses["semantic"].normalizer) == 3276
     for name, weight in {"semantic": 1, "center": 200, "offset": 0.01}.items():
         total, normalizer = losses[name]

@@ -41,6 +41,18 @@ def branch(aggregation: Literal["sum", "concatenation"] = "sum", channels: int =
     )
 
 
+def test_initial_kernels_are_those_of_detectron2() -> None:
+    layer = branch(channels=64)
+    layer({level: np.zeros((1, 64 // stride, 64 // stride, 16), np.float32) for level, stride in STRIDES.items()})
+    # Normal with variance 2 / fan-out: 64 channels of 3x3 values, five classes of one.
+    for convolution in layer.convolutions:
+        assert convolution.conv.kernel.numpy().std() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
+    # 320 values: standard deviation 4 %.
+    assert layer.predictor.kernel.numpy().std() == pytest.approx((2 / 5) ** 0.5, rel=0.15)
+    kernels = [convolution.conv.kernel.numpy() for convolution in layer.convolutions]
+    assert not np.array_equal(kernels[-1], kernels[-2])
+
+
 def pyramid() -> dict[str, tf.Tensor]:
     random = np.random.default_rng(0)
     shapes = {level: (1, 64 // stride, 96 // stride, 8) for level, stride in STRIDES.items()}

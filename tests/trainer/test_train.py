@@ -133,7 +133,6 @@ def test_two_devices_train_like_one(records: Path, tmp_path: Path) -> None:
     overrides = [
         *SMALL,
         f"data.path={records}",
-        "model.aspp.dropout=0.0",  # Which values are dropped depends on the devices.
         "model.norm.kind=sync_batch",
         "trainer.optimizer={name: sgd, weight_decay: 0.001, clip_norm: 1.0}",
         "trainer.learning_rate=0.05",

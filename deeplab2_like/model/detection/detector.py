@@ -23,6 +23,7 @@ from deeplab2_like.model.detection.roi_pooling import roi_align
 from deeplab2_like.model.detection.rpn import RpnHead, make_anchors, propose, rpn_losses, sample_anchors
 from deeplab2_like.model.geometry import Size
 from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.random_numbers import image_seeds
 
 
 class Detector(keras.layers.Layer):
@@ -82,7 +83,8 @@ class Detector(keras.layers.Layer):
         Args:
             pyramid: Levels, float [B, h, w, C].
             image_size: Height and width of the image without padding, to which boxes are clipped.
-            targets: Batched result of `instance_targets`, to train; None outside of training.
+            targets: Batched result of `instance_targets`, with or without `number`, see `PanopticSystem.call`; None
+                outside of training.
             max_detections: Detections per image, N, 0 for none; None for `roi.detections`.
 
         Returns:
@@ -122,10 +124,10 @@ class Detector(keras.layers.Layer):
             first of them, which hold the foreground; `step`, int32 scalar, which counts the steps.
         """
         seed = self.seed_generator.next()
-        anchor_samples = sample_anchors(rpn["anchors"], targets, self.rpn, seed=seed)
-        # The sum is an arbitrary seed other than that of the anchors.
-        roi_seed = seed + ops.cast(7919, seed.dtype)
-        roi_samples = sample_rois(proposals, targets, self.roi, num_classes=self.num_classes, seed=roi_seed)
+        seeds = image_seeds(seed, ops.shape(targets["boxes"])[0], targets.get("number"))
+        anchor_samples = sample_anchors(rpn["anchors"], targets, self.rpn, seeds=seeds)
+        # The sums are arbitrary seeds other than those of the anchors.
+        roi_samples = sample_rois(proposals, targets, self.roi, num_classes=self.num_classes, seeds=seeds + 7919)
         class_logits, deltas = self.box_head(self.pool(pyramid, roi_samples["boxes"], self.roi.box_resolution))
         outputs = {
             "rpn_objectness": rpn["objectness"],

@@ -4,6 +4,7 @@ from keras import ops
 
 from deeplab2_like.model.boxes import pairwise_iou, take_rows
 from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.random_numbers import random_uniform
 
 # Pairs of boxes compared at once: a table of all anchors and instances would take hundreds of megabytes.
 _PAIRS_AT_ONCE = 2**20
@@ -83,37 +84,8 @@ def crowd_share(boxes: Tensor, instance_map: Tensor) -> Tensor:
     return ops.cast(count, "float32") / ops.cast(ops.maximum(area, 1), "float32")
 
 
-def random_uniform(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Makes random numbers that depend on the seed and the position alone, the same on every backend.
-
-    `keras.random` takes numbers or generators as seeds, not tensors, which a training step needs. This is the finalizer
-    of the MurmurHash3 function, with the seed mixed in twice.
-
-    Args:
-        seed: int32 or uint32 [2].
-        shape: Sizes, known or not.
-
-    Returns:
-        float32 of that shape, at least 0 and below 1.
-    """
-    number = 1
-    for size in shape:
-        number = number * size
-    seed = ops.cast(seed, "int32")
-
-    def mix(x: Tensor) -> Tensor:
-        # Multiplication wraps around; the mask clears the sign bits that the shift of a negative number repeats.
-        for shift, factor in ((16, -2048144789), (13, -1028477387), (16, 1)):
-            x = ops.bitwise_xor(x, ops.bitwise_and(ops.right_shift(x, shift), 2 ** (32 - shift) - 1)) * factor
-        return x
-
-    bits = mix(mix(ops.arange(number, dtype="int32") + mix(seed[0])) + mix(seed[1] + 1))
-    bits = ops.bitwise_and(ops.right_shift(bits, 8), 2**24 - 1)
-    return ops.reshape(ops.cast(bits, "float32") / 2.0**24, shape)
-
-
 def sample_balanced(
-    positive: Tensor, negative: Tensor, *, number: int, max_positive: int, seed: Tensor
+    positive: Tensor, negative: Tensor, *, number: int, max_positive: int, seeds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Samples positives and negatives at random.
 
@@ -124,14 +96,14 @@ def sample_balanced(
         negative: bool [B, N], disjoint from `positive`.
         number: Samples per image, S.
         max_positive: Largest number of positives among them.
-        seed: int32 [2].
+        seeds: int32 [B, 2], one for each image.
 
     Returns:
         `index`: int32 [B, S]; positives come first, so they are within the first `max_positive`.
         `is_positive`: bool [B, S].
         `valid`: bool [B, S], false where there are too few boxes.
     """
-    order = random_uniform(seed, tuple(ops.shape(positive)[:2]))
+    order = random_uniform(seeds, (ops.shape(positive)[1],))  # [B, N]
     positive_key, positive_index = top_k_padded(ops.where(positive, order + 2.0, -1.0), max_positive, fill=-1.0)
     negative_key, negative_index = top_k_padded(ops.where(negative, order, -1.0), number, fill=-1.0)
     key, place = ops.top_k(ops.concatenate([positive_key, negative_key], axis=1), number)

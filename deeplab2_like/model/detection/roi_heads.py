@@ -1,6 +1,7 @@
 """The second stage of Mask R-CNN: samples for training, box head, mask head, their losses, and the detections."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 from keras import ops
@@ -17,7 +18,7 @@ from deeplab2_like.model.boxes import (
 from deeplab2_like.model.detection.config import RoiConfig
 from deeplab2_like.model.detection.matching import crowd_share, match_boxes, sample_balanced, top_k_padded
 from deeplab2_like.model.geometry import Size
-from deeplab2_like.model.layers import Tensor
+from deeplab2_like.model.layers import Tensor, msra_initializer
 
 
 def sample_rois(
@@ -26,7 +27,7 @@ def sample_rois(
     config: RoiConfig,
     *,
     num_classes: int,
-    seed: Tensor,
+    seeds: Tensor,
 ) -> dict[str, Tensor]:
     """Samples the RoIs for the losses of the heads from the proposals and the boxes of the ground truth.
 
@@ -35,7 +36,7 @@ def sample_rois(
         targets: Batched result of `instance_targets`.
         config: Overlap of the foreground, and number of samples, S.
         num_classes: Number of thing classes, T.
-        seed: int32 [2] for the random choice.
+        seeds: int32 [B, 2] for the random choice in each image.
 
     Returns:
         `boxes`: float32 [B, S, 4]. `valid`: bool [B, S]. `foreground`: bool [B, S], true only among the first
@@ -52,7 +53,7 @@ def sample_rois(
         usable & ~is_foreground & ~is_crowd,
         number=config.samples,
         max_positive=config.foreground_samples,
-        seed=seed,
+        seeds=seeds,
     )
     row = take_rows(row, index)
     return {
@@ -79,7 +80,8 @@ class BoxHead(keras.layers.Layer):
     def __init__(self, config: RoiConfig, *, num_classes: int, name: str | None = None) -> None:
         super().__init__(name=name)
         self.num_classes = num_classes
-        options = {"activation": "relu", "kernel_initializer": "he_uniform"}
+        # Uniform with variance 1 / fan-in, as in Detectron2, which calls it Xavier.
+        options = {"activation": "relu", "kernel_initializer": "lecun_uniform"}
         self.hidden = [keras.layers.Dense(config.box_channels, name=f"dense{k}", **options) for k in (1, 2)]
         self.classes = keras.layers.Dense(
             num_classes + 1, kernel_initializer=keras.initializers.RandomNormal(stddev=0.01), name="classes"
@@ -146,13 +148,16 @@ class MaskHead(keras.layers.Layer):
     def __init__(self, config: RoiConfig, *, num_classes: int, name: str | None = None) -> None:
         super().__init__(name=name)
         channels = config.mask_channels
-        options = {"activation": "relu", "kernel_initializer": "he_normal"}
+
+        def options() -> dict[str, Any]:
+            return {"activation": "relu", "kernel_initializer": msra_initializer()}
+
         self.convolutions = [
-            keras.layers.Conv2D(channels, 3, padding="same", name=f"conv{k + 1}", **options)
+            keras.layers.Conv2D(channels, 3, padding="same", name=f"conv{k + 1}", **options())
             for k in range(config.mask_convolutions)
         ]
         # The name of this layer is part of the variable paths of checkpoints.
-        self.upsample = keras.layers.Conv2DTranspose(channels, 2, strides=2, name="enlarge", **options)
+        self.upsample = keras.layers.Conv2DTranspose(channels, 2, strides=2, name="enlarge", **options())
         self.masks = keras.layers.Conv2D(
             num_classes, 1, kernel_initializer=keras.initializers.RandomNormal(stddev=0.001), name="masks"
         )

@@ -5,6 +5,7 @@ anchors across the border are kept, and the box loss is the plain L1 distance.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 from keras import ops
@@ -39,10 +40,15 @@ class RpnHead(keras.layers.Layer):
     def __init__(self, config: RpnConfig, *, name: str | None = None) -> None:
         super().__init__(name=name)
         num_anchors = len(config.anchor_ratios)
-        options = {"kernel_initializer": keras.initializers.RandomNormal(stddev=0.01)}
-        self.conv = keras.layers.Conv2D(config.channels, 3, padding="same", activation="relu", name="conv", **options)
-        self.objectness = keras.layers.Conv2D(num_anchors, 1, name="objectness", **options)
-        self.deltas = keras.layers.Conv2D(4 * num_anchors, 1, name="deltas", **options)
+
+        def convolution(filters: int, kernel_size: int, name: str, **options: Any) -> keras.layers.Conv2D:
+            # One initializer for all layers would give them the same random numbers.
+            initializer = keras.initializers.RandomNormal(stddev=0.01)
+            return keras.layers.Conv2D(filters, kernel_size, kernel_initializer=initializer, name=name, **options)
+
+        self.conv = convolution(config.channels, 3, "conv", padding="same", activation="relu")
+        self.objectness = convolution(num_anchors, 1, "objectness")
+        self.deltas = convolution(4 * num_anchors, 1, "deltas")
 
     def call(self, pyramid: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Applies the head to every level."""
@@ -80,7 +86,7 @@ def make_anchors(pyramid: Mapping[str, Tensor], strides: Mapping[str, int], conf
 
 
 def sample_anchors(
-    anchors: Tensor, targets: Mapping[str, Tensor], config: RpnConfig, *, seed: Tensor
+    anchors: Tensor, targets: Mapping[str, Tensor], config: RpnConfig, *, seeds: Tensor
 ) -> dict[str, Tensor]:
     """Matches anchors with the instances and samples those that enter the losses.
 
@@ -88,7 +94,7 @@ def sample_anchors(
         anchors: float32 [A, 4], all levels.
         targets: `boxes` [B, M, 4], `valid` [B, M] and `instance_map` [B, H, W] of `instance_targets`.
         config: Overlaps and number of samples, S.
-        seed: int32 [2] for the random choice.
+        seeds: int32 [B, 2] for the random choice in each image.
 
     Returns:
         `index`: int32 [B, S], the sampled anchors. `valid`: bool [B, S]. `positive`: bool [B, S].
@@ -96,7 +102,7 @@ def sample_anchors(
     """
     positive, negative, row = label_anchors(anchors, targets, config)
     index, is_positive, valid = sample_balanced(
-        positive, negative, number=config.samples, max_positive=config.max_positives, seed=seed
+        positive, negative, number=config.samples, max_positive=config.max_positives, seeds=seeds
     )
     matched = take_rows(targets["boxes"], take_rows(row, index))  # [B, S, 4]
     deltas = encode_boxes(matched, ops.take(anchors, index, axis=0), _WEIGHTS)

@@ -18,6 +18,9 @@ Choices where the paper is silent, and differences from the implementation in De
 - All of the `top_k` best centers are kept; Detectron2 keeps those strictly better than the last of them.
 - The class probability of an instance's score is read at the resolution of the logits, and its objectness is the heat
   of the center itself; Detectron2 reads the heat at the center of the predicted mask.
+- The hardest pixels are chosen in each image, as in DeepLab2, and their sum is divided by their number; DeepLab2
+  divides by the number of those whose loss is not zero. Detectron2 chooses them in the batch of a device
+  (`loss.top_k_over: batch`).
 - The number of hardest pixels is rounded; Detectron2 truncates it.
 - Images are padded to a multiple of 32 with the mean color, and half-pixel centers are used for all upsampling;
   DeepLab2 wants sizes of `stride * k + 1` and aligns corners.

@@ -74,6 +74,11 @@ class LossConfig(StrictModel):
     top_k_share: float = pydantic.Field(
         0.2, gt=0, le=1, description="Share of the hardest pixels that enter the semantic loss."
     )
+    top_k_over: Literal["image", "batch"] = pydantic.Field(
+        "image",
+        description="Choose the hardest pixels of each `image`, or of the whole `batch` of a device, as Detectron2 "
+        "does; with `batch`, training depends on the number of devices.",
+    )
     small_instance_area: int = pydantic.Field(
         64 * 64,
         ge=0,

@@ -43,6 +43,7 @@ def compute_losses(
             targets["semantic_weight"],
             upsampled["semantic_logits"],
             top_k_share=config.top_k_share,
+            over_batch=config.top_k_over == "batch",
         )
     }
     if "center" not in outputs:
@@ -62,25 +63,30 @@ def compute_losses(
     return losses
 
 
-def bootstrapped_cross_entropy(labels: Tensor, weights: Tensor, logits: Tensor, *, top_k_share: float) -> Loss:
+def bootstrapped_cross_entropy(
+    labels: Tensor, weights: Tensor, logits: Tensor, *, top_k_share: float, over_batch: bool = False
+) -> Loss:
     """Cross entropy of the hardest pixels only, each pixel with its weight (section 3.1).
 
-    The hardest pixels are those of this replica's whole batch, so a hard image contributes more of them than an easy
-    one; ignored pixels count in their share.
+    Ignored pixels count in the share of the pixels.
 
     Args:
         labels: int32 [B, H, W] class ids; any value where the weight is 0.
         weights: float32 [B, H, W].
         logits: float32 [B, H, W, C].
         top_k_share: In (0, 1]; 1 takes all pixels.
+        over_batch: Whether to choose the hardest pixels of this replica's whole batch, as in Detectron2, so that a hard
+            image contributes more of them than an easy one; then the loss depends on the number of replicas. Otherwise
+            each image contributes its own hardest pixels, as in DeepLab2.
 
     Returns:
         The sum over the hardest pixels and their number.
     """
     labels = ops.where(weights > 0, labels, 0)
     pixel_losses = ops.sparse_categorical_crossentropy(labels, logits, from_logits=True) * weights
-    pixel_losses = ops.reshape(pixel_losses, (-1,))  # [B * H * W]
-    num_hardest = max(1, round(top_k_share * pixel_losses.shape[0]))
+    height, width = pixel_losses.shape[1:]
+    pixel_losses = ops.reshape(pixel_losses, (1, -1) if over_batch else (-1, height * width))  # [1 or B, pixels]
     if top_k_share < 1:
+        num_hardest = max(1, round(top_k_share * pixel_losses.shape[1]))
         pixel_losses, _ = ops.top_k(pixel_losses, num_hardest, sorted=False)
-    return Loss(ops.sum(pixel_losses), ops.convert_to_tensor(float(num_hardest), "float32"))
+    return Loss(ops.sum(pixel_losses), ops.sum(ops.ones_like(pixel_losses)))

@@ -9,6 +9,7 @@ from keras import ops
 from deeplab2_like.model.config import Norm
 from deeplab2_like.model.layers import ConvNorm, SeparableConvNorm, Tensor
 from deeplab2_like.model.panoptic_deeplab.config import AsppConfig, Convolution, DecoderConfig
+from deeplab2_like.model.random_numbers import ImageDropout
 from deeplab2_like.model.resampling import average_pool_within, resize_bilinear, upsample_bilinear
 
 
@@ -37,10 +38,17 @@ class AtrousSpatialPyramidPooling(keras.layers.Layer):
         # A bias instead of a normalization: a batch has only one average per image, too few for statistics.
         self.pooling_branch = ConvNorm(channels, 1, name="pooling_branch")
         self.project = ConvNorm(channels, 1, norm=norm, name="project")
-        self.dropout = keras.layers.Dropout(config.dropout, name="dropout")
+        self.dropout = ImageDropout(config.dropout, name="dropout")
 
-    def call(self, inputs: Tensor, training: bool = False, scale: float = 1.0) -> Tensor:
-        """Applies all branches, concatenates and projects them; the pooling window grows with `scale`."""
+    def call(self, inputs: Tensor, numbers: Tensor | None = None, training: bool = False, scale: float = 1.0) -> Tensor:
+        """Applies all branches, concatenates and projects them.
+
+        Args:
+            inputs: float [B, h, w, C].
+            numbers: As for `ImageDropout`.
+            training: See `PanopticSystem.call`.
+            scale: Factor of the pooling window.
+        """
         height, width = ops.shape(inputs)[1:3]
         if self.pooling_window is None:
             pooled = self.pooling_branch(ops.mean(inputs, axis=(1, 2), keepdims=True))  # [B, 1, 1, channels]
@@ -51,7 +59,7 @@ class AtrousSpatialPyramidPooling(keras.layers.Layer):
             pooled = ops.cast(resize_bilinear(pooled, height, width), inputs.dtype)
         branches = [branch(inputs, training=training) for branch in self.branches]
         x = self.project(ops.concatenate([*branches, pooled], axis=-1), training=training)
-        return self.dropout(x, training=training)
+        return self.dropout(x, numbers=numbers, training=training)
 
 
 class Fuse(keras.layers.Layer):

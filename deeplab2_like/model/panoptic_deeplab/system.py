@@ -101,16 +101,16 @@ class PanopticDeepLab(PanopticSystem):
         self, images: Tensor, targets: Any = None, training: bool = False, scale: float = 1.0
     ) -> dict[str, Tensor]:
         """See `PanopticSystem.call`."""
-        del targets
+        numbers = None if targets is None else targets.get("number")
         images, outputs = resize_for_network(images, None if training else self.config.resize, scale=scale)
         features = self.backbone(self.prepare_images(images), training=training)
-        context = self.semantic_aspp(features["res5"], training=training, scale=scale)
+        context = self.semantic_aspp(features["res5"], numbers=numbers, training=training, scale=scale)
         decoded = self.semantic_decoder(context, features, training=training)
         outputs["semantic_logits"] = self.semantic_head(decoded, training=training)
         if self.config.semantic_only:
             return outputs
         if self.instance_aspp is not None:
-            context = self.instance_aspp(features["res5"], training=training, scale=scale)
+            context = self.instance_aspp(features["res5"], numbers=numbers, training=training, scale=scale)
         if self.instance_decoder is not None:
             decoded = self.instance_decoder(context, features, training=training)
         outputs["center"] = self.center_head(decoded, training=training)
