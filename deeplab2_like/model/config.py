@@ -7,6 +7,8 @@ import pydantic
 
 from deeplab2_like.configs.schema import ResizeConfig, StrictModel
 
+AtrousConversion = Literal["exact", "detectron2"]
+
 
 class Norm(StrictModel):
     """The normalization after a convolution."""
@@ -57,6 +59,21 @@ class BackboneConfig(StrictModel):
         description="ResNet-50 and ResNet-101 only: stages with deformable 3x3 convolutions, such as [res3, res4, "
         "res5].",
     )
+    atrous_conversion: AtrousConversion = pydantic.Field(
+        "exact",
+        description="Atrous rate of a convolution that lost its stride: `exact`, the rate before it, as in DeepLab2, "
+        "so that the same weights give the same features at any output stride; `detectron2`, the rate after it, for "
+        "weights of Detectron2.",
+    )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _complete_old_config(cls, content: Any) -> Any:
+        """Reads configs of earlier versions, which had one way of conversion, in model folders with all their keys."""
+        keys = {"name", "output_stride", "multi_grid", "stem", "stride_in_1x1", "deformable_stages"}
+        if isinstance(content, dict) and keys <= content.keys() and "atrous_conversion" not in content:
+            return {**content, "atrous_conversion": "detectron2"}
+        return content
 
 
 class FpnConfig(StrictModel):

@@ -26,9 +26,9 @@ def panoptic_deeplab_config(
 ) -> PanopticDeepLabConfig:
     """Returns the `model` section with which Detectron2's weights give the same results as in Detectron2.
 
-    It differs from the defaults in the dilations 2, 4 and 8 of the last stage, plain convolutions in the center head,
-    image pooling over a window of the size of the training crop, hardest pixels chosen over the batch, and the
-    constants of batch normalization in PyTorch.
+    It differs from the defaults in the dilations 2, 4 and 8 of the last stage, the low-level channels of the instance
+    decoder, plain convolutions in the center head, image pooling over a window of the size of the training crop,
+    hardest pixels chosen over the batch, and the constants of batch normalization in PyTorch.
 
     Args:
         training_crop: Height and width that the model was trained with, in pixels; the Cityscapes models were trained
@@ -38,10 +38,16 @@ def panoptic_deeplab_config(
     output_stride = 16
     return PanopticDeepLabConfig.model_validate(
         {
-            "backbone": {"name": "resnet50", "output_stride": output_stride, "multi_grid": (1, 2, 4)},
+            "backbone": {
+                "name": "resnet50",
+                "output_stride": output_stride,
+                "multi_grid": (1, 2, 4),
+                "atrous_conversion": "detectron2",
+            },
             "norm": {"momentum": 0.9, "epsilon": _EPSILON},
             "aspp": {"pooling_window": tuple(side // output_stride for side in training_crop)},
             "decoder": {
+                "instance_low_level_channels": {"res3": 64, "res2": 32},
                 "convolution": "separable" if separable else "plain",
                 "center_head_convolution": "plain",
             },

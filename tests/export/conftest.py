@@ -17,6 +17,7 @@ def small_config() -> Config:
     widths = {
         "aspp.channels": "8",
         "decoder.low_level_channels": "{res2: 8}",
+        "decoder.instance_low_level_channels": "{res2: 8}",
         "decoder.semantic_channels": "8",
         "decoder.semantic_head_channels": "8",
         "decoder.instance_channels": "8",

@@ -1,16 +1,20 @@
 import dataclasses
 import io
 import json
+import math
+from typing import Any, ClassVar
 
 import keras
 import pytest
 from rich.console import Console
 
+from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.model.backbone import BACKBONES
 from deeplab2_like.model.config import Norm
 from deeplab2_like.model.describe import describe, describe_layer, print_description
 from deeplab2_like.model.layers import ConvNorm, SeparableConvNorm
-from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab, PanopticDeepLabConfig
+from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab
 
 NORM = Norm(kind="batch")
 
@@ -101,23 +105,28 @@ def test_counting_leaves_calls_as_they_were() -> None:
     assert keras.layers.Layer.__call__ is call
 
 
+CITYSCAPES_LIKE = DatasetInfo(
+    name="test",
+    categories=tuple(Category(id=i, name=f"class {i}", is_thing=i >= 11, color=(i, i, i)) for i in range(19)),
+)
+
+
 @pytest.mark.parametrize(
-    ("backbone", "published", "tolerance"),
+    ("backbone", "billions", "published", "tolerance"),
     [
         # The paper's table 9, in billions, at 1025x2049, which here is 1024x2048, the same number of strides. In the
         # ResNet of its authors' library the stride is in a stage's last block instead of in the next one's first.
-        ("resnet50", 381.39, 0.03),
-        ("mobilenet_v3_large", 54.17, 0.01),
+        ("resnet50", 389.78, 381.39, 0.03),
+        ("mobilenet_v3_large", 53.67, 54.17, 0.01),
     ],
 )
-def test_panoptic_deeplab_costs_what_the_paper_says(backbone: str, published: float, tolerance: float) -> None:
-    info = DatasetInfo(
-        name="test",
-        categories=tuple(Category(id=i, name=f"class {i}", is_thing=i >= 11, color=(i, i, i)) for i in range(19)),
-    )
-    config = PanopticDeepLabConfig.model_validate({"backbone": {"name": backbone}})
-    system = PanopticDeepLab(config, info)
+def test_panoptic_deeplab_costs_what_the_paper_says(
+    backbone: str, billions: float, published: float, tolerance: float
+) -> None:
+    config: Any = load_config(f"panoptic_deeplab/cityscapes_{backbone}")
+    system = PanopticDeepLab(config.model, CITYSCAPES_LIKE)
     description = describe(system, 1024, 2048)
+    assert description.multiply_adds / 1e9 == pytest.approx(billions, abs=0.01)
     assert description.multiply_adds / 1e9 == pytest.approx(published, rel=tolerance)
     assert description.uncounted == []
     assert description.output_shapes == {
@@ -139,6 +148,79 @@ def test_panoptic_deeplab_costs_what_the_paper_says(backbone: str, published: fl
     assert printed["multiply_adds"] == description.multiply_adds
     assert printed["parts"][0]["name"] == "backbone"
     assert printed["output_shapes"]["center"] == [256, 512, 1]
+
+
+class XceptionFeatures(keras.layers.Layer):
+    """Stands in for Xception-71, the backbone of the paper's Table 1: its features, made without weights."""
+
+    strides: ClassVar = {"res2": 4, "res3": 8, "res5": 16}
+    channels: ClassVar = {"res2": 256, "res3": 728, "res5": 2048}
+
+    def call(self, images: Any, training: bool = False) -> dict[str, Any]:
+        height, width = images.shape[1:3]
+        return {
+            name: keras.ops.zeros((1, height // stride, width // stride, self.channels[name]))
+            for name, stride in self.strides.items()
+        }
+
+
+SEMANTIC_128 = [
+    "model.aspp.channels=128",
+    "model.decoder.semantic_channels=128",
+    "model.decoder.semantic_head_channels=128",
+    "model.decoder.low_level_channels={res3: 32, res2: 16}",
+]
+INSTANCE_256 = [
+    "model.decoder.instance_channels=256",
+    "model.decoder.instance_head_channels=64",
+    "model.decoder.instance_low_level_channels={res3: 64, res2: 32}",
+]
+
+
+def cost_of_both_branches(overrides: list[str]) -> tuple[float, float]:
+    """Returns millions of kernel weights and billions of multiply-adds at 1025x2049, all but the backbone."""
+    config: Any = load_config("panoptic_deeplab/cityscapes_resnet50", ["model.backbone.name=xception_71", *overrides])
+    system = PanopticDeepLab(config.model, CITYSCAPES_LIKE)
+    description = describe(system, 1024, 2048)
+    assert description.uncounted == []
+    total = 0.0
+    for part in description.parts:
+        if "/" in part.name:
+            ((height, width, _),) = part.output_shapes.values()
+            # The paper's maps have a row and a column more: 257x513 at stride 4. The pooled feature has one position.
+            scale = (height + 1) * (width + 1) / (height * width) if height > 1 else 1.0
+            total += part.multiply_adds * scale
+    kernels = sum(math.prod(weight.shape) for weight in system.trainable_weights if len(weight.shape) == 4)
+    return kernels / 1e6, total / 1e9
+
+
+def test_steps_of_the_papers_ablation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKBONES, "xception_71", lambda config, norm: XceptionFeatures(name="backbone"))
+    shared = ["model.dual_aspp=false", "model.dual_decoder=false", *SEMANTIC_128]
+    rows = {
+        "MSE": cost_of_both_branches(shared),
+        "De. x2": cost_of_both_branches([*SEMANTIC_128, "model.dual_aspp=false"]),
+        "ASPP x2": cost_of_both_branches(SEMANTIC_128),
+        "C_Sem = 256": cost_of_both_branches([]),
+        "C_Ins = 256": cost_of_both_branches(INSTANCE_256),
+        "Sem. Only": cost_of_both_branches(["model.semantic_only=true"]),
+    }
+
+    def step(before: str, after: str) -> tuple[float, float]:
+        return rows[after][0] - rows[before][0], rows[after][1] - rows[before][1]
+
+    # Table 1, M parameters and B multiply-adds. The second decoder: 41.85 to 41.93 and 496.84 to 501.88.
+    # At stride 8, 728 * 32 + 25 * 160 + 160 * 128 weights at 129 * 257 positions; at stride 4, 256 * 16 + 25 * 144 +
+    # 144 * 128 at 257 * 513.
+    assert step("MSE", "De. x2") == pytest.approx((0.073904, 5.0286), abs=1e-4)
+    assert step("MSE", "De. x2") == (pytest.approx(0.08, abs=0.01), pytest.approx(5.04, rel=0.01))
+    # The instance branch: 43.60 to 46.72 and 518.84 to 547.49.
+    assert step("Sem. Only", "C_Sem = 256") == pytest.approx((3.112592, 28.411), abs=1e-3)
+    assert step("Sem. Only", "C_Sem = 256") == (pytest.approx(3.12, abs=0.01), pytest.approx(28.65, rel=0.01))
+    # Parameters only, as the paper's count of the image pooling is not known: 41.93 to 43.37 to 46.72 to 46.88.
+    assert step("De. x2", "ASPP x2")[0] == pytest.approx(1.44, abs=0.015)
+    assert step("ASPP x2", "C_Sem = 256")[0] == pytest.approx(3.35, abs=0.015)
+    assert step("C_Sem = 256", "C_Ins = 256")[0] == pytest.approx(0.16, abs=0.01)
 
 
 def test_printed_as_a_table() -> None:

@@ -48,8 +48,9 @@ def test_dilation_takes_the_place_of_stride() -> None:
         "stem": [1],
         "res2": [1, 1],
         "res3": [1, 1, 1],
-        "res4": [2] * 6,
-        "res5": [4] * 3,
+        # The first of each stage lost its stride.
+        "res4": [1, 2, 2, 2, 2, 2],
+        "res5": [2, 4, 4],
     }
     assert [group[0].strides[0] for group in convolutions.values()] == [1, 2, 2, 1, 1]
 
@@ -75,10 +76,17 @@ def test_squeezed_channels_are_rounded_to_eight() -> None:
     assert [SqueezeExcite(channels).reduce.conv.filters for channels in (16, 72, 120, 480)] == [8, 24, 32, 120]
 
 
+def test_dilations_and_shortcuts_of_earlier_versions() -> None:
+    config = BackboneConfig(name="mobilenet_v3_small", output_stride=16, atrous_conversion="detectron2")
+    blocks = [block for block in build_backbone(config, norm=NORM).stages[-1].blocks if hasattr(block, "depthwise")]
+    assert [block.depthwise.conv.dilation_rate[0] for block in blocks] == [2, 2, 2]
+    assert [block.has_shortcut for block in blocks] == [True, True, True]
+
+
 def test_shortcuts_where_shapes_agree() -> None:
     backbone = build_backbone(BackboneConfig(name="mobilenet_v3_small", output_stride=16), norm=NORM)
     shortcuts = [
         [block.has_shortcut for block in stage.blocks if hasattr(block, "has_shortcut")] for stage in backbone.stages
     ]
-    # conv, (16 -> 16, stride 2), (16 -> 24, 24), (24 -> 40, 40, 40, 40 -> 48, 48), (48 -> 48 without stride, 48, 48)
-    assert shortcuts == [[], [False], [False, True], [False, True, True, False, True], [True, True, True]]
+    # conv, (16 -> 16, stride 2), (16 -> 24, 24), (24 -> 40, 40, 40, 40 -> 48, 48), (48 -> 48, lost its stride, 48, 48)
+    assert shortcuts == [[], [False], [False, True], [False, True, True, False, True], [False, True, True]]

@@ -1,11 +1,14 @@
 """Panoptic-DeepLab: the contract, and what is particular to it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
+import yaml
 from system_contract import INFO, SystemContract, hand_made_label, paint
 
-from deeplab2_like.configs import load_config
+from deeplab2_like.configs import load_config, save_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem, build_system
@@ -20,6 +23,7 @@ SMALL = [
     "model.decoder.instance_channels=16",
     "model.decoder.instance_head_channels=16",
     "model.decoder.low_level_channels={res3: 16, res2: 16}",
+    "model.decoder.instance_low_level_channels={res3: 8, res2: 8}",
     "model.loss.top_k_share=1.0",
     "model.postprocess.top_k=30",
 ]
@@ -49,7 +53,11 @@ VARIANTS = {
     "sigmoid cross entropy": ["model.loss.center=sigmoid_cross_entropy"],
     "separable convolutions": ["model.decoder.convolution=separable", "model.decoder.center_head_convolution=plain"],
     "plain convolutions": ["model.decoder.convolution=plain", "model.decoder.center_head_convolution=plain"],
-    "predictions at 1/2": ["model.decoder.low_level_channels={res3: 16, res2: 16, stem: 8}"],
+    "predictions at 1/2": [
+        "model.decoder.low_level_channels={res3: 16, res2: 16, stem: 8}",
+        "model.decoder.instance_low_level_channels={res3: 8, res2: 8, stem: 4}",
+    ],
+    "own ASPP of the instance branch": ["model.instance_aspp={channels: 8, rates: [2, 4]}"],
     "output stride 8": ["model.backbone.output_stride=8"],
     "output stride 32": ["model.backbone.output_stride=32", "model.backbone.multi_grid=[1, 2, 4]"],
     "MobileNetV3": ["model.backbone.name=mobilenet_v3_small"],
@@ -207,6 +215,37 @@ def test_semantic_labels_train_without_instance_losses() -> None:
     assert targets["semantic_weight"].numpy().all()
 
 
+def test_the_instance_branch_has_its_own_widths() -> None:
+    system = build_small(INFO, "model.instance_aspp={channels: 8, rates: [2, 4]}").create_variables()
+    shapes = {weight.path.partition("/")[2]: tuple(weight.shape) for weight in system.weights}
+    # Features of resnet_tiny: res2 has 32 channels, res3 64 and res5 128.
+    assert shapes["semantic_decoder/project_res3/conv/kernel"] == (1, 1, 64, 16)
+    assert shapes["instance_decoder/project_res3/conv/kernel"] == (1, 1, 64, 8)
+    assert shapes["instance_decoder/project_res2/conv/kernel"] == (1, 1, 32, 8)
+    assert shapes["semantic_aspp/project/conv/kernel"] == (1, 1, 5 * 16, 16)
+    assert shapes["instance_aspp/project/conv/kernel"] == (1, 1, 4 * 8, 8)
+
+
+def test_models_of_earlier_versions_keep_their_network(tmp_path: Path) -> None:
+    # In a model folder, config.yaml has all keys, so a key that is missing did not exist yet. Then both decoders had
+    # equal widths, and a whole stage had one dilation.
+    config = load_config("panoptic_deeplab/cityscapes_resnet50")
+    assert config.model.decoder.instance_low_level_channels == {"res3": 32, "res2": 16}
+    assert config.model.backbone.atrous_conversion == "exact"
+    content = config.model_dump(mode="json")
+    del content["model"]["decoder"]["instance_low_level_channels"]
+    del content["model"]["backbone"]["atrous_conversion"]
+    del content["model"]["instance_aspp"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    model = load_config(path, ["model.backbone.output_stride=8"]).model
+    assert model.decoder.instance_low_level_channels == {"res3": 64, "res2": 32}
+    assert model.backbone.atrous_conversion == "detectron2"
+    # A config of the current version keeps its own values.
+    save_config(config, path)
+    assert load_config(path) == config
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -215,6 +254,12 @@ def test_semantic_labels_train_without_instance_losses() -> None:
         (["model.postprocess.nms_kernel=6"], "'model.postprocess.nms_kernel' .* has the value 6: must be odd"),
         (["model.postprocess.top_k=1000"], r"top_k is 1000, but label_divisor 1000 .* room for 999 instances"),
         (["model.decoder.low_level_channels={res2: 8, res3: 8}"], "must be some of res3, res2, stem, in this order"),
+        (
+            ["model.decoder.low_level_channels={res3: 8, res2: 8, stem: 8}"],
+            r"instance_low_level_channels has the features res3, res2, but decoder.low_level_channels has res3, res2, "
+            "stem; both decoders need the same",
+        ),
+        (["model.dual_aspp=false", "model.instance_aspp={}"], "instance_aspp needs dual_aspp"),
         (["model.backbone.output_stride=4"], "'model.backbone.output_stride' .* has the value 4"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone import build_backbone
 from deeplab2_like.model.backbone.resnet import STAGES, BlockKind, ResidualBlock, Stem, StemLayer, atrous_stages
-from deeplab2_like.model.config import BackboneConfig, Norm
+from deeplab2_like.model.config import AtrousConversion, BackboneConfig, Norm
 from deeplab2_like.model.deformable import DeformableConvNorm
 
 NORM = Norm(kind="batch")
@@ -98,20 +98,43 @@ def test_atrous_stages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("output_stride", "multi_grid", "res4", "res5"),
+    ("conversion", "output_stride", "multi_grid", "res4", "res5"),
     [
-        (32, (1, 1, 1), [1] * 6, [1, 1, 1]),
-        (16, (1, 1, 1), [1] * 6, [2, 2, 2]),
-        (16, (1, 2, 4), [1] * 6, [2, 4, 8]),
-        (8, (1, 2, 4), [2] * 6, [4, 8, 16]),
+        ("exact", 32, (1, 1, 1), [1] * 6, [1, 1, 1]),
+        ("exact", 16, (1, 1, 1), [1] * 6, [1, 2, 2]),
+        ("exact", 16, (1, 2, 4), [1] * 6, [1, 4, 8]),
+        ("exact", 16, (2, 2, 4), [1] * 6, [2, 4, 8]),
+        ("exact", 8, (1, 2, 4), [1, 2, 2, 2, 2, 2], [2, 8, 16]),
+        ("detectron2", 32, (1, 1, 1), [1] * 6, [1, 1, 1]),
+        ("detectron2", 16, (1, 1, 1), [1] * 6, [2, 2, 2]),
+        ("detectron2", 16, (1, 2, 4), [1] * 6, [2, 4, 8]),
+        ("detectron2", 8, (1, 2, 4), [2] * 6, [4, 8, 16]),
     ],
 )
-def test_dilations(output_stride: int, multi_grid: tuple[int, int, int], res4: list[int], res5: list[int]) -> None:
-    config = BackboneConfig(name="resnet50", output_stride=output_stride, multi_grid=multi_grid)
+def test_dilations(
+    conversion: AtrousConversion,
+    output_stride: int,
+    multi_grid: tuple[int, int, int],
+    res4: list[int],
+    res5: list[int],
+) -> None:
+    config = BackboneConfig(
+        name="resnet50", output_stride=output_stride, multi_grid=multi_grid, atrous_conversion=conversion
+    )
     stages = {stage.name: stage for stage in build_backbone(config, norm=NORM).stages}
     for stage, expected in (("res3", [1] * 4), ("res4", res4), ("res5", res5)):
         dilations = [block.convolutions[1].conv.dilation_rate for block in stages[stage].blocks]
         assert dilations == [(rate, rate) for rate in expected]
+
+
+def test_convolutions_after_the_lost_stride_are_dilated() -> None:
+    # A basic block has its stride in its first 3x3 convolution. With `stride_in_1x1`, a bottleneck has it before its
+    # only 3x3.
+    tiny = build_backbone(BackboneConfig(name="resnet_tiny", output_stride=16), norm=NORM).stages[3].blocks[0]
+    assert [convolution.conv.dilation_rate[0] for convolution in tiny.convolutions] == [1, 2]
+    config = BackboneConfig(name="resnet50", output_stride=16, stride_in_1x1=True)
+    block = build_backbone(config, norm=NORM).stages[3].blocks[0]
+    assert [convolution.conv.dilation_rate[0] for convolution in block.convolutions] == [1, 2, 1]
 
 
 @pytest.mark.parametrize(("stride_in_1x1", "strides"), [(False, [1, 2, 1]), (True, [2, 1, 1])])

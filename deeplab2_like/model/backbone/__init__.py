@@ -27,6 +27,7 @@ def _bottleneck_resnet(
             depths=depths,
             output_stride=config.output_stride,
             multi_grid=config.multi_grid,
+            atrous_conversion=config.atrous_conversion,
             stride_in_1x1=config.stride_in_1x1,
             deformable_stages=config.deformable_stages,
             norm=norm,
@@ -48,6 +49,7 @@ def _resnet_tiny(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
         depths=(1, 2, 2, 2),
         output_stride=config.output_stride,
         multi_grid=config.multi_grid,
+        atrous_conversion=config.atrous_conversion,
         norm=norm,
         name="backbone",
     )
@@ -57,7 +59,11 @@ def _mobilenet_v3(stages: Stages) -> Builder:
     def build(config: BackboneConfig, *, norm: Norm) -> keras.layers.Layer:
         _refuse(config, "multi_grid", "stem", "stride_in_1x1", "deformable_stages")
         return MobileNetV3(
-            stages=halve_last_stage(stages), output_stride=config.output_stride, norm=norm, name="backbone"
+            stages=halve_last_stage(stages),
+            output_stride=config.output_stride,
+            atrous_conversion=config.atrous_conversion,
+            norm=norm,
+            name="backbone",
         )
 
     return build

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
-from deeplab2_like.model.backbone.resnet import BlockSequence, atrous_stages
-from deeplab2_like.model.config import Norm
+from deeplab2_like.model.backbone.resnet import BlockSequence, atrous_stages, dilation_before
+from deeplab2_like.model.config import AtrousConversion, Norm
 from deeplab2_like.model.layers import ConvNorm, Tensor
 
 
@@ -121,20 +121,29 @@ class SqueezeExcite(keras.layers.Layer):
 class InvertedResidual(keras.layers.Layer):
     """1x1 expansion, depthwise convolution, squeeze-and-excite, linear 1x1 projection.
 
-    Blocks with stride 1 and equal input and output channels have an identity shortcut.
+    If input and output have the same shape, the block may have an identity shortcut.
 
     Args:
         row: Kernel size, channels and activation.
         inputs: Input channels.
         strides: Stride of the depthwise convolution.
         dilation: Dilation of the depthwise convolution.
+        shortcut: Whether the block has an identity shortcut if input and output have the same shape.
         norm: The normalization after each convolution.
 
     Input shape: float [B, H, W, inputs]. Output shape: float [B, ceil(H / strides), ceil(W / strides), row.filters].
     """
 
     def __init__(
-        self, row: Bottleneck, *, inputs: int, strides: int, dilation: int, norm: Norm, name: str | None = None
+        self,
+        row: Bottleneck,
+        *,
+        inputs: int,
+        strides: int,
+        dilation: int,
+        shortcut: bool,
+        norm: Norm,
+        name: str | None = None,
     ) -> None:
         super().__init__(name=name)
         self.expand = (
@@ -154,7 +163,7 @@ class InvertedResidual(keras.layers.Layer):
         )
         self.squeeze_excite = SqueezeExcite(row.expansion, name="squeeze_excite") if row.squeeze else None
         self.project = ConvNorm(row.filters, 1, norm=norm, activation=None, name="project")
-        self.has_shortcut = strides == 1 and inputs == row.filters
+        self.has_shortcut = shortcut and strides == 1 and inputs == row.filters
 
     def call(self, inputs: Tensor, training: bool = False) -> Tensor:
         """Applies the block."""
@@ -172,6 +181,8 @@ class MobileNetV3(keras.layers.Layer):
     Args:
         stages: The blocks: `LARGE`, `SMALL`, or one of them after `halve_last_stage`.
         output_stride: Stride of res5; stages that would exceed it use atrous convolution instead of stride.
+        atrous_conversion: Dilation of the convolutions that lost their stride, see `dilation_before`. With `exact`,
+            their blocks have no shortcut, as with stride.
         norm: The normalization after each convolution.
 
     Attributes:
@@ -184,6 +195,7 @@ class MobileNetV3(keras.layers.Layer):
         *,
         stages: Stages,
         output_stride: int = 32,
+        atrous_conversion: AtrousConversion = "exact",
         norm: Norm,
         name: str | None = None,
     ) -> None:
@@ -202,6 +214,7 @@ class MobileNetV3(keras.layers.Layer):
             stride = 2 if stage == "res2" else stride
             for index, row in enumerate(rows):
                 block: keras.layers.Layer
+                begins = index == 0 and stage != "stem"  # This block has, or lost, the stride of its stage.
                 if isinstance(row, FinalConvolution):
                     block = ConvNorm(row.filters, 1, norm=norm, activation="hard_swish", name="conv")
                 else:
@@ -209,7 +222,8 @@ class MobileNetV3(keras.layers.Layer):
                         row,
                         inputs=channels,
                         strides=stride if index == 0 else 1,
-                        dilation=dilation,
+                        dilation=dilation_before(dilation, atrous_conversion) if begins else dilation,
+                        shortcut=not begins or atrous_conversion == "detectron2",
                         norm=norm,
                         name=f"block{index + 1}",
                     )

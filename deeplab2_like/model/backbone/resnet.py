@@ -3,7 +3,7 @@
 With `groups` it is ResNeXt (Xie et al., "Aggregated residual transformations for deep neural networks", 2017).
 
 As in DeepLab, stages after the output stride is reached keep the resolution and multiply the dilation of their 3x3
-convolutions instead; `multi_grid` varies the dilation inside the last stage (Chen et al., 2017).
+convolutions instead; `multi_grid` multiplies the dilations inside the last stage (Chen et al., 2017).
 """
 
 import enum
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from deeplab2_like.model.config import Norm
+from deeplab2_like.model.config import AtrousConversion, Norm
 from deeplab2_like.model.deformable import DeformableConvNorm
 from deeplab2_like.model.layers import ConvNorm, Tensor
 
@@ -50,7 +50,7 @@ def atrous_stages(output_stride: int) -> dict[str, tuple[int, int, int]]:
         output_stride: Stride of the last stage: 4, 8, 16 or 32.
 
     Returns:
-        For each stage: the stride of its first block, the dilation of its blocks, and the stride of its features.
+        For each stage: the stride of its first block, the dilation after this stride, and the stride of its features.
     """
     stages = {}
     for stage, stride in zip(STAGES, (4, 8, 16, 32), strict=True):
@@ -58,6 +58,18 @@ def atrous_stages(output_stride: int) -> dict[str, tuple[int, int, int]]:
         block_stride = 2 if 4 < stride <= output_stride else 1
         stages[stage] = (block_stride, stride // feature_stride, feature_stride)
     return stages
+
+
+def dilation_before(dilation: int, conversion: AtrousConversion) -> int:
+    """Returns the dilation of the convolution that has, or lost, the stride of a stage.
+
+    Args:
+        dilation: Dilation after this convolution, see `atrous_stages`.
+        conversion: `exact`: where the stride became a factor of 2 of the dilation, this convolution still has the
+            dilation before it. Its input is as dense as that of the strided one, whose outputs it then computes at
+            every second position. `detectron2`: it has the dilation of the stage.
+    """
+    return max(1, dilation // 2) if conversion == "exact" else dilation
 
 
 class StemLayer(keras.layers.Layer):
@@ -95,6 +107,7 @@ class ResidualBlock(keras.layers.Layer):
         width: Channels inside the block.
         strides: Stride of the block.
         dilation: Dilation of its 3x3 convolutions.
+        dilation_before: Dilation of the convolution with the stride, if it is a 3x3; by default `dilation`.
         stride_in_1x1: Whether a bottleneck has its stride in the first 1x1 convolution instead of in the 3x3.
         project: Whether the shortcut is a 1x1 convolution instead of the identity.
         norm: The normalization after each convolution.
@@ -112,6 +125,7 @@ class ResidualBlock(keras.layers.Layer):
         *,
         strides: int,
         dilation: int,
+        dilation_before: int | None = None,
         stride_in_1x1: bool,
         project: bool,
         norm: Norm,
@@ -122,17 +136,23 @@ class ResidualBlock(keras.layers.Layer):
     ) -> None:
         super().__init__(name=name)
         channels = channels or width * block.value
+        dilation_before = dilation_before or dilation
         self.shortcut = (
             ConvNorm(channels, 1, strides=strides, norm=norm, activation=None, name="shortcut") if project else None
         )
         if block is BlockKind.BASIC:
             self.convolutions = [
-                ConvNorm(width, 3, strides=strides, dilation=dilation, norm=norm, name="conv1"),
+                ConvNorm(width, 3, strides=strides, dilation=dilation_before, norm=norm, name="conv1"),
                 ConvNorm(channels, 3, dilation=dilation, norm=norm, activation=None, name="conv2"),
             ]
         else:
             first, second = (strides, 1) if stride_in_1x1 else (1, strides)
-            middle: dict[str, Any] = {"strides": second, "dilation": dilation, "norm": norm, "name": "conv2"}
+            middle: dict[str, Any] = {
+                "strides": second,
+                "dilation": dilation if stride_in_1x1 else dilation_before,
+                "norm": norm,
+                "name": "conv2",
+            }
             self.convolutions = [
                 ConvNorm(width, 1, strides=first, norm=norm, name="conv1"),
                 DeformableConvNorm(width, 3, **middle) if deformable else ConvNorm(width, 3, groups=groups, **middle),
@@ -176,6 +196,7 @@ class ResNet(keras.layers.Layer):
         depths: Blocks in each of the four stages.
         output_stride: Stride of res5; stages that would exceed it use atrous convolution instead of stride.
         multi_grid: Factors of the dilation of the blocks of res5; they repeat if res5 has more blocks.
+        atrous_conversion: Dilation of the convolutions that lost their stride, see `dilation_before`.
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of in the 3x3.
         norm: The normalization after each convolution.
         deformable_stages: Stages whose 3x3 convolutions are deformable; not with groups.
@@ -197,6 +218,7 @@ class ResNet(keras.layers.Layer):
         depths: Sequence[int],
         output_stride: int = 32,
         multi_grid: Sequence[int] = (1, 1, 1),
+        atrous_conversion: AtrousConversion = "exact",
         stride_in_1x1: bool = False,
         deformable_stages: Sequence[str] = (),
         norm: Norm,
@@ -219,6 +241,7 @@ class ResNet(keras.layers.Layer):
                     width if group_width is None else groups * group_width * width // widths[0],
                     strides=stride if index == 0 else 1,
                     dilation=dilation * grid[index],
+                    dilation_before=(dilation if index else dilation_before(dilation, atrous_conversion)) * grid[index],
                     stride_in_1x1=stride_in_1x1,
                     project=index == 0,
                     norm=norm,

@@ -1,6 +1,6 @@
 """The `model` section of Panoptic-DeepLab's configs."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -33,6 +33,10 @@ class DecoderConfig(StrictModel):
         description="Channels of each projected low-level feature, coarse to fine. Predictions have the stride of the "
         "last one: add `stem` to predict at 1/2 instead of 1/4 of the image size.",
     )
+    instance_low_level_channels: dict[str, pydantic.PositiveInt] = pydantic.Field(
+        {"res3": 32, "res2": 16},
+        description="The same for the instance decoder; it must have the same features as `low_level_channels`.",
+    )
     convolution: Convolution = pydantic.Field(
         "separable",
         description="Convolutions of each decoder step and of the heads: `separable`, one 5x5 depthwise separable "
@@ -46,7 +50,24 @@ class DecoderConfig(StrictModel):
     instance_channels: int = pydantic.Field(128, ge=1, description="Channels of the instance decoder.")
     instance_head_channels: int = pydantic.Field(32, ge=1, description="Channels of the center and offset heads.")
 
-    @pydantic.field_validator("low_level_channels")
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _complete_old_config(cls, content: Any) -> Any:
+        """Reads configs of earlier versions, whose decoders had equal widths, in model folders with all their keys."""
+        keys = {
+            "low_level_channels",
+            "convolution",
+            "center_head_convolution",
+            "semantic_channels",
+            "semantic_head_channels",
+            "instance_channels",
+            "instance_head_channels",
+        }
+        if isinstance(content, dict) and keys <= content.keys() and "instance_low_level_channels" not in content:
+            return {**content, "instance_low_level_channels": content["low_level_channels"]}
+        return content
+
+    @pydantic.field_validator("low_level_channels", "instance_low_level_channels")
     @classmethod
     def _known_features(cls, value: dict[str, int]) -> dict[str, int]:
         order = [feature for feature in ("res3", "res2", "stem") if feature in value]
@@ -133,6 +154,9 @@ class PanopticDeepLabConfig(SystemConfig):
     )
     semantic_only: bool = pydantic.Field(False, description="Leave out the instance branch: Semantic-DeepLab.")
     aspp: AsppConfig = pydantic.Field(AsppConfig(), description="Atrous spatial pyramid pooling.")
+    instance_aspp: AsppConfig | None = pydantic.Field(
+        None, description="The ASPP of the instance branch, if it differs; null for the same settings as `aspp`."
+    )
     decoder: DecoderConfig = pydantic.Field(DecoderConfig(), description="Decoders and heads.")
     loss: LossConfig = pydantic.Field(LossConfig(), description="Losses and their targets.")
     postprocess: PostprocessConfig = pydantic.Field(PostprocessConfig(), description="From heads to the panoptic map.")
@@ -141,4 +165,12 @@ class PanopticDeepLabConfig(SystemConfig):
     def _consistent(self) -> "PanopticDeepLabConfig":
         if self.dual_aspp and not self.dual_decoder:
             raise ValueError("dual_aspp needs dual_decoder, as one decoder has one input; set both to the same value")
+        if self.instance_aspp is not None and not self.dual_aspp:
+            raise ValueError("instance_aspp needs dual_aspp, as the branches share one ASPP otherwise")
+        semantic, instance = self.decoder.low_level_channels, self.decoder.instance_low_level_channels
+        if self.dual_decoder and not self.semantic_only and list(semantic) != list(instance):
+            raise ValueError(
+                f"decoder.instance_low_level_channels has the features {', '.join(instance)}, but "
+                f"decoder.low_level_channels has {', '.join(semantic)}; both decoders need the same"
+            )
         return self

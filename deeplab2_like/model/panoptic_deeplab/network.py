@@ -8,7 +8,7 @@ from keras import ops
 
 from deeplab2_like.model.config import Norm
 from deeplab2_like.model.layers import ConvNorm, SeparableConvNorm, Tensor
-from deeplab2_like.model.panoptic_deeplab.config import AsppConfig, Convolution, DecoderConfig
+from deeplab2_like.model.panoptic_deeplab.config import AsppConfig, Convolution
 from deeplab2_like.model.random_numbers import ImageDropout
 from deeplab2_like.model.resampling import average_pool_within, resize_bilinear, upsample_bilinear
 
@@ -104,7 +104,8 @@ class Decoder(keras.layers.Layer):
     """Upsamples ASPP features step by step, with a low-level feature and a convolution at each step.
 
     Args:
-        config: Low-level features, and the kind of the convolution of each step.
+        low_level_channels: Channels of each projected low-level feature by its name, coarse to fine.
+        convolution: Kind of the convolution of each step.
         channels: Output channels of every step.
         strides: Image pixels per feature pixel, by the feature's name; decoding starts at `res5`.
         norm: The normalization.
@@ -115,20 +116,20 @@ class Decoder(keras.layers.Layer):
 
     def __init__(
         self,
-        config: DecoderConfig,
+        low_level_channels: Mapping[str, int],
         *,
+        convolution: Convolution,
         channels: int,
         strides: Mapping[str, int],
         norm: Norm,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        widths = config.low_level_channels
-        self.levels = list(widths)
+        self.levels = list(low_level_channels)
         path = ["res5", *self.levels]
         self.factors = [strides[coarse] // strides[fine] for coarse, fine in itertools.pairwise(path)]
-        self.project = [ConvNorm(widths[k], 1, norm=norm, name=f"project_{k}") for k in self.levels]
-        self.fuse = [Fuse(channels, convolution=config.convolution, norm=norm, name=f"fuse_{k}") for k in self.levels]
+        self.project = [ConvNorm(width, 1, norm=norm, name=f"project_{k}") for k, width in low_level_channels.items()]
+        self.fuse = [Fuse(channels, convolution=convolution, norm=norm, name=f"fuse_{k}") for k in self.levels]
 
     def call(self, inputs: Tensor, features: Mapping[str, Tensor], training: bool = False) -> Tensor:
         """Decodes."""

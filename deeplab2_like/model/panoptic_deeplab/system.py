@@ -10,7 +10,7 @@ from deeplab2_like.model.backbone import build_backbone
 from deeplab2_like.model.base import Loss, PanopticSystem, View
 from deeplab2_like.model.geometry import Geometry, Size, resize_for_network
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.panoptic_deeplab.config import PanopticDeepLabConfig
+from deeplab2_like.model.panoptic_deeplab.config import AsppConfig, PanopticDeepLabConfig
 from deeplab2_like.model.panoptic_deeplab.losses import compute_losses
 from deeplab2_like.model.panoptic_deeplab.network import AtrousSpatialPyramidPooling, Decoder, Head
 from deeplab2_like.model.panoptic_deeplab.oracle import perfect_outputs, replace_outputs
@@ -53,8 +53,11 @@ class PanopticDeepLab(PanopticSystem):
 
         self.backbone = build_backbone(config.backbone, norm=config.norm)
         self.stride = self.backbone.strides[list(config.decoder.low_level_channels)[-1]]
-        self.semantic_aspp = self._make_aspp("semantic_aspp")
-        self.semantic_decoder = self._make_decoder(config.decoder.semantic_channels, "semantic_decoder")
+        decoder = config.decoder
+        self.semantic_aspp = self._make_aspp(config.aspp, "semantic_aspp")
+        self.semantic_decoder = self._make_decoder(
+            decoder.low_level_channels, decoder.semantic_channels, "semantic_decoder"
+        )
         self.semantic_head = Head(
             dataset_info.num_classes,
             channels=config.decoder.semantic_head_channels,
@@ -64,22 +67,31 @@ class PanopticDeepLab(PanopticSystem):
         )
         if config.semantic_only:
             return
-        self.instance_aspp = self._make_aspp("instance_aspp") if config.dual_aspp else None
+        self.instance_aspp = (
+            self._make_aspp(config.instance_aspp or config.aspp, "instance_aspp") if config.dual_aspp else None
+        )
         self.instance_decoder = (
-            self._make_decoder(config.decoder.instance_channels, "instance_decoder") if config.dual_decoder else None
+            self._make_decoder(decoder.instance_low_level_channels, decoder.instance_channels, "instance_decoder")
+            if config.dual_decoder
+            else None
         )
         self.center_head = self._make_instance_head(1, config.decoder.center_head_convolution, "center_head")
         self.offset_head = self._make_instance_head(2, config.decoder.convolution, "offset_head")
 
-    def _make_aspp(self, name: str) -> AtrousSpatialPyramidPooling:
-        config = self.config
+    def _make_aspp(self, aspp: AsppConfig, name: str) -> AtrousSpatialPyramidPooling:
         return AtrousSpatialPyramidPooling(
-            config.aspp, convolution=config.decoder.convolution, norm=config.norm, name=name
+            aspp, convolution=self.config.decoder.convolution, norm=self.config.norm, name=name
         )
 
-    def _make_decoder(self, channels: int, name: str) -> Decoder:
-        config = self.config
-        return Decoder(config.decoder, channels=channels, strides=self.backbone.strides, norm=config.norm, name=name)
+    def _make_decoder(self, low_level_channels: Mapping[str, int], channels: int, name: str) -> Decoder:
+        return Decoder(
+            low_level_channels,
+            convolution=self.config.decoder.convolution,
+            channels=channels,
+            strides=self.backbone.strides,
+            norm=self.config.norm,
+            name=name,
+        )
 
     def _make_instance_head(self, num_outputs: int, convolution: Any, name: str) -> Head:
         config = self.config
