@@ -6,7 +6,7 @@ Each function marked `stage` may be compiled on its own, see `deeplab2_like.mode
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from keras import ops
@@ -14,7 +14,7 @@ from keras import ops
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.stages import stage
 
-# The image height divided by these gives the heights of the windows of lines, see `resolve_overlaps`.
+# The image height divided by these gives the heights of the windows of lines, see `update_in_windows`.
 _WINDOW_DIVISORS = (16, 8, 4, 2, 1)
 
 
@@ -88,49 +88,82 @@ def resolve_overlaps(
         int32 [B, H, W]: the instance of each pixel, or N for none.
     """
     batch, num_instances = ops.shape(used)[0], used.shape[1]
-    num_used = ops.sum(ops.cast(ops.any(used, axis=0), "int32"))
-    # Each instance changes only a window of whole lines, the smallest of a few heights that holds its masks.
-    lines_needed = ops.max(ops.where(used, last_line - first_line, 0), axis=0)  # [N]
-    window_heights = [-(-height // divisor) for divisor in _WINDOW_DIVISORS]
-    window_index = sum(ops.cast(lines_needed > lines, "int32") for lines in window_heights[:-1])  # [N]
 
-    def assign_in_window(lines: Any, n: Tensor, owner: Tensor, *cost: Tensor) -> tuple[Tensor, ...]:
-        top = ops.minimum(ops.take(first_line, n, axis=1), height - lines)  # [B]
-        index = (ops.arange(batch) * height + top)[:, None] + ops.arange(lines)[None, :]  # [B, L]
-        index = ops.reshape(index, (-1,))  # [B * L]
-
-        def window(pixels: Tensor) -> Tensor:
-            return ops.reshape(ops.take(pixels, index, axis=0), (batch, lines, width))  # [B, L, W]
-
-        def updated(pixels: Tensor, changed: Tensor, value: Tensor, before: Tensor) -> Tensor:
-            after = ops.reshape(ops.where(changed, value, before), (batch * lines, width))
-            return ops.scatter_update(pixels, index[:, None], after)  # [B * H, W]
-
-        before = window(owner)
+    def assign(n: Tensor, top: Tensor, lines: Any, window: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        owner, *costs = window
         mask = mask_in_window(n, top, lines) & ops.take(used, n, axis=1)[:, None, None]  # [B, L, W]
-
-        free = mask & (before == num_instances)
+        free = mask & (owner == num_instances)
         area = ops.cast(ops.sum(ops.cast(mask, "int32"), axis=(1, 2)), "float32")  # [B]
         taken = area - ops.cast(ops.sum(ops.cast(free, "int32"), axis=(1, 2)), "float32")  # [B]
         fits = (taken <= overlap_threshold * area)[:, None, None]
         number = ops.cast(n, "int16")
         if cost_in_window is None:
-            return (updated(owner, free & fits, number, before),)
-        cost_here, least = cost_in_window(n, top, lines), window(cost[0])
+            return (ops.where(free & fits, number, owner),)
+        (least,) = costs
+        cost_here = cost_in_window(n, top, lines)
         wins = fits & (free | (mask & (cost_here < least)))
-        return updated(owner, wins, number, before), updated(cost[0], wins, cost_here, least)
-
-    windows = [functools.partial(assign_in_window, lines) for lines in window_heights]
-
-    def assign(n: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
-        return n + 1, *ops.switch(ops.take(window_index, n), windows, n, *maps)
+        return ops.where(wins, number, owner), ops.where(wins, cost_here, least)
 
     # int16 halves the memory traffic; the masks of more than 32767 instances would not fit into memory anyway.
-    maps = [ops.full((batch * height, width), num_instances, "int16")]
+    maps = [ops.full((batch, height, width), num_instances, "int16")]
     if cost_in_window is not None:
-        maps.append(ops.full((batch * height, width), float("inf"), "float32"))
-    owner = ops.while_loop(lambda n, *_: n < num_used, assign, (ops.array(0, "int32"), *maps))[1]
-    return ops.reshape(ops.cast(owner, "int32"), (batch, height, width))  # [B, H, W]
+        maps.append(ops.full((batch, height, width), float("inf"), "float32"))
+    owner = update_in_windows(maps, assign, used, first_line, last_line, height=height, width=width)[0]
+    return ops.cast(owner, "int32")
+
+
+def update_in_windows(
+    maps: Sequence[Tensor],
+    update: Callable[[Tensor, Tensor, Any, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    used: Tensor,
+    first_line: Tensor,
+    last_line: Tensor,
+    *,
+    height: Any,
+    width: Any,
+) -> tuple[Tensor, ...]:
+    """Updates maps for one instance after the other, each in a window of whole lines that holds the instance.
+
+    Args:
+        maps: The maps before the first instance, [B, H, W] each.
+        update: From n, an int32 scalar, the first line of a window in each image, int32 [B], its number of lines, L,
+            and the windows of the maps, [B, L, W] each, to the windows after instance n. It also runs for images in
+            which row n is not used.
+        used: bool [B, N], the instances that take part. The time grows with the last one that does in any image.
+        first_line: int32 [B, N], first line of pixels that the instance may change.
+        last_line: int32 [B, N], the line after the last one.
+        height: H, height of the maps, an int or an int32 scalar.
+        width: W, their width.
+
+    Returns:
+        The maps after the last instance.
+    """
+    batch, num_instances = ops.shape(used)[0], used.shape[1]
+    num_steps = ops.max(ops.where(ops.any(used, axis=0), ops.arange(num_instances) + 1, 0))
+    # The smallest of a few heights that holds the instance in every image.
+    lines_needed = ops.max(ops.where(used, last_line - first_line, 0), axis=0)  # [N]
+    window_heights = [-(-height // divisor) for divisor in _WINDOW_DIVISORS]
+    window_index = sum(ops.cast(lines_needed > lines, "int32") for lines in window_heights[:-1])  # [N]
+
+    def update_window(lines: Any, n: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+        top = ops.minimum(ops.take(first_line, n, axis=1), height - lines)  # [B]
+        index = (ops.arange(batch) * height + top)[:, None] + ops.arange(lines)[None, :]  # [B, L]
+        index = ops.reshape(index, (-1,))  # [B * L]
+        before = tuple(ops.reshape(ops.take(each, index, axis=0), (batch, lines, width)) for each in maps)  # [B, L, W]
+        after = update(n, top, lines, before)
+        return tuple(
+            ops.scatter_update(each, index[:, None], ops.reshape(window, (batch * lines, width)))  # [B * H, W]
+            for each, window in zip(maps, after, strict=True)
+        )
+
+    windows = [functools.partial(update_window, lines) for lines in window_heights]
+
+    def step(n: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+        return n + 1, *ops.switch(ops.take(window_index, n), windows, n, *maps)
+
+    flat = [ops.reshape(each, (batch * height, width)) for each in maps]  # [B * H, W]
+    _, *flat = ops.while_loop(lambda n, *_: n < num_steps, step, (ops.array(0, "int32"), *flat))
+    return tuple(ops.reshape(each, (batch, height, width)) for each in flat)  # [B, H, W]
 
 
 def line_ranges(boxes: Tensor, height: Any) -> tuple[Tensor, Tensor]:

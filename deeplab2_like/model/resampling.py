@@ -102,16 +102,30 @@ def _gather_phases(phases: list[Tensor], axis: int) -> Tensor:
 
 def interpolated_rows(x: Tensor, factor: int) -> list[Tensor]:
     """Interpolates between the rows of x for each phase of `phase_weights`: `factor` maps of [B, h, w, C]."""
-    above = ops.concatenate([x[:, :1], x[:, :-1]], axis=1)
-    below = ops.concatenate([x[:, 1:], x[:, -1:]], axis=1)
+    above, below = _neighbors(x, 1)
     return [_blend(above, x, w) if first < 0 else _blend(x, below, w) for first, w in phase_weights(factor)]
 
 
 def interpolated_columns(x: Tensor, factor: int) -> list[Tensor]:
     """Interpolates between the columns of x for each phase of `phase_weights`: `factor` maps of [B, h, w, C]."""
-    left = ops.concatenate([x[:, :, :1], x[:, :, :-1]], axis=2)
-    right = ops.concatenate([x[:, :, 1:], x[:, :, -1:]], axis=2)
+    left, right = _neighbors(x, 2)
     return [_blend(left, x, w) if first < 0 else _blend(x, right, w) for first, w in phase_weights(factor)]
+
+
+def _neighbors(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Returns the maps of the previous and of the next value along an axis, with a repeated border."""
+    cut = [slice(None)] * axis
+    first, last = x[(*cut, slice(None, 1))], x[(*cut, slice(-1, None))]
+    previous = ops.concatenate([first, x[(*cut, slice(None, -1))]], axis=axis)
+    return previous, ops.concatenate([x[(*cut, slice(1, None))], last], axis=axis)
+
+
+def minimum_around(x: Tensor, radius: int) -> Tensor:
+    """Returns the smallest value within `radius` rows and columns: float [B, h, w, C] to the same shape."""
+    for axis in (1, 2) * radius:
+        previous, following = _neighbors(x, axis)
+        x = ops.minimum(x, ops.minimum(previous, following))
+    return x
 
 
 def _blend(first: Tensor, second: Tensor, weight: float) -> Tensor:
@@ -247,6 +261,30 @@ def upsample(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return ops.matmul(ops.matmul(rows, values), ops.transpose(columns))
 
 
+def upsample_lines(values: Tensor, lines: Tensor, *, width: Any, stride: int) -> Tensor:
+    """Upsamples a map bilinearly by a whole factor, only some lines of it.
+
+    Args:
+        values: float32 [B, h, w].
+        lines: int32 [B, L], lines of the upsampled map.
+        width: W, columns of the upsampled map.
+        stride: Upsampled pixels per value.
+
+    Returns:
+        float32 [B, L, W].
+    """
+    batch, rows, columns = ops.shape(values)
+    num_lines = ops.shape(lines)[1]
+    position = (ops.cast(lines, "float32") + 0.5) / stride - 0.5
+    position = ops.clip(position, 0.0, ops.cast(rows - 1, "float32"))
+    first = ops.cast(ops.floor(position), "int32")
+    weight = (position - ops.floor(position))[..., None]
+    flat, start = ops.reshape(values, (batch * rows, columns)), ops.arange(batch)[:, None] * rows
+    above, below = (ops.take(flat, start + row, axis=0) for row in (first, ops.minimum(first + 1, rows - 1)))
+    phases = interpolated_columns(above + weight * (below - above), stride)  # stride x [B, L, w]
+    return ops.reshape(ops.stack(phases, axis=3), (batch, num_lines, columns * stride))[:, :, :width]  # [B, L, W]
+
+
 def running_argmax(
     plane: Callable[[Tensor], Tensor], first: Any, last: Any, best: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -300,37 +338,75 @@ def upsampled_argmax(
 
 @stage
 def _argmax_by_phases(logits: Tensor, *, height: Any, width: Any, stride: int) -> Tensor:
-    """`upsampled_argmax` by a whole factor: each phase of the upsampling is a map of the coarse size."""
-    batch, coarse_height, coarse_width = ops.shape(logits)[:3]
-    num_classes = logits.shape[-1]
+    """`upsampled_argmax` by a whole factor."""
+    return best_by_phases(logits, height=height, width=width, stride=stride)[1]
 
-    def first_best(phase: Tensor) -> Tensor:
+
+def best_by_phases(values: Tensor, *, height: Any, width: Any, stride: int) -> tuple[Tensor, Tensor]:
+    """Finds the best channel of every pixel of a map that is upsampled bilinearly by a whole factor.
+
+    Each phase of the upsampling is a map of the coarse size.
+
+    Args:
+        values: float32 [B, h, w, C].
+        height: H, lines of the upsampled map to keep.
+        width: W, its columns.
+        stride: Upsampled pixels per value.
+
+    Returns:
+        The value of the best channel, float32 [B, H, W], and its number, int32 [B, H, W], the first one of equal
+        values.
+    """
+    batch, coarse_height, coarse_width = ops.shape(values)[:3]
+    num_channels = values.shape[-1]
+
+    def best_of(phase: Tensor) -> tuple[Tensor, Tensor]:
         # An argmax as two plain reductions: XLA runs them four times as fast on a CPU.
-        is_best = phase == ops.max(phase, axis=-1, keepdims=True)
-        return ops.min(ops.where(is_best, ops.arange(num_classes), num_classes - 1), axis=-1)
+        best = ops.max(phase, axis=-1, keepdims=True)
+        channel = ops.min(ops.where(phase == best, ops.arange(num_channels), num_channels - 1), axis=-1)
+        return best[..., 0], channel
 
-    lines = []
-    for phase_rows in interpolated_rows(logits, stride):
-        best = [first_best(phase) for phase in interpolated_columns(phase_rows, stride)]  # s x [B, h, w]
-        line = ops.stack(best, axis=3)  # [B, h, w, s]
-        lines.append(ops.reshape(line, (batch, coarse_height, coarse_width * stride)))  # [B, h, w * s]
-    classes = ops.stack(lines, axis=2)  # [B, h, s, w * s]
-    classes = ops.reshape(classes, (batch, coarse_height * stride, coarse_width * stride))  # [B, h * s, w * s]
-    return classes[:, :height, :width]
+    def join(phases: list[list[Tensor]]) -> Tensor:
+        lines = []
+        for row in phases:
+            line = ops.stack(row, axis=3)  # [B, h, w, s]
+            lines.append(ops.reshape(line, (batch, coarse_height, coarse_width * stride)))  # [B, h, w * s]
+        joined = ops.stack(lines, axis=2)  # [B, h, s, w * s]
+        joined = ops.reshape(joined, (batch, coarse_height * stride, coarse_width * stride))  # [B, h * s, w * s]
+        return joined[:, :height, :width]
+
+    best = [
+        [best_of(phase) for phase in interpolated_columns(row, stride)] for row in interpolated_rows(values, stride)
+    ]
+    value, channel = (join([[pair[part] for pair in row] for row in best]) for part in (0, 1))
+    return value, channel
 
 
 @stage
 def _argmax_by_planes(
     logits: Tensor, *, network_height: Any, network_width: Any, height: Any, width: Any, stride: int
 ) -> Tensor:
-    """`upsampled_argmax` to any size, one class after the other."""
-    batch, coarse_height, coarse_width = ops.shape(logits)[:3]
-    num_classes = logits.shape[-1]
-    planes = ops.transpose(logits, (3, 0, 1, 2))  # [C, B, h, w]
+    """`upsampled_argmax` to any size."""
+    coarse_height, coarse_width = ops.shape(logits)[1:3]
     rows = upsampling_matrix(coarse_height, network_height, height, stride=stride)  # [H, h]
     columns = upsampling_matrix(coarse_width, network_width, width, stride=stride)  # [W, w]
-    size = (batch, height, width)
+    return best_by_planes(logits, rows, columns)[1]
+
+
+def best_by_planes(values: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds the best channel of every pixel of a map that is upsampled to any size, one channel after the other.
+
+    Args:
+        values: float32 [B, h, w, C].
+        rows: float32 [H, h], of `upsampling_matrix`.
+        columns: float32 [W, w].
+
+    Returns:
+        See `best_by_phases`.
+    """
+    planes = ops.transpose(values, (3, 0, 1, 2))  # [C, B, h, w]
+    size = tuple(ops.shape(part)[0] for part in (values, rows, columns))
     lowest = ops.full(size, -1e30, "float32"), ops.zeros(size, "int32")
     return running_argmax(
-        lambda index: upsample(ops.take(planes, index, axis=0), rows, columns), 0, num_classes, lowest
-    )[1]
+        lambda index: upsample(ops.take(planes, index, axis=0), rows, columns), 0, values.shape[-1], lowest
+    )

@@ -70,7 +70,10 @@ def interpolated(mask: np.ndarray, y: float, x: float) -> float:
 @pytest.mark.parametrize("variant", ["a", "b", "c"])
 @pytest.mark.parametrize("with_masks", [True, False])
 @pytest.mark.parametrize("with_affinities", [True, False])
-def test_argmax_over_slots_is_that_of_all_planes(variant: str, with_masks: bool, with_affinities: bool) -> None:
+@pytest.mark.parametrize("with_matrices", [True, False])
+def test_argmax_over_slots_is_that_of_all_planes(
+    variant: str, with_masks: bool, with_affinities: bool, with_matrices: bool
+) -> None:
     """Against each slot at full size on its own: an image of 9x14, cells of 4 pixels, classes 0 and 2 are stuff."""
     random = np.random.default_rng(3)
     logits = random.normal(size=(1, 3, 4, 4)).astype(np.float32)
@@ -78,11 +81,16 @@ def test_argmax_over_slots_is_that_of_all_planes(variant: str, with_masks: bool,
     scores, classes = np.array([[0.9, 0.6, 0.4, 0]], np.float32), np.array([[1, 3, 1, 3]])
     masks = random.uniform(size=(1, 4, 3, 3)).astype(np.float32)
     update = 0.3 * random.uniform(size=(1, 6, 3, 4)).astype(np.float32)
+    detections = {"boxes": boxes, "scores": scores, "classes": classes} | ({"masks": masks} if with_masks else {})
     found = argmax_over_slots(
-        *(tf.constant(x) for x in (logits, boxes, scores, classes)),
-        tf.constant(masks) if with_masks else None,
+        tf.constant(logits),
+        {name: tf.constant(value) for name, value in detections.items()},
         tf.constant(update) if with_affinities else None,
-        *Geometry((9, 14)).upsampling_matrices((3, 4), stride=4),
+        Geometry((9, 14)).upsampling_matrices((3, 4), stride=4) if with_matrices else None,
+        lines_per_cell=4.0,
+        height=9,
+        width=14,
+        stride=4,
         stuff_classes=(0, 2),
         potential=variant,
     )
@@ -108,6 +116,69 @@ def test_argmax_over_slots_is_that_of_all_planes(variant: str, with_masks: bool,
         expected[row, column] = np.argmax(slots)
     np.testing.assert_array_equal(found[0], expected)
     assert len(np.unique(expected)) > 2
+
+
+def upsampled(maps: np.ndarray, geometry: Geometry, stride: int) -> np.ndarray:
+    """Upsamples maps, [B, K, h, w], to the network size and from there to the image: [B, K, H, W]."""
+    for sizes in (geometry.network_size or geometry.image_size, geometry.image_size):
+        for axis, size in zip((2, 3), sizes, strict=True):
+            scale = stride if stride > 1 else size / maps.shape[axis]
+            position = np.clip((np.arange(size) + 0.5) / scale - 0.5, 0, maps.shape[axis] - 1)
+            first = np.floor(position).astype(int)
+            second = np.minimum(first + 1, maps.shape[axis] - 1)
+            weight = (position - first).reshape((-1, 1) if axis == 2 else (-1,))
+            maps = maps.take(first, axis) * (1 - weight) + maps.take(second, axis) * weight
+        stride = 1
+    return maps
+
+
+@pytest.mark.parametrize("variant", ["a", "b", "c"])
+@pytest.mark.parametrize("network_size", [None, (190, 60), (70, 50)])
+def test_detections_reach_beyond_the_lines_of_their_boxes(variant: str, network_size: tuple[int, int] | None) -> None:
+    """Small boxes in a high image with affinities: the windows must hold every line that a detection wins."""
+    geometry, stride, reached = Geometry((150, 40), network_size), 4, 0
+    height, width = network_size or geometry.image_size
+    for seed in range(6):
+        random = np.random.default_rng(seed)
+        cells = (-(-height // 32) * 8, -(-width // 32) * 8)
+        logits = 2 * random.normal(size=(2, *cells, 4)).astype(np.float32)
+        scores = random.uniform(0.3, 1, (2, 5)).astype(np.float32) * (random.uniform(size=(2, 5)) < 0.8)
+        top = random.uniform(0, 130, (2, 5, 2)) * (1, 0.2)
+        boxes = np.concatenate([top, top + random.uniform(3, 20, (2, 5, 2))], axis=-1).astype(np.float32)
+        classes = random.choice([1, 3], (2, 5)).astype(np.int32)
+        # The update of a detection is large in a few lines of cells only.
+        update = random.uniform(0, 0.2, (2, 7, *cells)).astype(np.float32)
+        update[:, :5] *= 4 * (random.uniform(size=(2, 5, cells[0], 1)) < 0.1)
+        found = argmax_over_slots(
+            tf.constant(logits),
+            {"boxes": tf.constant(boxes), "scores": tf.constant(scores), "classes": tf.constant(classes)},
+            tf.constant(update),
+            geometry.upsampling_matrices(cells, stride=stride) if network_size else None,
+            lines_per_cell=stride / geometry.scale[0],
+            height=150,
+            width=40,
+            stride=stride,
+            stuff_classes=(0, 2),
+            potential=variant,
+        ).numpy()
+
+        of_class = (logits if variant == "a" else tf.nn.softmax(logits).numpy()).transpose(0, 3, 1, 2)
+        values = upsampled(of_class, geometry, 4)
+        added = upsampled(update, geometry, 4)
+        y, x = np.arange(150)[:, None] + 0.5, np.arange(40) + 0.5
+        planes = np.full((2, 7, 150, 40), -np.inf)
+        for image, slot in np.ndindex(2, 5):
+            top, left, bottom, right = boxes[image, slot]
+            is_inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+            if scores[image, slot] > 0:
+                own = values[image, classes[image, slot]] * (1 if variant == "a" else scores[image, slot])
+                planes[image, slot] = own * is_inside + added[image, slot]
+                reached += np.sum(found[image][~is_inside.any(axis=1)] == slot)
+        planes[:, 5:] = values[:, [0, 2]] + added[:, 5:]
+        # Rounding may swap slots that are equally good.
+        best = np.take_along_axis(planes, found[:, None], axis=1)[:, 0]
+        np.testing.assert_allclose(best, planes.max(axis=1), atol=1e-5)
+    assert reached > 100  # Else this test would show nothing.
 
 
 # --- affinities -------------------------------------------------------------------------------------------------------

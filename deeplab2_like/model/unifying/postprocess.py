@@ -1,6 +1,7 @@
 """Post-processing of the unifying system: the best slot of each pixel at full size (section 3.4), or a merging rule."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from keras import ops
 
@@ -8,16 +9,13 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model.detection.instances import thing_class_ids
 from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.overlaps import resolve_mask_overlaps
-from deeplab2_like.model.resampling import running_argmax, upsample
+from deeplab2_like.model.overlaps import line_ranges, resolve_mask_overlaps, update_in_windows
+from deeplab2_like.model.resampling import best_by_phases, best_by_planes, minimum_around, upsample_lines
 from deeplab2_like.model.segments import SegmentTable, paint_segments, region_scores, segment_outputs
 from deeplab2_like.model.semantic import SemanticClasses
 from deeplab2_like.model.stages import stage
 from deeplab2_like.model.unifying.config import PostprocessConfig, Potential
 from deeplab2_like.model.unifying.potential import class_values, slot_potentials, thing_potential
-
-# Less than any potential: the value of pixels without a slot so far, and of unused detections.
-_NEVER = -1e9
 
 
 def postprocess(
@@ -123,14 +121,25 @@ def find_best_slots(
     """
     logits = outputs["semantic_logits"]
     _, update = slot_potentials(outputs, dataset_info, potential=potential, stride=stride)
+    detections = {
+        "boxes": geometry.boxes_to_image(outputs["boxes"]),
+        "scores": outputs["scores"],
+        "classes": thing_class_ids(outputs["thing_classes"], dataset_info),
+    }
+    if "masks" in outputs:
+        detections["masks"] = outputs["masks"]
+    matrices = None
+    if geometry.network_size is not None:
+        matrices = geometry.upsampling_matrices(tuple(ops.shape(logits)[1:3]), stride=stride)
     return argmax_over_slots(
         logits,
-        geometry.boxes_to_image(outputs["boxes"]),
-        outputs["scores"],
-        thing_class_ids(outputs["thing_classes"], dataset_info),
-        outputs.get("masks"),
+        detections,
         update,
-        *geometry.upsampling_matrices(tuple(ops.shape(logits)[1:3]), stride=stride),
+        matrices,
+        lines_per_cell=stride / geometry.scale[0],
+        height=geometry.image_size[0],
+        width=geometry.image_size[1],
+        stride=stride,
         stuff_classes=dataset_info.stuff_classes,
         potential=potential,
     )
@@ -139,58 +148,111 @@ def find_best_slots(
 @stage
 def argmax_over_slots(
     semantic_logits: Tensor,
-    boxes: Tensor,
-    scores: Tensor,
-    classes: Tensor,
-    masks: Tensor | None,
+    detections: Mapping[str, Tensor],
     update: Tensor | None,
-    rows: Tensor,
-    columns: Tensor,
+    matrices: tuple[Tensor, Tensor] | None,
     *,
+    lines_per_cell: Any,
+    height: Any,
+    width: Any,
+    stride: int,
     stuff_classes: Sequence[int],
     potential: str,
 ) -> Tensor:
-    """Finds the slot with the largest potential in each pixel of the map, one slot after the other (section 3.4).
+    """Finds the slot with the largest potential in each pixel of the map (section 3.4).
 
-    Class probabilities and affinity updates are upsampled bilinearly; boxes and masks are pasted at full size.
+    Class probabilities and affinity updates are upsampled bilinearly; boxes and masks are pasted at full size. First
+    come all stuff classes together, then one detection after the other, each in a window of lines, see `line_windows`.
 
     Args:
         semantic_logits: float32 [B, h, w, C].
-        boxes: float32 [B, D, 4], in pixels of the map.
-        scores: float32 [B, D], the best detections first; zero for unused ones.
-        classes: int32 [B, D], class ids.
-        masks: float32 [B, D, P, P], or None for boxes alone.
+        detections: `boxes` float32 [B, D, 4], in pixels of the map; `scores` float32 [B, D], zero for unused
+            detections; `classes` int32 [B, D], class ids; and, unless boxes are used alone, `masks` float32
+            [B, D, P, P].
         update: float32 [B, D + S, h, w], of `affinity_update`, or None without affinities.
-        rows: float32 [H, h], of `Geometry.upsampling_matrices`.
-        columns: float32 [W, w].
+        matrices: float32 [H, h] and [W, w], of `Geometry.upsampling_matrices`; None if the image is not resized.
+        lines_per_cell: Lines of the map per cell of the semantic map, a float or a float32 scalar.
+        height: H, height of the map, an int or an int32 scalar.
+        width: W, its width.
+        stride: Network pixels per cell of the semantic map.
         stuff_classes: Class ids of stuff, S of them.
         potential: See `thing_potential`.
 
     Returns:
-        int32 [B, H, W].
+        int32 [B, H, W]: a detection below D, or stuff class number s as D + s. Of equal potentials stuff wins, then the
+        first detection.
     """
     values = class_values(semantic_logits, potential)  # [B, C, h, w]
+    boxes, scores, classes = (detections[name] for name in ("boxes", "scores", "classes"))
+    masks = detections.get("masks")
     num_detections = boxes.shape[1]
-    size = tuple(ops.shape(part)[0] for part in (values, rows, columns))
-    stuff = ops.array(stuff_classes, "int32")
+    stuff = ops.take(values, ops.array(stuff_classes, "int32"), axis=1)  # [B, S, h, w]
+    if update is not None:
+        stuff = stuff + update[:, num_detections:]
+    stuff = ops.transpose(stuff, (0, 2, 3, 1))  # [B, h, w, S]
+    if matrices is None:
+        best, stuff_slot = best_by_phases(stuff, height=height, width=width, stride=stride)
+    else:
+        best, stuff_slot = best_by_planes(stuff, *matrices)
 
-    def add_update(plane: Tensor, slot: Tensor) -> Tensor:
-        return plane if update is None else plane + upsample(ops.take(update, slot, axis=1), rows, columns)
+    def upsample_window(plane: Tensor, lines: Tensor) -> Tensor:
+        if matrices is None:
+            return upsample_lines(plane, lines, width=width, stride=stride)
+        rows, columns = matrices
+        return ops.matmul(ops.matmul(ops.take(rows, lines, axis=0), plane), ops.transpose(columns))
 
-    def thing_plane(slot: Tensor) -> Tensor:
-        box, score, class_id = (ops.take(each, slot, axis=1)[:, None] for each in (boxes, scores, classes))
-        mask = None if masks is None else ops.take(masks, slot, axis=1)[:, None]
+    def compete(n: Tensor, top: Tensor, lines: Any, window: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        best, slot = window
+        line = top[:, None] + ops.arange(lines)  # [B, L]
+        box, score, class_id = (ops.take(each, n, axis=1)[:, None] for each in (boxes, scores, classes))
+        shift = ops.cast(top, "float32")[:, None, None] * ops.array([1.0, 0.0, 1.0, 0.0])
+        mask = None if masks is None else ops.take(masks, n, axis=1)[:, None]
         of_class = ops.take_along_axis(values, class_id[:, :, None, None], axis=1)[:, 0]  # [B, h, w]
-        of_class = upsample(of_class, rows, columns)[:, None]  # [B, 1, H, W]
-        plane = thing_potential(of_class, box, score, mask, potential=potential)[:, 0]
-        return ops.where(score[..., None] > 0, add_update(plane, slot), _NEVER)
+        of_class = upsample_window(of_class, line)[:, None]  # [B, 1, L, W]
+        plane = thing_potential(of_class, box - shift, score, mask, potential=potential)[:, 0]
+        if update is not None:
+            plane = plane + upsample_window(ops.take(update, n, axis=1), line)
+        wins = (plane > best) & (score > 0)[..., None]
+        return ops.where(wins, plane, best), ops.where(wins, n, slot)
 
-    def stuff_plane(slot: Tensor) -> Tensor:
-        of_class = ops.take(values, ops.take(stuff, slot - num_detections), axis=1)  # [B, h, w]
-        return add_update(upsample(of_class, rows, columns), slot)
+    least_stuff = ops.max(minimum_around(stuff, 1 if matrices is None else 2), axis=-1)  # [B, h, w]
+    things_update = None if update is None else update[:, :num_detections]
+    windows = line_windows(boxes, things_update, least_stuff, lines_per_cell=lines_per_cell, height=height)
+    maps = (best, stuff_slot + num_detections)
+    return update_in_windows(maps, compete, scores > 0, *windows, height=height, width=width)[1]
 
-    # The loop ends before the unused detections, which come last.
-    num_used = ops.max(ops.where(scores > 0, ops.arange(num_detections) + 1, 0))
-    start = ops.full(size, _NEVER, "float32"), ops.full(size, num_detections, "int32")
-    best = running_argmax(thing_plane, 0, num_used, start)
-    return running_argmax(stuff_plane, num_detections, num_detections + len(stuff_classes), best)[1]
+
+def line_windows(
+    boxes: Tensor, update: Tensor | None, least_stuff: Tensor, *, lines_per_cell: Any, height: Any
+) -> tuple[Tensor, Tensor]:
+    """Returns the lines in which a detection may be the best slot: those of its box, and those its update reaches.
+
+    Outside of its box, a detection has its affinity update alone. A pixel is a weighted mean of the cells next to it.
+    So if the update is at most `least_stuff` in these cells, then stuff is at least as good in the pixel.
+
+    Args:
+        boxes: float32 [B, D, 4], in pixels of the map.
+        update: float32 [B, D, h, w], or None without affinities.
+        least_stuff: float32 [B, h, w], a potential that one stuff class reaches in all cells around each cell.
+        lines_per_cell: Lines of the map per cell, a float or a float32 scalar.
+        height: Height of the map.
+
+    Returns:
+        The first line and the line after the last one, int32 [B, D] each, in 0..height.
+    """
+    first_line, last_line = line_ranges(boxes, height)
+    reaches = ops.any((0.0 if update is None else update) > least_stuff[:, None], axis=-1)  # [B, D or 1, h]
+    is_reached = ops.any(reaches, axis=-1)
+    num_cells = ops.shape(reaches)[-1]
+    reaches = ops.cast(reaches, "int32")
+    first_cell = ops.cast(ops.argmax(reaches, axis=-1), "float32")
+    last_cell = ops.cast(num_cells - 1 - ops.cast(ops.argmax(ops.flip(reaches, axis=-1), axis=-1), "int32"), "float32")
+    # A cell counts in the lines from the cell before it to the cell after it.
+    limit = ops.cast(height, "float32")
+    first = ops.clip(ops.floor((first_cell - 1) * lines_per_cell), 0.0, limit)
+    last = ops.clip(ops.ceil((last_cell + 2) * lines_per_cell), 0.0, limit)
+    first, last = (ops.cast(side, "int32") for side in (first, last))
+    return (
+        ops.where(is_reached, ops.minimum(first_line, first), first_line),
+        ops.where(is_reached, ops.maximum(last_line, last), last_line),
+    )
