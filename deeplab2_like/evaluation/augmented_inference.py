@@ -55,7 +55,7 @@ def infer_views(
     Args:
         systems: One or more, see `check_views`.
         images: uint8 [B, H, W, 3], any size.
-        scales: Factors of the image size.
+        scales: Factors of the size at which the network sees the images.
         flip: Whether to add the mirror image of each scale.
         with_instances: See `PanopticSystem.infer`.
 

@@ -7,7 +7,7 @@ panoptic head without parameters then pastes the boxes, best first, onto the pix
 proposals, no anchors and no mask head.
 
 Read in this order: `config.py`, `system.py`, `targets.py`, `network.py`, `losses.py`, `postprocess.py` (with
-`panoptic_head.py`), `oracle.py`.
+`panoptic_head.py`), `oracle.py`, `views.py` (flips and scales).
 
 The authors published no code. Choices where the paper is silent, after FCOS and UPSNet where these have an answer:
 
@@ -24,6 +24,8 @@ The authors published no code. Choices where the paper is silent, after FCOS and
 - Void pixels and crowd regions have no positive points, so they do not enter the losses of the box head.
 - Pyramid pooling has no normalization in its grids, because a bin is too few values, and group normalization after it.
 - Pixels of thing classes outside all boxes are void.
+- With several scales (Table 3), boxes are merged by non-maximum suppression, class probabilities are averaged, and
+  border-ness is that of the views whose scale is closest to 1: an object may be on another level in the others.
 - Images are padded to a multiple of 32 with the mean color. The network sees them at their own size unless `resize` is
   set; they are then resized without antialiasing.
 """

@@ -6,7 +6,7 @@ represents stuff. Kernels of the same object are fused across levels. Each kerne
 of high resolution, gives a mask, for things and stuff alike, without boxes and without non-maximum suppression.
 
 Read in this order: `config.py`, `system.py`, `targets.py`, `network.py`, `losses.py` (with `dice.py`), `postprocess.py`
-(with `kernels.py` and `masks.py`), `oracle.py`.
+(with `kernels.py` and `masks.py`), `oracle.py`, `views.py` (flips and scales).
 
 Choices where the paper is silent, and differences from the released code; `reference_behavior` restores the code's
 behavior in the first three, for released weights:

@@ -18,6 +18,8 @@ Choices where the paper is silent, and differences from the implementation in De
 - The score of a stuff segment is the mean probability of its class, read at the resolution of the logits.
 - Pixels that the semantic branch assigns to a thing class (`semantic.things: all`) are void unless they belong to an
   instance; the paper discards these predictions, too.
+- Masks of several views are those of the boxes found there, averaged, see `detection/views.py`. Detectron2 predicts the
+  masks of the merged boxes again in every view.
 - Images are padded to a multiple of 32 with the mean color. The network sees them at their own size unless `resize` is
   set; then they are resized without antialiasing, which Detectron2 applies.
 """
