@@ -200,7 +200,7 @@ def test_models_of_earlier_versions_keep_their_network(tmp_path: Path) -> None:
     del content["model"]["backbone"]["atrous_conversion"]
     del content["model"]["instance_aspp"]
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     model = load_config(path, ["model.backbone.output_stride=8"]).model
     assert model.decoder.instance_low_level_channels == {"res3": 64, "res2": 32}
     assert model.backbone.atrous_conversion == "detectron2"
