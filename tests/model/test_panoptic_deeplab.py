@@ -226,6 +226,16 @@ def test_the_instance_branch_has_its_own_widths() -> None:
     assert shapes["instance_aspp/project/conv/kernel"] == (1, 1, 4 * 8, 8)
 
 
+def test_the_output_stride_can_change_after_training() -> None:
+    trained = build_small().create_variables()
+    dense = build_small(INFO, "model.backbone.output_stride=8", "model.aspp.rates=[6, 12, 18]").create_variables()
+    assert [(weight.path, weight.shape) for weight in dense.weights] == [
+        (weight.path, weight.shape) for weight in trained.weights
+    ]
+    dense.set_weights(trained.get_weights())
+    assert dense(paint(hand_made_label())[None], training=False)["center"].shape == (1, 16, 16, 1)
+
+
 def test_models_of_earlier_versions_keep_their_network(tmp_path: Path) -> None:
     # In a model folder, config.yaml has all keys, so a key that is missing did not exist yet. Then both decoders had
     # equal widths, and a whole stage had one dilation.
@@ -237,7 +247,7 @@ def test_models_of_earlier_versions_keep_their_network(tmp_path: Path) -> None:
     del content["model"]["backbone"]["atrous_conversion"]
     del content["model"]["instance_aspp"]
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     model = load_config(path, ["model.backbone.output_stride=8"]).model
     assert model.decoder.instance_low_level_channels == {"res3": 64, "res2": 32}
     assert model.backbone.atrous_conversion == "detectron2"
