@@ -52,6 +52,7 @@ warnings.filterwarnings("ignore", message="Even though the `tf.config.experiment
 tf.config.run_functions_eagerly(True)
 # A second strategy of the same devices would use the same keys for its exchanges.
 one_device, two_devices = make_strategy("one_device"), make_strategy("mirrored")
+assert two_devices.num_replicas_in_sync == 2
 found = {}
 with tempfile.TemporaryDirectory() as folder:
     for name, (config_name, overrides) in json.loads(sys.argv[1]).items():
