@@ -11,7 +11,7 @@ from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.overlaps import line_ranges, resolve_mask_overlaps, update_in_windows
 from deeplab2_like.model.resampling import best_by_phases, best_by_planes, minimum_around, upsample_lines
-from deeplab2_like.model.segments import SegmentTable, paint_segments, region_scores, segment_outputs
+from deeplab2_like.model.segments import SegmentTable, count_pixels, paint_segments, region_scores, segment_outputs
 from deeplab2_like.model.semantic import SemanticClasses
 from deeplab2_like.model.stages import stage
 from deeplab2_like.model.unifying.config import PostprocessConfig, Potential
@@ -61,26 +61,37 @@ def find_segments(
 ) -> SegmentTable:
     """Finds the segments of the panoptic map, with the arguments of `postprocess`."""
     scores = outputs["scores"]
-    is_strong = scores >= config.score_threshold
-    if config.merge == "argmax":
-        strong = {**outputs, "scores": ops.where(is_strong, scores, 0.0)}
-        slot = find_best_slots(strong, geometry, dataset_info, potential=potential, stride=stride)
-        return paint_slots(slot, outputs["thing_classes"], config, dataset_info)
-    owner = resolve_mask_overlaps(
-        is_strong & (scores > 0),
+    used = (scores >= config.score_threshold) & (scores > 0)
+    if config.merge == "heuristic":
+        return paint_segments(
+            geometry.argmax(outputs["semantic_logits"], stride=stride),
+            _resolve_overlaps(outputs, used, geometry, config),
+            thing_class_ids(outputs["thing_classes"], dataset_info),
+            class_of_semantic=classes.painted_class,
+            dataset_info=dataset_info,
+            stuff_area_limit=config.stuff_area_limit,
+        )
+    if "masks" in outputs and config.overlap_threshold < 1:
+        # A duplicate of a better detection holds no pixel of its own.
+        num_detections = scores.shape[1]
+        owner = _resolve_overlaps(outputs, used, geometry, config)
+        used = count_pixels(owner, num_rows=num_detections + 1)[:, :num_detections] > 0
+    kept = {**outputs, "scores": ops.where(used, scores, 0.0)}
+    slot = find_best_slots(kept, geometry, dataset_info, potential=potential, stride=stride)
+    return paint_slots(slot, outputs["thing_classes"], config, dataset_info)
+
+
+def _resolve_overlaps(
+    outputs: Mapping[str, Tensor], used: Tensor, geometry: Geometry, config: PostprocessConfig
+) -> Tensor:
+    """Returns the detection that holds each pixel by the rule of Panoptic FPN, see `resolve_mask_overlaps`."""
+    return resolve_mask_overlaps(
+        used,
         geometry.boxes_to_image(outputs["boxes"]),
         outputs["masks"],
         height=geometry.image_size[0],
         width=geometry.image_size[1],
         overlap_threshold=config.overlap_threshold,
-    )
-    return paint_segments(
-        geometry.argmax(outputs["semantic_logits"], stride=stride),
-        owner,
-        thing_class_ids(outputs["thing_classes"], dataset_info),
-        class_of_semantic=classes.painted_class,
-        dataset_info=dataset_info,
-        stuff_area_limit=config.stuff_area_limit,
     )
 
 
