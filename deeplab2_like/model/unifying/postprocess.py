@@ -60,33 +60,28 @@ def find_segments(
     stride: int,
 ) -> SegmentTable:
     """Finds the segments of the panoptic map, with the arguments of `postprocess`."""
-    scores = outputs["scores"]
-    used = (scores >= config.score_threshold) & (scores > 0)
-    if config.merge == "heuristic":
-        return paint_segments(
-            geometry.argmax(outputs["semantic_logits"], stride=stride),
-            _resolve_overlaps(outputs, used, geometry, config),
-            thing_class_ids(outputs["thing_classes"], dataset_info),
-            class_of_semantic=classes.painted_class,
-            dataset_info=dataset_info,
-            stuff_area_limit=config.stuff_area_limit,
-        )
-    if "masks" in outputs and config.overlap_threshold < 1:
-        # A duplicate of a better detection holds no pixel of its own.
-        num_detections = scores.shape[1]
-        owner = _resolve_overlaps(outputs, used, geometry, config)
-        used = count_pixels(owner, num_rows=num_detections + 1)[:, :num_detections] > 0
-    kept = {**outputs, "scores": ops.where(used, scores, 0.0)}
-    slot = find_best_slots(kept, geometry, dataset_info, potential=potential, stride=stride)
-    return paint_slots(slot, outputs["thing_classes"], config, dataset_info)
+    if config.merge == "argmax":
+        slot = find_best_slots(outputs, geometry, config, dataset_info, potential=potential, stride=stride)
+        return paint_slots(slot, outputs["thing_classes"], config, dataset_info)
+    return paint_segments(
+        geometry.argmax(outputs["semantic_logits"], stride=stride),
+        _resolve_overlaps(outputs, geometry, config),
+        thing_class_ids(outputs["thing_classes"], dataset_info),
+        class_of_semantic=classes.painted_class,
+        dataset_info=dataset_info,
+        stuff_area_limit=config.stuff_area_limit,
+    )
 
 
-def _resolve_overlaps(
-    outputs: Mapping[str, Tensor], used: Tensor, geometry: Geometry, config: PostprocessConfig
-) -> Tensor:
+def _is_strong(scores: Tensor, config: PostprocessConfig) -> Tensor:
+    """Returns the detections of the map by their score, bool [B, D]."""
+    return (scores >= config.score_threshold) & (scores > 0)
+
+
+def _resolve_overlaps(outputs: Mapping[str, Tensor], geometry: Geometry, config: PostprocessConfig) -> Tensor:
     """Returns the detection that holds each pixel by the rule of Panoptic FPN, see `resolve_mask_overlaps`."""
     return resolve_mask_overlaps(
-        used,
+        _is_strong(outputs["scores"], config),
         geometry.boxes_to_image(outputs["boxes"]),
         outputs["masks"],
         height=geometry.image_size[0],
@@ -120,6 +115,7 @@ def paint_slots(
 def find_best_slots(
     outputs: Mapping[str, Tensor],
     geometry: Geometry,
+    config: PostprocessConfig,
     dataset_info: DatasetInfo,
     *,
     potential: Potential,
@@ -127,10 +123,19 @@ def find_best_slots(
 ) -> Tensor:
     """Finds the slot with the largest potential in each pixel, with the arguments of `postprocess`.
 
+    Detections with a low score, and duplicates of better ones, are no slots.
+
     Returns:
-        int32 [B, H, W].
+        int32 [B, H, W], see `argmax_over_slots`.
     """
-    logits = outputs["semantic_logits"]
+    logits, scores = outputs["semantic_logits"], outputs["scores"]
+    is_slot = _is_strong(scores, config)
+    if "masks" in outputs and config.overlap_threshold < 1:
+        # A duplicate holds no pixel of its own.
+        num_detections = scores.shape[1]
+        owner = _resolve_overlaps(outputs, geometry, config)
+        is_slot = count_pixels(owner, num_rows=num_detections + 1)[:, :num_detections] > 0
+    outputs = {**outputs, "scores": ops.where(is_slot, scores, 0.0)}
     _, update = slot_potentials(outputs, dataset_info, potential=potential, stride=stride)
     detections = {
         "boxes": geometry.boxes_to_image(outputs["boxes"]),
