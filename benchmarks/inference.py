@@ -184,7 +184,7 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
         outputs = made_up_detections(outputs, height, width, instances)
         options = {"potential": system.config.panoptic.potential, "stride": system.stride}
         parts["panoptic submodule"] = lambda outputs: find_best_slots(
-            outputs, Geometry.of(outputs, size), system.dataset_info, **options
+            outputs, Geometry.of(outputs, size), system.config.postprocess, system.dataset_info, **options
         )
         parts["potential and affinities"] = lambda outputs: slot_potentials(outputs, system.dataset_info, **options)[1]
     if isinstance(system, LPSNet):

@@ -34,7 +34,7 @@ class PanopticConfig(StrictModel):
         True, description="Use Mask R-CNN as the detector; otherwise Faster R-CNN, which predicts boxes only."
     )
     potential: Potential = pydantic.Field(
-        "b",
+        "c",
         description="Variant of the dynamic potential (Figure 4): `a`, logits without the score; `b`, class times "
         "mask; `c`, class plus mask.",
     )
@@ -84,7 +84,8 @@ class PostprocessConfig(StrictModel):
         0.5,
         ge=0,
         le=1,
-        description="`heuristic` only: an instance is dropped if better ones cover more than this share of it.",
+        description="With `panoptic.masks`, a detection is left out of the panoptic map if better ones cover more than "
+        "this share of its mask; with `argmax`, 1 keeps all.",
     )
     stuff_area_limit: int = pydantic.Field(0, ge=0, description="Stuff segments with fewer pixels become void.")
 

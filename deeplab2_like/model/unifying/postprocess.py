@@ -11,7 +11,7 @@ from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.overlaps import line_ranges, resolve_mask_overlaps, update_in_windows
 from deeplab2_like.model.resampling import best_by_phases, best_by_planes, minimum_around, upsample_lines
-from deeplab2_like.model.segments import SegmentTable, paint_segments, region_scores, segment_outputs
+from deeplab2_like.model.segments import SegmentTable, count_pixels, paint_segments, region_scores, segment_outputs
 from deeplab2_like.model.semantic import SemanticClasses
 from deeplab2_like.model.stages import stage
 from deeplab2_like.model.unifying.config import PostprocessConfig, Potential
@@ -60,27 +60,33 @@ def find_segments(
     stride: int,
 ) -> SegmentTable:
     """Finds the segments of the panoptic map, with the arguments of `postprocess`."""
-    scores = outputs["scores"]
-    is_strong = scores >= config.score_threshold
     if config.merge == "argmax":
-        strong = {**outputs, "scores": ops.where(is_strong, scores, 0.0)}
-        slot = find_best_slots(strong, geometry, dataset_info, potential=potential, stride=stride)
+        slot = find_best_slots(outputs, geometry, config, dataset_info, potential=potential, stride=stride)
         return paint_slots(slot, outputs["thing_classes"], config, dataset_info)
-    owner = resolve_mask_overlaps(
-        is_strong & (scores > 0),
+    return paint_segments(
+        geometry.argmax(outputs["semantic_logits"], stride=stride),
+        _resolve_overlaps(outputs, geometry, config),
+        thing_class_ids(outputs["thing_classes"], dataset_info),
+        class_of_semantic=classes.painted_class,
+        dataset_info=dataset_info,
+        stuff_area_limit=config.stuff_area_limit,
+    )
+
+
+def _is_strong(scores: Tensor, config: PostprocessConfig) -> Tensor:
+    """Returns the detections of the map by their score, bool [B, D]."""
+    return (scores >= config.score_threshold) & (scores > 0)
+
+
+def _resolve_overlaps(outputs: Mapping[str, Tensor], geometry: Geometry, config: PostprocessConfig) -> Tensor:
+    """Returns the detection that holds each pixel by the rule of Panoptic FPN, see `resolve_mask_overlaps`."""
+    return resolve_mask_overlaps(
+        _is_strong(outputs["scores"], config),
         geometry.boxes_to_image(outputs["boxes"]),
         outputs["masks"],
         height=geometry.image_size[0],
         width=geometry.image_size[1],
         overlap_threshold=config.overlap_threshold,
-    )
-    return paint_segments(
-        geometry.argmax(outputs["semantic_logits"], stride=stride),
-        owner,
-        thing_class_ids(outputs["thing_classes"], dataset_info),
-        class_of_semantic=classes.painted_class,
-        dataset_info=dataset_info,
-        stuff_area_limit=config.stuff_area_limit,
     )
 
 
@@ -109,6 +115,7 @@ def paint_slots(
 def find_best_slots(
     outputs: Mapping[str, Tensor],
     geometry: Geometry,
+    config: PostprocessConfig,
     dataset_info: DatasetInfo,
     *,
     potential: Potential,
@@ -116,10 +123,19 @@ def find_best_slots(
 ) -> Tensor:
     """Finds the slot with the largest potential in each pixel, with the arguments of `postprocess`.
 
+    Detections with a low score, and duplicates of better ones, are no slots.
+
     Returns:
-        int32 [B, H, W].
+        int32 [B, H, W], see `argmax_over_slots`.
     """
-    logits = outputs["semantic_logits"]
+    logits, scores = outputs["semantic_logits"], outputs["scores"]
+    is_slot = _is_strong(scores, config)
+    if "masks" in outputs and config.overlap_threshold < 1:
+        # A duplicate holds no pixel of its own.
+        num_detections = scores.shape[1]
+        owner = _resolve_overlaps(outputs, geometry, config)
+        is_slot = count_pixels(owner, num_rows=num_detections + 1)[:, :num_detections] > 0
+    outputs = {**outputs, "scores": ops.where(is_slot, scores, 0.0)}
     _, update = slot_potentials(outputs, dataset_info, potential=potential, stride=stride)
     detections = {
         "boxes": geometry.boxes_to_image(outputs["boxes"]),
