@@ -14,6 +14,7 @@ from deeplab2_like.evaluation.inference import (
     make_inference_function,
 )
 from deeplab2_like.evaluation.instance_ap import InstanceAP
+from deeplab2_like.evaluation.instance_json import InstanceAnnotations
 from deeplab2_like.evaluation.overlaps import ClassifiedOverlaps, count_panoptic_overlaps
 from deeplab2_like.evaluation.panoptic_quality import Matches, PanopticQuality
 from deeplab2_like.evaluation.semantic_iou import SemanticIoU
@@ -28,6 +29,7 @@ def evaluate(
     infer: ExampleFunction | None = None,
     after_image: Callable[[Example, Outputs], None] | None = None,
     workers: int | None = None,
+    annotations: InstanceAnnotations | None = None,
 ) -> dict[str, Any]:
     """Computes PQ, mIoU and AP over a data set.
 
@@ -40,13 +42,14 @@ def evaluate(
             `make_example_function` and `make_oracle_function` return; by default plain inference.
         after_image: Called in order with each example and its outputs.
         workers: Number of threads that measure; by default the number of cores.
+        annotations: The ground truth of AP; by default that of the panoptic labels.
 
     Returns:
         The content of `metrics.json`, in percent.
     """
     info = system.dataset_info
     infer_example = infer or make_example_function(make_inference_function(system, with_instances=True))
-    quality, iou, precision = PanopticQuality(info), SemanticIoU(info), InstanceAP(info)
+    quality, iou, precision = PanopticQuality(info), SemanticIoU(info), InstanceAP(info, annotations)
 
     def predict_all() -> Iterator[tuple[int, Example, Outputs]]:
         for number, example in enumerate(examples):
@@ -60,15 +63,16 @@ def evaluate(
         class_overlaps = overlaps
         if "semantic" in outputs:
             class_overlaps = count_panoptic_overlaps(label // info.label_divisor, outputs["semantic"], info, divisor=1)
-        instances = InstanceAP(info)
+        instances = InstanceAP(info, annotations)
         # Numbered, because images of different folders may have the same name.
-        name = f"{number}/{example['image_id'].numpy().decode()}"
+        file_name = example["image_id"].numpy().decode()
+        name = f"{number}/{file_name}"
         if "instance_masks" in outputs:
             own = {key: outputs[f"instance_{key}"] for key in ("masks", "scores", "classes", "boxes")}
-            instances.update_from_instances(name, label, **own)
+            instances.update_from_instances(name, label, **own, file_name=file_name)
         else:
             table = {key: outputs[key] for key in ("segment_id", "segment_class", "segment_score")}
-            instances.update_from_panoptic(name, label, prediction, **table)
+            instances.update_from_panoptic(name, label, prediction, **table, file_name=file_name)
         return _Measurement(example, outputs, class_overlaps, quality.match_panoptic(overlaps), instances)
 
     for measurement in map_in_order(measure, predict_all(), workers=workers or os.cpu_count() or 1):

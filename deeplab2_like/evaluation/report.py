@@ -31,7 +31,8 @@ def metrics_dict(
 
     Returns:
         Nested mappings with "panoptic" ("all", "things", "stuff", "per_class"), "semantic" and "instance", each only if
-        given. Fractions are in percent; "tp", "fp" and "fn" are counts. An AP without any ground truth (for instance of
+        given. Fractions are in percent; "tp", "fp" and "fn" are counts; "ground_truth" of "instance" names the source
+        of the objects. An AP without any ground truth (for instance of
         large objects where there are none) is left out.
     """
     metrics: dict[str, Any] = {}
@@ -54,7 +55,7 @@ def metrics_dict(
     if semantic is not None:
         metrics["semantic"] = {"miou": 100.0 * semantic.miou, "fwiou": 100.0 * semantic.fwiou}
     if instance is not None:
-        metrics["instance"] = {
+        metrics["instance"] = {"ground_truth": instance.ground_truth} | {
             f"{kind}_{name}": 100.0 * value
             for kind, precision in (("mask", instance.mask), ("box", instance.box))
             for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -76,7 +77,8 @@ def scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
         for name, value in values.items()
     }
     for part in ("semantic", "instance"):
-        scalars |= {f"{part}/{name}": value for name, value in metrics.get(part, {}).items()}
+        values = metrics.get(part, {}).items()
+        scalars |= {f"{part}/{name}": value for name, value in values if isinstance(value, float)}
     return scalars
 
 
@@ -175,6 +177,8 @@ def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console
         }
         if precisions:
             _print_line(console, f"{kind.capitalize()} AP", precisions)
+    if ground_truth := metrics.get("instance", {}).get("ground_truth"):
+        console.print(Text(f"          AP of {ground_truth}"))
 
 
 def _format_percents(values: Mapping[str, float], *keys: str) -> list[str]:
