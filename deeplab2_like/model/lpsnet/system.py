@@ -46,6 +46,8 @@ class LPSNet(PanopticSystem):
 
     config_class = LPSNetConfig
     oracle_parts = ("semantic", "boxes")
+    # Their sum is the FLOPS of Table 1: it leaves out pyramid pooling, box head and the deformable convolutions.
+    parts_in_paper = ("backbone", "fpn", "semantic_head/predictor")
 
     def __init__(self, config: LPSNetConfig, dataset_info: DatasetInfo, *, name: str | None = None) -> None:
         super().__init__(config, dataset_info, name=name)
