@@ -14,6 +14,7 @@ import pytest
 import deeplab2_like
 from deeplab2_like.cli import describe, main
 from deeplab2_like.configs import list_configs, load_config
+from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.evaluation.coco_format import CocoPanopticReader
 from deeplab2_like.files import OUTPUTS_FILE
 
@@ -179,6 +180,26 @@ def test_evaluation_with_everything_at_once(model: Path, run: Run, tmp_path: Pat
     assert hidden(tmp_path) == []
 
 
+def test_evaluation_on_instance_annotations(model: Path, run: Run, refuse: Callable[..., str], tmp_path: Path) -> None:
+    images = [{"id": i, "file_name": f"scene_{i}.png", "height": 32, "width": 64} for i in (1000000, 1000001)]
+    box = {"image_id": 1000000, "category_id": 99, "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]}
+    things = [{"id": c.id, "name": c.name} for c in scenes_info().categories if c.is_thing]
+    content = {"images": images, "categories": [*things, {"id": 99, "name": "kite"}], "annotations": [box]}
+    path = tmp_path / "instances_val.json"
+    path.write_text(json.dumps(content))
+    status, out, err = run("evaluate", "--model-dir", model, "--instances-json", path)
+    assert (status, err) == (0, "")
+    assert "AP leaves out 1 annotations of 'instances_val.json' whose categories are no things" in out
+    assert "AP of instances_val.json" in out
+    # In a folder of its own, and not among the numbers of the plain evaluation.
+    metrics = json.loads((model / "val_instances-instances_val.json" / "metrics.json").read_text())
+    assert metrics["instance"]["ground_truth"] == "instances_val.json"
+    assert metrics["evaluation"]["instances"] == [str(path)]
+    path.write_text(json.dumps({**content, "images": images[1:], "annotations": []}))
+    said = refuse("evaluate", "--model-dir", model, "--instances-json", path)
+    assert "has no image 'scene_1000000.png', neither by file name nor by id" in said
+
+
 def test_following_keeps_the_best_checkpoint(model: Path, run: Run, refuse: Callable[..., str]) -> None:
     assert "has no best checkpoint, as none was evaluated during training" in refuse(
         "evaluate", "--model-dir", model, "--checkpoint", "best"
@@ -287,6 +308,8 @@ def test_images_that_a_benchmark_names(model: Path, run: Run, refuse: Callable[.
         (["--submission", "cityscapes"], "of data set 'scenes' is none of those that Cityscapes evaluates"),
         (["--images", "."], "Images without labels give no metrics; ask for pictures"),
         (["--images", ".", "--submission", "coco", "--oracle", "semantic"], "have no truth for an oracle"),
+        (["--images", ".", "--instances-json", "a.json"], "leave out one of --images and --instances-json"),
+        (["--instances-json", "missing.json"], "the COCO JSON 'missing.json' cannot be read"),
         (["--images", ".", "--split", "val"], "leave out one of --images and --split"),
         (["--follow", "--checkpoint", "2"], "leave out --images and --checkpoint"),
         (["--image-json", "missing.json"], "The JSON of image ids 'missing.json' cannot be read"),

@@ -27,6 +27,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--submission", metavar="BENCHMARK", help="write files to submit: coco or cityscapes")
     parser.add_argument("--image-json", type=Path, metavar="FILE", help="COCO JSON with the image ids to submit")
     parser.add_argument(
+        "--instances-json",
+        type=Path,
+        metavar="FILE",
+        help="COCO instance JSON with the ground truth of AP (default: the panoptic labels)",
+    )
+    parser.add_argument(
         "--images", type=Path, metavar="FILE_OR_DIR", help="images without labels, in place of records: no metrics"
     )
     parser.add_argument("--flip", action="store_true", help="average with the predictions of mirrored images")
@@ -49,6 +55,8 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--follow evaluates every new checkpoint on labels; leave out --images and --checkpoint.")
     if options.timeout is not None and not options.follow:
         raise UserError("--timeout ends --follow; add --follow, or leave out --timeout.")
+    if options.images and options.instances_json:
+        raise UserError("--images gives no metrics, so no AP; leave out one of --images and --instances-json.")
     if options.images and options.split:
         raise UserError("--images takes the place of a split of the records; leave out one of --images and --split.")
 
@@ -70,6 +78,7 @@ def run(options: argparse.Namespace) -> None:
         save_predictions=options.save_predictions,
         submission=options.submission,
         image_ids=read_image_ids(options.image_json) if options.image_json else None,
+        instances_json=options.instances_json,
         overrides=options.set,
     )
     if options.images:

@@ -15,6 +15,7 @@ from deeplab2_like.evaluation.inference import (
 )
 from deeplab2_like.evaluation.instance_ap import InstanceAP
 from deeplab2_like.evaluation.instance_iou import InstanceIoU, has_cityscapes_classes
+from deeplab2_like.evaluation.instance_json import InstanceAnnotations
 from deeplab2_like.evaluation.overlaps import ClassifiedOverlaps, count_panoptic_overlaps
 from deeplab2_like.evaluation.panoptic_quality import Matches, PanopticQuality
 from deeplab2_like.evaluation.semantic_iou import SemanticIoU
@@ -29,6 +30,7 @@ def evaluate(
     infer: ExampleFunction | None = None,
     after_image: Callable[[Example, Outputs], None] | None = None,
     workers: int | None = None,
+    annotations: InstanceAnnotations | None = None,
 ) -> dict[str, Any]:
     """Computes PQ, mIoU and AP over a data set.
 
@@ -44,6 +46,7 @@ def evaluate(
             as `make_example_function` and `make_oracle_function` return; by default plain inference.
         after_image: Called in order with each example and its outputs.
         workers: Number of threads that measure; by default the number of cores.
+        annotations: The ground truth of AP; by default that of the panoptic labels.
 
     Returns:
         The content of `metrics.json`, in percent.
@@ -51,7 +54,7 @@ def evaluate(
     info = system.dataset_info
     infer_example = infer or make_example_function(make_inference_function(system, with_instances=True))
     quality, iou = PanopticQuality(info), SemanticIoU(info, classes=system.semantic_classes)
-    precision = InstanceAP(info)
+    precision = InstanceAP(info, annotations)
     instance_iou = InstanceIoU(info) if _predicts_cityscapes(system) else None
 
     def predict_all() -> Iterator[tuple[int, Example, Outputs]]:
@@ -63,15 +66,16 @@ def evaluate(
         (label,), (prediction,) = check_maps(example["panoptic"].numpy(), outputs["panoptic"])
         overlaps = count_panoptic_overlaps(label, prediction, info)
         class_overlaps = count_panoptic_overlaps(label // info.label_divisor, outputs["semantic"], info, divisor=1)
-        instances = InstanceAP(info)
+        instances = InstanceAP(info, annotations)
         # Numbered, because images of different folders may have the same name.
-        name = f"{number}/{example['image_id'].numpy().decode()}"
+        file_name = example["image_id"].numpy().decode()
+        name = f"{number}/{file_name}"
         if "instance_masks" in outputs:
             own = {key: outputs[f"instance_{key}"] for key in ("masks", "scores", "classes", "boxes")}
-            instances.update_from_instances(name, label, **own)
+            instances.update_from_instances(name, label, **own, file_name=file_name)
         else:
             table = {key: outputs[key] for key in ("segment_id", "segment_class", "segment_score")}
-            instances.update_from_panoptic(name, label, prediction, **table)
+            instances.update_from_panoptic(name, label, prediction, **table, file_name=file_name)
         own_iou = None if instance_iou is None else InstanceIoU(info)
         if own_iou is not None:
             own_iou.update_state(label, outputs["semantic"])

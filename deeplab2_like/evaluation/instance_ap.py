@@ -1,17 +1,18 @@
 """Average precision (AP) of instance masks and boxes, computed by pycocotools.
 
 Predictions are either the segments of a panoptic map with their scores, or masks, which may overlap and usually give a
-higher AP. The ground truth always comes from the panoptic map: its instances, and its crowd regions (instance 0 of a
-thing class), which are never false negatives and do not turn predictions on them into false positives.
+higher AP. The ground truth is that of a COCO instance JSON (`instance_json.py`), or by default that of the panoptic
+map: its instances, with the tight boxes of their masks, and its crowd regions (instance 0 of a thing class). Crowd
+regions are never false negatives and do not turn predictions on them into false positives.
 
-Ground-truth boxes are the tight boxes of the masks. Only run-length encodings are kept in memory.
+Only run-length encodings are kept in memory.
 """
 
 import contextlib
 import dataclasses
 import io
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as mask_utils
@@ -24,8 +25,14 @@ from deeplab2_like.data.panoptic_label import classes_of_values
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.checks import check_maps, require_same_categories
 
+if TYPE_CHECKING:  # Its module imports TensorFlow, which `evaluate_files` does not need.
+    from deeplab2_like.evaluation.instance_json import InstanceAnnotations
+
 # pycocotools' form of a run-length encoded mask: {"size": [H, W], "counts": bytes}.
 Rle = dict[str, Any]
+
+# The name of the ground truth of AP that is taken from panoptic maps.
+PANOPTIC_LABELS = "panoptic labels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +60,17 @@ class AveragePrecision:
 
 @dataclasses.dataclass(frozen=True)
 class InstanceAPResult:
-    """Average precision of masks and of boxes."""
+    """Average precision of masks and of boxes.
+
+    Attributes:
+        mask: That of masks.
+        box: That of boxes.
+        ground_truth: The source of the true objects: `panoptic labels`, or the name of a JSON.
+    """
 
     mask: AveragePrecision
     box: AveragePrecision
+    ground_truth: str
 
 
 class _Image(NamedTuple):
@@ -74,9 +88,15 @@ class InstanceAP:
     As in COCO, only the 100 predictions with the highest scores of each class in an image count.
     """
 
-    def __init__(self, dataset_info: DatasetInfo) -> None:
-        """Creates the metric without any images; `dataset_info` is the meaning of the maps."""
+    def __init__(self, dataset_info: DatasetInfo, annotations: "InstanceAnnotations | None" = None) -> None:
+        """Creates the metric without any images.
+
+        Args:
+            dataset_info: The meaning of the maps.
+            annotations: The ground truth; by default that of the panoptic maps.
+        """
         self.dataset_info = dataset_info
+        self.annotations = annotations
         self.reset_state()
 
     def reset_state(self) -> None:
@@ -87,9 +107,11 @@ class InstanceAP:
         """Adds the images of another metric, for instance of another process.
 
         Raises:
-            UserError: If the other metric is for other classes, or both have the same image.
+            UserError: If the other metric is for other classes or another ground truth, or both have the same image.
         """
         require_same_categories("AP", self.dataset_info, other.dataset_info)
+        if self.annotations is not other.annotations:
+            raise UserError("Cannot merge AP of two ground truths; evaluate both with the same annotations.")
         for image_id in other._images:
             self._check_new(image_id)
         self._images.update(other._images)
@@ -103,6 +125,7 @@ class InstanceAP:
         segment_id: Sequence[int] | np.ndarray,
         segment_class: Sequence[int] | np.ndarray,
         segment_score: Sequence[float] | np.ndarray,
+        file_name: str | None = None,
     ) -> None:
         """Adds an image whose predictions are the thing segments of a panoptic map.
 
@@ -113,6 +136,7 @@ class InstanceAP:
             segment_id: int [K], panoptic value of each segment.
             segment_class: int [K], its class id; stuff is left out.
             segment_score: float [K], its score. Rows with score 0 are unused; so are segments without a pixel.
+            file_name: Name of the image in `annotations`; by default its id.
 
         Raises:
             UserError: If the shapes differ, a class is unknown, or the image was added before.
@@ -128,7 +152,7 @@ class InstanceAP:
             )
             if mask_utils.area(rle) > 0  # Segments may lose all their pixels to others.
         ]
-        self._add(image_id, ground_truth, predictions)
+        self._add(image_id, ground_truth, predictions, file_name)
 
     def update_from_instances(
         self,
@@ -139,6 +163,7 @@ class InstanceAP:
         scores: Sequence[float] | np.ndarray,
         classes: Sequence[int] | np.ndarray,
         boxes: np.ndarray | None = None,
+        file_name: str | None = None,
     ) -> None:
         """Adds an image whose predictions are masks that may overlap.
 
@@ -149,6 +174,7 @@ class InstanceAP:
             scores: float [N]. Rows with score 0 are unused.
             classes: int [N], thing class ids.
             boxes: float [N, 4], y_min, x_min, y_max, x_max in pixels; the tight boxes of the masks if not given.
+            file_name: Name of the image in `annotations`; by default its id.
 
         Raises:
             UserError: If a mask's size differs, a class is not a thing, or the image was added before.
@@ -171,20 +197,36 @@ class InstanceAP:
                 )
             rle = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
             predictions.append(_make_prediction(rle, class_id=int(class_id), score=float(score), box=box))
-        self._add(image_id, ground_truth, predictions)
+        self._add(image_id, ground_truth, predictions, file_name)
 
     def result(self) -> InstanceAPResult:
         """Evaluates all images added so far."""
-        return InstanceAPResult(mask=self._evaluate("segm"), box=self._evaluate("bbox"))
+        ground_truth = PANOPTIC_LABELS if self.annotations is None else self.annotations.name
+        return InstanceAPResult(self._evaluate("segm"), self._evaluate("bbox"), ground_truth)
 
-    def _add(self, image_id: int | str, ground_truth: np.ndarray, predictions: list[dict[str, Any]]) -> None:
-        """Stores the ground truth, int32 [H, W], and the predictions of an image."""
+    def _add(
+        self,
+        image_id: int | str,
+        ground_truth: np.ndarray,
+        predictions: list[dict[str, Any]],
+        file_name: str | None,
+    ) -> None:
+        """Stores the ground truth and the predictions of an image; `ground_truth` is a panoptic map, int32 [H, W]."""
         self._check_new(image_id)
+        height, width = ground_truth.shape
+        if self.annotations is None:
+            truth = self._objects_of_map(ground_truth)
+        else:
+            truth = self.annotations.of_image(str(image_id) if file_name is None else file_name, (height, width))
+        self._images[image_id] = _Image(height, width, truth, predictions)
+
+    def _objects_of_map(self, ground_truth: np.ndarray) -> list[dict[str, Any]]:
+        """Returns the instances and crowd regions of a panoptic map, int32 [H, W]."""
         ends, _ = find_runs(ground_truth.reshape(-1))
         values = np.unique(ground_truth.reshape(-1)[ends])
         classes = classes_of_values(values, self.dataset_info, name="ground-truth")
         things = np.isin(classes, self.dataset_info.thing_classes)
-        truth = [
+        return [
             {
                 "category_id": int(class_id),
                 "segmentation": rle,
@@ -196,8 +238,6 @@ class InstanceAP:
                 segments_to_rle(ground_truth, values[things]), classes[things], values[things], strict=True
             )
         ]
-        height, width = ground_truth.shape
-        self._images[image_id] = _Image(height, width, truth, predictions)
 
     def _check_new(self, image_id: int | str) -> None:
         """Raises `UserError` if the image was added before."""

@@ -31,6 +31,7 @@ from deeplab2_like.evaluation.inference import (
     make_inference_function,
     make_oracle_function,
 )
+from deeplab2_like.evaluation.instance_json import InstanceAnnotations
 from deeplab2_like.evaluation.submission import Instances, make_submission
 from deeplab2_like.files import make_folder, reserve_outputs
 from deeplab2_like.model_folder import CONFIG_FILE, build_from_model_folder, load_model_folder
@@ -55,6 +56,7 @@ class ModelFolderEvaluation:
         save_predictions: Whether to write a picture per image to `predictions/`.
         submission: A key of `submission.SUBMISSIONS`, to write files for a benchmark's server to `submission/`.
         image_ids: File name -> image id for the submission, see `make_submission`.
+        instances_json: COCO instance JSON with the ground truth of AP; by default that of the panoptic labels.
         overrides: Changes to the config.
 
     Raises:
@@ -75,6 +77,7 @@ class ModelFolderEvaluation:
         save_predictions: bool = False,
         submission: str | None = None,
         image_ids: Mapping[str, int | str] | None = None,
+        instances_json: str | os.PathLike[str] | None = None,
         overrides: Sequence[str] = (),
     ) -> None:
         self.model_dir = Path(model_dir)
@@ -94,6 +97,7 @@ class ModelFolderEvaluation:
             "scales": list(scales) if given["scales"] else [],
             "ensemble": [str(folder) for folder in ensemble],
             "oracle": list(oracle),
+            "instances": [] if instances_json is None else [str(instances_json)],
             "set": [change for change in overrides if not change.startswith("data.path=")],
         }
         self._options = {name: value for name, value in options.items() if value}
@@ -103,6 +107,10 @@ class ModelFolderEvaluation:
         self._image_ids = image_ids
         if image_ids is not None and submission is None:
             raise UserError("Image ids are for a submission; ask for one with --submission coco, or leave them out.")
+        self._annotations: InstanceAnnotations | None = None
+        if instances_json is not None:
+            self._annotations = InstanceAnnotations(instances_json, self.system.dataset_info)
+            print("".join(f"{note}\n" for note in self._annotations.notes), end="")
         self._infer: ExampleFunction
         if oracle:
             self._infer = make_oracle_function(self.system, oracle)
@@ -138,7 +146,9 @@ class ModelFolderEvaluation:
         examples = pipeline.make_eval_dataset(files, dataset_info=self.system.dataset_info)
         with self._writers() as write, _with_progress(examples, total, files) as examples:
             make_folder(self.output_dir)  # Checked before the evaluation, which may take hours.
-            metrics = evaluate(self.system, examples, infer=self._infer, after_image=write)
+            metrics = evaluate(
+                self.system, examples, infer=self._infer, after_image=write, annotations=self._annotations
+            )
         options = "".join(f", {name} {_format_option(value)}" for name, value in self._options.items())
         report.print_table(metrics, title=f"{self.model_dir}, step {step}, split {self.split}, {total} images{options}")
         metrics = report.write_results(

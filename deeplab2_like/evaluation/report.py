@@ -37,8 +37,8 @@ def metrics_dict(
         "panoptic": "all", "things", "stuff" and "per_class".
         "semantic": "miou", "fwiou", "per_class", "not_predicted", and with `instance_iou` "iiou", "category_iiou" and
         "iiou_per_class". The IoU of a class that occurs nowhere or that the semantic head does not predict is left out.
-        "instance": "mask_ap", "box_ap" and so on. An AP without any ground truth (for instance of large objects where
-        there are none) is left out.
+        "instance": "ground_truth", the source of the objects; "mask_ap", "box_ap" and so on. An AP without any ground
+        truth (for instance of large objects where there are none) is left out.
     """
     metrics: dict[str, Any] = {}
     if panoptic is not None:
@@ -71,7 +71,7 @@ def metrics_dict(
             name: 100.0 * value for name, value in instance_iou.per_class.items() if value is not None
         }
     if instance is not None:
-        metrics["instance"] = {
+        metrics["instance"] = {"ground_truth": instance.ground_truth} | {
             f"{kind}_{name}": 100.0 * value
             for kind, precision in (("mask", instance.mask), ("box", instance.box))
             for name in ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -201,6 +201,8 @@ def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console
         }
         if precisions:
             _print_line(console, f"{kind.capitalize()} AP", precisions)
+    if ground_truth := metrics.get("instance", {}).get("ground_truth"):
+        console.print(Text(f"          AP of {ground_truth}"))
 
 
 def _format_percents(values: Mapping[str, float], *keys: str) -> list[str]:

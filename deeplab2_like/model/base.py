@@ -60,6 +60,7 @@ class PanopticSystem(keras.Model):
         config_class: Type of `config`.
         oracle_parts: Names of the parts of a prediction that `postprocess_with_truth` can replace.
         size_multiple: Images are padded to a multiple of this many pixels before the network sees them.
+        parts_in_paper: Names of the parts in `describe` whose multiply-adds the paper counts, if it leaves out others.
         loss_weights: Factor of each loss term in the sum that is minimized, by the names of `compute_losses`.
         stride: Network pixels per value of the dense raw outputs, such as semantic logits.
     """
@@ -67,6 +68,7 @@ class PanopticSystem(keras.Model):
     config_class: ClassVar[type[SystemConfig]]
     oracle_parts: ClassVar[tuple[str, ...]] = ()
     size_multiple: ClassVar[int] = 32
+    parts_in_paper: ClassVar[tuple[str, ...]] = ()
     loss_weights: Mapping[str, float]
     stride: int
 

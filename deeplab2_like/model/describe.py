@@ -14,6 +14,7 @@ from rich.text import Text
 
 from deeplab2_like.model.base import PanopticSystem
 from deeplab2_like.model.deformable import DeformableConvNorm
+from deeplab2_like.model.geometry import resize_for_network
 from deeplab2_like.model.layers import ConvNorm
 
 Shape = tuple[int, ...]
@@ -40,6 +41,19 @@ class Part:
 
 
 @dataclasses.dataclass
+class PaperCount:
+    """The multiply-adds that a paper counts, if it leaves out parts of the network.
+
+    Attributes:
+        parts: Names of the parts that it counts.
+        multiply_adds: Their multiply-adds for one image at the network size without padding.
+    """
+
+    parts: list[str]
+    multiply_adds: int
+
+
+@dataclasses.dataclass
 class Description:
     """The cost of a network for one image.
 
@@ -57,6 +71,7 @@ class Description:
         output_shapes: Shape of each output by name, without the batch axis.
         parts: Layers of the network and their inner layers, in the order in which they run.
         uncounted: Names of layers that have kernels but no rule to count them; empty if `multiply_adds` is complete.
+        paper: What the paper of the system counts; None if it counts the whole network.
     """
 
     height: int
@@ -68,6 +83,7 @@ class Description:
     output_shapes: dict[str, Shape]
     parts: list[Part]
     uncounted: list[str]
+    paper: PaperCount | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the description as numbers, strings, lists and dictionaries, for JSON."""
@@ -84,7 +100,21 @@ def describe(system: PanopticSystem, height: int, width: int) -> Description:
         height: Height of the image, in pixels.
         width: Width of the image, in pixels.
     """
-    return describe_layer(system, (height, width, 3), dtype="uint8")
+    description = describe_layer(system, (height, width, 3), dtype="uint8")
+    if system.parts_in_paper:
+        description.paper = _count_as_in_paper(system, description)
+    return description
+
+
+def _count_as_in_paper(system: PanopticSystem, description: Description) -> PaperCount:
+    """Adds up the parts that the paper counts, scaled from the padded size to the network size."""
+    image = keras.ops.zeros((1, description.height, description.width, 3), "uint8")
+    network_size = resize_for_network(image, system.config.resize)[0].shape[1:3]
+    padded_size = [math.ceil(side / system.size_multiple) * system.size_multiple for side in network_size]
+    multiply_adds = {part.name: part.multiply_adds for part in description.parts}
+    total = sum(multiply_adds[name] for name in system.parts_in_paper)
+    scaled = round(total * math.prod(network_size) / math.prod(padded_size))
+    return PaperCount(parts=list(system.parts_in_paper), multiply_adds=scaled)
 
 
 def print_description(description: Description, *, console: Console | None = None) -> None:
@@ -116,6 +146,14 @@ def print_description(description: Description, *, console: Console | None = Non
         soft_wrap=True,
     )
     console.print(f"Outputs: {outputs}", highlight=False, soft_wrap=True, markup=False)
+    if description.paper is not None:
+        console.print(
+            f"As the paper counts: {description.paper.multiply_adds / 1e9:.2f} G multiply-adds of "
+            f"{' + '.join(description.paper.parts)}, without padding",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
     if description.uncounted:
         console.print(f"Not counted: {', '.join(description.uncounted)}", highlight=False, soft_wrap=True, markup=False)
 

@@ -1,8 +1,8 @@
 """Semantic heads on a feature pyramid: those of Semantic FPN (Panoptic FPN, Figure 3) and of UPSNet, and their loss."""
 
 import itertools
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import keras
 from keras import ops
@@ -173,6 +173,7 @@ class SemanticSubnet(keras.layers.Layer):
         convolutions: Number of convolutions; UPSNet has two for Cityscapes and three for COCO.
         deformable: Whether they are deformable (without modulation).
         norm: Their normalization; None for none, as in UPSNet.
+        make_initializer: Makes the initializer of the kernel of each convolution.
 
     Input: dictionary of levels, float [B, h, w, input_channels]; levels that are not in `strides` are ignored. Output:
     logits, float32 [B, h, w, num_classes] at the stride of the finest level; or the concatenated feature, float
@@ -189,6 +190,7 @@ class SemanticSubnet(keras.layers.Layer):
         convolutions: int,
         deformable: bool,
         norm: Norm | None,
+        make_initializer: Callable[[], keras.initializers.Initializer] = keras.initializers.HeNormal,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
@@ -197,9 +199,10 @@ class SemanticSubnet(keras.layers.Layer):
 
         def convolution(index: int) -> ConvNorm | DeformableConvNorm:
             width = channels if index >= convolutions - 2 else input_channels
+            options: dict[str, Any] = {"norm": norm, "initializer": make_initializer(), "name": f"conv{index + 1}"}
             if deformable:
-                return DeformableConvNorm(width, 3, modulated=False, norm=norm, name=f"conv{index + 1}")
-            return ConvNorm(width, 3, norm=norm, name=f"conv{index + 1}")
+                return DeformableConvNorm(width, 3, modulated=False, **options)
+            return ConvNorm(width, 3, **options)
 
         self.convolutions = [convolution(index) for index in range(convolutions)]
         # In float32, as small differences between classes matter here.

@@ -1,7 +1,9 @@
 """The evaluation of a system: whole images, the metrics, and the same outputs as an export."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.evaluate import evaluate
 from deeplab2_like.evaluation.inference import make_inference_function, make_oracle_function
+from deeplab2_like.evaluation.instance_json import InstanceAnnotations
 from deeplab2_like.evaluation.model_folder import _picture_name
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_saved_model
@@ -158,6 +161,31 @@ def test_mean_iou_is_that_of_the_semantic_head() -> None:
     stuff = [info.categories[i].name for i in info.stuff_classes]
     assert set(metrics["semantic"]["per_class"]) <= set(stuff)
     assert metrics["semantic"]["not_predicted"] == [info.categories[i].name for i in info.thing_classes]
+
+
+@pytest.mark.parametrize("system", [Oracle, WithInstances])
+def test_average_precision_on_annotations_of_a_json(system: type[Oracle], tmp_path: Path) -> None:
+    info = scenes_info()
+    thing = info.categories[info.thing_classes[0]]
+    # The second scene has another size than the others. Each image shows an object in its first 10 columns.
+    images = [
+        {"id": number, "file_name": f"scene_{number}.png", "height": height, "width": width}
+        for number, (height, width) in enumerate(SIZES[:2])
+    ]
+    annotations = [
+        {"image_id": image["id"], "category_id": thing.id, "segmentation": [[0, 0, 10, 0, 10, height, 0, height]]}
+        for image, (height, _) in zip(images, SIZES, strict=False)
+    ]
+    path = tmp_path / "instances.json"
+    categories = [{"id": thing.id, "name": thing.name}]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    metrics = evaluate(system(info), examples(), annotations=InstanceAnnotations(path, info))  # type: ignore[arg-type]
+    assert metrics["instance"]["ground_truth"] == "instances.json"
+    # No segment of the scenes is like that. The masks of whole images are: IoU is 10/32, 10/16 and 10/32, so at the
+    # thresholds 0.50, 0.55 and 0.60 one of three predictions is right. All have the same score, so those before it
+    # count as wrong: precision 1/2 up to recall 1/3, which is 34 of 101 recalls. 3 of 10 thresholds.
+    expected = 0.0 if system is Oracle else 100 * (1 / 2) * (34 / 101) * (3 / 10)
+    assert metrics["instance"]["mask_ap"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

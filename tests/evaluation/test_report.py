@@ -61,6 +61,7 @@ def test_layout_in_percent(metrics):
     # IoU 0.8 reaches 7 of the 10 thresholds 0.50, 0.55, ..., 0.95. There are no medium or large cats.
     assert metrics["instance"] == pytest.approx(
         {
+            "ground_truth": "panoptic labels",
             "mask_ap": 70.0,
             "mask_ap50": 100.0,
             "mask_ap75": 100.0,
@@ -72,6 +73,9 @@ def test_layout_in_percent(metrics):
         }
     )
     assert metrics_dict() == {}
+    # TensorBoard gets the numbers only.
+    assert scalar_metrics(metrics)["instance/mask_ap"] == pytest.approx(70)
+    assert all(isinstance(value, float) for value in scalar_metrics(metrics).values())
 
 
 def test_file_is_the_mapping(metrics, tmp_path):
@@ -103,6 +107,7 @@ def test_table_without_a_terminal(metrics):
     assert "mIoU 77.50  fwIoU 77.50" in text
     assert "AP 70.00  AP50 100.00  AP75 100.00  AP small 70.00" in text
     assert text.count("AP50") == 2
+    assert text.splitlines()[-1].strip() == "AP of panoptic labels"
 
 
 def test_table_of_a_part():

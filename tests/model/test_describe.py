@@ -10,6 +10,9 @@ from rich.console import Console
 
 from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.data.known_datasets import COCO_PANOPTIC
+from deeplab2_like.data.scenes import scenes_info
+from deeplab2_like.model import build_system
 from deeplab2_like.model.backbone import BACKBONES
 from deeplab2_like.model.config import Norm
 from deeplab2_like.model.describe import describe, describe_layer, print_description
@@ -129,6 +132,7 @@ def test_panoptic_deeplab_costs_what_the_paper_says(
     assert description.multiply_adds / 1e9 == pytest.approx(billions, abs=0.01)
     assert description.multiply_adds / 1e9 == pytest.approx(published, rel=tolerance)
     assert description.uncounted == []
+    assert description.paper is None  # It counts the whole network.
     assert description.output_shapes == {
         "semantic_logits": (256, 512, 19),
         "center": (256, 512, 1),
@@ -221,6 +225,37 @@ def test_steps_of_the_papers_ablation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step("De. x2", "ASPP x2")[0] == pytest.approx(1.44, abs=0.015)
     assert step("ASPP x2", "C_Sem = 256")[0] == pytest.approx(3.35, abs=0.015)
     assert step("C_Sem = 256", "C_Ins = 256")[0] == pytest.approx(0.16, abs=0.01)
+
+
+def test_lpsnet_without_the_parts_that_the_paper_leaves_out() -> None:
+    # Its table 1, in billions, at S x 1216: backbone 79.24, pyramid 55.10 with 0.19 for p6 and p7, and a 1x1 predictor
+    # of 133 classes on 512 channels 4.14 are 138.67 at S = 800. At the other sizes, it is S / 800 of that.
+    info = DatasetInfo("coco", COCO_PANOPTIC)
+    system = build_system(load_config("lpsnet/coco_resnet50", ["model.resize=null"]), info)
+    for shorter_side, counted, published in ((800, 138.67, 139), (882, 152.88, 153), (964, 167.09, 167)):
+        description = describe(system, shorter_side, 1216)
+        assert description.paper is not None
+        assert description.paper.multiply_adds / 1e9 == pytest.approx(counted, abs=0.02)
+        assert round(description.paper.multiply_adds / 1e9) == published
+        if shorter_side == 800:
+            parts = {part.name: part.multiply_adds / 1e9 for part in description.parts}
+            assert parts["backbone"] == pytest.approx(79.24, abs=0.01)
+            assert parts["fpn"] == pytest.approx(55.10 + 0.19, abs=0.01)
+            assert parts["semantic_head/predictor"] == pytest.approx(4.14, abs=0.01)
+    out = io.StringIO()
+    print_description(description, console=Console(file=out, width=100))
+    end = " G multiply-adds of backbone + fpn + semantic_head/predictor, without padding"
+    assert f"As the paper counts: {description.paper.multiply_adds / 1e9:.2f}{end}" in out.getvalue()
+
+
+def test_the_count_of_a_paper_is_that_of_the_network_size() -> None:
+    # The image is resized from 50 x 100 to 60 x 120, which is padded to 64 x 128.
+    config = load_config("lpsnet/scenes_tiny", ["model.resize={shorter_side: 60, longer_side: {max: 200}}"])
+    description = describe(build_system(config, scenes_info()), 50, 100)
+    parts = {part.name: part.multiply_adds for part in description.parts}
+    padded = parts["backbone"] + parts["fpn"] + parts["semantic_head/predictor"]
+    assert description.paper is not None
+    assert description.paper.multiply_adds == round(padded * (60 * 120) / (64 * 128))
 
 
 def test_printed_as_a_table() -> None:

@@ -189,3 +189,22 @@ def test_data_sets_that_do_not_fit() -> None:
         match=r"model.postprocess.detections is 40, but label_divisor 16 of data set 'few' has room for 15 instances",
     ):
         build_small(few)
+
+
+def test_layers_after_the_pyramid_start_as_in_retinanet() -> None:
+    # Kernels of 8192 elements and more: their deviation is within 3 % of the true one. The offsets of deformable
+    # convolutions start at zero, so that these start as plain convolutions.
+    system = build_system(
+        load_config("lpsnet/scenes_tiny", ["model.semantic={channels: 64, deformable: true}"]), scenes_info()
+    )
+    kernels = {
+        weight.path: weight
+        for layer in (system.context, system.box_head, system.semantic_head)
+        for weight in layer.trainable_weights
+        if weight.path.endswith("kernel") and np.prod(weight.shape) >= 8192 and "offset" not in weight.path
+    }
+    assert {path.split("/")[1] for path in kernels} == {"context", "box_head", "semantic_head"}
+    for path, kernel in kernels.items():
+        assert np.std(kernel) == pytest.approx(0.01, rel=0.03), path
+    # Each layer has values of its own.
+    assert len({round(float(np.sum(kernel)), 6) for kernel in kernels.values()}) == len(kernels)

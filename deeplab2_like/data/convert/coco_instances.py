@@ -87,7 +87,7 @@ def convert_coco_instances(
     common.require_folder(images, "image folder")
     if (stuff_pngs is None) != (stuff_classes is None):
         raise UserError("stuff_pngs and stuff_classes belong together: give both, or neither.")
-    content = _read_json(json_file)
+    content = read_instance_json(json_file)
     if not content["annotations"] and background is None and stuff_pngs is None:
         raise UserError(
             f"'{json_file}' has no annotations, so everything would be void; give the JSON with the labels. Images "
@@ -119,7 +119,7 @@ def convert_coco_instances(
             png = path_inside(Path(stuff_pngs), _stuff_name(example))
             below = _draw_stuff(png, class_names_of_values, below, info)
         found = [
-            _read_shape(annotation, position, example.size, info)
+            read_shape(annotation, position, example.size, info)
             for annotation, position in zip(example.annotations, example.positions, strict=True)
         ]
         if crowds_are_objects:
@@ -148,8 +148,12 @@ def convert_coco_instances(
     return (report,)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Reads the JSON and checks that its lists exist and consist of objects."""
+def read_instance_json(path: Path) -> dict[str, Any]:
+    """Reads a COCO instance JSON and checks that its lists exist and consist of objects.
+
+    Raises:
+        UserError: If it cannot be read, or a list is missing.
+    """
     content = files.read_json(path, "the COCO JSON")
     for key in ("images", "annotations", "categories"):
         value = content.get(key) if isinstance(content, dict) else None
@@ -212,8 +216,18 @@ def _list_examples(content: dict[str, Any]) -> list[_Example]:
     return examples
 
 
-def _read_shape(annotation: dict[str, Any], position: int, size: tuple[int, int], info: DatasetInfo) -> shapes.Shape:
-    """Reads one annotation, the one at `position` in the JSON."""
+def read_shape(annotation: dict[str, Any], position: int, size: tuple[int, int], info: DatasetInfo) -> shapes.Shape:
+    """Reads one annotation.
+
+    Args:
+        annotation: The annotation, not yet checked.
+        position: Its position in the list of the JSON, for messages.
+        size: Height and width of its image.
+        info: The classes, with the category ids of the JSON.
+
+    Raises:
+        UserError: If it is faulty; the message does not name the image.
+    """
     annotation_id = annotation.get("id")
     name = f"entry {position} of 'annotations'" if annotation_id is None else f"its annotation of id {annotation_id!r}"
     category_id, segmentation = annotation.get("category_id"), annotation.get("segmentation")

@@ -26,6 +26,14 @@ The authors published no code. Choices where the paper is silent, after FCOS and
 - Pixels of thing classes outside all boxes are void.
 - With several scales (Table 3), boxes are merged by non-maximum suppression, class probabilities are averaged, and
   border-ness is that of the views whose scale is closest to 1: an object may be on another level in the others.
+- The layers that follow the pyramid start as in RetinaNet (reference 18 of the paper): weights from N(0, 0.01), biases
+  zero. Border-ness needs no prior in its bias, because only positive points train it. RetinaNet's pyramid starts as in
+  the paper of feature pyramids: here, as in Detectron, with a uniform distribution that keeps the variance.
+- Boxes with a score below 0.3 are left out of the panoptic map (`postprocess.score_threshold`), and stuff segments of
+  fewer than 4096 pixels on COCO and 2048 on Cityscapes become void (`postprocess.stuff_area_limit`).
+- The norm of the gradient is limited to 35 (`trainer.optimizer.clip_norm`), as in MMDetection's FCOS, and the learning
+  rate grows linearly over the first 500 or 1000 steps. The paper gives the learning rate for COCO only; all configs use
+  it. Its batch of 2 images on each of 8 GPUs is `trainer.batch_size=16`, the number over all devices.
 - Images are padded to a multiple of 32 with the mean color. The network sees them at their own size unless `resize` is
   set; they are then resized without antialiasing.
 """

@@ -14,6 +14,14 @@ from deeplab2_like.model.resampling import linear_matrix
 _MAX_LOG_DISTANCE = 6.0
 
 
+def make_initializer() -> keras.initializers.Initializer:
+    """Makes the initializer of the layers that follow the pyramid: section 4 names that of RetinaNet.
+
+    A new one for each layer, because an initializer of Keras gives the same values each time.
+    """
+    return keras.initializers.RandomNormal(stddev=0.01)
+
+
 def make_context(config: ContextConfig, *, output_channels: int) -> keras.layers.Layer | None:
     """Makes the layer whose output is added to the coarsest feature of the pyramid (Table 5).
 
@@ -47,9 +55,11 @@ class PyramidPooling(keras.layers.Layer):
     def __init__(self, config: ContextConfig, *, output_channels: int, name: str | None = None) -> None:
         super().__init__(name=name)
         self.bins = config.bins
-        self.grids = [ConvNorm(config.channels, 1, name=f"grid{bins}") for bins in config.bins]
-        self.join = ConvNorm(config.channels, 3, norm=config.norm, name="join")
-        self.reduce = ConvNorm(output_channels, 1, activation=None, initializer="lecun_uniform", name="reduce")
+        self.grids = [
+            ConvNorm(config.channels, 1, initializer=make_initializer(), name=f"grid{bins}") for bins in config.bins
+        ]
+        self.join = ConvNorm(config.channels, 3, norm=config.norm, initializer=make_initializer(), name="join")
+        self.reduce = ConvNorm(output_channels, 1, activation=None, initializer=make_initializer(), name="reduce")
 
     def call(self, inputs: Tensor, training: bool = False) -> Tensor:
         """Applies all grids, concatenates and reduces them."""
@@ -76,7 +86,7 @@ class GlobalAverage(keras.layers.Layer):
 
     def __init__(self, *, output_channels: int, name: str | None = None) -> None:
         super().__init__(name=name)
-        self.reduce = ConvNorm(output_channels, 1, activation=None, initializer="lecun_uniform", name="reduce")
+        self.reduce = ConvNorm(output_channels, 1, activation=None, initializer=make_initializer(), name="reduce")
 
     def call(self, inputs: Tensor, training: bool = False) -> Tensor:
         """Averages and projects."""
@@ -117,17 +127,12 @@ class BoxHead(keras.layers.Layer):
         super().__init__(name=name)
         self.strides = config.level_strides
         self.convolutions = [
-            ConvNorm(config.channels, 3, norm=config.norm, name=f"conv{index + 1}")
+            ConvNorm(config.channels, 3, norm=config.norm, initializer=make_initializer(), name=f"conv{index + 1}")
             for index in range(config.convolutions)
         ]
         # In float32, because bfloat16 has too few digits for distances.
         self.predictor = keras.layers.Conv2D(
-            5,
-            3,
-            padding="same",
-            kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
-            dtype="float32",
-            name="predictor",
+            5, 3, padding="same", kernel_initializer=make_initializer(), dtype="float32", name="predictor"
         )
 
     def build(self, input_shape: Any) -> None:

@@ -15,7 +15,7 @@ from deeplab2_like.model.geometry import Geometry, Size, resize_for_network
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.lpsnet.config import LPSNetConfig
 from deeplab2_like.model.lpsnet.losses import compute_losses
-from deeplab2_like.model.lpsnet.network import BoxHead, make_context
+from deeplab2_like.model.lpsnet.network import BoxHead, make_context, make_initializer
 from deeplab2_like.model.lpsnet.oracle import postprocess_with_truth
 from deeplab2_like.model.lpsnet.postprocess import postprocess, predict_instances
 from deeplab2_like.model.lpsnet.targets import make_targets
@@ -47,6 +47,8 @@ class LPSNet(PanopticSystem):
 
     config_class = LPSNetConfig
     oracle_parts = ("semantic", "boxes")
+    # Their sum is the FLOPS of Table 1: it leaves out pyramid pooling, box head and the deformable convolutions.
+    parts_in_paper = ("backbone", "fpn", "semantic_head/predictor")
 
     def __init__(self, config: LPSNetConfig, dataset_info: DatasetInfo, *, name: str | None = None) -> None:
         super().__init__(config, dataset_info, name=name)
@@ -86,6 +88,7 @@ class LPSNet(PanopticSystem):
             convolutions=config.semantic.convolutions,
             deformable=config.semantic.deformable,
             norm=config.semantic.norm,
+            make_initializer=make_initializer,
             name="semantic_head",
         )
 

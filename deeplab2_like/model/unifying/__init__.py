@@ -7,8 +7,8 @@ box that is too small are found, too. Training matches detections with the label
 that inference is an argmax over slots, without a merging rule.
 
 Read in this order: `config.py`, `system.py`, `targets.py`, `network.py`, `potential.py`, `losses.py`, `postprocess.py`,
-`oracle.py`, `views.py` (flips and scales); then the parts in `deeplab2_like/model` that systems share: `fpn.py`, `semantic.py`, the detector in
-`detection`, `segments.py`.
+`oracle.py`, `views.py` (flips and scales); then the parts in `deeplab2_like/model` that systems share: `fpn.py`,
+`semantic.py`, the detector in `detection`, `segments.py`.
 
 There is no public code. Where the paper is silent, this follows UPSNet and Panoptic FPN, and chooses:
 
