@@ -120,7 +120,10 @@ CITYSCAPES_LIKE = DatasetInfo(
         # The paper's table 9, in billions, at 1025x2049, which here is 1024x2048, the same number of strides. In the
         # ResNet of its authors' library the stride is in a stage's last block instead of in the next one's first.
         ("resnet50", 389.78, 381.39, 0.03),
-        ("mobilenet_v3_large", 53.67, 54.17, 0.01),
+        # The paper takes its low-level features from depthwise convolutions, which have 72 channels at stride 4 and 120
+        # at stride 8. Blocks, as here, have 24 and 40, which saves 48 * (32 + 16) multiply-adds at 256 * 512 positions
+        # and 80 * (64 + 32) at 128 * 256, 0.55 billion in all.
+        ("mobilenet_v3_large", 53.10, 54.17, 0.02),
     ],
 )
 def test_panoptic_deeplab_costs_what_the_paper_says(
