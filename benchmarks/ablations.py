@@ -63,11 +63,19 @@ ABLATIONS = {
         (
             Row("D2: masks, affinities, argmax"),
             Row("D1: the same, heuristic", (), ("model.postprocess.merge=heuristic",)),
+            Row("D2 with duplicates", (), ("model.postprocess.overlap_threshold=1",)),
+            Row("D2, potential b", ("model.panoptic.potential=b",)),
             Row("C2: masks, argmax", ("model.panoptic.affinity=false", "model.loss.matching=false")),
             Row(
                 "C1: the same, heuristic",
                 ("model.panoptic.affinity=false", "model.loss.matching=false"),
                 ("model.postprocess.merge=heuristic",),
+            ),
+            # Without the matching loss, the potential changes the evaluation only.
+            Row(
+                "C2, potential b",
+                ("model.panoptic.affinity=false", "model.loss.matching=false"),
+                ("model.panoptic.potential=b",),
             ),
         ),
     ),

@@ -15,12 +15,16 @@ There is no public code. Where the paper is silent, this follows UPSNet and Pano
 - Potentials and affinities are not negative in variants b and c, so the probability of a slot is its share of their
   sum; in variant a, of logits, it is their softmax. A softmax of values between 0 and 1 would be nearly uniform.
 - The activations of the two factors of the affinities, see `AffinityHead`.
-- The default is variant b. Stuff has no mask: in variant c the potential of its slots is its probability alone.
+- The default is variant c, which gives the built-in scenes a higher PQ than b. Stuff has no mask: in variant c the
+  potential of its slots is its probability alone.
 - Boxes have no gradient through the panoptic submodule; scores, masks and semantic probabilities have.
 - The label is compared at the resolution of the semantic map, at the pixel in the middle of each cell. Instances beyond
   `loss.max_instances`, crowds and void are left out.
-- In training every detection above `roi.score_threshold` is a slot, so that the loss lowers the scores of wrong ones.
-  In the map, detections from `postprocess.score_threshold` on are slots, as in UPSNet, whose threshold is 0.6.
+- In training every detection above `roi.score_threshold` is a slot, so that the loss lowers the scores of wrong ones,
+  and the matching with the label removes duplicates. The map has no label to match with. There, detections below
+  `postprocess.score_threshold` are no slots, as in UPSNet, whose threshold is 0.6, and neither are detections whose
+  mask is covered by better ones by more than `postprocess.overlap_threshold`. These two rules are the difference
+  between training and inference.
 - The map is made at full size, as in UPSNet: there boxes and masks are pasted, and class probabilities and affinity
   updates are upsampled bilinearly. Affinities are applied at the resolution of the semantic map.
 - Each detection is matched with the instance that it overlaps most, where equation 5 asks for the best of all
