@@ -117,7 +117,7 @@ class DataConfig(StrictModel):
     """Records and the augmentation of training examples."""
 
     path: str | None = pydantic.Field(None, description="Folder of TFRecords written by `deeplab2-like convert`.")
-    train_split: str = pydantic.Field("train", description="Split of the records to train on.")
+    train_split: str = pydantic.Field("train", description="Split of the records to train on; `train+val` is both.")
     val_split: str = pydantic.Field("val", description="Split of the records to evaluate on.")
     crop_size: tuple[int, int] = pydantic.Field(description="Height and width of training crops, in pixels.")
     resize: ResizeConfig | None = pydantic.Field(
@@ -142,6 +142,11 @@ class DataConfig(StrictModel):
         description="Random rotations by 90 degrees and flips up to down, for images without a natural orientation.",
     )
     color_jitter: ColorJitterConfig = pydantic.Field(ColorJitterConfig(), description="Random changes of color.")
+
+    @property
+    def train_splits(self) -> list[str]:
+        """The splits to train on."""
+        return self.train_split.split("+")
 
     @property
     def record_folder(self) -> str:

@@ -93,7 +93,7 @@ def make_run(config: Config, model_dir: str | os.PathLike[str], strategy: tf.dis
     """
     settings = config.trainer
     dataset_info = DatasetInfo.load(config.data.record_folder)
-    files = list_shards(config.data.record_folder, config.data.train_split)
+    files = [file for split in config.data.train_splits for file in list_shards(config.data.record_folder, split)]
     validation_files = _list_validation_files(config)
     check_model_folder(model_dir, config, dataset_info)
     devices = strategy.num_replicas_in_sync

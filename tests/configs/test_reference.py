@@ -51,7 +51,7 @@ def test_a_stale_table_is_replaced_and_the_text_around_it_stays() -> None:
     lines = write_key_tables(text).splitlines()
     assert lines[:4] == ["Before.", "", "<!-- keys: data -->", "| key | default | meaning |"]
     assert "| `data.crop_size` | required | Height and width of training crops, in pixels. |" in lines
-    assert "| `data.train_split` | `train` | Split of the records to train on. |" in lines
+    assert "| `data.train_split` | `train` | Split of the records to train on; `train+val` is both. |" in lines
     assert "| stale |" not in lines
     assert lines[-3:] == ["<!-- end of keys -->", "", "After."]
 

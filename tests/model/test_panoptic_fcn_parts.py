@@ -103,9 +103,10 @@ def plain_dice(
     return 1 - 2 * product / (tf.reduce_sum(masks**2, axis=(3, 4)) + tf.reduce_sum(true**2, axis=(3, 4)) + 1e-5)
 
 
-@pytest.mark.parametrize("band_size", [1, 10**9])
-def test_dice_loss_in_bands_is_the_plain_one(band_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dice, "_BAND_SIZE", band_size)
+# 30 cells: blocks of one mask, of three (the last one is not full) and of all.
+@pytest.mark.parametrize("block_size", [1, 90, 10**9])
+def test_dice_loss_in_blocks_is_the_plain_one(block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dice, "_BLOCK_SIZE", block_size)
     random = np.random.default_rng(0)
     feature = tf.constant(random.standard_normal((2, 5, 6, 3)), tf.float32)
     weights = tf.constant(random.standard_normal((2, 4, 2, 3)), tf.float32)
@@ -118,6 +119,29 @@ def test_dice_loss_in_bands_is_the_plain_one(band_size: int, monkeypatch: pytest
             tape.watch([feature, weights])
             loss = function(feature, weights, labels, samples, counted)
             total = tf.reduce_sum(loss * random.standard_normal((2, 4, 2)) ** 0)
+        results.append([loss, *tape.gradient(total, [feature, weights])])
+    for ours, plain in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, plain, atol=1e-5)
+
+
+def test_dice_loss_leaves_out_unused_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two masks per block: the first image uses two rows of two masks, the second one; row 2 and row 3 are NaN.
+    monkeypatch.setattr(dice, "_BLOCK_SIZE", 2 * 30)
+    random = np.random.default_rng(0)
+    feature = tf.constant(random.standard_normal((2, 5, 6, 3)), tf.float32)
+    weights = tf.constant(random.standard_normal((2, 4, 2, 3)), tf.float32)
+    weights = tf.where(tf.range(4)[:, None, None] < 2, weights, np.nan)
+    samples = random.integers(0, 3, (2, 5, 6, 4)).astype(np.int32)
+    labels = random.integers(0, 4, (2, 4)).astype(np.int32)
+    counted = np.ones((2, 5, 6), np.float32)
+    used = tf.constant([[True, True, False, False], [True, False, False, False]])
+    results = []
+    for rows, arguments in ((4, (used,)), (2, ())):
+        function = dice_loss if arguments else plain_dice
+        with tf.GradientTape() as tape:
+            tape.watch([feature, weights])
+            loss = function(feature, weights[:, :rows], labels[:, :rows], samples, counted, *arguments)[:, :2]
+            total = tf.reduce_sum(tf.boolean_mask(loss, used[:, :2]))
         results.append([loss, *tape.gradient(total, [feature, weights])])
     for ours, plain in zip(*results, strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-5)

@@ -326,6 +326,14 @@ def test_what_does_not_fit_is_refused(registered: None, records: Path, tmp_path:
     assert not (tmp_path / "model").exists()
 
 
+def test_training_on_two_splits(registered: None, records: Path, tmp_path: Path) -> None:
+    config = one_convolution_config(data={"path": str(records), "train_split": "val+train"})
+    run = run_module.make_run(config, tmp_path, tf.distribute.get_strategy())
+    assert run.files == [*list_shards(records, "val"), *list_shards(records, "train")]
+    with pytest.raises(UserError, match="has no split 'test'; splits there: train, val"):
+        train(one_convolution_config(data={"path": str(records), "train_split": "train+test"}), tmp_path / "model")
+
+
 def test_records_without_examples(registered: None, records: Path, tmp_path: Path) -> None:
     DatasetInfo.load(records).save(tmp_path)
     (tmp_path / "train-00000-of-00001.tfrecord").touch()

@@ -196,6 +196,7 @@ def thing_mask_loss(
         ops.where(used, rows["label"], _NO_LABEL),
         instances.samples,
         _known_cells(instances, config),
+        used,
     )
     used = ops.cast(used, "float32")
     return Loss(ops.sum(ops.sum(dice * rows["weight"], axis=-1) * used), ops.sum(used))
@@ -221,18 +222,22 @@ def stuff_mask_loss(
     for level, expected in regions.items():
         masks = ops.cast(expected > 0, "float32")
         pooled = pool_regions(outputs[f"kernel_{level}"], masks, over_map=config.reference_behavior)
-        weights.append(kernel_head.embed_stuff(pooled)[:, :, None])  # [B, S, 1, E]
+        weights.append(kernel_head.embed_stuff(pooled))  # [B, S, E]
         used.append(ops.any(masks > 0, axis=(1, 2)))
-    is_used = ops.cast(ops.concatenate(used, axis=1), "float32")  # [B, L * S]
+    is_used = ops.concatenate(used, axis=1)  # [B, L * S]
     num_regions = next(iter(regions.values())).shape[-1]
-    labels = ops.tile(ops.arange(num_regions), [len(regions)])  # [L * S]
+    labels = ops.zeros_like(is_used, "int32") + ops.tile(ops.arange(num_regions), [len(regions)])
+    rows = {"weights": ops.concatenate(weights, axis=1), "labels": labels}
+    rows, is_used = take_used_rows(rows, is_used, labels.shape[1])
     dice = dice_loss(
         outputs["feature"],
-        ops.concatenate(weights, axis=1),
-        ops.zeros_like(is_used, "int32") + labels,
+        rows["weights"][:, :, None],  # [B, L * S, 1, E]
+        rows["labels"],
         semantic.samples,
         _known_cells(semantic, config),
+        is_used,
     )
+    is_used = ops.cast(is_used, "float32")
     return Loss(ops.sum(dice[..., 0] * is_used), ops.sum(is_used))
 
 
