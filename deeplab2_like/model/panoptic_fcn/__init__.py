@@ -8,6 +8,15 @@ of high resolution, gives a mask, for things and stuff alike, without boxes and 
 Read in this order: `config.py`, `system.py`, `targets.py`, `network.py`, `losses.py` (with `dice.py`), `postprocess.py`
 (with `kernels.py` and `masks.py`), `oracle.py`, `views.py` (flips and scales).
 
+Normalization of the losses, where the formulas as printed differ from the released code; this is as in the code:
+
+- Equation 2 divides the focal loss of centers by N_th, which section 3.1 defines as the number of thing classes. The
+  code divides it by the number of pairs of object and level in the batch, so that an object counts as much in a crowded
+  image as in an empty one.
+- Equations 6 and 8 divide the dice losses of things and stuff together by M + N, the number of masks. The code divides
+  those of things by the number of pairs of object and level, those of stuff by the number of pairs of class and level,
+  and adds the two, both with the weight lambda_seg.
+
 Choices where the paper is silent, and differences from the released code; `reference_behavior` restores the code's
 behavior in the first three, for released weights:
 
