@@ -261,11 +261,12 @@ def upsample(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return ops.matmul(ops.matmul(rows, values), ops.transpose(columns))
 
 
-def upsample_lines(values: Tensor, lines: Tensor, *, width: Any, stride: int) -> Tensor:
-    """Upsamples a map bilinearly by a whole factor, only some lines of it.
+def upsample_lines(values: Tensor, channel: Tensor, lines: Tensor, *, width: Any, stride: int) -> Tensor:
+    """Upsamples one channel of a map bilinearly by a whole factor, only some lines of it.
 
     Args:
-        values: float32 [B, h, w].
+        values: float32 [B, C, h, w].
+        channel: int32 [B].
         lines: int32 [B, L], lines of the upsampled map.
         width: W, columns of the upsampled map.
         stride: Upsampled pixels per value.
@@ -273,13 +274,14 @@ def upsample_lines(values: Tensor, lines: Tensor, *, width: Any, stride: int) ->
     Returns:
         float32 [B, L, W].
     """
-    batch, rows, columns = ops.shape(values)
+    batch, num_channels, rows, columns = ops.shape(values)
     num_lines = ops.shape(lines)[1]
     position = (ops.cast(lines, "float32") + 0.5) / stride - 0.5
     position = ops.clip(position, 0.0, ops.cast(rows - 1, "float32"))
     first = ops.cast(ops.floor(position), "int32")
     weight = (position - ops.floor(position))[..., None]
-    flat, start = ops.reshape(values, (batch * rows, columns)), ops.arange(batch)[:, None] * rows
+    flat = ops.reshape(values, (batch * num_channels * rows, columns))  # [B * C * h, w]
+    start = (ops.arange(batch) * num_channels + channel)[:, None] * rows  # [B, 1]
     above, below = (ops.take(flat, start + row, axis=0) for row in (first, ops.minimum(first + 1, rows - 1)))
     phases = interpolated_columns(above + weight * (below - above), stride)  # stride x [B, L, w]
     return ops.reshape(ops.stack(phases, axis=3), (batch, num_lines, columns * stride))[:, :, :width]  # [B, L, W]

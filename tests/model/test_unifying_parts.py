@@ -78,7 +78,7 @@ def test_argmax_over_slots_is_that_of_all_planes(
     random = np.random.default_rng(3)
     logits = random.normal(size=(1, 3, 4, 4)).astype(np.float32)
     boxes = np.array([[[1.0, 2, 7, 9], [0, 5, 9, 14], [0, 0, 9, 14], [0, 0, 9, 14]]], np.float32)
-    scores, classes = np.array([[0.9, 0.6, 0.4, 0]], np.float32), np.array([[1, 3, 1, 3]])
+    scores, classes = np.array([[0.9, 0.6, 0.4, 0]], np.float32), np.array([[1, 3, 1, 3]], np.int32)
     masks = random.uniform(size=(1, 4, 3, 3)).astype(np.float32)
     update = 0.3 * random.uniform(size=(1, 6, 3, 4)).astype(np.float32)
     detections = {"boxes": boxes, "scores": scores, "classes": classes} | ({"masks": masks} if with_masks else {})
