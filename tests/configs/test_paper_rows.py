@@ -9,7 +9,7 @@ import functools
 import re
 import shlex
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -73,8 +73,32 @@ def test_no_row_is_listed_twice() -> None:
     assert len(names) == len(set(names))
 
 
-def test_guides_with_rows() -> None:
-    assert {"lpsnet", "panoptic_fpn"} <= {row.guide for row in ROWS} <= set(SYSTEMS)
+def test_every_guide_has_rows() -> None:
+    assert {row.guide for row in ROWS} == set(SYSTEMS)
+
+
+# Number of rows by table; those of other methods do not count.
+@pytest.mark.parametrize(
+    ("guide", "expected"),
+    [
+        (
+            "panoptic_fcn",
+            {1: 5, 2: 4, 3: 5, 4: 4, 5: 3, 6: 6, 7: 3, 8: 2, 9: 3, 10: 5, 11: 4, 12: 2, 13: 2, 14: 4},
+        ),
+        ("unifying", {1: 6}),
+    ],
+)
+def test_tables_are_complete(guide: str, expected: dict[int, int]) -> None:
+    names = [row.name for row in ROWS if row.guide == guide]
+    assert {table: sum(name.startswith(f"{table}, ") for name in names) for table in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c1", "c2", "d1", "d2"])
+def test_models_of_the_unifying_paper(name: str) -> None:
+    config: Any = load_config("unifying/cityscapes_resnet50" + ("" if name == "d2" else f"_{name}")).model
+    assert config.panoptic.masks == (name not in "ab")
+    assert config.panoptic.affinity == config.loss.matching == (name in ("b", "d1", "d2"))
+    assert config.postprocess.merge == ("heuristic" if name in ("c1", "d1") else "argmax")
 
 
 def test_a_table_is_read() -> None:

@@ -1,8 +1,5 @@
 """The unifying system: the contract, and what is particular to it."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -68,35 +65,6 @@ VARIANTS = MODELS | {
     "pyramid from stride 2": ["model.fpn.finest_level=p1", "model.rpn.anchor_sizes=[8, 16, 28, 48, 80, 128]"],
     "other size": ["model.resize={shorter_side: 96, longer_side: {max: 128}}"],
 }
-
-
-def table_rows() -> list[tuple[str, str, list[str]]]:
-    """The rows of the paper's tables in the guide: name, config and overrides."""
-    guide = (Path(__file__).parents[2] / "docs" / "unifying.md").read_text()
-    section = guide[guide.index("## The paper's tables") : guide.index("These commands train and compare")]
-    rows = []
-    for line in section.splitlines():
-        found = re.match(r"\| (.+?) \| `(unifying/\w+)`(.*)\|$", line)
-        if found:
-            changes = [change for part in re.findall(r"`--set ([^`]+)`", found[3]) for change in part.split()]
-            rows.append((found[1], found[2], changes))
-    return rows
-
-
-@pytest.mark.parametrize(("row", "config", "overrides"), table_rows())
-def test_rows_of_the_papers_tables_build(row: str, config: str, overrides: list[str]) -> None:
-    system = build_system(load_config(config, overrides), INFO)
-    if row.startswith("Table 1"):
-        name = row.split(", ")[1].split(";")[0]
-        assert system.config.panoptic.masks == (name not in "AB")
-        assert system.config.panoptic.affinity == system.config.loss.matching == (name in ("B", "D1", "D2"))
-        assert system.config.postprocess.merge == ("heuristic" if name in ("C1", "D1") else "argmax")
-    assert system.config.backbone.name == ("resnet101" if "R-101" in row else "resnet50")
-
-
-def test_every_row_of_table_1_is_in_the_guide() -> None:
-    names = re.findall(r"Table 1, (\w+)", " ".join(row for row, *_ in table_rows()))
-    assert names == ["A", "B", "C1", "C2", "D1", "D2"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
