@@ -14,7 +14,7 @@ from deeplab2_like.model.config import ResizeConfig
 from deeplab2_like.model.panoptic_fcn import PanopticFCNConfig
 
 SMALL = [
-    "model.fpn.channels=32",
+    "model.fpn={channels: 32, finest_level: p2}",
     "model.head={channels: 32, convolutions: 1, deformable: false}",
     "model.encoder={semantic_channels: 32, channels: 16, convolutions: 1}",
     "model.postprocess.stuff_area_limit=0",
@@ -169,7 +169,7 @@ def test_oracle_of_perfect_outputs() -> None:
 )
 def test_wrong_configs(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_config("panoptic_fcn/scenes_tiny", [override])
+        load_config("panoptic_fcn/scenes_tiny", ["model.fpn.finest_level=p2", override])
 
 
 def test_data_sets_that_do_not_fit() -> None:

@@ -11,7 +11,7 @@ from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.model import build_system
 
 _GUIDE = Path(__file__).resolve().parents[2] / "docs" / "panoptic_fcn.md"
-_ROW = re.compile(r"^\| (?P<table>\d+) \| (?P<name>[^|]+) \| `(?P<config>\w+)` \| ?(?P<values>[^|]*) ?\|$", re.MULTILINE)
+_ROW = re.compile(r"^\| (?P<table>\d+) \| (?P<name>[^|]+) \| `(?P<config>\w+)` \|(?P<values>[^|]*)\|$", re.MULTILINE)
 
 
 class Row(NamedTuple):
