@@ -35,12 +35,17 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--images", type=Path, metavar="FILE_OR_DIR", help="images without labels, in place of records: no metrics"
     )
-    parser.add_argument("--flip", action="store_true", help="average with the predictions of mirrored images")
+    parser.add_argument("--flip", action="store_true", help="merge with the predictions of mirrored images")
     parser.add_argument(
-        "--scales", type=positive_float, nargs="+", default=[1.0], metavar="FACTOR", help="average over image sizes"
+        "--scales",
+        type=positive_float,
+        nargs="+",
+        default=[1.0],
+        metavar="FACTOR",
+        help="merge over these factors of the network size",
     )
     parser.add_argument(
-        "--ensemble", type=Path, nargs="+", default=[], metavar="MODEL_DIR", help="average with these models"
+        "--ensemble", type=Path, nargs="+", default=[], metavar="MODEL_DIR", help="merge with these models"
     )
     parser.add_argument(
         "--oracle", nargs="+", default=[], metavar="PART", help="replace parts of the prediction by the ground truth"

@@ -168,6 +168,21 @@ class DataConfig(StrictModel):
                 raise ValueError(str(error).removesuffix(".")) from error
         return value
 
+    @pydantic.field_validator("train_split")
+    @classmethod
+    def _different_splits(cls, value: str) -> str:
+        splits = value.split("+")
+        if not all(splits) or len(set(splits)) < len(splits):
+            raise ValueError("must be one split or several different ones joined by '+', such as train+val")
+        return value
+
+    @pydantic.field_validator("val_split")
+    @classmethod
+    def _one_split(cls, value: str) -> str:
+        if "+" in value:
+            raise ValueError("must be one split; several joined by '+' are for `train_split` only")
+        return value
+
     @pydantic.field_validator("crop_size")
     @classmethod
     def _positive_crop(cls, value: tuple[int, int]) -> tuple[int, int]:

@@ -22,13 +22,13 @@ def check_views(systems: Sequence[PanopticSystem], scales: Sequence[float]) -> N
 
     Args:
         systems: One or more systems.
-        scales: Factors of the image size.
+        scales: Factors of the size at which the network sees the images.
 
     Raises:
         UserError: If the systems are of different types or for different classes, or a scale is not positive.
     """
     if not scales or not all(math.isfinite(scale) and scale > 0 for scale in scales):
-        raise UserError(f"Scales must be numbers above 0, got {list(scales)}; 1 is the image's own size.")
+        raise UserError(f"Scales must be numbers above 0, got {list(scales)}; 1 is the size without scales.")
     first = systems[0]
     for other in systems[1:]:
         if type(other) is not type(first):

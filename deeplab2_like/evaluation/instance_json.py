@@ -48,6 +48,7 @@ class InstanceAnnotations:
             for key in self._keys_of_image(image, position):
                 self._images[key].append(image)
             image_ids.add(image["id"])
+        category_ids = {category["id"] for category in content["categories"]}
         # Image id -> positions and annotations.
         self._annotations: dict[Any, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
         for position, annotation in enumerate(content["annotations"]):
@@ -57,7 +58,13 @@ class InstanceAnnotations:
                     f"'{self._path}': entry {position} of 'annotations' has image_id {image_id!r}, which 'images' does "
                     "not list; add it there."
                 )
-            if annotation.get("category_id") in things:
+            category_id = annotation.get("category_id")
+            if not isinstance(category_id, int) or category_id not in category_ids:
+                raise UserError(
+                    f"'{self._path}': entry {position} of 'annotations' has category_id {category_id!r}, which "
+                    "'categories' does not list; add it there."
+                )
+            if category_id in things:
                 self._annotations[image_id].append((position, annotation))
         self.notes = self._describe_differences(content, things)
 
@@ -115,7 +122,7 @@ class InstanceAnnotations:
         class_id_of_name = class_of_name(info)
         for position, category in enumerate(categories):
             number, name = category.get("id"), category.get("name")
-            if not isinstance(number, int) or not isinstance(name, str):
+            if not isinstance(number, int) or isinstance(number, bool) or not isinstance(name, str):
                 raise UserError(f"'{self._path}': entry {position} of 'categories' lacks 'id' or 'name'; add it.")
             by_id, by_name = info.class_of_category_id.get(number), class_id_of_name.get(name)
             if by_id != by_name:
@@ -134,8 +141,8 @@ class InstanceAnnotations:
         info, notes = self._info, []
         counts = Counter(annotation.get("category_id") for annotation in content["annotations"])
         unknown = [category for category in content["categories"] if category["id"] not in things]
-        if unknown:
-            number = sum(counts[category["id"]] for category in unknown)
+        number = sum(counts[category["id"]] for category in unknown)
+        if number:
             names = ", ".join(category["name"] for category in unknown)
             notes.append(
                 f"AP leaves out {number} annotations of '{self.name}' whose categories are no things of data set "

@@ -59,8 +59,8 @@ class ImageDropout(keras.layers.Layer):
     Args:
         rate: Share of the values to drop, in [0, 1).
 
-    Input and output shape: float [B, ...], In training, `numbers`, int32 [B], are the
-    numbers of the images, see `image_seeds`.
+    Input and output shape: float [B, ...]. In training, `numbers`, int32 [B], are the numbers of the images, see
+    `image_seeds`.
     """
 
     def __init__(self, rate: float, *, name: str | None = None) -> None:

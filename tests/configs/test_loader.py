@@ -234,6 +234,9 @@ def test_a_section_must_have_keys(tmp_path: Path) -> None:
             "data.resize={shorter_side: 8, longer_side: {min: 9}}",
             r"'data.resize.longer_side' .* must be a size such as",
         ),
+        ("data.train_split=train+train", r"must be one split or several different ones joined by '\+', such as train"),
+        ("data.train_split=train+", r"must be one split or several different ones joined by '\+', such as train"),
+        ("data.val_split=train+val", "must be one split; several joined by '\\+' are for `train_split` only"),
         ("data.resize.short_side=8", r"'data.resize.short_side'\. Did you mean 'data.resize.shorter_side'\? Known in"),
         (
             "model.resize.shorter_side=[8, 9]",

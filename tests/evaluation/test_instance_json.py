@@ -238,6 +238,11 @@ def test_categories_that_are_not_shared_are_counted(write: Write) -> None:
         ({"images": [IMAGE, IMAGE]}, "lists image id 7 twice"),
         ({"images": []}, "entry 0 of 'annotations' has image_id 7, which 'images' does not list"),
         ({"annotations": None}, "has no list 'annotations'"),
+        (
+            {"annotations": [rectangle(2, 2, 6, 6, category_id=77)]},
+            "entry 0 of 'annotations' has category_id 77, which 'categories' does not list; add it there",
+        ),
+        ({"annotations": [rectangle(2, 2, 6, 6, category_id=[3])]}, r"has category_id \[3\], which 'categories' does"),
     ],
 )
 def test_faulty_files(change: dict[str, Any], message: str, write: Write) -> None:

@@ -270,7 +270,7 @@ def test_models_of_earlier_versions_keep_their_network(tmp_path: Path) -> None:
         (
             ["model.decoder.low_level_channels={res3: 8, res2: 8, stem: 8}"],
             r"instance_low_level_channels has the features res3, res2, but decoder.low_level_channels has res3, res2, "
-            "stem; both decoders need the same",
+            "stem; set both keys to the same features",
         ),
         (["model.dual_aspp=false", "model.instance_aspp={}"], "instance_aspp needs dual_aspp"),
         (["model.backbone.output_stride=4"], "'model.backbone.output_stride' .* has the value 4"),

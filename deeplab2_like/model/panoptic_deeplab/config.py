@@ -166,11 +166,13 @@ class PanopticDeepLabConfig(SystemConfig):
         if self.dual_aspp and not self.dual_decoder:
             raise ValueError("dual_aspp needs dual_decoder, as one decoder has one input; set both to the same value")
         if self.instance_aspp is not None and not self.dual_aspp:
-            raise ValueError("instance_aspp needs dual_aspp, as the branches share one ASPP otherwise")
+            raise ValueError(
+                "instance_aspp needs dual_aspp, as the branches share one ASPP otherwise; set both or neither"
+            )
         semantic, instance = self.decoder.low_level_channels, self.decoder.instance_low_level_channels
         if self.dual_decoder and not self.semantic_only and list(semantic) != list(instance):
             raise ValueError(
                 f"decoder.instance_low_level_channels has the features {', '.join(instance)}, but "
-                f"decoder.low_level_channels has {', '.join(semantic)}; both decoders need the same"
+                f"decoder.low_level_channels has {', '.join(semantic)}; set both keys to the same features"
             )
         return self

@@ -4,7 +4,7 @@ A feature pyramid feeds a detector, with or without masks, and a semantic head. 
 pixel, into the potential of each detection and of each stuff class: the slots of the pixel. Affinities between pixels,
 learned from the panoptic map alone, spread potentials among the pixels of the same object, so that parts outside of a
 box that is too small are found, too. Training matches detections with the label and puts the loss on the potentials, so
-that inference is an argmax over slots, without a merging rule.
+that inference is an argmax over slots. Two thresholds select the slots, see below.
 
 Read in this order: `config.py`, `system.py`, `targets.py`, `network.py`, `potential.py`, `losses.py`, `postprocess.py`,
 `oracle.py`, `views.py` (flips and scales); then the parts in `deeplab2_like/model` that systems share: `fpn.py`,
