@@ -123,7 +123,9 @@ def test_perfect_outputs_give_the_label(variant: str) -> None:
 
 
 def test_duplicates_are_left_out_of_the_map() -> None:
-    """A second, worse detection of the car in lines 24 to 44, 8 lines lower: better ones cover 12 of its 20 lines.
+    """A second, worse detection of the car in lines 24 to 44, 8 lines lower: better ones cover 75 % of it.
+
+    It has 20 lines of 24 pixels. The car covers 12 of these lines, the person below 6 x 12 pixels: 360 of 480.
 
     The semantic head says car in the other 8 lines, so nothing else stops the duplicate there.
     """
@@ -131,7 +133,7 @@ def test_duplicates_are_left_out_of_the_map() -> None:
     semantic = label.copy()
     semantic[44:52, 4:28] = 2000
     cars = {}
-    for threshold in (0.5, 0.7, 1.0):
+    for threshold in (0.5, 0.8, 1.0):
         system = build_small(INFO, "model.panoptic.affinity=false", f"model.postprocess.overlap_threshold={threshold}")
         outputs = {name: value.numpy() for name, value in perfect_outputs(system, label).items()}
         outputs["semantic_logits"] = perfect_outputs(system, semantic)["semantic_logits"].numpy()
@@ -143,7 +145,7 @@ def test_duplicates_are_left_out_of_the_map() -> None:
         outputs["scores"][0, duplicate] = 0.9
         found = system.postprocess({name: tf.constant(value) for name, value in outputs.items()}, label.shape)
         cars[threshold] = {value for value in np.unique(found["panoptic"]) if value // 1000 == 2}
-    assert cars == {0.5: {2001, 2002}, 0.7: {2001, 2002, 2003}, 1.0: {2001, 2002, 2003}}
+    assert cars == {0.5: {2001, 2002}, 0.8: {2001, 2002, 2003}, 1.0: {2001, 2002, 2003}}
 
 
 def test_one_slot_of_the_truth() -> None:
