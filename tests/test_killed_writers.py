@@ -131,6 +131,7 @@ def test_evaluate_with_pictures_and_submission(tmp_path: Path, monkeypatch: pyte
             "segment_id": np.array([value], np.int32),
             "segment_class": np.array([value // INFO.label_divisor], np.int32),
             "segment_score": np.array([1.0], np.float32),
+            "semantic": panoptic // INFO.label_divisor,
         }
         found = {name: _Fake(output[None]) for name, output in outputs.items()}
         monkeypatch.setattr(evaluation, "_infer", lambda _: found)
