@@ -10,7 +10,7 @@ from keras import ops
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.config import SystemConfig
-from deeplab2_like.model.geometry import Size
+from deeplab2_like.model.geometry import Geometry, Size
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.resampling import pad_to_multiple
 
@@ -192,6 +192,8 @@ class PanopticSystem(keras.Model):
     def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
         """Returns the prediction of the semantic head, for mIoU, without the rules that make the panoptic map.
 
+        By default it is the best channel of the raw output `semantic_logits`, [B, h, w, C], one for each class.
+
         Args:
             outputs: Raw outputs of the system.
             image_size: Height and width of the images before padding, ints or int32 scalars.
@@ -199,7 +201,7 @@ class PanopticSystem(keras.Model):
         Returns:
             int32 [B, H, W], some of `semantic_classes`, or the ignore label where none of them is predicted.
         """
-        raise NotImplementedError
+        return Geometry.of(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.stride)
 
     def true_semantic_map(self, targets: Mapping[str, Tensor]) -> Tensor:
         """Returns the `semantic_map` of a perfect network.

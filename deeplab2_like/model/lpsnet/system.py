@@ -133,10 +133,6 @@ class LPSNet(PanopticSystem):
         """See `postprocess.predict_instances`."""
         return predict_instances(outputs, Geometry.of(outputs, image_size), self.config, self.dataset_info)
 
-    def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
-        """See `PanopticSystem.semantic_map`."""
-        return Geometry.of(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.config.stride)
-
     def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
         """See `views.merge_views`."""
         return merge_views(views, image_size, self.config, self.dataset_info)

@@ -139,10 +139,6 @@ class PanopticDeepLab(PanopticSystem):
         geometry = Geometry.of(outputs, image_size)
         return self._postprocess(outputs, geometry, geometry.map_stride(self.stride))
 
-    def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
-        """See `PanopticSystem.semantic_map`."""
-        return Geometry.of(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.stride)
-
     def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
         """See `views.average_views`."""
         return average_views(views, image_size, center_is_logit=self.center_is_logit)

@@ -29,9 +29,8 @@ def measure_masks(feature: Tensor, weights: Tensor, *, threshold: float) -> tupl
         bool [B, N, h].
     """
     batch, height, width = ops.shape(feature)[:3]
-    bands = (height + _BAND_ROWS - 1) // _BAND_ROWS
-    feature = ops.pad(feature, [[0, 0], [0, bands * _BAND_ROWS - height], [0, 0], [0, 0]])
-    feature = ops.reshape(feature, (batch, bands, _BAND_ROWS * width, feature.shape[-1]))
+    feature = _in_bands(feature)
+    bands = ops.shape(feature)[1]
     num_masks = weights.shape[1]
     transposed = ops.transpose(weights, (0, 2, 1))
     row = ops.arange(_BAND_ROWS)
@@ -73,9 +72,8 @@ def mask_overlaps(feature: Tensor, weights: Tensor, *, threshold: float) -> Tens
         float32 [B, N, N], 0 where both masks are empty.
     """
     batch, height, width = ops.shape(feature)[:3]
-    bands = (height + _BAND_ROWS - 1) // _BAND_ROWS
-    feature = ops.pad(feature, [[0, 0], [0, bands * _BAND_ROWS - height], [0, 0], [0, 0]])
-    feature = ops.reshape(feature, (batch, bands, _BAND_ROWS * width, feature.shape[-1]))
+    feature = _in_bands(feature)
+    bands = ops.shape(feature)[1]
     is_valid = ops.reshape(ops.arange(bands * _BAND_ROWS) < height, (bands, _BAND_ROWS, 1))
     is_valid = ops.reshape(ops.broadcast_to(is_valid, (bands, _BAND_ROWS, width)), (bands, _BAND_ROWS * width, 1))
 
@@ -171,3 +169,11 @@ def thing_masks(
         ops.transpose(weights, (1, 0, 2)),
     )
     return ops.transpose(masks, (1, 0, 2, 3))
+
+
+def _in_bands(feature: Tensor) -> Tensor:
+    """Splits the rows of cells into bands, padded with zeros: [B, h, w, E] to [B, bands, _BAND_ROWS * w, E]."""
+    batch, height, width = ops.shape(feature)[:3]
+    bands = (height + _BAND_ROWS - 1) // _BAND_ROWS
+    feature = ops.pad(feature, [[0, 0], [0, bands * _BAND_ROWS - height], [0, 0], [0, 0]])
+    return ops.reshape(feature, (batch, bands, _BAND_ROWS * width, feature.shape[-1]))

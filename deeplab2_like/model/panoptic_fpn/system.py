@@ -137,7 +137,7 @@ class PanopticFPN(PanopticSystem):
 
     def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
         """See `PanopticSystem.semantic_map`."""
-        semantic = Geometry.of(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.stride)
+        semantic = super().semantic_map(outputs, image_size)
         return self.classes.to_class_ids(semantic, self.dataset_info.ignore_label)
 
     def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:

@@ -177,10 +177,6 @@ class Unifying(PanopticSystem):
             "scores": outputs["scores"],
         }
 
-    def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
-        """See `PanopticSystem.semantic_map`: the prediction of the semantic head, as in the paper's tables."""
-        return Geometry.of(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.stride)
-
     def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
         """See `views.merge_views`."""
         return merge_views(views, image_size, self.config.roi)
