@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,10 +16,9 @@ import tensorflow as tf
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from deeplab2_like.data import pipeline
-from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.data.faults import KINDS, Fault
 from deeplab2_like.data.images import write_png
 from deeplab2_like.data.label_runs import list_segments
@@ -27,7 +27,8 @@ from deeplab2_like.data.shards import RecordIndex, list_shards, list_splits, rea
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import reserve_outputs, write_atomically
 from deeplab2_like.parallel import map_in_order
-from deeplab2_like.visualize import caption, contact_sheet, draw_overlay
+from deeplab2_like.printing import counted, name_text, print_line, print_whole_table
+from deeplab2_like.visualize import ascii_name, caption, contact_sheet, draw_legend, draw_overlay, stretch_contrast
 
 # Largest number of faults that are listed per kind and split; all are counted.
 MAX_LISTED_FAULTS = 100
@@ -36,8 +37,10 @@ _SMALL_AREA, _LARGE_AREA = 32**2, 96**2
 # Pictures of the contact sheet fit into a square of this side, in pixels; small ones are upsampled towards it.
 _PICTURE_SIZE = 448
 _MAX_COMMON_SIZES = 5
-# More characters than a row of the printed table ever has.
-_MAX_TABLE_WIDTH = 100_000
+# Pixels between an image and its overlay.
+_GAP = 2
+# The names of segments are left out of a picture with at most so many classes, or more objects.
+_MAX_LEGEND_CLASSES, _MAX_NAMED = 8, 30
 
 
 @dataclasses.dataclass
@@ -238,6 +241,7 @@ def inspect_records(
         split_statistics = _SplitStatistics(info)
         with_picture = set(np.linspace(0, len(index) - 1, min(pictures, len(index))).astype(int).tolist())
         panels: list[np.ndarray] = []
+        drawn_classes: set[int] = set()
         inspect_record = _make_record_inspector(index, info, with_picture)
         for number, image in enumerate(map_in_order(inspect_record, range(len(index)), workers=workers)):
             place = f"{split}, {_describe_place(index, number)}"
@@ -250,12 +254,13 @@ def inspect_records(
                     faults.add(Fault(kind, f"image '{image.name}' ({place})", text), split)
                 if image.picture is not None:
                     panels.append(image.picture)
+                    drawn_classes.update(image.classes.tolist())
             done += 1
             if progress is not None:
                 progress(done, total)
         statistics[split] = split_statistics.to_dict()
         if panels:
-            sheets[split] = contact_sheet(panels)
+            sheets[split] = _make_sheet(panels, [info.categories[class_id] for class_id in sorted(drawn_classes)])
     listed = sorted(faults.listed, key=lambda fault: list(KINDS).index(fault.kind))
     content = {
         "label_divisor": info.label_divisor,
@@ -277,7 +282,7 @@ def print_inspection(inspection: Inspection, *, console: Console | None = None, 
     console = console or Console()
     for split, values in inspection.statistics["splits"].items():
         sizes = values["image_sizes"]
-        title = f"{split}: {values['images']} images, {sizes['different']} sizes"
+        title = f"{split}: {counted(values['images'], 'image')}, {counted(sizes['different'], 'size')}"
         if sizes["most_common"]:
             height, width, count = sizes["most_common"][0]
             title += f" (most often {height}x{width}: {count})"
@@ -291,7 +296,7 @@ def print_inspection(inspection: Inspection, *, console: Console | None = None, 
                 continue
             area = entry.get("area")
             table.add_row(
-                Text(name),
+                name_text(name, console),
                 str(entry["images"]),
                 str(entry["segments"]),
                 str(entry.get("crowds", "")),
@@ -299,32 +304,20 @@ def print_inspection(inspection: Inspection, *, console: Console | None = None, 
                 *((str(area["min"]), f"{area['mean']:.0f}", str(area["max"])) if area else ()),
                 *((str(area[name]) for name in ("small", "medium", "large")) if area else ()),
             )
-        console.print(title, soft_wrap=True, markup=False)
-        _print_whole_table(table, console)
+        print_line(title, console)
+        print_whole_table(table, console)
         absent = [name for name, entry in values["per_class"].items() if not entry["images"]]
         if absent:
-            console.print(f"Without pixels: {', '.join(absent)}", soft_wrap=True, markup=False, highlight=False)
+            print_line(f"Without pixels: {', '.join(absent)}", console)
     counts = inspection.statistics["fault_counts"]
     if not counts:
         console.print("No faults found.")
         return
     for kind, count in counts.items():
-        console.print(f"{'fault' if KINDS[kind] else 'note'}: {kind}, {count} times", soft_wrap=True, markup=False)
+        print_line(f"{'fault' if KINDS[kind] else 'note'}: {kind}, {counted(count, 'time')}", console)
         of_kind = [fault for fault in inspection.faults if fault.kind == kind]
         for fault in of_kind[: max(1, max_faults // len(counts))]:
-            console.print(f"  {fault.where}: {fault.text}", soft_wrap=True, markup=False, highlight=False)
-
-
-def _print_whole_table(table: Table, console: Console) -> None:
-    """Prints a table without breaking or cutting a cell, if need be beyond the width of the console."""
-
-    def measure() -> int:
-        return console.measure(table, options=console.options.update(max_width=_MAX_TABLE_WIDTH)).maximum
-
-    if measure() > console.width:
-        table.padding = 0
-    table.width = measure()
-    console.print(table, crop=False)
+            print_line(f"  {fault.where}: {fault.text}", console)
 
 
 def _make_record_inspector(
@@ -418,7 +411,13 @@ def _find_label_faults(values: np.ndarray, info: DatasetInfo) -> list[tuple[str,
 
 
 def _make_picture(name: str, image: np.ndarray, panoptic: np.ndarray, info: DatasetInfo) -> np.ndarray:
-    """Draws an image, uint8 [H, W, 3], with its map, int32 [H, W], at the size of the contact sheet."""
+    """Draws an image, uint8 [H, W, 3], beside its overlay with a map, int32 [H, W], at the size of the contact sheet.
+
+    Segments have their names only where the legend alone would be hard to read: many classes, but not many objects.
+    """
+    values = np.unique(panoptic)
+    num_classes = int(np.unique(values // info.label_divisor).size)
+    num_objects = int(np.count_nonzero(values % info.label_divisor))
     height, width = panoptic.shape
     scale = _PICTURE_SIZE / max(height, width)
     if scale > 1:
@@ -427,7 +426,19 @@ def _make_picture(name: str, image: np.ndarray, panoptic: np.ndarray, info: Data
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
     panoptic = cv2.resize(panoptic, size, interpolation=cv2.INTER_NEAREST)
     # OpenCV draws ASCII letters only.
-    return caption(draw_overlay(image, panoptic, info), name.encode("ascii", "replace").decode())
+    shown = stretch_contrast(image)
+    note = "" if shown is image else " (brightened)"
+    overlay = draw_overlay(
+        shown, panoptic, info, labels=num_classes > _MAX_LEGEND_CLASSES and num_objects <= _MAX_NAMED
+    )
+    gap = np.zeros((image.shape[0], _GAP, 3), np.uint8)
+    return caption(np.concatenate([shown, gap, overlay], axis=1), ascii_name(name) + note)
+
+
+def _make_sheet(pictures: Sequence[np.ndarray], categories: Sequence[Category]) -> np.ndarray:
+    """Arranges pictures of two panels each about as wide as high, above a legend of the classes on them."""
+    sheet = contact_sheet(pictures, columns=math.ceil(math.sqrt(len(pictures) / 2)))
+    return np.concatenate([sheet, draw_legend(categories, sheet.shape[1])]) if categories else sheet
 
 
 def _describe_place(index: RecordIndex, number: int) -> str:

@@ -18,6 +18,9 @@ _DARK = (24, 24, 28)
 # A segment gets its name in the picture if it covers at least this fraction of it.
 _MIN_NAMED_FRACTION = 0.004
 
+# An image is nearly black if almost all of its values are below.
+_DARK_BELOW = 100
+
 # Pictures side by side are upsampled until they are at least this high, so that their captions can be read,
 _MIN_PANEL_HEIGHT = 240
 # but not beyond this width: a strip of one row of 8000 pixels would become a picture of gigabytes.
@@ -154,6 +157,49 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int | None = None, gap:
         x = lefts[column] + (widths[column] - image.shape[1]) // 2
         sheet[y : y + image.shape[0], x : x + image.shape[1]] = image
     return sheet
+
+
+def stretch_contrast(image: np.ndarray) -> np.ndarray:
+    """Brightens an image that is nearly black, as those of microscopes are; returns any other unchanged.
+
+    Args:
+        image: uint8 [H, W, 3].
+
+    Returns:
+        uint8 [H, W, 3]. If 99.5% of the values are below 100, the values from 0.5% to 99.5% become 0 to 255.
+    """
+    low, high = np.percentile(image, (0.5, 99.5))
+    if high >= _DARK_BELOW or high <= low:
+        return image
+    return np.clip((image - low) * (255 / (high - low)), 0, 255).round().astype(np.uint8)
+
+
+def draw_legend(categories: Sequence[Category], width: int) -> np.ndarray:
+    """Draws the colors and names of classes, in as many rows as needed.
+
+    Args:
+        categories: The classes, at least one.
+        width: Width of the picture in pixels.
+
+    Returns:
+        uint8 [H, width, 3].
+    """
+    scale, height, pad = 0.5, 22, 6
+    names = [ascii_name(category.name) for category in categories]
+    entry = max(cv2.getTextSize(name, _FONT, scale, 1)[0][0] for name in names) + height + 3 * pad
+    columns = max(1, width // entry)
+    legend = np.full((-(-len(names) // columns) * height + 2 * pad, width, 3), _DARK, np.uint8)
+    for position, (category, name) in enumerate(zip(categories, names, strict=True)):
+        row, column = divmod(position, columns)
+        x, y = column * entry + pad, row * height + pad
+        legend[y + 3 : y + height - 3, x : x + height - 6] = category.color
+        cv2.putText(legend, name, (x + height, y + height - 7), _FONT, scale, _WHITE, 1, cv2.LINE_AA)
+    return legend
+
+
+def ascii_name(name: str) -> str:
+    """Returns a name in the letters that OpenCV draws, with `?` for others."""
+    return name.encode("ascii", "replace").decode()
 
 
 def _shade(category: Category, instance: int) -> tuple[int, int, int]:

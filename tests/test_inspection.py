@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from deeplab2_like import cli, inspection
+from deeplab2_like import cli, inspection, inspection_report
 from deeplab2_like.data import coco_segments
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.records import serialize_example
@@ -88,8 +88,8 @@ def test_pictures(tmp_path: Path) -> None:
     write(tmp_path, {"train": [SMALL, LARGE, SMALL], "val": [LARGE] * 5})
     found = inspect(tmp_path, pictures=4)
     assert set(found.sheets) == {"train", "val"}
-    # Two columns and two rows; the largest picture is 100 x 4 = 400 pixels wide.
-    assert found.sheets["val"].shape[1] == 2 * 400 + 3 * 6
+    # Four pictures in two columns and two rows, each of two panels of 100 x 4 = 400 pixels with a gap of 2.
+    assert found.sheets["val"].shape[1] == 2 * 802 + 3 * 6
     assert inspect(tmp_path, pictures=0).sheets == {}
 
 
@@ -97,7 +97,7 @@ def test_no_faults_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     write(tmp_path, {"train": [LARGE]})
     assert cli.main(["inspect", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--workers", "1"]) == 0
     out = capsys.readouterr().out
-    assert "train: 1 images, 1 sizes (most often 40x100: 1), void 0.0%" in out
+    assert "train: 1 image, 1 size (most often 40x100: 1), void 0.0%" in out
     assert "No faults found." in out
     content = json.loads((tmp_path / "out" / "statistics.json").read_text())
     assert content == inspect(tmp_path).statistics
@@ -107,6 +107,36 @@ def test_no_faults_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "contact_sheet_train.png",
     }
     assert cv2.imread(str(tmp_path / "out" / "contact_sheet_train.png")) is not None
+
+
+def test_report_is_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, {"train": [LARGE]})
+    report = tmp_path / "report.html"
+    command = ["inspect", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--report", str(report)]
+    assert cli.main([*command, "--workers", "1"]) == 0
+    assert f"Report: {report}" in capsys.readouterr().out
+    text = report.read_text()
+    assert "No faults found." in text
+    assert text.count("<img ") == text.count('src="data:image/jpeg;base64,') == 1
+    assert "http" not in text
+    assert cli.main([*command, "--workers", "1"]) == 0  # A report may be replaced,
+    report.write_text("<p>Mine.</p>")  # but no other file.
+    assert cli.main(command) == 2
+    assert "report.html' exists and is not a report of inspect, so it is not replaced;" in capsys.readouterr().err
+    assert report.read_text() == "<p>Mine.</p>"
+
+
+def test_report_shows_names_as_text(tmp_path: Path) -> None:
+    fault = inspection.Fault("id out of range", "<b>x</b>", "a & b")
+    entry = {"is_thing": False, "images": 1, "segments": 1, "pixel_share": 0.5}
+    train = {"images": 1, "void_share": 0.5, "image_sizes": {"different": 1}, "per_class": {"<script>": entry}}
+    statistics = {"splits": {"train": train}, "fault_counts": {"id out of range": 1}}
+    found = inspection.Inspection(statistics, {}, [fault])
+    inspection_report.write_report(found, tmp_path / "a.html", title="<i>")
+    text = (tmp_path / "a.html").read_text()
+    assert "<h1>&lt;i&gt;</h1>" in text
+    assert "<td>&lt;script&gt;</td><td>stuff</td><td>1</td><td>1</td><td></td><td>50.0%</td>" in text
+    assert "<li>&lt;b&gt;x&lt;/b&gt;: a &amp; b</li>" in text
 
 
 def test_the_printed_table_breaks_no_cell() -> None:
@@ -122,7 +152,7 @@ def test_the_printed_table_breaks_no_cell() -> None:
             output = io.StringIO()
             inspection.print_inspection(found, console=Console(file=output, width=width))
             lines = [line.strip() for line in output.getvalue().splitlines()]
-            assert lines[0] == "train: 118287 images, 1 sizes (most often 4000x6000: 118287), void 25.0%"
+            assert lines[0] == "train: 118287 images, 1 size (most often 4000x6000: 118287), void 25.0%"
             cells = ["118287", "1370357", "123456", "50.0%", "1", "1234567", "2345678", "345678", "456789", "567890"]
             rows = [line.split() for line in lines]
             assert ["class", "images", "segm.", "crowds", "pixels", "min", "mean", "max", "S", "M", "L"] in rows
@@ -207,7 +237,7 @@ def test_damaged_records_are_listed_and_the_rest_counted(tmp_path: Path, capsys:
     assert (fault.kind, fault.where) == ("damaged record", "train, record 2 of train-00000-of-00001.tfrecord")
     assert cli.main(["inspect", str(tmp_path), "--output-dir", str(tmp_path / "out"), "--workers", "1"]) == 2
     out, err = capsys.readouterr()
-    assert "fault: damaged record, 1 times" in out
+    assert "fault: damaged record, 1 time" in out
     assert err.startswith(f"deeplab2-like: '{tmp_path}' has 1 faults, the first: damaged record, train, record 2 of")
     assert len(err.splitlines()) == 1
     assert (tmp_path / "out" / "statistics.json").exists()
@@ -269,5 +299,5 @@ def test_conversion_with_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     segment["area"] = 15
     assert convert() == 2
     out, err = capsys.readouterr()
-    assert "fault: segment differs from JSON, 1 times" in out
+    assert "fault: segment differs from JSON, 1 time" in out
     assert "segment 5 has area 15 in the JSON, 16 in the PNG. The records are written; fix the labels" in err

@@ -122,6 +122,7 @@ def test_evaluate_with_pictures_and_submission(tmp_path: Path, monkeypatch: pyte
         evaluation = ModelFolderEvaluation(
             tmp_path / "model", output_dir=tmp_path / "out", save_predictions=True, submission="coco"
         )
+        evaluation.build()
     monkeypatch.setattr(evaluation, "_restore", lambda _: 1)
 
     def run(panoptic: np.ndarray) -> None:

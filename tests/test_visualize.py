@@ -7,7 +7,14 @@ import pytest
 
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
-from deeplab2_like.visualize import colorize_panoptic, contact_sheet, draw_overlay, side_by_side
+from deeplab2_like.visualize import (
+    colorize_panoptic,
+    contact_sheet,
+    draw_legend,
+    draw_overlay,
+    side_by_side,
+    stretch_contrast,
+)
 
 INFO = DatasetInfo(
     "toy",
@@ -119,3 +126,20 @@ def test_contact_sheet():
     assert contact_sheet(images[:1], columns=3, gap=0).shape == (4, 6, 3)
     with pytest.raises(UserError, match="at least one image"):
         contact_sheet([])
+
+
+def test_dark_images_are_brightened_and_others_kept() -> None:
+    dark = np.linspace(10, 60, 3000).astype(np.uint8).reshape(20, 50, 3)
+    bright = stretch_contrast(dark)
+    assert (bright.min(), bright.max()) == (0, 255)
+    for image in (np.full((4, 4, 3), 7, np.uint8), np.full((4, 4, 3), 200, np.uint8), dark * 4):
+        assert stretch_contrast(image) is image
+
+
+def test_legend_has_the_color_of_each_class() -> None:
+    for width, rows in ((600, 1), (40, 3)):
+        legend = draw_legend(INFO.categories, width)
+        assert legend.shape == (22 * rows + 12, width, 3)
+        for category in INFO.categories:
+            # A square of 16 pixels.
+            assert (legend == category.color).all(axis=-1).sum() == 16 * 16

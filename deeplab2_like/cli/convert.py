@@ -6,7 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deeplab2_like.cli.arguments import add_command, add_on_error, add_workers, image_size, positive_int
+from deeplab2_like.cli.arguments import (
+    add_command,
+    add_image_options,
+    add_workers,
+    find_folders,
+    image_size,
+    positive_int,
+    share,
+)
 
 
 class Source(NamedTuple):
@@ -41,13 +49,19 @@ def run(options: argparse.Namespace) -> None:
     from deeplab2_like.data.convert.summary import print_summary
     from deeplab2_like.progress import progress_bar
 
+    folders = [name for name in ("images", "panoptic", "stuff_pngs") if name in vars(options)]
+    if "json_file" in vars(options):
+        find_folders(options, options.json_file, *folders)
     # `convert_NAME` in `data/convert/NAME.py`; the options are its arguments.
     name = options.source.replace("-", "_")
     converter = getattr(importlib.import_module(f"deeplab2_like.data.convert.{name}"), f"convert_{name}")
-    arguments = {key: value for key, value in vars(options).items() if key not in ("run", "source", "check")}
+    arguments = {
+        key: value for key, value in vars(options).items() if key not in ("run", "source", "check", "max_pixels")
+    }
     with progress_bar("convert") as progress:
         reports = converter(**arguments, progress=progress)
-    print_summary([reports] if isinstance(reports, ConversionReport) else reports, options.output_dir)
+    reports = [reports] if isinstance(reports, ConversionReport) else reports
+    print_summary(reports, options.output_dir, options=arguments)
     if options.check:
         faults = _check_coco_pngs(options) if options.source == "coco-panoptic" else ()
         _check_records(options.output_dir, workers=options.workers, more_faults=faults)
@@ -55,10 +69,11 @@ def run(options: argparse.Namespace) -> None:
 
 def _describe_deeplab2_records(options: argparse.Namespace) -> None:
     from deeplab2_like.data.convert.deeplab2_records import describe_deeplab2_records
+    from deeplab2_like.printing import counted
 
     counts = describe_deeplab2_records(options.records, options.data_set)
     for split, count in counts.items():
-        print(f"Split '{split}': {count} examples.")
+        print(f"Split '{split}': {counted(count, 'image')}.")
     print(f"Records in {options.records} can be trained on.")
     if options.check:
         advice = "Fix the labels, and make the records again with DeepLab2."
@@ -72,7 +87,11 @@ def _check_coco_pngs(options: argparse.Namespace) -> Sequence[Any]:
 
     with progress_bar("check PNGs") as progress:
         return check_segments(
-            panoptic=options.panoptic, json_file=options.json_file, workers=options.workers, progress=progress
+            panoptic=options.panoptic,
+            json_file=options.json_file,
+            encoding=options.encoding,
+            workers=options.workers,
+            progress=progress,
         )
 
 
@@ -117,13 +136,14 @@ def _add_scenes(parser: argparse.ArgumentParser) -> None:
 
 def _add_cityscapes(parser: argparse.ArgumentParser) -> None:
     _add_download(parser, "train val; with --coarse train_extra")
+    _add_prepared(parser, "cityscapes_panoptic_SPLIT")
     parser.add_argument("--coarse", action="store_true", help="use the coarse labels, gtCoarse")
     _add_label_options(parser)
 
 
 def _add_coco_instances(parser: argparse.ArgumentParser) -> None:
-    _add_images(parser)
-    _add_json(parser, "the JSON")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: that of the JSON)")
+    _add_json(parser, "the JSON, or a folder with a folder per split, as Roboflow exports it")
     _add_split(parser, "the JSON")
     _add_classes(parser)
     _add_overlap(parser)
@@ -131,6 +151,11 @@ def _add_coco_instances(parser: argparse.ArgumentParser) -> None:
         "--crowds-are-objects",
         action="store_true",
         help="ignore iscrowd, which some tools set on everything that they write as run lengths",
+    )
+    parser.add_argument(
+        "--keep-groups",
+        action="store_true",
+        help="keep categories that only group others as their supercategory and have no annotations",
     )
     parser.add_argument(
         "--stuff-pngs", type=Path, metavar="DIR", help="a PNG per image with the class of each pixel, below the objects"
@@ -147,6 +172,7 @@ def _add_mapillary(parser: argparse.ArgumentParser) -> None:
 
 def _add_ade20k(parser: argparse.ArgumentParser) -> None:
     _add_download(parser, "train val")
+    _add_prepared(parser, "ade20k_panoptic_SPLIT.json")
     _add_label_options(parser)
 
 
@@ -156,8 +182,13 @@ def _add_semantic_pngs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=Path, required=True, metavar="FILE", help="the class of each value")
     _add_split(parser, "the folders")
     parser.add_argument(
-        "--ignore", type=int, nargs="*", default=[255], metavar="VALUE", help="values that are void (default: 255)"
+        "--ignore",
+        type=int,
+        nargs="*",
+        metavar="VALUE",
+        help="values that are void (default: 255, unless it is in the list of classes)",
     )
+    _add_ignore_subsets(parser)
     parser.add_argument(
         "--label-ending",
         default=".png",
@@ -171,6 +202,7 @@ def _add_cvat_masks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the unpacked export")
     _add_split(parser, "the folder")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: JPEGImages)")
+    _add_ignore_subsets(parser)
     _add_classes(parser)
     _add_label_options(parser)
 
@@ -181,6 +213,7 @@ def _add_labelme(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", nargs="+", metavar="NAME", help="all classes, in order (default: those that occur)"
     )
+    _add_ignore_subsets(parser)
     _add_classes(parser)
     _add_overlap(parser)
     _add_label_options(parser)
@@ -228,10 +261,28 @@ def _add_download(parser: argparse.ArgumentParser, default_splits: str) -> None:
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help=f"splits to convert (default: {default_splits})")
 
 
+def _add_prepared(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument(
+        "--prepared",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"use {name} (default: if it exists)",
+    )
+
+
+def _add_ignore_subsets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-subsets",
+        action="store_true",
+        help="put all images into one split, even if the folder or export divides them",
+    )
+
+
 def _add_split(parser: argparse.ArgumentParser, named: str) -> None:
     parser.add_argument(
         "--split",
-        help=f"name of the split (default: train, val or test, from the name of {named} or of the folder above)",
+        help=f"name of the split (default: train, val or test, from the name of {named} or of the folder above; or "
+        "else train, if the record folder is empty)",
     )
 
 
@@ -252,13 +303,28 @@ def _add_overlap(parser: argparse.ArgumentParser) -> None:
 def _add_label_options(parser: argparse.ArgumentParser) -> None:
     """Adds `labeled_images.LabelOptions`, the options of all sources of images and labels."""
     _add_output(parser)
-    add_on_error(parser, "example")
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip-annotation", "skip-image", "skip"),
+        default="stop",
+        help="stop at a fault (default), or leave out the annotation or the image; skip: whatever is smaller",
+    )
+    parser.add_argument(
+        "--val-share",
+        type=share,
+        metavar="SHARE",
+        help="share of the images for a split val, such as 0.1, by file name",
+    )
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="encoding of files of text that are not UTF-8, such as gbk (default: error)"
+    )
     parser.add_argument(
         "--label-divisor", type=int, help="above the largest number of instances of a class in an image"
     )
     parser.add_argument(
         "--max-side", type=positive_int, metavar="PIXELS", help="downscale images whose longer side is longer"
     )
+    add_image_options(parser)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

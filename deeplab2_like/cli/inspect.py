@@ -16,6 +16,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for pictures and statistics.json")
     parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="splits to inspect (default: all)")
     parser.add_argument("--pictures", type=positive_int, default=16, help="pictures per split (default: %(default)s)")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="also write everything as one HTML file; --output-dir is needed, too",
+    )
     add_workers(parser, "number of records inspected at once")
 
 
@@ -25,12 +31,15 @@ def run(options: argparse.Namespace) -> None:
     from deeplab2_like.data.shards import list_shards, list_splits
     from deeplab2_like.files import make_folder
     from deeplab2_like.inspection import inspect_records, print_inspection, raise_if_faulty
+    from deeplab2_like.inspection_report import require_report_place, write_report
     from deeplab2_like.progress import progress_bar
 
     # Before the records are read, so that an error comes early; a wrong record folder leaves no output folder behind.
     DatasetInfo.load(options.records)
     for split in options.splits or list_splits(options.records):
         list_shards(options.records, split)
+    if options.report is not None:
+        require_report_place(options.report)
     make_folder(options.output_dir)
     with progress_bar("inspect") as progress:
         inspection = inspect_records(
@@ -41,7 +50,11 @@ def run(options: argparse.Namespace) -> None:
             progress=progress,
         )
     inspection.save(options.output_dir)
+    if options.report is not None:
+        write_report(inspection, options.report, title=f"Records in {options.records}")
     print_inspection(inspection)
     print(f"Pictures and statistics.json are in {options.output_dir}")
+    if options.report is not None:
+        print(f"Report: {options.report}")
     advice = f"'{options.output_dir / 'statistics.json'}' lists them; fix the labels and convert again."
     raise_if_faulty(inspection, options.records, advice)

@@ -3,8 +3,9 @@
 Conversion and evaluation both read them with this module, which does not import TensorFlow.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,19 @@ class Segment:
     area: float | None = None
 
 
-def parse_segments(segments: Any, dataset_info: DatasetInfo) -> list[Segment]:
+# Makes a context for the reading of one segment; it may end quietly at a `UserError`.
+OnFault = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def parse_segments(
+    segments: Any, dataset_info: DatasetInfo, *, fault: OnFault = contextlib.nullcontext
+) -> list[Segment]:
     """Reads a `segments_info` list.
 
     Args:
         segments: The list from the JSON.
         dataset_info: The meaning of the category ids.
+        fault: Decides about faulty segments: those at which its context ends quietly are left out.
 
     Returns:
         The segments, in the order of the list.
@@ -49,29 +57,54 @@ def parse_segments(segments: Any, dataset_info: DatasetInfo) -> list[Segment]:
     if not isinstance(segments, list):
         raise UserError("its annotation has no list 'segments_info'; add it, empty if nothing is labeled.")
     parsed: dict[int, Segment] = {}
-    for position, segment in enumerate(segments):
-        try:
-            segment_id, category_id = whole_number(segment["id"]), whole_number(segment["category_id"])
-            is_crowd = bool(whole_number(segment.get("iscrowd", 0), 0, 1))
-            area = segment.get("area")
-            area = None if area is None else float(area)
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise UserError(
-                f"entry {position} of 'segments_info' lacks a whole number 'id' or 'category_id', or has an 'area' "
-                "that is no number, or an 'iscrowd' that is not 0 or 1."
-            ) from error
-        class_id = dataset_info.class_of_category_id.get(category_id)
-        if class_id is None:
-            raise UserError(
-                f"segment {segment_id} has category_id {category_id}, which 'categories' does not list (those of "
-                f"'{dataset_info.name}' count); add it there, or correct the segment."
-            )
-        if segment_id == 0:
-            raise UserError("a segment has id 0, which stands for unlabeled pixels; use another id.")
-        if segment_id in parsed:
-            raise UserError(f"'segments_info' lists id {segment_id} more than once; ids must differ: correct the JSON.")
-        parsed[segment_id] = Segment(segment_id, class_id, is_crowd, area)
+    for position, entry in enumerate(segments):
+        with fault():
+            segment = _parse_segment(entry, position, dataset_info)
+            if segment.id in parsed:
+                raise UserError(
+                    f"'segments_info' lists id {segment.id} more than once; ids must differ: correct the JSON."
+                )
+            parsed[segment.id] = segment
     return list(parsed.values())
+
+
+def _parse_segment(segment: Any, position: int, dataset_info: DatasetInfo) -> Segment:
+    try:
+        segment_id, category_id = whole_number(segment["id"]), whole_number(segment["category_id"])
+        crowd = segment.get("iscrowd", 0)
+        is_crowd = bool(whole_number(0 if crowd is None else crowd, 0, 1))
+        area = segment.get("area")
+        area = None if area is None else float(area)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(
+            f"entry {position} of 'segments_info' lacks a whole number 'id' or 'category_id', or has an 'area' "
+            "that is no number, or an 'iscrowd' that is not 0 or 1."
+        ) from error
+    class_id = dataset_info.class_of_category_id.get(category_id)
+    if class_id is None:
+        raise UserError(
+            f"segment {segment_id} has category_id {category_id}, which 'categories' does not list (those of "
+            f"'{dataset_info.name}' count); add it there, or correct the segment."
+        )
+    if segment_id == 0:
+        raise UserError("a segment has id 0, which stands for unlabeled pixels; use another id.")
+    return Segment(segment_id, class_id, is_crowd, area)
+
+
+def keep_matching(ids: np.ndarray, segments: Sequence[Segment]) -> tuple[np.ndarray, list[Segment]]:
+    """Makes a map and a list agree: ids that are not in the list become void, segments without pixels are removed.
+
+    Args:
+        ids: int32 [H, W], segment ids, 0 for void.
+        segments: The list.
+
+    Returns:
+        The map, int32 [H, W], and the list.
+    """
+    listed = [segment.id for segment in segments]
+    ids = np.where(np.isin(ids, listed), ids, 0)
+    present = set(np.unique(ids).tolist())
+    return ids, [segment for segment in segments if segment.id in present]
 
 
 def ids_to_panoptic(

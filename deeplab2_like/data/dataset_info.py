@@ -54,6 +54,8 @@ class DatasetInfo:
         record_offset: Number that the records of the data set add to the class ids; smaller class ids are void there.
             It is 1 for DeepLab2's records of COCO, where 0 is void and the classes count from 1. `pipeline` subtracts
             it when it reads a record, so all other code sees maps as described above.
+        bit_depth: Number of bits that the images use where they have more than 8 bits per channel, of which the upper 8
+            were kept, see `images.decode_image`; None: there are no such images.
     """
 
     name: str = dataclasses.field(compare=False)
@@ -61,6 +63,7 @@ class DatasetInfo:
     label_divisor: int = 1000
     ignore_label: int = 255
     record_offset: int = 0
+    bit_depth: int | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.categories:
@@ -126,7 +129,8 @@ class DatasetInfo:
         """Reads the `categories` list of a COCO panoptic JSON; nothing else is needed from the user.
 
         Args:
-            categories: Mappings with `id`, `name`, `isthing`, and optionally `color` (generated if absent).
+            categories: Mappings with `id`, `name`, `isthing`, and optionally `color` (generated if absent):
+                red, green and blue, or as in "#4682b4".
             name: The data set's name, used in messages.
             label_divisor: Must be larger than the number of instances of a class in any image.
 
@@ -149,7 +153,10 @@ class DatasetInfo:
             try:
                 if not isinstance(category["name"], str) or not category["name"].strip():
                     raise TypeError(f"name {category['name']!r}")
-                red, green, blue = category.get("color") or _generate_color(position)
+                color = category.get("color") or generate_color(position)
+                if isinstance(color, str):  # Such as "#4682b4".
+                    color = bytes.fromhex(color.removeprefix("#"))
+                red, green, blue = color
                 parsed.append(
                     Category(
                         id=whole_number(category["id"]),
@@ -187,6 +194,7 @@ class DatasetInfo:
             "label_divisor": self.label_divisor,
             "ignore_label": self.ignore_label,
             **({"record_offset": self.record_offset} if self.record_offset else {}),
+            **({} if self.bit_depth is None else {"bit_depth": self.bit_depth}),
             "categories": self.to_coco_categories(),
         }
 
@@ -204,6 +212,7 @@ class DatasetInfo:
             info,
             ignore_label=whole_number(content["ignore_label"]),
             record_offset=whole_number(content.get("record_offset", 0)),
+            bit_depth=whole_number(content["bit_depth"], 8, 32) if "bit_depth" in content else None,
         )
 
     @classmethod
@@ -229,25 +238,31 @@ class DatasetInfo:
 
 
 def whole_number(value: Any, low: int | None = None, high: int | None = None) -> int:
-    """Reads a whole number from a JSON value: 7, 7.0 or "7", and for 0 and 1 also false and true.
+    """Reads a whole number from a JSON value: 7, 7.0, "7" or "7.0", and for 0 and 1 also false and true.
 
     Args:
         value: The value.
-        low: Smallest number allowed; None: no limit.
-        high: Largest number allowed; None: no limit.
+        low: Smallest number allowed; None: that of 64 bits.
+        high: Largest number allowed; None: that of 64 bits.
 
     Raises:
         TypeError, ValueError or OverflowError: If it is not a whole number, or not in `low`..`high`.
     """
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            value = float(value)
     number = int(value)
     if isinstance(value, float) and number != value:
         raise ValueError(f"{value} is no whole number")
-    if (low is not None and number < low) or (high is not None and number > high):
+    low, high = -(2**63) if low is None else low, 2**63 - 1 if high is None else high
+    if not low <= number <= high:
         raise ValueError(f"{number} is not in {low}..{high}")
     return number
 
 
-def _generate_color(position: int) -> tuple[int, int, int]:
+def generate_color(position: int) -> tuple[int, int, int]:
     """Returns a color for a class; steps of the golden ratio around the hue circle keep neighboring classes apart."""
     import colorsys
 

@@ -3,8 +3,9 @@
 Importing this module does not import TensorFlow; only decoding a photograph does.
 """
 
-import io
 import os
+import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -13,13 +14,38 @@ from PIL import Image
 
 from deeplab2_like.data import panoptic_label
 from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE
-from deeplab2_like.data.exif import apply_orientation, find_orientation, is_tiff, without_orientation
+from deeplab2_like.data.exif import apply_orientation, find_orientation, undo_orientation
+from deeplab2_like.data.image_headers import (
+    PNG_SIGNATURE,
+    bits_per_channel,
+    count_frames,
+    is_white_zero,
+    open_image,
+)
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import list_files, read_file, require_local, write_atomically
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 _JPEG_QUALITY = 95
+_IMAGE = "image, or cut short; use a whole JPEG, PNG, BMP, GIF, WebP or TIFF file"
+_PNG = "PNG, or cut short"
+_LABEL = "PNG, BMP, GIF or TIFF file, or cut short"
+# What Pillow and OpenCV raise for damaged files; warnings only where the process turns them into errors.
+_DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, cv2.error),
+    UserWarning,
+)
+
+# Files that may have more than 8 bits per channel, and the numbers of bits that cameras and microscopes use.
+_WIDE_SUFFIXES = (".png", ".tif", ".tiff")
+_BIT_DEPTHS = (8, 10, 12, 14, 16, 24, 32)
+
+# Formats that may change the values of pixels, so that they are of no use for labels, and their suffixes. A TIFF may be
+# compressed by one of them.
+_LOSSY_FORMATS = {"JPEG": (".jpeg", ".jpg"), "WEBP": (".webp",)}
+LOSSY_SUFFIXES = tuple(suffix for suffixes in _LOSSY_FORMATS.values() for suffix in suffixes)
+_LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "tiff_sgilog", "tiff_sgilog24", "webp")
 
 
 def list_images(path: Path, *, recursive: bool = False) -> list[Path]:
@@ -56,11 +82,12 @@ def list_images(path: Path, *, recursive: bool = False) -> list[Path]:
 # --- Photographs. -----------------------------------------------------------------------------------------------------
 
 
-def read_image(file: Path) -> np.ndarray:
+def read_image(file: Path, *, bit_depth: int | None = None) -> np.ndarray:
     """Reads an image file in its EXIF orientation.
 
     Args:
         file: A JPEG, PNG, BMP, GIF, WebP or TIFF file.
+        bit_depth: See `decode_image`.
 
     Returns:
         uint8 [H, W, 3], RGB.
@@ -68,42 +95,123 @@ def read_image(file: Path) -> np.ndarray:
     Raises:
         UserError: If the file cannot be read or decoded.
     """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"Image '{file}' cannot be read ({error.strerror}); check the file.") from error
-    return apply_orientation(decode_image(content, str(file)), find_orientation(content))
+    content = read_file(file, "the image")
+    return apply_orientation(decode_image(content, str(file), bit_depth=bit_depth), find_orientation(content))
 
 
-def decode_image(content: bytes, name: str) -> np.ndarray:
-    """Decodes the content of an image file exactly as training does.
+def decode_image(content: bytes, name: str, *, bit_depth: int | None = None) -> np.ndarray:
+    """Decodes the content of an image file; JPEGs and RGB PNGs exactly as training does.
 
     The EXIF orientation is ignored, as it is when records are read.
 
     Args:
-        content: A whole JPEG, PNG, BMP, GIF (first frame), WebP or TIFF file. Gray becomes RGB, an alpha channel is
-            dropped, and 16-bit channels keep their upper eight bits.
+        content: A whole JPEG, PNG, BMP, GIF, WebP or TIFF file; of an animation the first frame. Gray becomes RGB, and
+            an alpha channel is dropped.
         name: The file name for error messages.
+        bit_depth: Number of bits that images of more than 8 bits per channel use, of which the upper 8 are kept; None:
+            16. Floating-point values must be in 0..1.
 
     Returns:
         uint8 [H, W, 3], RGB.
 
     Raises:
-        UserError: If the content is not a whole image.
+        UserError: If the content is not a whole image, or has more pixels than the limit or values above `bit_depth`.
     """
+    image = open_image(content, f"'{name}'", kind=_IMAGE)
+    if is_jpeg(content) or is_rgb_jpeg_or_png(content):  # Records keep these, so training must be able to read them.
+        return _decode_with_tensorflow(content, name)
+    try:
+        pages = count_frames(image) if image.format == "TIFF" else 1
+        wide = _read_wide(image, content)
+        pixels = np.array(image.convert("RGB")) if wide is None else np.empty(0)
+    except _DECODING_ERRORS as error:
+        raise UserError(f"'{name}' is not a readable {_IMAGE}.") from error
+    if pages > 1:
+        raise UserError(f"'{name}' has {pages} pages; save the page to use as an image file of its own.")
+    if wide is not None:
+        pixels = _to_8_bits(wide, bit_depth or 16, name, invert=is_white_zero(image))
+    # Pillow and OpenCV turn a TIFF by its orientation, and only a TIFF.
+    return undo_orientation(pixels, find_orientation(content)) if image.format == "TIFF" else pixels
+
+
+def find_bit_depth(files: Iterable[Path]) -> int | None:
+    """Finds the number of bits that images use of more than 8 bits per channel, from their largest value.
+
+    Images of 12 or 14 bits are stored with 16, and no file says so.
+
+    Args:
+        files: Image files; unreadable ones, which fail later, do not count.
+
+    Returns:
+        The smallest of 8, 10, 12, 14, 16, 24 and 32 that holds the largest value; None if there are no such images.
+    """
+    largest = -1
+    for file in files:
+        if file.suffix.lower() not in _WIDE_SUFFIXES or not file.is_file():
+            continue
+        try:
+            with file.open("rb") as stream:
+                start = stream.read(25)  # Byte 24 of a PNG is the number of bits; most need no more reading.
+            if start.startswith(PNG_SIGNATURE) and start[24:] <= b"\x08":
+                continue
+            content = read_file(file, "the image")
+            wide = _read_wide(open_image(content, str(file), kind=_IMAGE), content)
+        except (UserError, *_DECODING_ERRORS):
+            continue
+        if wide is not None and wide.dtype.kind != "f":
+            largest = max(largest, int(wide.max()))
+    return None if largest < 0 else next((bits for bits in _BIT_DEPTHS if largest < 2**bits), _BIT_DEPTHS[-1])
+
+
+def describe_bit_depth(bit_depth: int) -> str:
+    """Says how images of more than 8 bits per channel were read, see `find_bit_depth`."""
+    return (
+        f"Images with more than 8 bits per channel: taken as {bit_depth} bits, so that 0..{2**bit_depth - 1} became "
+        "0..255 (--bit-depth sets another number)."
+    )
+
+
+def _decode_with_tensorflow(content: bytes, name: str) -> np.ndarray:
     import tensorflow as tf  # Here, because evaluation of files starts faster without it.
 
-    if is_tiff(content):  # TensorFlow cannot read TIFF.
-        decoded = cv2.imdecode(np.frombuffer(without_orientation(content), np.uint8), cv2.IMREAD_COLOR)
-        if decoded is None:
-            raise UserError(f"'{name}' is not a readable TIFF image, or cut short; save it again.")
-        return np.ascontiguousarray(decoded[:, :, ::-1])
     try:
         return tf.io.decode_image(content, channels=3, expand_animations=False).numpy()
     except tf.errors.InvalidArgumentError as error:
-        raise UserError(
-            f"'{name}' is not a readable image, or cut short; use a whole JPEG, PNG, BMP, GIF, WebP or TIFF file."
-        ) from error
+        raise UserError(f"'{name}' is not a readable {_IMAGE}.") from error
+
+
+def _read_wide(image: Image.Image, content: bytes) -> np.ndarray | None:
+    """Reads an image of more than 8 bits per channel, [H, W] or [H, W, 3] RGB; None if it has 8 bits or fewer."""
+    if bits_per_channel(image, content) <= 8:
+        return None
+    if image.mode[0] in "IF":  # Gray, which Pillow reads as it is.
+        return np.asarray(image)
+    decoded = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)  # BGR or BGRA.
+    if decoded is None:
+        raise ValueError("OpenCV cannot read it")
+    return decoded if decoded.ndim == 2 else decoded[..., 2::-1]
+
+
+def _to_8_bits(values: np.ndarray, bit_depth: int, name: str, *, invert: bool) -> np.ndarray:
+    """Scales values of [H, W] or [H, W, 3] to uint8 [H, W, 3]; see `decode_image`."""
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f":
+        if not (low >= 0 and high <= 1):
+            raise UserError(
+                f"'{name}' has floating-point values of {low:g} to {high:g}; only 0 to 1 has a clear meaning: save it "
+                "with 8 or 16 bits."
+            )
+        pixels = np.round(values * 255).astype(np.uint8)
+    else:
+        if low < 0 or high >= 2**bit_depth:
+            raise UserError(
+                f"'{name}' has values of {low} to {high}, but {bit_depth} bits hold 0 to {2**bit_depth - 1}; give "
+                "another --bit-depth, or save the image with 8 bits."
+            )
+        pixels = (values >> (bit_depth - 8)).astype(np.uint8)
+    if invert:
+        pixels = 255 - pixels
+    return np.ascontiguousarray(np.broadcast_to(pixels[..., None], (*pixels.shape, 3)) if pixels.ndim == 2 else pixels)
 
 
 def is_jpeg(content: bytes) -> bool:
@@ -125,15 +233,16 @@ def is_rgb_jpeg_or_png(content: bytes) -> bool:
         except tf.errors.InvalidArgumentError:  # A damaged header that the decoder forgives.
             return False
     # Byte 24 of a PNG is the bit depth, byte 25 the color type, where 2 is RGB.
-    return content[:8] == b"\x89PNG\r\n\x1a\n" and content[24] == 8 and content[25] == 2
+    return content.startswith(PNG_SIGNATURE) and content[24] == 8 and content[25] == 2
 
 
-def turn_upright(content: bytes, name: str) -> bytes:
+def turn_upright(content: bytes, name: str, *, bit_depth: int | None = None) -> bytes:
     """Applies the EXIF orientation of an image file to its pixels.
 
     Args:
         content: A whole image file.
         name: The file name for error messages.
+        bit_depth: See `decode_image`.
 
     Returns:
         The same content if the image is upright already, else a PNG file of the turned image.
@@ -142,7 +251,9 @@ def turn_upright(content: bytes, name: str) -> bytes:
         UserError: If an image that has to be turned cannot be decoded.
     """
     orientation = find_orientation(content)
-    return content if orientation == 1 else encode_png(apply_orientation(decode_image(content, name), orientation))
+    if orientation == 1:
+        return content
+    return encode_png(apply_orientation(decode_image(content, name, bit_depth=bit_depth), orientation))
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:
@@ -205,12 +316,16 @@ def read_id_png(path: Path) -> np.ndarray:
         UserError: If the file is missing or damaged, or is not RGB with 8 bits per channel.
     """
     content = read_file(path, "the panoptic PNG")
+    if content and not content.startswith(PNG_SIGNATURE):  # Lossless files of another format hold the same colors.
+        return panoptic_label.rgb_to_ids(decode_label(content, f"'{path}'", colors=True).astype(np.int32))
+    if content:
+        open_image(content, f"'{path}'", kind=_PNG)  # Checks the size.
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:  # OpenCV raises it for an empty file only; otherwise it returns None.
         image = None
     if image is None:
-        raise UserError(f"'{path}' is not a readable PNG, or cut short.")
+        raise UserError(f"'{path}' is not a readable {_PNG}.")
     channels = 1 if image.ndim == 2 else image.shape[2]
     if channels != 3 or image.dtype != np.uint8:
         depth = "" if image.dtype == np.uint8 else f" of {8 * image.itemsize} bits"
@@ -236,7 +351,8 @@ def read_color_png(path: Path, what: str) -> np.ndarray:
     Raises:
         UserError: If the file is missing or damaged.
     """
-    return panoptic_label.rgb_to_ids(_read_png(path, what, "RGB").astype(np.int32))
+    colors = decode_label(read_file(path, f"the {what}"), f"the {what} '{path}'", colors=True)
+    return panoptic_label.rgb_to_ids(colors.astype(np.int32))
 
 
 def read_value_png(path: Path, what: str) -> np.ndarray:
@@ -252,7 +368,7 @@ def read_value_png(path: Path, what: str) -> np.ndarray:
     Raises:
         UserError: If the file is missing, damaged, or has colors without a palette.
     """
-    pixels = _read_png(path, what)
+    pixels = decode_label(read_file(path, f"the {what}"), f"the {what} '{path}'")
     if pixels.ndim != 2:
         raise UserError(
             f"the {what} '{path}' has {pixels.shape[2]} channels; it must be gray (8 or 16 bits) or have a palette, "
@@ -261,16 +377,41 @@ def read_value_png(path: Path, what: str) -> np.ndarray:
     return pixels.astype(np.int32)
 
 
-def _read_png(path: Path, what: str, mode: str | None = None) -> np.ndarray:
-    """Reads a PNG, [H, W] or [H, W, C], with Pillow, which keeps palette indices unless `mode` asks for colors."""
-    content = read_file(path, f"the {what}")
-    # Bytes 24 and 25 of a PNG are bit depth and color type. Pillow would scale gray of 2 or 4 bits to 0..255.
-    if mode is None and content[1:4] == b"PNG" and content[24:26] in (b"\2\0", b"\4\0"):
-        raise UserError(f"the {what} '{path}' is gray of {content[24]} bits; save it with 8 or 16 bits.")
+def decode_label(content: bytes, name: str, *, colors: bool = False) -> np.ndarray:
+    """Decodes the content of a label file, whose values must be exact.
+
+    Args:
+        content: A whole PNG, BMP, GIF or TIFF file.
+        name: Begins error messages, such as "the label PNG 'a.png'".
+        colors: Whether to return colors; otherwise a palette's indices.
+
+    Returns:
+        Colors: uint8 [H, W, 3] RGB. Otherwise the values as they are, [H, W], or [H, W, C] if the file has channels.
+
+    Raises:
+        UserError: If the file is damaged, is too large, or does not hold exact integers.
+    """
+    image = open_image(content, name, kind=_LABEL)
+    compression = str(image.info.get("compression"))
+    is_lossy_format = image.format in _LOSSY_FORMATS
+    if is_lossy_format or compression in _LOSSY_COMPRESSIONS:
+        kind = image.format if is_lossy_format else f"TIFF with {compression} compression"
+        raise UserError(f"{name} is a {kind}, which may change the values of pixels; export the label again as PNG.")
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(image if mode is None else image.convert(mode))
-    except Image.DecompressionBombError as error:
-        raise UserError(f"the {what} '{path}' is too large ({error}); cut image and label into parts.") from error
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's errors for damaged files.
-        raise UserError(f"the {what} '{path}' is not a readable PNG, or cut short.") from error
+        frames = count_frames(image)
+        pixels = np.array(image.convert("RGB") if colors else image)
+    except _DECODING_ERRORS as error:
+        raise UserError(f"{name} is not a readable {image.format}, or cut short.") from error
+    if frames > 1:
+        raise UserError(f"{name} has {frames} frames or pages; save the one to use as a PNG.")
+    bits = bits_per_channel(image, content)
+    if image.mode == "F":
+        raise UserError(f"{name} has floating-point values; save it as integers of 8 or 16 bits.")
+    if colors and (bits > 8 or image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA")):
+        raise UserError(f"{name} is {image.mode} of {bits} bits, not colors; save it as RGB with 8 bits per channel.")
+    # Pillow would scale gray of 2 or 4 bits to 0..255, and invert values if 0 is white.
+    if not colors and bits in (2, 4) and image.mode == "L":
+        raise UserError(f"{name} is gray of {bits} bits; save it with 8 or 16 bits.")
+    if is_white_zero(image):
+        raise UserError(f"{name} is a TIFF in which 0 is white, so its values are inverted; save it as PNG.")
+    return pixels

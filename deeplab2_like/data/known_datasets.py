@@ -3,7 +3,11 @@
 Ids, names and colors are those of the data sets' own tools. This module does not import TensorFlow.
 """
 
-from deeplab2_like.data.dataset_info import Category
+from pathlib import Path
+
+from deeplab2_like.data.dataset_info import FILE_NAME, Category, DatasetInfo
+from deeplab2_like.errors import UserError
+from deeplab2_like.files import read_json
 
 # https://github.com/mcordts/cityscapesScripts, helpers/labels.py: the classes that are evaluated, with their label ids.
 # The train id of a class is its position in this list.
@@ -171,6 +175,37 @@ COCO_PANOPTIC = tuple(
         (200, "rug-merged", False, (250, 141, 255)),
     )
 )
+
+# The data sets that a name stands for, as `convert` describes them in the records that it writes.
+DATA_SETS = {
+    "cityscapes": DatasetInfo("cityscapes", CITYSCAPES),
+    "coco": DatasetInfo("coco", COCO_PANOPTIC),
+}
+
+
+def find_data_set(name_or_file: str) -> DatasetInfo:
+    """Finds the classes of a data set.
+
+    Args:
+        name_or_file: One of `DATA_SETS`, or a JSON file: a `dataset_info.json`, or a COCO panoptic JSON.
+
+    Raises:
+        UserError: If the name is unknown, or the file does not describe a data set.
+    """
+    if not name_or_file.endswith(".json"):
+        if name_or_file not in DATA_SETS:
+            raise UserError(
+                f"Data set '{name_or_file}' is unknown; give {', '.join(DATA_SETS)}, or a file that ends in .json."
+            )
+        return DATA_SETS[name_or_file]
+    path = Path(name_or_file)
+    if path.name == FILE_NAME:
+        return DatasetInfo.load(path.parent)
+    content = read_json(path, "JSON file of the data set")
+    if not isinstance(content, dict) or not isinstance(content.get("categories"), list):
+        raise UserError(f"'{path}' has no list 'categories'; give a {FILE_NAME} or a COCO panoptic JSON.")
+    return DatasetInfo.from_coco_categories(content["categories"], name=path.stem)
+
 
 # http://sceneparsing.csail.mit.edu: the 150 classes of ADE20K's challenge. The id of a class in the PNGs is its
 # position in this list, counted from 1.

@@ -27,7 +27,9 @@ _PNG_SIGNATURE = b"\x89PNG"
 _IMAGE_SIGNATURES = (b"\xff\xd8\xff", _PNG_SIGNATURE, b"GIF8", b"BM", b"RIFF")
 
 
-def serialize_example(*, image: bytes | np.ndarray, panoptic: np.ndarray, filename: str) -> bytes:
+def serialize_example(
+    *, image: bytes | np.ndarray, panoptic: np.ndarray, filename: str, bit_depth: int | None = None
+) -> bytes:
     """Serializes one record; `parse_example` is the inverse.
 
     Args:
@@ -35,6 +37,7 @@ def serialize_example(*, image: bytes | np.ndarray, panoptic: np.ndarray, filena
             again as RGB PNG; or the pixels, uint8 [H, W, 3] RGB.
         panoptic: int [H, W], panoptic map with values 0..2**24 - 1.
         filename: The image's file name; `parse_example` returns it as `image_id`.
+        bit_depth: For image files of more than 8 bits per channel, see `decode_image`.
 
     Returns:
         The serialized `tf.train.Example`; equal input gives equal bytes.
@@ -43,7 +46,7 @@ def serialize_example(*, image: bytes | np.ndarray, panoptic: np.ndarray, filena
         UserError: If the image cannot be read, or image and label do not fit each other or the format.
     """
     if isinstance(image, bytes):
-        pixels = decode_image(image, filename)
+        pixels = decode_image(image, filename, bit_depth=bit_depth)
         encoded = image if is_rgb_jpeg_or_png(image) else encode_png(pixels)
     else:
         pixels, encoded = image, encode_png(image)
@@ -111,7 +114,11 @@ def parse_example(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
         _starts_with(features[_ENCODED], *_IMAGE_SIGNATURES),
         lambda: ["image '", name, "' is not a JPEG, PNG, GIF, BMP or WebP file."],
     )
-    with tf.control_dependencies([known_image]):
+    readable_image = require(
+        is_readable_by_tensorflow(features[_ENCODED]),
+        lambda: ["image '", name, "' is a BMP with a palette or few bits, which is misread; make its record as PNG."],
+    )
+    with tf.control_dependencies([known_image, readable_image]):
         # Animated files would have rank 4.
         image = tf.io.decode_image(features[_ENCODED], channels=3, expand_animations=False)
     image.set_shape([None, None, 3])
@@ -135,6 +142,16 @@ def parse_example(serialized: tf.Tensor) -> dict[str, tf.Tensor]:
     with tf.control_dependencies([equal_size]):
         panoptic = tf.identity(panoptic)
     return {"image": image, "panoptic": panoptic, "image_id": name}
+
+
+def is_readable_by_tensorflow(content: tf.Tensor) -> tf.Tensor:
+    """Returns whether an image file, string [], is not a BMP that TensorFlow misreads; bool []. Runs in a graph.
+
+    TensorFlow takes the indices of a palette for gray values. It reads BMPs of 24 and 32 bits per pixel.
+    """
+    # Byte 28 of a BMP is the number of bits; a file that ends before it is faulty anyway.
+    bits = tf.strings.substr(tf.strings.join([content, "\0" * 30]), 28, 2)
+    return ~_starts_with(content, b"BM") | _starts_with(bits, b"\x18\0", b"\x20\0")
 
 
 def _require_feature(features: dict[str, tf.Tensor], key: str, name: tf.Tensor) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from deeplab2_like.data.coco_segments import Segment, ids_to_panoptic, parse_segments
+from deeplab2_like.data.convert.coco_json import number_or_text
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import read_id_png, write_png
 from deeplab2_like.data.label_runs import list_segments
@@ -231,6 +232,8 @@ class CocoPanopticReader:
             self._check_categories(content.get("categories"))
         self.annotations: dict[int | str, Mapping[str, Any]] = {}
         for position, annotation in enumerate(content["annotations"]):
+            if isinstance(annotation, dict) and "image_id" in annotation:
+                annotation["image_id"] = number_or_text(annotation["image_id"])
             for key, kind in (("image_id", (int, str)), ("file_name", str), ("segments_info", list)):
                 if not isinstance(annotation, dict) or not isinstance(annotation.get(key), kind):
                     raise UserError(

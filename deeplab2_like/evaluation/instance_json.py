@@ -159,7 +159,8 @@ class InstanceAnnotations:
 
     def _read_object(self, annotation: dict[str, Any], position: int, size: tuple[int, int]) -> dict[str, Any]:
         shape = read_shape(annotation, position, size, self._info)
-        area, box = annotation.get("area"), annotation.get("bbox")
+        area, box = _to_number(annotation.get("area")), annotation.get("bbox")
+        box = [_to_number(side) for side in box] if isinstance(box, list) else box
         box = mask_utils.toBbox(shape.runs).tolist() if box is None else box
         area = float(mask_utils.area(shape.runs)) if area is None else area
         is_box = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) >= 0
@@ -179,3 +180,11 @@ class InstanceAnnotations:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _to_number(value: Any) -> Any:
+    """Returns a number that some tools write as text; other values as they are."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

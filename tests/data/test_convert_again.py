@@ -140,10 +140,10 @@ def test_second_run(
         assert main([*command, *more]) == 0
         return capsys.readouterr().out
 
-    unchanged = "Split 'train': 1 examples, 0 skipped. It already exists"
+    unchanged = "Split 'train': 1 image, 0 skipped. It already exists"
     first = said("--check")
-    assert "Split 'train': 1 examples, 0 skipped.\n" in first
-    assert "train: 1 images" in first  # Of the check.
+    assert "Split 'train': 1 image, 0 skipped.\n" in first
+    assert "train: 1 image," in first  # Of the check.
     assert unchanged in said()
     assert unchanged in said("--check")
     assert unchanged not in said("--max-side", "2")

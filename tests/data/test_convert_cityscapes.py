@@ -202,7 +202,7 @@ def test_faulty_image_stops_or_is_skipped(source: Source, damage: Any, message: 
     with pytest.raises(UserError, match=r"^Image 'aachen_000000_000019_leftImg8bit\.png' of '.*train': .*" + message):
         source.convert(splits=["train"])
     assert not (source.folder / "records").exists()
-    (report,) = source.convert(splits=["train"], on_error="skip")
+    (report,) = source.convert(splits=["train"], on_error="skip-image")
     assert (report.examples, len(report.skipped)) == (1, 1)
     assert [example["image_id"] for example in source.examples("train")] == [b"ulm_000001_000019_leftImg8bit.png"]
 
@@ -228,9 +228,9 @@ def test_command(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["convert", "cityscapes", "--root", source.root, "--splits", "train", "--output-dir", records]
     assert main([str(argument) for argument in arguments]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["Split 'train': 2 examples, 0 skipped.", f"Records are in {records}"]
+    assert lines[:2] == ["Split 'train': 2 images, 0 skipped.", f"Records are in {records}"]
     # Of 12 pixels per image: 2 road, 1 sky, 3 of cars, of which two are single, 3 of two bicycles, and 3 void.
-    assert lines[3] == "train: 2 images, 25.0% of the pixels void"
+    assert lines[3] == "train: 25.0% of the pixels are void"
     assert [line.split() for line in lines[5:11] if "─" not in line] == [
         ["class", "kind", "objects", "pixels"],
         ["road", "stuff", "16.7%"],
@@ -242,7 +242,12 @@ def test_command(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[12].endswith(
         "; person (thing); rider (thing); truck (thing); bus (thing); train (thing); motorcycle (thing)"
     )
-    assert len(lines) == 13
+    assert lines[13:] == [
+        "Lost (not a class of the data set, so void): label id 0, 8.3% of the pixels; label id 4, 8.3% of the pixels; "
+        "label id 29, 8.3% of the pixels",
+        "Lost (crowd regions, which are not objects): car, 8.3% of the pixels",
+        "Warning: 15 of 19 classes have no pixels in split 'train', see above.",
+    ]
 
 
 @pytest.mark.parametrize("field", ["file_name", "image_id"])

@@ -230,7 +230,7 @@ def test_faulty_image_stops_or_is_skipped(source: Source, damage: Any, message: 
     damage(source)
     with pytest.raises(UserError, match=r"^Image 'b\.png' of '.*instances_val\.json': .*" + message):
         source.convert()
-    report = source.convert(on_error="skip")
+    report = source.convert(on_error="skip-image")
     assert (report.examples, len(report.skipped)) == (1, 1)
     np.testing.assert_array_equal(source.labels(), [PANOPTIC])
 
@@ -242,10 +242,16 @@ def test_crowds_may_be_written_in_other_ways(source: Source) -> None:
     np.testing.assert_array_equal(source.labels(), [PANOPTIC, PANOPTIC])
 
 
-@pytest.mark.parametrize("height", [10**9, -3])
-def test_a_size_that_no_image_has(source: Source, height: int) -> None:
+@pytest.mark.parametrize(
+    ("height", "message"),
+    [
+        (10**9, r"its label has 1000000000 x 6 pixels \(height x width\), more than the limit of 178956970; cut it"),
+        (-3, r"its height and width are given as -3 and 6, which is impossible; correct them\.$"),
+    ],
+)
+def test_a_size_that_no_image_has(source: Source, height: int, message: str) -> None:
     source.content["images"][1]["height"] = height
-    with pytest.raises(UserError, match=rf"height and width are given as {height} and 6, which is impossible"):
+    with pytest.raises(UserError, match=message):
         source.convert()
 
 
@@ -259,11 +265,11 @@ def test_a_json_without_annotations_is_refused(source: Source) -> None:
 
 def test_unmatched_entries_are_named(source: Source) -> None:
     source.content["annotations"][0]["image_id"] = 7
-    del source.content["images"][1]["height"]
+    del source.content["images"][1]["id"]
     report = source.convert(on_error="skip")
     assert report.examples == 1
     assert "entry 0 of 'annotations' has image_id 7, which 'images' does not list" in report.skipped[1]
-    assert "entry 1 of 'images' lacks 'id', 'file_name', 'height' or 'width'" in report.skipped[0]
+    assert "entry 1 of 'images' lacks 'id' or 'file_name'" in report.skipped[0]
 
 
 def test_unknown_stuff_suggests_a_name(source: Source) -> None:
@@ -289,7 +295,12 @@ def test_command(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     command = ["convert", "coco-instances", *arguments, "--output-dir", source.folder / "records", "--split", "mine"]
     assert main([str(word) for word in command]) == 0
-    assert "Split 'mine': 2 examples, 0 skipped." in capsys.readouterr().out
+    assert "Split 'mine': 2 images, 0 skipped." in capsys.readouterr().out
+    # A folder of another machine is looked for beside the JSON.
+    command[3] = Path("/data/of/somebody/images")
+    assert main([str(word) for word in command]) == 0
+    found = source.folder / "images"
+    assert f"'/data/of/somebody/images' does not exist; using '{found}', beside the JSON." in capsys.readouterr().out
 
 
 def test_run_lengths_are_unpacked() -> None:

@@ -63,7 +63,8 @@ class Source:
             "json_file": self.folder / json_name,
             "output_dir": self.folder / "records",
         }
-        return coco_panoptic.convert_coco_panoptic(**(arguments | changes))
+        (report,) = coco_panoptic.convert_coco_panoptic(**(arguments | changes))
+        return report
 
     def examples(self, split="train"):
         folder = self.folder / "records"
@@ -174,10 +175,14 @@ def test_split_is_guessed_from_the_file_name(source, json_name, split):
 @pytest.mark.parametrize("json_name", ["a/valuable.json", "a/labels.json", "trainer/trainval2017.json", "a/devé.json"])
 def test_split_must_be_given_if_no_word_tells_it(source, json_name):
     (source.folder / json_name).parent.mkdir()
+    # An empty record folder gets "train"; the same source again is the same split.
+    for _ in range(2):
+        assert source.convert(json_name).split == "train"
+    source.convert(json_name, split="mine")
     message = r"neither the name nor that of the folder above has one of the words train, training, val.*with --split"
     with pytest.raises(UserError, match=message):
         source.convert(json_name)
-    assert not (source.folder / "records").exists()
+    assert list_splits(source.folder / "records") == ["mine", "train"]
 
 
 def test_split_name_can_be_given(source):
@@ -370,7 +375,7 @@ def test_faulty_image_stops_or_is_skipped(source, damage, message):
         source.convert()
     assert records(source.folder / "records") == {}
 
-    report = source.convert(on_error="skip")
+    report = source.convert(on_error="skip-image")
     assert report.examples == 2
     assert len(report.skipped) == 1
     assert "'b.png'" in report.skipped[0]
@@ -435,7 +440,7 @@ def test_missing_folder_is_named(source, argument, what):
 
 
 def test_missing_json_is_named(source):
-    with pytest.raises(UserError, match=r"JSON file '.*absent\.json' cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"JSON '.*absent\.json' cannot be read \(No such file"):
         source.convert(json_file=source.folder / "absent.json")
 
 
@@ -464,7 +469,9 @@ def test_output_folder_that_cannot_be_made_is_named(source):
 
 
 def test_unknown_on_error_is_refused(source):
-    with pytest.raises(UserError, match=r"Unknown value of on_error 'ignore'.*Known: skip, stop"):
+    with pytest.raises(
+        UserError, match=r"Unknown value of on_error 'ignore'.*Known: skip, skip-annotation, skip-image, stop"
+    ):
         source.convert(on_error="ignore")
 
 

@@ -76,6 +76,64 @@ def test_a_value_without_a_class_is_named(semantic: dict[str, Any]) -> None:
     assert DatasetInfo.load(semantic["images"].parent / "other").num_classes == 1
 
 
+def test_linked_folders_are_followed(semantic: dict[str, Any]) -> None:
+    for name in ("images", "labels"):
+        (semantic[name] / "more").rename(semantic[name].parent / f"real_{name}")
+        (semantic[name] / "more").symlink_to(semantic[name].parent / f"real_{name}")
+    convert_semantic_pngs(**semantic)
+    assert [example["image_id"] for example in examples(semantic["output_dir"])] == [b"a.png", b"more/b.png"]
+
+
+def write_wide(path: Path, largest: int) -> None:
+    """A gray image of 16 bits with zeros and one value."""
+    cv2.imwrite(str(path), np.array([[0, 0, 0], [0, 0, largest]], np.uint16))
+
+
+def test_images_of_12_bits_are_scaled(semantic: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    write_wide(semantic["images"] / "a.png", 1000)
+    write_wide(semantic["images"] / "more" / "b.png", 4095)
+    arguments = [
+        f"--{name.replace('_', '-')}={semantic[name]}" for name in ("images", "labels", "classes", "output_dir")
+    ]
+    assert main(["convert", "semantic-pngs", *arguments, "--split=train"]) == 0
+    assert "more than 8 bits per channel: taken as 12 bits, so that 0..4095 became 0..255" in capsys.readouterr().out
+    # The upper 8 of 12 bits: 1000 // 16 and 4095 // 16. Pixels of both images are scaled by the same rule.
+    assert [example["image"][1, 2, 0] for example in examples(semantic["output_dir"])] == [62, 255]
+    assert DatasetInfo.load(semantic["output_dir"]).bit_depth == 12
+    # Another split, whose values are smaller, is scaled like the first.
+    write_wide(semantic["images"] / "more" / "b.png", 1000)
+    convert_semantic_pngs(**(semantic | {"split": "val"}))
+    assert [example["image"][1, 2, 0] for example in examples(semantic["output_dir"], "val")] == [62, 62]
+    with pytest.raises(
+        UserError, match=r"holds other splits whose images were scaled from 12 bits to 8; give --bit-de"
+    ):
+        convert_semantic_pngs(**(semantic | {"split": "val"}), bit_depth=16)
+
+
+def test_bit_depth_is_an_option(semantic: dict[str, Any]) -> None:
+    write_wide(semantic["images"] / "a.png", 1000)
+    convert_semantic_pngs(**semantic, bit_depth=16)
+    assert examples(semantic["output_dir"])[0]["image"][1, 2, 0] == 1000 // 256
+    convert_semantic_pngs(**semantic, bit_depth=10)  # Another option replaces the split.
+    assert examples(semantic["output_dir"])[0]["image"][1, 2, 0] == 1000 // 4
+    with pytest.raises(UserError, match=r"has values of 0 to 1000, but 9 bits hold 0 to 511; give another --bit-depth"):
+        convert_semantic_pngs(**semantic, bit_depth=9)
+    with pytest.raises(UserError, match=r"bit_depth must be 8 to 32, got 7\."):
+        convert_semantic_pngs(**semantic, bit_depth=7)
+
+
+def test_lossy_labels_are_named_before_anything_is_read(semantic: dict[str, Any]) -> None:
+    Image.new("L", (3, 2)).save(semantic["labels"] / "a.jpg")
+    with pytest.raises(
+        UserError, match=r"The label '.*a\.jpg' is of a lossy format, which changes the values of pixels;"
+    ):
+        convert_semantic_pngs(**semantic, label_ending=".jpg")
+    # A JPEG under the name of a PNG is found when it is read.
+    (semantic["labels"] / "a.jpg").replace(semantic["labels"] / "a.png")
+    with pytest.raises(UserError, match=r"the label PNG '.*a\.png' is a JPEG, which may change the values of pixels"):
+        convert_semantic_pngs(**semantic)
+
+
 def test_gray_of_few_bits_is_refused(semantic: dict[str, Any]) -> None:
     """Pillow would read 1 of 2 bits as 85."""
 
@@ -133,7 +191,7 @@ def test_an_orientation_that_sizes_do_not_tell_is_refused(semantic: dict[str, An
 def test_semantic_command(semantic: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in semantic.items()]
     assert main(["convert", "semantic-pngs", *arguments, "--split", "val", "--ignore", "255", "3"]) == 0
-    assert "Split 'val': 2 examples, 0 skipped." in capsys.readouterr().out
+    assert "Split 'val': 2 images, 0 skipped." in capsys.readouterr().out
 
 
 def test_split_is_guessed_from_the_folders(semantic: dict[str, Any]) -> None:
@@ -238,7 +296,7 @@ def test_cvat_command(cvat: dict[str, Any], capsys: pytest.CaptureFixture[str]) 
     cvat["root"] = cvat["root"].rename(cvat["root"].with_name("export_train"))
     arguments = ["--root", cvat["root"], "--output-dir", cvat["output_dir"], "--images", cvat["root"] / "pictures"]
     assert main([str(word) for word in ("convert", "cvat-masks", *arguments, "--stuff", "grass")]) == 0
-    assert "Split 'train': 1 examples, 0 skipped." in capsys.readouterr().out
+    assert "Split 'train': 1 image, 0 skipped." in capsys.readouterr().out
 
 
 # ADE20K.
@@ -312,7 +370,7 @@ def test_ade20k_faults_are_named(ade20k: dict[str, Any]) -> None:
 def test_ade20k_command(ade20k: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--root", str(ade20k["root"]), "--output-dir", str(ade20k["output_dir"]), "--splits", "val"]
     assert main(["convert", "ade20k", *arguments]) == 0
-    assert "Split 'val': 1 examples, 0 skipped." in capsys.readouterr().out
+    assert "Split 'val': 1 image, 0 skipped." in capsys.readouterr().out
 
 
 def test_sizes_of_the_known_lists() -> None:

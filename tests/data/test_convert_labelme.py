@@ -232,9 +232,10 @@ PICTURE = base64.b64encode(encode_png(np.ones((2, 2), np.uint8))).decode()
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damaged(imageHeight=None), "lacks 'imageHeight' or 'imageWidth'; save it again in labelme"),
+        (damaged(imageHeight="high"), "has imageHeight 'high' and imageWidth 8, which are no whole numbers; save it"),
         (damaged(imageHeight=6), "is 5x8 but its label is 6x8"),
-        (damaged(imageHeight=10**9), "its height and width are given as 1000000000 and 8, which is impossible"),
+        (damaged(imageHeight=0), "its height and width are given as 0 and 8, which is impossible; correct them"),
+        (damaged(imageHeight=10**9), r"its label has 1000000000 x 8 pixels \(height x width\), more than the limit of"),
         (no_json, "it has no JSON of the same name beside it; label it in labelme, or move it"),
         (no_image, r"the image '.*a\.png' cannot be read \(No such file"),
         (
@@ -269,7 +270,7 @@ def test_faulty_image_stops_or_is_skipped(source: Source, damage: Any, message: 
     damage(source)
     with pytest.raises(UserError, match=r"^Image 'a\.png' of '.*labels': .*" + message):
         source.convert()
-    report = source.convert(on_error="skip")
+    report = source.convert(on_error="skip-image")
     assert (report.examples, len(report.skipped)) == (1, 1)
     assert [example["image_id"] for example in source.examples()] == [b"b.png"]
 
@@ -296,13 +297,14 @@ def test_a_folder_without_json_is_named(source: Source) -> None:
 
 def test_no_image_path_is_named(source: Source) -> None:
     source.write("a", SHAPES, imagePath=None)
-    with pytest.raises(UserError, match="its JSON has no 'imagePath'; save it again in labelme"):
+    (source.root / "a.png").unlink()
+    with pytest.raises(UserError, match=r"a\.json' has no 'imagePath', and no image of its name is beside it; save it"):
         source.convert()
 
 
 def test_command(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--root", source.root, "--output-dir", source.folder / "records", "--stuff", "road", "--split", "val"]
     assert main([str(word) for word in ("convert", "labelme", *arguments, "--overlap", "later-on-top")]) == 0
-    assert "Split 'val': 2 examples, 0 skipped." in capsys.readouterr().out
+    assert "Split 'val': 2 images, 0 skipped." in capsys.readouterr().out
     assert main([str(word) for word in ("convert", "labelme", *arguments, "--stuff", "roads")]) == 2
     assert "Unknown class in the list of stuff 'roads'. Did you mean 'road'?" in capsys.readouterr().err

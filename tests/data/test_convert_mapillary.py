@@ -138,5 +138,5 @@ def test_command(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     source.add("config_v1.2.json", "v1.2/instances")
     arguments = ["--root", source.root, "--output-dir", source.folder / "records", "--version", "1.2", "--max-side", 2]
     assert main([str(word) for word in ("convert", "mapillary", *arguments)]) == 0
-    assert "Split 'val': 1 examples, 0 skipped." in capsys.readouterr().out
+    assert "Split 'val': 1 image, 0 skipped." in capsys.readouterr().out
     assert source.labels("val")[0].shape == (1, 2)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deeplab2_like.data.dataset_info import FILE_NAME, Category, DatasetInfo
+from deeplab2_like.data.dataset_info import FILE_NAME, Category, DatasetInfo, whole_number
 from deeplab2_like.errors import UserError
 
 CATEGORIES = [
@@ -52,9 +52,10 @@ def test_categories_come_back() -> None:
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
-    info = make_info(label_divisor=500, ignore_label=9, record_offset=1)
+    info = make_info(label_divisor=500, ignore_label=9, record_offset=1, bit_depth=12)
     info.save(tmp_path / "made")
     assert DatasetInfo.load(tmp_path / "made") == info
+    assert DatasetInfo.load(tmp_path / "made").bit_depth == 12  # Not a part of the comparison.
     assert [path.name for path in (tmp_path / "made").iterdir()] == [FILE_NAME]
 
 
@@ -150,3 +151,21 @@ def test_numbers_must_be_whole_and_in_range(change):
     # As some tools write them.
     info = DatasetInfo.from_coco_categories([{"id": 1.0, "name": "a", "isthing": True}], name="x")
     assert (info.categories[0].id, info.categories[0].is_thing) == (1, True)
+
+
+@pytest.mark.parametrize("value", [7, 7.0, "7", "7.0", " 7 "])
+def test_whole_numbers_in_several_forms(value: Any) -> None:
+    assert whole_number(value) == 7
+
+
+@pytest.mark.parametrize(
+    "value", [7.5, "7.5", "x", "", None, [7], float("inf"), float("nan"), "1e400", 2**63, "9" * 5000]
+)
+def test_what_is_no_whole_number(value: Any) -> None:
+    with pytest.raises((ValueError, TypeError, OverflowError)):
+        whole_number(value)
+
+
+def test_a_color_may_be_hexadecimal() -> None:
+    sky = {"id": 1, "name": "sky", "isthing": 0, "color": "#4682b4"}
+    assert DatasetInfo.from_coco_categories([sky], name="x").categories[0].color == (70, 130, 180)

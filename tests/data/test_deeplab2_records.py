@@ -149,7 +149,7 @@ def test_nothing_is_converted_into_such_a_folder(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, COCO)
     assert main(["convert", "deeplab2-records", "--records", str(tmp_path), "--data-set", "coco"]) == 0
-    said = ["Split 'train': 2 examples.", f"Records in {tmp_path} can be trained on."]
+    said = ["Split 'train': 2 images.", f"Records in {tmp_path} can be trained on."]
     assert capsys.readouterr().out.splitlines() == said
     # Once more, over its own file.
     assert main(["convert", "deeplab2-records", "--records", str(tmp_path), "--data-set", "coco"]) == 0

@@ -153,6 +153,10 @@ NOISE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
         ({ENCODED: b"no image"}, r"image 'a\.png' is not a JPEG, PNG, GIF, BMP or WebP file\."),
         ({ENCODED: b"B"}, r"image 'a\.png' is not a JPEG"),
         (
+            {ENCODED: encode(".bmp", NOISE[..., 0])},  # OpenCV writes gray with a palette.
+            r"image 'a\.png' is a BMP with a palette or few bits, which is misread; make its record as PNG\.",
+        ),
+        (
             {ENCODED: encode(".png", NOISE)[:1000]},
             r"^Bad record: an image cannot be decoded \(Invalid PNG data, size 1000\)\.",
         ),

@@ -88,6 +88,15 @@ def test_round_trip(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["b.png", "c.png", "val.json"]
 
 
+def test_image_ids_may_be_text(tmp_path):
+    with CocoPanopticWriter(tmp_path, INFO, name="val") as writer:
+        writer.add(7, "c.jpg", LABELS)
+    content = json.loads((tmp_path / "val.json").read_text())
+    content["annotations"][0]["image_id"] = "7"
+    (tmp_path / "val.json").write_text(json.dumps(content), encoding="utf-16")
+    assert list(dict(CocoPanopticReader(tmp_path / "val.json", tmp_path / "val"))) == [7]
+
+
 def test_no_json_after_an_error(tmp_path):
     def write():
         with CocoPanopticWriter(tmp_path, INFO) as writer:
@@ -147,7 +156,9 @@ def test_reader_errors(tmp_path):
     with pytest.raises(UserError, match=r"^Image '1' of '.*a\.json': the panoptic PNG '.*1\.png' cannot be read"):
         reader.read(1)
     (tmp_path / "1.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"^Image '1' of '.*a\.json': '.*1\.png' is not a readable PNG, or cut short"):
+    with pytest.raises(
+        UserError, match=r"^Image '1' of '.*a\.json': '.*1\.png' is not a readable PNG, BMP, GIF or TIF"
+    ):
         reader.read(1)
     write_png(tmp_path / "1.png", np.full((2, 2, 3), [7, 1, 0], np.uint8))
     with pytest.raises(UserError, match=r"^Image '1' of '.*a\.json': '.*1\.png' has pixels of id 263, which 'segm"):

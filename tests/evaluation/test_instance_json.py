@@ -135,6 +135,12 @@ def test_areas_and_boxes_are_those_of_the_file(write: Write) -> None:
     assert result.mask.ap_small == result.box.ap_small == pytest.approx(1)
 
 
+def test_numbers_may_be_text(write: Write) -> None:
+    cat = rectangle(2, 2, 6, 6, area="2000.5", bbox=["2", "2", "6", "6"], image_id="7", category_id=5.0)
+    result = evaluate_masks(write(cat), [mask_of(2, 2, 6, 6)])
+    assert result.mask.ap_medium == result.box.ap == pytest.approx(1)
+
+
 def test_equal_to_pycocotools_on_its_own_files(write: Write) -> None:
     random = np.random.default_rng(0)
     images = [{"id": i, "file_name": f"{i:03}.jpg", "height": 120, "width": 140} for i in range(6)]

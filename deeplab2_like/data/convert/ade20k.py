@@ -5,6 +5,7 @@ class of each pixel, and `annotations_instance` has the objects: red is the clas
 number of the object.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
@@ -15,6 +16,8 @@ from deeplab2_like import files
 from deeplab2_like.data import known_datasets
 from deeplab2_like.data.convert import common, labeled_images
 from deeplab2_like.data.convert.coco_panoptic import convert_coco_panoptic, require_same_categories
+from deeplab2_like.data.convert.losses import NO_OBJECT, Losses
+from deeplab2_like.data.convert.splits import require_one_split
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import read_color_png, read_value_png
 from deeplab2_like.errors import UserError, unknown_name
@@ -29,6 +32,8 @@ def convert_ade20k(
     root: Path,
     output_dir: Path,
     splits: Sequence[str] | None = None,
+    prepared: bool | None = None,
+    encoding: str | None = None,
     **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts splits of ADE20K.
@@ -41,6 +46,8 @@ def convert_ade20k(
         root: The folder with `images` and the labels.
         output_dir: The record folder.
         splits: `train` and `val`, or one of them; None: both.
+        prepared: Whether to use the panoptic JSONs; None: if they exist.
+        encoding: Encoding of the panoptic JSONs, see `files.read_text`.
         **options: See `labeled_images.LabelOptions`.
 
     Returns:
@@ -54,32 +61,38 @@ def convert_ade20k(
     for split in splits:
         if split not in _FOLDERS:
             raise unknown_name("split of ADE20K", split, _FOLDERS)
-    prepared = [split for split in splits if (root / f"ade20k_panoptic_{split}.json").is_file()]
-    if 0 < len(prepared) < len(splits):
+    found = [split for split in splits if (root / f"ade20k_panoptic_{split}.json").is_file()]
+    if prepared is None and 0 < len(found) < len(splits):
         raise UserError(
-            f"'{root}' has ade20k_panoptic_{prepared[0]}.json but not such a JSON for every split, and the two kinds "
+            f"'{root}' has ade20k_panoptic_{found[0]}.json but not such a JSON for every split, and the two kinds "
             "of labels cannot be mixed; add the others, or move this one away, so that all come from 'annotations'."
         )
-    sources = {split: _source(root, split, is_prepared=bool(prepared)) for split in splits}
+    use_prepared = bool(found) if prepared is None else prepared
+    notes = []
+    if prepared is None:
+        made = f"ade20k_panoptic_{splits[0]}.json" if use_prepared else "'annotations' and 'annotations_instance'"
+        notes.append(f"The labels are those of {made}; --{'no-' if use_prepared else ''}prepared chooses the others.")
+    sources = {split: _source(root, split, is_prepared=use_prepared) for split in splits}
+    require_one_split(splits, options.get("val_share"))
     common.require_replaceable(output_dir, sources, replace=options.get("replace", False))
-    if prepared:
-        require_same_categories([json_file for json_file, *_ in sources.values()])
-    reports = []
+    if use_prepared:
+        require_same_categories([json_file for json_file, *_ in sources.values()], encoding=encoding)
+    reports: list[common.ConversionReport] = []
     for split, source in sources.items():
-        if prepared:
+        if use_prepared:
             json_file, images, panoptic = source
-            report = convert_coco_panoptic(
+            reports += convert_coco_panoptic(
                 images=images,
                 panoptic=panoptic,
                 json_file=json_file,
                 output_dir=output_dir,
                 split=split,
+                encoding=encoding,
                 **options,
             )
         else:
-            report = _convert_annotations(*source, output_dir=output_dir, split=split, options=options)
-        reports.append(report)
-    return tuple(reports)
+            reports += _convert_annotations(*source, output_dir=output_dir, split=split, options=options)
+    return (dataclasses.replace(reports[0], notes=(*notes, *reports[0].notes)), *reports[1:])
 
 
 def _source(root: Path, split: str, *, is_prepared: bool) -> tuple[Path, Path, Path]:
@@ -99,7 +112,7 @@ def _convert_annotations(
     output_dir: Path,
     split: str,
     options: labeled_images.LabelOptions,
-) -> common.ConversionReport:
+) -> tuple[common.ConversionReport, ...]:
     """Converts a split from `annotations` and `annotations_instance`."""
     # Ids as in the panoptic JSON, from 0.
     things = {number - 1 for number in known_datasets.ADE20K_THINGS}
@@ -109,10 +122,11 @@ def _convert_annotations(
     ]
     common.require_folder(instances, "folder of instance PNGs")
 
-    def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+    def load(pair: labeled_images.Pair, info: DatasetInfo, losses: Losses) -> tuple[bytes, np.ndarray]:
         instance_png = instances / pair.label.name
+        class_of_id = info.class_of_category_id
 
-        def meaning(value: int) -> tuple[int, bool] | None:
+        def meaning(value: int) -> tuple[int, bool] | labeled_images.Void | None:
             if value >= _OBJECT:
                 instance_class = value & 255
                 if instance_class > len(things):
@@ -120,12 +134,14 @@ def _convert_annotations(
                         f"'{instance_png}' has class {instance_class} (red); it must be 0 to {len(things)}: correct "
                         "the PNG."
                     )
-                return known_datasets.ADE20K_THINGS[instance_class - 1] - 1, True
+                return class_of_id[known_datasets.ADE20K_THINGS[instance_class - 1] - 1], True
             if value > len(categories):
                 raise UserError(
                     f"'{pair.label}' has class {value}; it must be 0 to {len(categories)}: correct the PNG."
                 )
-            return None if value == 0 or value - 1 in things else (value - 1, False)
+            if value - 1 in things:
+                return labeled_images.Void(NO_OBJECT, known_datasets.ADE20K_NAMES[value - 1])
+            return None if value == 0 else (class_of_id[value - 1], False)
 
         image = files.read_file(pair.image, "the image")
         classes = read_value_png(pair.label, "class PNG")
@@ -136,15 +152,16 @@ def _convert_annotations(
                 "them again."
             )
         is_object = ((objects & 255) > 0) & (objects >> 8 > 0)
-        return image, labeled_images.values_to_panoptic(np.where(is_object, _OBJECT + objects, classes), meaning, info)
+        return image, labeled_images.values_to_panoptic(
+            np.where(is_object, _OBJECT + objects, classes), meaning, info, losses
+        )
 
     return labeled_images.write_labeled_images(
-        labeled_images.pair_images(images, annotations),
+        {split: labeled_images.pair_images(images, annotations)},
         load,
         inputs_of=lambda pair: [pair.image, pair.label, instances / pair.label.name],
         source=[images, annotations, instances],
         info=DatasetInfo.from_coco_categories(categories, name="ade20k"),
         output_dir=output_dir,
-        split=split,
         **options,
     )

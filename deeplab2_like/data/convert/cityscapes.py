@@ -5,6 +5,7 @@ Panoptic labels are made from `..._instanceIds.png`, whose values are a label id
 the same.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,12 @@ import numpy as np
 
 from deeplab2_like import files
 from deeplab2_like.data import known_datasets
-from deeplab2_like.data.coco_segments import ids_to_panoptic, parse_segments
+from deeplab2_like.data.coco_segments import Segment, ids_to_panoptic, keep_matching, parse_segments
 from deeplab2_like.data.convert import common, labeled_images
-from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.convert.file_finder import FileFinder
+from deeplab2_like.data.convert.losses import NO_CLASS, Losses
+from deeplab2_like.data.convert.splits import require_one_split
+from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
 from deeplab2_like.data.images import read_id_png, read_value_png
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import require_inside
@@ -54,6 +58,8 @@ def convert_cityscapes(
     output_dir: Path,
     splits: Sequence[str] | None = None,
     coarse: bool = False,
+    prepared: bool | None = None,
+    encoding: str | None = None,
     **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts splits of Cityscapes, with its 19 classes of which 8 are things.
@@ -66,6 +72,8 @@ def convert_cityscapes(
         output_dir: The record folder.
         splits: Names of the splits; None: train and val, or train_extra if `coarse`.
         coarse: Whether to use the labels of `gtCoarse`. The splits of the records are then named `SPLIT_coarse`.
+        prepared: Whether to use `cityscapes_panoptic_SPLIT`; None: if it exists.
+        encoding: Encoding of the panoptic JSONs, see `files.read_text`.
         **options: See `labeled_images.LabelOptions`.
 
     Returns:
@@ -84,13 +92,18 @@ def convert_cityscapes(
         {names[split]: source for split, source in sources.items()},
         replace=options.get("replace", False),
     )
-    reports = []
+    require_one_split(list(names.values()), options.get("val_share"))
+    reports: list[common.ConversionReport] = []
     for split, source in sources.items():
         images = source[0]
         common.require_folder(images, "image folder")
         panoptic = labels / f"cityscapes_panoptic_{split}"
-        if panoptic.is_dir() and panoptic.with_suffix(".json").is_file():
-            examples = _list_panoptic(images, panoptic, info)
+        notes = []
+        exists = panoptic.is_dir() and panoptic.with_suffix(".json").is_file()
+        if exists and prepared is None:
+            notes.append(f"The labels of '{split}' are those of '{panoptic}'; --no-prepared uses the instance ids.")
+        if exists if prepared is None else prepared:
+            examples = _list_panoptic(images, panoptic, info, encoding)
         else:
             common.require_folder(labels / split, "label folder")
             examples = _list_instance_ids(images, labels / split)
@@ -99,17 +112,15 @@ def convert_cityscapes(
                 f"'{images}' has no image CITY/*{_IMAGE_ENDING}, and '{labels / split}' no label; unpack the downloads "
                 f"so that the images are in 'leftImg8bit/{split}/CITY'."
             )
-        reports.append(
-            labeled_images.write_labeled_images(
-                examples,
-                _load,
-                inputs_of=lambda example: [example.image, example.label],
-                source=source,
-                info=info,
-                output_dir=Path(output_dir),
-                split=names[split],
-                **options,
-            )
+        reports += labeled_images.write_labeled_images(
+            {names[split]: examples},
+            _load,
+            inputs_of=lambda example: [example.image, example.label],
+            source=source,
+            info=info,
+            output_dir=Path(output_dir),
+            notes=notes,
+            **options,
         )
     return tuple(reports)
 
@@ -130,29 +141,31 @@ def _list_instance_ids(images: Path, labels: Path) -> list[_Example]:
     ]
 
 
-def _list_panoptic(images: Path, panoptic: Path, info: DatasetInfo) -> list[_Example]:
+def _list_panoptic(images: Path, panoptic: Path, info: DatasetInfo, encoding: str | None) -> list[_Example]:
     """Lists the examples with an image or an annotation in the official tools' JSON; a missing file fails later.
 
     The JSON has label ids or train ids, so classes are found by their names.
     """
     json_file = panoptic.with_suffix(".json")
-    content = files.read_json(json_file, "the panoptic JSON")
+    content = files.read_json(json_file, "the panoptic JSON", encoding=encoding)
     try:
-        id_of_name = {category["name"]: int(category["id"]) for category in content["categories"]}
+        id_of_name = {category["name"]: whole_number(category["id"]) for category in content["categories"]}
         categories = tuple(dataclasses.replace(c, id=id_of_name[c.name]) for c in info.categories)
         annotations = {str(annotation["image_id"]): annotation for annotation in content["annotations"]}
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"'{json_file}' is not in the format of Cityscapes' own tools ({error!r}); make it again with "
             "csCreatePanopticImgs, or move it elsewhere, so that the PNGs of instance ids are used."
         ) from error
     json_info = dataclasses.replace(info, categories=categories)
     image_ids = {path.name.removesuffix(_IMAGE_ENDING) for path in images.glob(f"*/*{_IMAGE_ENDING}")}
-    examples = []
+    examples, finder = [], FileFinder(panoptic)
     for image_id in sorted(image_ids | set(annotations)):
         name = f"{image_id}{_IMAGE_ENDING}"
         annotation = annotations.get(image_id, {})
         png_name = str(annotation.get("file_name", f"{image_id}_{panoptic.parent.name}_panoptic.png"))
+        with contextlib.suppress(UserError):  # Raised again below.
+            png_name = finder.find(png_name)
         image, png, fault = images / name.partition("_")[0] / name, panoptic / png_name, None
         try:
             require_inside(png, panoptic, png_name)
@@ -164,17 +177,20 @@ def _list_panoptic(images: Path, panoptic: Path, info: DatasetInfo) -> list[_Exa
     return examples
 
 
-def _load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+def _load(example: _Example, info: DatasetInfo, losses: Losses) -> tuple[bytes, np.ndarray]:
     """Reads the content of the image file, and the panoptic map, int32 [H, W]."""
     if example.fault is not None:
         raise UserError(example.fault)
     image = files.read_file(example.image, "the image")
     if example.json_info is not None:
-        segments = parse_segments(example.segments, example.json_info)
+        segments = _segments_of(example, example.json_info, info, losses)
         ids = read_id_png(example.label)
+        with losses.skip_faulty():
+            return image, ids_to_panoptic(ids, segments, info, png=f"'{example.label}'")
+        ids, segments = keep_matching(ids, segments)
         return image, ids_to_panoptic(ids, segments, info, png=f"'{example.label}'")
 
-    def meaning(value: int) -> tuple[int, bool] | None:
+    def meaning(value: int) -> tuple[int, bool] | labeled_images.Void:
         label_id, is_instance = (value // _INSTANCE_FACTOR, True) if value >= _INSTANCE_FACTOR else (value, False)
         if label_id > _LAST_LABEL_ID:
             raise UserError(
@@ -182,7 +198,18 @@ def _load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
                 f"* {_INSTANCE_FACTOR} + the number of an object."
             )
         class_id = info.class_of_category_id.get(label_id)
-        return None if class_id is None else (class_id, is_instance and info.categories[class_id].is_thing)
+        if class_id is None:
+            return labeled_images.Void(NO_CLASS, f"label id {label_id}")
+        return class_id, is_instance and info.categories[class_id].is_thing
 
     values = read_value_png(example.label, "PNG of instance ids")
-    return image, labeled_images.values_to_panoptic(values, meaning, info)
+    return image, labeled_images.values_to_panoptic(values, meaning, info, losses)
+
+
+def _segments_of(example: _Example, json_info: DatasetInfo, info: DatasetInfo, losses: Losses) -> list[Segment]:
+    """Reads the segments of a panoptic PNG, with the class ids of the record folder."""
+    class_of_name = {category.name: class_id for class_id, category in enumerate(info.categories)}
+    return [
+        dataclasses.replace(segment, class_id=class_of_name[json_info.categories[segment.class_id].name])
+        for segment in parse_segments(example.segments, json_info, fault=losses.skip_faulty)
+    ]

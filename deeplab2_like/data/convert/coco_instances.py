@@ -3,6 +3,7 @@
 Stuff may come from the same JSON, from a PNG of class values per image, or be a single background class.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections import Counter
@@ -16,10 +17,16 @@ from pycocotools import mask as coco_mask
 from deeplab2_like import files
 from deeplab2_like.data.convert import common, labeled_images, shapes
 from deeplab2_like.data.convert.class_lists import read_class_list
-from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
-from deeplab2_like.data.images import read_value_png
+from deeplab2_like.data.convert.coco_json import number_or_text, read_coco_json
+from deeplab2_like.data.convert.file_finder import FileFinder
+from deeplab2_like.data.convert.losses import FAULTY, NO_CLASS, Losses
+from deeplab2_like.data.convert.splits import choose_split, require_one_split, split_of_name
+from deeplab2_like.data.dataset_info import Category, DatasetInfo, whole_number
+from deeplab2_like.data.images import decode_image, read_value_png, turn_upright
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import path_inside
+
+_ROBOFLOW_JSON = "_annotations.coco.json"
 
 
 @dataclasses.dataclass
@@ -27,147 +34,320 @@ class _Example:
     """One image of the JSON.
 
     Attributes:
-        name: The image's file name.
-        size: Height and width.
+        name: The image's file name, relative to the folder of the images.
+        size: Height and width; None if the JSON does not give them.
         annotations: The annotations of the image, in the order of the JSON, not yet checked.
         positions: The position of each annotation in the list of the JSON.
         fault: A fault that was found in the JSON, or None.
     """
 
     name: str
-    size: tuple[int, int] = (0, 0)
+    size: tuple[int, int] | None = None
     annotations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     # Not in the `repr`, so that files of records do not change with annotations of other images.
     positions: list[int] = dataclasses.field(default_factory=list, repr=False)
     fault: str | None = None
 
 
-def convert_coco_instances(
+def convert_coco_instances(  # noqa: PLR0913 - its arguments are the options of the command
     *,
-    images: Path,
     json_file: Path,
     output_dir: Path,
+    images: Path | None = None,
     split: str | None = None,
     overlap: shapes.Overlap = "smaller-on-top",
     stuff: Sequence[str] = (),
     background: str | None = None,
     crowds_are_objects: bool = False,
+    keep_groups: bool = False,
     stuff_pngs: Path | None = None,
     stuff_classes: Path | None = None,
+    encoding: str | None = None,
     **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
-    """Converts one split.
+    """Converts one split, or the splits of an export of Roboflow.
 
     Where annotations overlap, `shapes.draw` decides. Pixels without an annotation get their class from the stuff PNG,
     or else the background class, or else are void. Annotations with `iscrowd` become crowd regions.
 
     Args:
-        images: Folder of the images.
-        json_file: The JSON, with `images`, `annotations` and `categories`.
+        json_file: The JSON, with `images`, `annotations` and `categories`. Or a folder with a folder per split, such as
+            `train` and `valid`, each with its images and `_annotations.coco.json`, as Roboflow exports them.
         output_dir: The record folder.
-        split: The split's name; None: taken from the name of the JSON or of its folder, see `common.guess_split`.
+        images: Folder of the images; None: that of the JSON.
+        split: The split's name; None: see `splits.choose_split`. For a folder of splits: the only one to convert.
         overlap: Which annotation wins where several overlap, see `shapes.draw`.
         stuff: Names of categories that are stuff. All others are things, unless the JSON has `"isthing": 0`.
         background: Name of the class of pixels without annotation and stuff; None: they are void.
         crowds_are_objects: Whether to ignore `iscrowd`, which some tools set on everything that they write as run
             lengths.
+        keep_groups: Whether to keep categories that have no annotation and only group others as their supercategory.
         stuff_pngs: Folder of a PNG per image, named as the image, with the classes of the pixels that no annotation
             covers; values without a class are void.
         stuff_classes: The class list of the stuff PNGs, see `read_class_list`. Classes with the name of a category in
             the JSON are the same class, which must be stuff.
+        encoding: See `files.read_text`.
         **options: See `labeled_images.LabelOptions`.
 
     Returns:
-        A tuple with one report, like the converters of several splits.
+        A report per split.
 
     Raises:
-        UserError: If an input is missing or faulty; the output folder is unchanged then.
+        UserError: If an input is missing or faulty; splits that were converted before stay.
     """
-    images, json_file = Path(images), Path(json_file)
-    common.require_folder(images, "image folder")
     if (stuff_pngs is None) != (stuff_classes is None):
         raise UserError("stuff_pngs and stuff_classes belong together: give both, or neither.")
-    content = read_instance_json(json_file)
-    if not content["annotations"] and background is None and stuff_pngs is None:
-        raise UserError(
-            f"'{json_file}' has no annotations, so everything would be void; give the JSON with the labels. Images "
-            "without labels need no conversion."
+    json_file, output_dir = Path(json_file), Path(output_dir)
+    sources = [_Source(json_file, json_file.parent if images is None else Path(images), split)]
+    if json_file.is_dir():
+        sources = _find_splits(json_file, None if images is None else Path(images), split)
+        require_one_split([str(source.split) for source in sources], options.get("val_share"))
+        common.require_replaceable(
+            output_dir,
+            {str(source.split): _paths_of(source, stuff_pngs) for source in sources},
+            replace=options.get("replace", False),
         )
-    categories = content["categories"]
-    class_names_of_values: dict[int, str] = {}
-    if stuff_pngs is not None and stuff_classes is not None:
-        common.require_folder(Path(stuff_pngs), "folder of stuff PNGs")
-        categories, class_names_of_values = _with_stuff_classes(categories, Path(stuff_classes))
-    info = shapes.make_info(categories, name=json_file.stem, stuff=stuff, background=background)
-    for name in class_names_of_values.values():
-        if info.categories[shapes.class_of_name(info)[name]].is_thing:
+    choices = _Choices(
+        overlap,
+        stuff,
+        background,
+        crowds_are_objects,
+        keep_groups,
+        None if stuff_pngs is None else Path(stuff_pngs),
+        None if stuff_classes is None else Path(stuff_classes),
+        encoding,
+    )
+    reports: list[common.ConversionReport] = []
+    for source in sources:
+        reports += _Conversion(source, output_dir, choices, val_share=options.get("val_share")).run(options)
+    if len(sources) > 1:
+        listed = ", ".join(str(source.split) for source in sources)
+        notes = (f"'{json_file}' has the splits {listed}; --split converts one of them.", *reports[0].notes)
+        reports[0] = dataclasses.replace(reports[0], notes=notes)
+    return tuple(reports)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The JSON and the images of one split; `split` is None if its name is to be guessed."""
+
+    json_file: Path
+    images: Path
+    split: str | None
+
+
+def _find_splits(root: Path, images: Path | None, split: str | None) -> list[_Source]:
+    """Finds the splits of an export of Roboflow: folders with a JSON of this name."""
+    found = {
+        name: _Source(path, path.parent if images is None else images / path.parent.name, name)
+        for path in sorted(root.glob(f"*/{_ROBOFLOW_JSON}"))
+        if (name := split_of_name(path.parent.name))
+    }
+    if not found and (root / _ROBOFLOW_JSON).is_file():
+        return [_Source(root / _ROBOFLOW_JSON, root if images is None else images, split)]
+    if split is not None and split in found:
+        return [found[split]]
+    if split is not None or not found:
+        raise UserError(
+            f"'{root}' has no folder of the split '{split or 'train'}' with {_ROBOFLOW_JSON} "
+            f"(found: {', '.join(found) or 'none'}); give the JSON itself with --json."
+        )
+    return list(found.values())
+
+
+def _paths_of(source: _Source, stuff_pngs: Path | None) -> list[Path]:
+    """Returns the files and folders that identify the source of a split."""
+    return [source.json_file, source.images, *([] if stuff_pngs is None else [Path(stuff_pngs)])]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choices:
+    """Arguments of `convert_coco_instances` that hold for all splits."""
+
+    overlap: shapes.Overlap
+    stuff: Sequence[str]
+    background: str | None
+    crowds_are_objects: bool
+    keep_groups: bool
+    stuff_pngs: Path | None
+    stuff_classes: Path | None
+    encoding: str | None
+
+
+class _Conversion:
+    """The conversion of one JSON.
+
+    Args:
+        source: The JSON and its images.
+        output_dir: The record folder.
+        choices: What the user chose.
+        val_share: See `labeled_images.LabelOptions`.
+    """
+
+    def __init__(self, source: _Source, output_dir: Path, choices: _Choices, *, val_share: float | None) -> None:
+        common.require_folder(source.images, "image folder")
+        self._source = source
+        self._output_dir = output_dir
+        self._choices = choices
+        stuff_pngs, background = choices.stuff_pngs, choices.background
+        self._content = content = read_instance_json(source.json_file, encoding=choices.encoding)
+        if not content["annotations"] and background is None and stuff_pngs is None:
             raise UserError(
-                f"Class '{name}' of '{stuff_classes}' is a thing in '{json_file}'; a stuff PNG cannot tell its objects "
-                "apart, so name the class in the list of stuff, too, or remove it from the file."
+                f"'{source.json_file}' has no annotations, so everything would be void; give the JSON with the "
+                "labels. Images without labels need no conversion."
             )
+        self._notes: list[str] = []
+        categories = content["categories"]
+        if not choices.keep_groups:
+            categories, dropped = _drop_groups(categories, content["annotations"], keep={*choices.stuff, background})
+            if dropped:
+                self._notes.append(
+                    f"The categories {', '.join(dropped)} only group others and have no annotations: they are no "
+                    "classes; --keep-groups keeps them."
+                )
+        self._class_names_of_values: dict[int, str] = {}
+        self._split, split_notes = choose_split(
+            source.split,
+            source.json_file,
+            output_dir=output_dir,
+            source=_paths_of(source, stuff_pngs),
+            val_share=val_share,
+        )
+        self._notes += split_notes
+        known = common.known_categories(output_dir, self._split)
+        if stuff_pngs is not None and choices.stuff_classes is not None:
+            common.require_folder(stuff_pngs, "folder of stuff PNGs")
+            class_list = read_class_list(choices.stuff_classes, encoding=choices.encoding)
+            categories, self._class_names_of_values = _with_stuff_classes(categories, class_list, known)
+        self._info = shapes.make_info(
+            categories, name=source.json_file.stem, stuff=choices.stuff, background=background, known=known
+        )
+        self._notes += shapes.describe_kinds(self._info, choices.stuff)
+        for name in self._class_names_of_values.values():
+            if self._info.categories[shapes.class_of_name(self._info)[name]].is_thing:
+                raise UserError(
+                    f"Class '{name}' of '{choices.stuff_classes}' is a thing in '{source.json_file}'; a stuff PNG "
+                    "cannot tell its objects apart, so name the class in the list of stuff, too, or remove it from "
+                    "the file."
+                )
 
-    def inputs_of(example: _Example) -> list[Path]:
-        image = images / example.name
-        return [image] if stuff_pngs is None else [image, Path(stuff_pngs) / _stuff_name(example)]
+    def run(self, options: labeled_images.LabelOptions) -> tuple[common.ConversionReport, ...]:
+        """Writes the split."""
+        finder = FileFinder(self._source.images)
+        examples = _list_examples(self._content, finder)
+        counts = [Counter(str(a.get("category_id")) for a in example.annotations) for example in examples]
+        return labeled_images.write_labeled_images(
+            {self._split: examples},
+            self._load,
+            inputs_of=self._inputs_of,
+            choices={
+                "overlap": self._choices.overlap,
+                "background": self._choices.background,
+                "crowds_are_objects": self._choices.crowds_are_objects,
+                "stuff_values": self._class_names_of_values,
+            },
+            source=_paths_of(self._source, self._choices.stuff_pngs),
+            info=self._info,
+            output_dir=self._output_dir,
+            max_instances=max((count for counter in counts for count in counter.values()), default=0),
+            notes=[*self._notes, *finder.notes()],
+            **options,
+        )
 
-    def load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+    def _inputs_of(self, example: _Example) -> list[Path]:
+        image = self._source.images / example.name
+        return [image] if self._choices.stuff_pngs is None else [image, self._choices.stuff_pngs / _stuff_name(example)]
+
+    def _load(self, example: _Example, info: DatasetInfo, losses: Losses) -> tuple[bytes, np.ndarray]:
         if example.fault is not None:
             raise UserError(example.fault)
-        image = files.read_file(path_inside(images, example.name), "the image")
-        below = shapes.empty_map(example.size, info, background)
-        if stuff_pngs is not None:
-            png = path_inside(Path(stuff_pngs), _stuff_name(example))
-            below = _draw_stuff(png, class_names_of_values, below, info)
+        image = files.read_file(path_inside(self._source.images, example.name), "the image")
+        size = _size_of_image(image, example.name) if example.size is None else example.size
+        below = shapes.empty_map(size, info, self._choices.background)
+        if self._choices.stuff_pngs is not None:
+            png = path_inside(self._choices.stuff_pngs, _stuff_name(example))
+            below = _draw_stuff(png, self._class_names_of_values, below, info, losses)
         found = [
-            read_shape(annotation, position, example.size, info)
+            shape
             for annotation, position in zip(example.annotations, example.positions, strict=True)
+            if (shape := _read_or_skip(annotation, position, size, info, losses)) is not None
         ]
-        if crowds_are_objects:
+        if self._choices.crowds_are_objects:
             found = [dataclasses.replace(shape, is_crowd=False) for shape in found]
-        return image, shapes.draw(found, below, overlap=overlap, info=info)
-
-    examples = _list_examples(content)
-    counts = [Counter(str(a.get("category_id")) for a in example.annotations) for example in examples]
-    report = labeled_images.write_labeled_images(
-        examples,
-        load,
-        inputs_of=inputs_of,
-        choices={
-            "overlap": overlap,
-            "background": background,
-            "crowds_are_objects": crowds_are_objects,
-            "stuff_values": class_names_of_values,
-        },
-        source=[json_file, images] if stuff_pngs is None else [json_file, images, Path(stuff_pngs)],
-        info=info,
-        output_dir=Path(output_dir),
-        split=split if split is not None else common.guess_split(json_file),
-        max_instances=max((count for counter in counts for count in counter.values()), default=0),
-        **options,
-    )
-    return (report,)
+        return image, shapes.draw(found, below, overlap=self._choices.overlap, info=info, losses=losses)
 
 
-def read_instance_json(path: Path) -> dict[str, Any]:
-    """Reads a COCO instance JSON and checks that its lists exist and consist of objects.
+def read_instance_json(path: Path, *, encoding: str | None = None) -> dict[str, Any]:
+    """Reads a COCO instance JSON, see `coco_json.read_coco_json`.
 
     Raises:
         UserError: If it cannot be read, or a list is missing.
     """
-    content = files.read_json(path, "the COCO JSON")
-    for key in ("images", "annotations", "categories"):
-        value = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            raise UserError(
-                f"'{path}' has no list '{key}'; a COCO instance JSON has 'images', 'annotations' and 'categories'."
-            )
-    return content
+    return read_coco_json(path, "instance", encoding=encoding)
+
+
+def _drop_groups(
+    categories: list[dict[str, Any]], annotations: list[dict[str, Any]], *, keep: set[str | None]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Drops the categories without annotations whose name is the supercategory of another category.
+
+    Returns:
+        The other categories, and the names of those that were dropped.
+    """
+    used = {repr(annotation.get("category_id")) for annotation in annotations}
+
+    def is_group(category: dict[str, Any]) -> bool:
+        name = category.get("name")
+        groups_others = any(
+            other is not category and other.get("supercategory") == name and other.get("name") != name
+            for other in categories
+        )
+        return groups_others and name not in keep and repr(category.get("id")) not in used
+
+    groups = [category for category in categories if isinstance(category.get("name"), str) and is_group(category)]
+    return [category for category in categories if category not in groups], [group["name"] for group in groups]
+
+
+def _size_of_image(image: bytes, name: str) -> tuple[int, int]:
+    """Returns height and width of an image whose JSON does not give them."""
+    stored, shown = decode_image(image, name).shape[:2], decode_image(turn_upright(image, name), name).shape[:2]
+    if stored != shown:
+        raise UserError(
+            "its JSON gives no height and width, and viewers show it turned by its EXIF orientation, so how its label "
+            "was drawn is unknown; add 'height' and 'width' to the JSON."
+        )
+    return stored
+
+
+def _read_or_skip(
+    annotation: dict[str, Any], position: int, size: tuple[int, int], info: DatasetInfo, losses: Losses
+) -> shapes.Shape | None:
+    """Reads one annotation; where faulty ones are left out, reads at least its good polygons."""
+    with losses.skip_faulty():
+        return read_shape(annotation, position, size, info)
+    segmentation = annotation.get("segmentation")
+    good = [polygon for polygon in segmentation if _is_polygon(polygon)] if isinstance(segmentation, list) else []
+    if good:
+        with contextlib.suppress(UserError):
+            return read_shape({**annotation, "segmentation": good}, position, size, info)
+    category = annotation.get("category_id")
+    class_id = info.class_of_category_id.get(category) if isinstance(category, int) else None
+    losses.add(FAULTY, f"category {category}" if class_id is None else info.categories[class_id].name, objects=1)
+    return None
+
+
+def _is_polygon(polygon: Any) -> bool:
+    try:
+        shapes.read_polygon(polygon)
+    except UserError:
+        return False
+    return True
 
 
 def _with_stuff_classes(
-    categories: list[dict[str, Any]], class_list: Path
+    categories: list[dict[str, Any]], class_list: list[dict[str, Any]], known: Sequence[Category]
 ) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """Adds the classes of the stuff PNGs to those of the JSON.
+    """Adds the classes of the stuff PNGs to those of the JSON; those of other splits keep their ids.
 
     Returns:
         All categories, and the class name of each value in the PNGs.
@@ -176,32 +356,38 @@ def _with_stuff_classes(
     ids = {category.get("id") for category in categories}
     names = {category.get("name") for category in categories}
     name_of_value = {}
-    for entry in read_class_list(class_list):
+    for entry in class_list:
         name_of_value[entry["id"]] = entry["name"]
         if entry["name"] not in names:
             # As in COCO, the value is the category id, unless another category has it.
-            number = entry["id"] if entry["id"] not in ids else max(i for i in ids if isinstance(i, int)) + 1
+            is_known = any(category.name == entry["name"] for category in known)
+            is_free = entry["id"] not in ids and not is_known
+            number = entry["id"] if is_free else shapes.free_id(entry["name"], categories, known)
             ids.add(number)
             categories.append({**entry, "id": number, "isthing": 0})
     return categories, name_of_value
 
 
-def _list_examples(content: dict[str, Any]) -> list[_Example]:
+def _list_examples(content: dict[str, Any], finder: FileFinder) -> list[_Example]:
     """Joins images and annotations, in the order of the images; inconsistencies become faults of the examples."""
     examples: list[_Example] = []
     of_image_id: dict[Any, _Example] = {}
     for position, image in enumerate(content["images"]):
         image_id, name, height, width = (image.get(key) for key in ("id", "file_name", "height", "width"))
-        is_whole = isinstance(image_id, int | str) and isinstance(name, str)
-        if not is_whole or not isinstance(height, int) or not isinstance(width, int):
-            fault = f"entry {position} of 'images' lacks 'id', 'file_name', 'height' or 'width'; add it."
+        if not isinstance(image_id, int | str) or not isinstance(name, str):
+            fault = f"entry {position} of 'images' lacks 'id' or 'file_name'; add it."
             examples.append(_Example(str(name or image_id), fault=fault))
         elif image_id in of_image_id:
             fault = f"id {image_id!r} is in 'images' more than once; ids must differ: correct the JSON."
             of_image_id[image_id].fault = fault
         else:
-            of_image_id[image_id] = _Example(name, (height, width))
-            examples.append(of_image_id[image_id])
+            example = of_image_id[image_id] = _Example(name)
+            examples.append(example)
+            try:
+                example.name = finder.find(name)
+                example.size = _read_size(height, width)
+            except UserError as error:
+                example.fault = str(error)
     for position, annotation in enumerate(content["annotations"]):
         image_id = annotation.get("image_id")
         if isinstance(image_id, int | str) and image_id in of_image_id:
@@ -214,6 +400,17 @@ def _list_examples(content: dict[str, Any]) -> list[_Example]:
             )
             examples.append(_Example(str(image_id), fault=fault))
     return examples
+
+
+def _read_size(height: Any, width: Any) -> tuple[int, int] | None:
+    """Reads height and width of an image from the JSON, None if they are missing."""
+    if height is None or width is None:
+        return None
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise UserError(
+            f"its height and width are given as {height!r} and {width!r}, which is impossible; correct them."
+        )
+    return height, width
 
 
 def read_shape(annotation: dict[str, Any], position: int, size: tuple[int, int], info: DatasetInfo) -> shapes.Shape:
@@ -237,8 +434,9 @@ def read_shape(annotation: dict[str, Any], position: int, size: tuple[int, int],
     if isinstance(segmentation, dict):
         runs = _read_runs(segmentation, size, name)
     elif isinstance(segmentation, list) and segmentation:
+        is_flat = not any(isinstance(part, list) for part in segmentation)  # One polygon without a list around it.
         try:
-            runs = shapes.polygon_runs(segmentation, size)
+            runs = shapes.polygon_runs([segmentation] if is_flat else segmentation, size)
         except UserError as error:
             raise UserError(f"{name} {error}.") from error
     else:
@@ -255,14 +453,16 @@ def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], name: str) -
     """Reads run lengths, a list of numbers or the text of pycocotools' compressed format."""
     height, width = size
     counts: Any = segmentation.get("counts")
-    if segmentation.get("size") != [height, width]:
+    given_size = segmentation.get("size")
+    if not isinstance(given_size, list) or [number_or_text(side) for side in given_size] != [height, width]:
         raise UserError(
-            f"{name} has run lengths of size {segmentation.get('size')}, but its image is {[height, width]} (height, "
-            "width); correct the JSON."
+            f"{name} has run lengths of size {given_size}, but its image is {[height, width]} (height, width); correct "
+            "the JSON."
         )
     try:
         if isinstance(counts, list):
-            runs = coco_mask.frPyObjects(segmentation, height, width)
+            whole = {"size": [height, width], "counts": [whole_number(count) for count in counts]}
+            runs = coco_mask.frPyObjects(whole, height, width)
         else:
             runs = {"size": [height, width], "counts": str.encode(counts)}
         shapes.decode_runs(runs)  # Raises an error if they are damaged.
@@ -276,7 +476,9 @@ def _stuff_name(example: _Example) -> str:
     return f"{os.path.splitext(example.name)[0]}.png"
 
 
-def _draw_stuff(png: Path, name_of_value: dict[int, str], below: np.ndarray, info: DatasetInfo) -> np.ndarray:
+def _draw_stuff(
+    png: Path, name_of_value: dict[int, str], below: np.ndarray, info: DatasetInfo, losses: Losses
+) -> np.ndarray:
     """Draws a stuff PNG over a panoptic map, int32 [H, W]."""
     values = read_value_png(png, "stuff PNG")
     if values.shape != below.shape:
@@ -286,8 +488,10 @@ def _draw_stuff(png: Path, name_of_value: dict[int, str], below: np.ndarray, inf
     class_id_of_name = shapes.class_of_name(info)
     class_id_of_value = {value: class_id_of_name[name] for value, name in name_of_value.items()}
 
-    def meaning(value: int) -> tuple[int, bool] | None:
-        return (class_id_of_value[value], False) if value in class_id_of_value else None
+    def meaning(value: int) -> tuple[int, bool] | labeled_images.Void:
+        if value in class_id_of_value:
+            return class_id_of_value[value], False
+        return labeled_images.Void(NO_CLASS, f"value {value} of the stuff PNGs")
 
-    stuff = labeled_images.values_to_panoptic(values, meaning, info)
+    stuff = labeled_images.values_to_panoptic(values, meaning, info, losses)
     return np.where(stuff == info.void, below, stuff)

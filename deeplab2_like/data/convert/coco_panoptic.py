@@ -3,15 +3,22 @@
 The JSON says everything about the classes, so any data set in this format converts without further settings.
 """
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
+
+import numpy as np
 
 from deeplab2_like import files
-from deeplab2_like.data.coco_segments import compare_measures, ids_to_panoptic, parse_segments
+from deeplab2_like.data.coco_segments import compare_measures, ids_to_panoptic, keep_matching, parse_segments
 from deeplab2_like.data.convert import common, labeled_images
+from deeplab2_like.data.convert.coco_json import read_coco_json
+from deeplab2_like.data.convert.file_finder import FileFinder
+from deeplab2_like.data.convert.losses import CROWD, FAULTY, Losses
+from deeplab2_like.data.convert.splits import choose_split
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.faults import Fault
 from deeplab2_like.data.images import read_id_png
@@ -25,8 +32,8 @@ class _Example:
     """One image of the JSON.
 
     Attributes:
-        name: The image's file name.
-        panoptic_name: The PNG's file name.
+        name: The image's file name, relative to the folder of the images.
+        panoptic_name: The PNG's file name, relative to the folder of the PNGs.
         segments: The JSON's `segments_info`, not yet checked.
         fault: A fault that was found in the JSON, or None.
     """
@@ -37,21 +44,16 @@ class _Example:
     fault: str | None = None
 
 
-def convert_coco_panoptic(  # noqa: PLR0913 - its arguments are the options of the command
+def convert_coco_panoptic(
     *,
     images: Path,
     panoptic: Path,
     json_file: Path,
     output_dir: Path,
     split: str | None = None,
-    shards: int | None = None,
-    workers: int = 1,
-    label_divisor: int | None = None,
-    max_side: int | None = None,
-    on_error: common.OnError = "stop",
-    progress: common.Progress | None = None,
-    replace: bool = False,
-) -> common.ConversionReport:
+    encoding: str | None = None,
+    **options: Unpack[labeled_images.LabelOptions],
+) -> tuple[common.ConversionReport, ...]:
     """Converts one split of a COCO panoptic data set.
 
     Crowd segments become instance 0 of their class, like stuff. Instances are numbered from 1 per class, in the order
@@ -62,18 +64,12 @@ def convert_coco_panoptic(  # noqa: PLR0913 - its arguments are the options of t
         panoptic: Folder of the PNGs.
         json_file: The JSON, with `images`, `annotations` and `categories`.
         output_dir: The record folder; several splits of a data set go to one folder.
-        split: The split's name; None: taken from the name of the JSON or of its folder, see `common.guess_split`.
-        shards: Number of files; None: about one per 500 images.
-        workers: Number of images converted at once.
-        label_divisor: Factor between class and instance ids; None: that of the records already in the folder, or else
-            the smaller of 1000 and 10000 that fits.
-        max_side: Downscale images whose longer side has more pixels to this size; None: keep all sizes.
-        on_error: "stop" at the first faulty image, or "skip" faulty images and report them.
-        progress: Called after each image with the number of images done and the total.
-        replace: Whether to replace a split that was made from other files.
+        split: The split's name; None: see `splits.choose_split`.
+        encoding: See `files.read_text`.
+        **options: See `labeled_images.LabelOptions`.
 
     Returns:
-        The numbers of written and skipped images, and statistics.
+        A tuple with one report, or with two if images are shared out.
 
     Raises:
         UserError: If an input is missing or faulty; the output folder is unchanged then.
@@ -81,54 +77,83 @@ def convert_coco_panoptic(  # noqa: PLR0913 - its arguments are the options of t
     images, panoptic, json_file, output_dir = Path(images), Path(panoptic), Path(json_file), Path(output_dir)
     common.require_folder(images, "image folder")
     common.require_folder(panoptic, "folder of panoptic PNGs")
-    content = _read_json(json_file)
-    split = split if split is not None else common.guess_split(json_file)
-    info = common.agree_on_dataset_info(
-        DatasetInfo.from_coco_categories(content["categories"], name=json_file.stem),
-        output_dir=output_dir,
-        split=split,
-        max_instances=_max_instances(content["annotations"]),
-        label_divisor=label_divisor,
+    content = _read_json(json_file, encoding)
+    source = [json_file, images, panoptic]
+    split, notes = choose_split(
+        split, json_file, output_dir=output_dir, source=source, val_share=options.get("val_share")
     )
+    image_finder, png_finder = FileFinder(images), FileFinder(panoptic)
+    examples = _find_files(_list_examples(content), image_finder, png_finder)
 
-    def make_record(example: _Example) -> common.Record:
-        try:
-            return _make_record(example, images=images, panoptic=panoptic, info=info, max_side=max_side)
-        except UserError as error:
-            raise common.fault_of_image(example.name, json_file, error) from error
+    def load(example: _Example, info: DatasetInfo, losses: Losses) -> tuple[bytes, np.ndarray]:
+        if example.fault is not None:
+            raise UserError(example.fault)
+        image = files.read_file(path_inside(images, example.name), "the image")
+        png = path_inside(panoptic, example.panoptic_name)
+        segments = parse_segments(example.segments, info, fault=losses.skip_faulty)
+        ids = read_id_png(png)
+        for segment in segments:
+            if segment.is_crowd and info.categories[segment.class_id].is_thing:
+                losses.add(CROWD, info.categories[segment.class_id].name, objects=1)
+        with losses.skip_faulty():
+            return image, ids_to_panoptic(ids, segments, info, png=f"'{png}'")
+        matching, segments = keep_matching(ids, segments)
+        losses.add(FAULTY, "ids that are not listed", pixels=int((matching != ids).sum()))
+        return image, ids_to_panoptic(matching, segments, info, png=f"'{png}'")
 
-    return common.write_split(
-        _list_examples(content),
-        make_record,
-        info=info,
-        output_dir=output_dir,
-        split=split,
-        shards=shards,
-        workers=workers,
-        on_error=on_error,
-        progress=progress,
-        replace=replace,
-        source=[json_file, images, panoptic],
+    return labeled_images.write_labeled_images(
+        {split: examples},
+        load,
         inputs_of=lambda example: [images / example.name, panoptic / example.panoptic_name],
-        options={"max_side": max_side},
+        source=source,
+        info=DatasetInfo.from_coco_categories(content["categories"], name=json_file.stem),
+        output_dir=output_dir,
+        max_instances=_max_instances(content["annotations"]),
+        notes=[*notes, *image_finder.notes(), *png_finder.notes()],
+        **options,
     )
+
+
+def _find_files(examples: list[_Example], images: FileFinder, panoptic: FileFinder) -> list[_Example]:
+    """Replaces the paths of the JSON by those in the two folders; a path that leads out of them becomes a fault."""
+    found = []
+    for example in examples:
+        name, panoptic_name, fault = example.name, example.panoptic_name, example.fault
+        try:
+            name = images.find(name)
+            panoptic_name = panoptic.find(panoptic_name) if panoptic_name else ""
+        except UserError as error:
+            fault = fault or str(error)
+        found.append(_Example(name, panoptic_name, example.segments, fault))
+    return found
 
 
 def check_segments(
-    *, panoptic: Path, json_file: Path, workers: int = 1, progress: common.Progress | None = None
+    *,
+    panoptic: Path,
+    json_file: Path,
+    encoding: str | None = None,
+    workers: int = 1,
+    progress: common.Progress | None = None,
 ) -> list[Fault]:
     """Compares the areas and boxes in the JSON with the PNGs; ignores PNGs that cannot be read.
 
     Args:
         panoptic: Folder of the PNGs.
         json_file: The JSON.
+        encoding: See `files.read_text`.
         workers: Number of PNGs read at once.
         progress: Called after each PNG with the number of PNGs done and the total.
 
     Returns:
         A fault for each difference.
     """
-    examples = [example for example in _list_examples(_read_json(Path(json_file))) if example.fault is None]
+    listed = [example for example in _list_examples(_read_json(Path(json_file), encoding)) if example.fault is None]
+    finder = FileFinder(Path(panoptic))
+    examples = []
+    for example in listed:
+        with contextlib.suppress(UserError):
+            examples.append(dataclasses.replace(example, panoptic_name=finder.find(example.panoptic_name)))
 
     def check(example: _Example) -> list[Fault]:
         try:
@@ -146,29 +171,24 @@ def check_segments(
     return faults
 
 
-def require_same_categories(json_files: Sequence[Path]) -> None:
-    """Raises `UserError` unless the JSONs of several splits list the same categories."""
+def require_same_categories(json_files: Sequence[Path], *, encoding: str | None = None) -> None:
+    """Raises `UserError` unless the JSONs of several splits list the same categories, in any order."""
     found = [
-        DatasetInfo.from_coco_categories(_read_json(path)["categories"], name=path.stem).categories
+        DatasetInfo.from_coco_categories(_read_json(path, encoding)["categories"], name=path.stem).categories
         for path in json_files
     ]
     for path, categories in zip(json_files, found, strict=True):
-        if categories != found[0]:
+        by_id = {category.id: (category.name, category.is_thing) for category in categories}
+        if by_id != {category.id: (category.name, category.is_thing) for category in found[0]}:
             raise UserError(
                 f"'{path}' has other categories than '{json_files[0]}', so the two cannot be in one record folder; "
                 "make both JSONs again from the same list of categories."
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Reads the JSON and checks that its lists exist and consist of objects."""
-    content = files.read_json(path)
-    for key in ("images", "annotations", "categories"):
-        value = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            raise UserError(
-                f"'{path}' has no list '{key}'; a COCO panoptic JSON has 'images', 'annotations' and 'categories'."
-            )
+def _read_json(path: Path, encoding: str | None) -> dict[str, Any]:
+    """Reads the JSON and checks that it has annotations."""
+    content = read_coco_json(path, "panoptic", encoding=encoding)
     if not content["annotations"]:
         raise UserError(f"'{path}' has no annotations, so there is nothing to convert; give a JSON with labels.")
     return content
@@ -229,19 +249,3 @@ def _list_examples(content: Mapping[str, Any]) -> list[_Example]:
             fault = f"'annotations' has no entry for image_id {image_id!r}; add it, or remove the image from 'images'."
             examples.append(_Example(name, fault=fault))
     return examples
-
-
-def _make_record(
-    example: _Example, *, images: Path, panoptic: Path, info: DatasetInfo, max_side: int | None
-) -> common.Record:
-    """Reads the files of one example and makes its record; raises `UserError` if it is faulty."""
-    if example.fault is not None:
-        raise UserError(example.fault)
-    segments = parse_segments(example.segments, info)
-    content = files.read_file(path_inside(images, example.name), "the image")
-    png = path_inside(panoptic, example.panoptic_name)
-    label = ids_to_panoptic(read_id_png(png), segments, info, png=f"'{png}'")
-    content = labeled_images.match_label_orientation(content, label.shape, name=example.name)
-    if max_side is not None:
-        content, label = labeled_images.downscale(content, label, max_side, name=example.name)
-    return common.make_labeled_record(image=content, panoptic=label, filename=example.name, info=info)

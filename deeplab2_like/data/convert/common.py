@@ -4,15 +4,15 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar, get_args
 
 import numpy as np
 
 from deeplab2_like import errors
 from deeplab2_like.data import dataset_info
+from deeplab2_like.data.convert.losses import CROWD, Counts, Losses, sum_counts
 from deeplab2_like.data.convert.unfinished import (
     UnfinishedSplit,
     fingerprint,
@@ -20,7 +20,8 @@ from deeplab2_like.data.convert.unfinished import (
     make_plan,
     require_same_source,
 )
-from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.dataset_info import Category, DatasetInfo, generate_color
+from deeplab2_like.data.images import find_bit_depth
 from deeplab2_like.data.label_runs import list_segments
 from deeplab2_like.data.records import serialize_example
 from deeplab2_like.data.shards import list_splits, require_shard_count
@@ -30,23 +31,11 @@ from deeplab2_like.parallel import map_in_order
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
-OnError = Literal["stop", "skip"]
+OnError = Literal["stop", "skip-annotation", "skip-image", "skip"]
 
 EXAMPLES_PER_SHARD = 500
 # The default is the first of these that is larger than the number of instances of any class in an image.
 LABEL_DIVISORS = (1000, 10_000)
-
-_SPLIT_OF_WORD = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "minival": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
 
 
 class WriteOptions(TypedDict, total=False):
@@ -59,6 +48,11 @@ class WriteOptions(TypedDict, total=False):
     replace: bool
 
 
+def may_skip_annotations(on_error: OnError) -> bool:
+    """Returns whether faulty annotations are left out, and their image is kept."""
+    return on_error in ("skip", "skip-annotation")
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One serialized example, with its part in the statistics of its split.
@@ -67,11 +61,15 @@ class Record:
         serialized: The serialized example.
         objects: Number of objects of each class; crowd regions and stuff do not count. Empty if unknown.
         pixels: Number of pixels of each class and, last, of void. Empty if unknown.
+        lost: What the image's labels hold and the record does not.
+        skipped_annotations: The fault of each annotation that was left out.
     """
 
     serialized: bytes
     objects: Sequence[int] = ()
     pixels: Sequence[int] = ()
+    lost: Counts = dataclasses.field(default_factory=dict)
+    skipped_annotations: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +82,9 @@ class ConversionReport:
         skipped: The fault of each skipped example, as in `errors.jsonl`.
         objects: Number of objects of each class; crowd regions and stuff do not count.
         pixels: Number of pixels of each class and, last, of void.
+        lost: What the labels hold and the records do not: numbers of objects and pixels by reason and class name.
+        skipped_annotations: The fault of each annotation that was left out, as in `errors.jsonl`.
+        notes: Sentences for the user: the choices that the converter made.
         kept_files: Number of files that an earlier, interrupted run had already written.
         files: Number of files; 0 if unknown.
         is_unchanged: Whether an earlier run had completed the same conversion, so that nothing was done.
@@ -94,6 +95,9 @@ class ConversionReport:
     skipped: tuple[str, ...] = ()
     objects: tuple[int, ...] = dataclasses.field(default=(), compare=False)
     pixels: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    lost: Counts = dataclasses.field(default_factory=dict, compare=False)
+    skipped_annotations: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     kept_files: int = dataclasses.field(default=0, compare=False)
     files: int = dataclasses.field(default=0, compare=False)
     is_unchanged: bool = dataclasses.field(default=False, compare=False)
@@ -132,7 +136,9 @@ def write_split(  # noqa: PLR0913 - converters pass their options through
         source: The files or folders that the user gave, which identify the source. Empty: the examples are generated.
         shards: Number of files, at most one per item; None: about one per `EXAMPLES_PER_SHARD` items.
         workers: Number of threads.
-        on_error: "stop" at the first faulty item, or "skip" faulty items and list them in `errors.jsonl` of the folder.
+        on_error: "stop" at the first fault; or list faults in `errors.jsonl` of the folder and leave out the smallest
+            part, an annotation or else the item ("skip"), only annotations ("skip-annotation"), or always the item
+            ("skip-image"). Annotations are the business of `make_record`.
         progress: Called after each item with the number of items done and the total.
         replace: Whether to replace a split, or an interrupted conversion of it, that was made from another source.
         inputs_of: Returns the files from which an item's record is made, the image first. Everything else that affects
@@ -143,12 +149,12 @@ def write_split(  # noqa: PLR0913 - converters pass their options through
         The numbers of written and skipped examples, and statistics.
 
     Raises:
-        UserError: If an argument is wrong, an item is faulty and `on_error` is "stop", all items are faulty, or the
+        UserError: If an argument is wrong, an item is faulty and not to be skipped, all items are faulty, or the
             folder has the split from another source or an interrupted conversion with other options. The content of
             the folder is unchanged then; finished files are kept, hidden, for the next run.
     """
-    if on_error not in ("stop", "skip"):
-        raise errors.unknown_name("value of on_error", on_error, ("stop", "skip"))
+    if on_error not in get_args(OnError):
+        raise errors.unknown_name("value of on_error", on_error, get_args(OnError))
     if workers < 1:
         raise UserError(f"workers must be 1 or more, got {workers}.")
     ranges = _split_into_ranges(len(items), shards)
@@ -159,7 +165,7 @@ def write_split(  # noqa: PLR0913 - converters pass their options through
         ]
     plan = make_plan(info, source=source, examples=len(items), shards=len(ranges), options=options or {})
     unfinished = UnfinishedSplit(output_dir, split, plan=plan, fingerprints=fingerprints)
-    conversion = _Conversion(items, make_record, inputs_of=inputs_of, may_skip=on_error == "skip", progress=progress)
+    conversion = _Conversion(items, make_record, inputs_of=inputs_of, on_error=on_error, progress=progress)
     is_new = not output_dir.exists()
     make_folder(output_dir)
     try:
@@ -167,7 +173,7 @@ def write_split(  # noqa: PLR0913 - converters pass their options through
             was_completed = unfinished.complete_publication()
             if not replace:
                 require_same_source(output_dir, split, source)
-            finished = unfinished.finished(allow_skipped=on_error == "skip")
+            finished = unfinished.finished(on_error=on_error)
             if finished is not None:
                 return _make_report(split, finished, kept_files=len(ranges), is_unchanged=not was_completed)
             return conversion.run(unfinished, ranges, info=info, split=split, workers=workers, replace=replace)
@@ -189,7 +195,7 @@ class _Conversion(Generic[Item]):
         items: See `write_split`, as for the rest.
         make_record: Makes the record of an item.
         inputs_of: Returns the files from which an item's record is made, or None.
-        may_skip: Whether faulty items are skipped.
+        on_error: See `write_split`.
         progress: Called after each item.
     """
 
@@ -199,13 +205,14 @@ class _Conversion(Generic[Item]):
         make_record: Callable[[Item], Record],
         *,
         inputs_of: Callable[[Item], Sequence[Path]] | None,
-        may_skip: bool,
+        on_error: OnError,
         progress: Progress | None,
     ) -> None:
         self._items = items
         self._make_record = make_record
         self._inputs_of = inputs_of
-        self._may_skip = may_skip
+        self._on_error = on_error
+        self._may_skip = on_error in ("skip", "skip-image")
         self._progress = progress
 
     def run(
@@ -220,7 +227,7 @@ class _Conversion(Generic[Item]):
     ) -> ConversionReport:
         """Writes the files and publishes the split; the arguments are those of `write_split`."""
         try:
-            kept = unfinished.begin(allow_skipped=self._may_skip, replace=replace)
+            kept = unfinished.begin(on_error=self._on_error, replace=replace)
             states = self._write_files(unfinished, ranges, kept, num_classes=info.num_classes, workers=workers)
             report = _make_report(split, states, kept_files=sum(state is not None for state in kept))
             if not report.examples:
@@ -261,10 +268,13 @@ class _Conversion(Generic[Item]):
         states = list(kept)
         with contextlib.closing(map_in_order(self._attempt, items, workers=workers)) as outcomes:
             for number in missing:
-                contents: dict[str, list[Any]] = {
+                contents: dict[str, Any] = {
+                    "on_error": self._on_error,
                     "skipped": [],
+                    "skipped_annotations": [],
                     "objects": [0] * num_classes,
                     "pixels": [0] * (num_classes + 1),
+                    "lost": {},
                 }
                 # With the items first, `zip` stops without consuming the first outcome of the next file.
                 pairs = zip(self._items[slice(*ranges[number])], outcomes, strict=False)
@@ -278,7 +288,7 @@ class _Conversion(Generic[Item]):
             return error
 
     def _count_records(
-        self, pairs: Iterable[tuple[Item, Record | UserError]], contents: dict[str, list[Any]]
+        self, pairs: Iterable[tuple[Item, Record | UserError]], contents: dict[str, Any]
     ) -> Iterator[bytes]:
         """Yields the serialized examples of a file, and adds up its contents."""
         for item, outcome in pairs:
@@ -286,15 +296,20 @@ class _Conversion(Generic[Item]):
                 for counted, counts in (("objects", outcome.objects), ("pixels", outcome.pixels)):
                     for class_id, count in enumerate(counts):
                         contents[counted][class_id] += count
+                contents["lost"] = sum_counts(iter((contents["lost"], outcome.lost)))
+                contents["skipped_annotations"] += [self._fault(item, fault) for fault in outcome.skipped_annotations]
                 yield outcome.serialized
             elif self._may_skip:
-                paths = self._inputs_of(item) if self._inputs_of is not None else ()
-                contents["skipped"].append({"file": str(paths[0] if paths else item), "reason": str(outcome)})
+                contents["skipped"].append(self._fault(item, str(outcome)))
             else:
                 raise outcome
             self._num_done += 1
             if self._progress is not None:
                 self._progress(self._num_done, len(self._items))
+
+    def _fault(self, item: Item, reason: str) -> dict[str, str]:
+        paths = self._inputs_of(item) if self._inputs_of is not None else ()
+        return {"file": str(paths[0] if paths else item), "reason": reason}
 
 
 def _split_into_ranges(num_items: int, shards: int | None) -> list[tuple[int, int]]:
@@ -317,13 +332,17 @@ def _make_report(
         skipped=tuple(fault["reason"] for state in states for fault in state["skipped"]),
         objects=tuple(map(sum, zip(*(state["objects"] for state in states), strict=True))),
         pixels=tuple(map(sum, zip(*(state["pixels"] for state in states), strict=True))),
+        lost=sum_counts(state["lost"] for state in states),
+        skipped_annotations=tuple(fault["reason"] for state in states for fault in state["skipped_annotations"]),
         kept_files=kept_files,
         files=len(states),
         is_unchanged=is_unchanged,
     )
 
 
-def make_labeled_record(*, image: bytes | np.ndarray, panoptic: np.ndarray, filename: str, info: DatasetInfo) -> Record:
+def make_labeled_record(
+    *, image: bytes | np.ndarray, panoptic: np.ndarray, filename: str, info: DatasetInfo, losses: Losses | None = None
+) -> Record:
     """Makes the record of an image and its label, and counts objects and pixels of each class.
 
     Args:
@@ -331,6 +350,7 @@ def make_labeled_record(*, image: bytes | np.ndarray, panoptic: np.ndarray, file
         panoptic: int32 [H, W], panoptic map.
         filename: The image's file name.
         info: The meaning of the label.
+        losses: What is lost of the image so far; the pixels of crowd regions are added.
 
     Returns:
         The record, see `records.serialize_example`.
@@ -338,7 +358,7 @@ def make_labeled_record(*, image: bytes | np.ndarray, panoptic: np.ndarray, file
     Raises:
         UserError: If the image cannot be decoded, or image and label have different sizes.
     """
-    serialized = serialize_example(image=image, panoptic=panoptic, filename=filename)
+    serialized = serialize_example(image=image, panoptic=panoptic, filename=filename, bit_depth=info.bit_depth)
     table = list_segments(panoptic)
     classes = np.minimum(table.values // info.label_divisor, info.num_classes)
     instances = table.values % info.label_divisor
@@ -346,7 +366,11 @@ def make_labeled_record(*, image: bytes | np.ndarray, panoptic: np.ndarray, file
     pixels = np.zeros(info.num_classes + 1, np.int64)
     np.add.at(pixels, classes, table.areas)
     objects = np.bincount(classes[is_object], minlength=info.num_classes)
-    return Record(serialized, tuple(objects.tolist()), tuple(pixels.tolist()))
+    losses = Losses() if losses is None else losses
+    is_crowd = np.isin(classes, info.thing_classes) & (instances == 0)
+    for class_id, area in zip(classes[is_crowd].tolist(), table.areas[is_crowd].tolist(), strict=True):
+        losses.add(CROWD, info.categories[class_id].name, pixels=area)
+    return Record(serialized, tuple(objects.tolist()), tuple(pixels.tolist()), losses.counts, losses.faults)
 
 
 def fault_of_image(name: str, source: Path, error: UserError) -> UserError:
@@ -358,43 +382,13 @@ def fault_of_image(name: str, source: Path, error: UserError) -> UserError:
     return UserError(f"Image '{name}' of '{source}': {text}")
 
 
-def guess_split(*paths: Path) -> str:
-    """Guesses a split from the names of files or folders, or else from those of their parent folders.
-
-    Only whole words count, separated by anything other than letters: `panoptic_val2017.json` is val, `trainer.json` is
-    unknown. Of several such words in a name the first counts.
-
-    Args:
-        paths: The files or folders of one split.
-
-    Returns:
-        "train", "val" or "test".
-
-    Raises:
-        UserError: If there is no such word, or names of the same level have different ones.
-    """
-    listed = " and ".join(f"'{path}'" for path in paths)
-    absolute = [Path(os.path.abspath(path)) for path in paths]
-    for names in ([path.name for path in absolute], [path.parent.name for path in absolute]):
-        words = [re.findall(r"[^\W\d_]+", name.casefold()) for name in names]
-        known = [[_SPLIT_OF_WORD[word] for word in of_name if word in _SPLIT_OF_WORD] for of_name in words]
-        found = sorted({of_name[0] for of_name in known if of_name})
-        if len(found) > 1:
-            raise UserError(
-                f"The names of {listed} are of different splits ({', '.join(found)}); name the split with --split."
-            )
-        if found:
-            return found[0]
-    raise UserError(
-        f"The split of {listed} is unknown, because neither the name nor that of the folder above has one of the words "
-        f"{', '.join(_SPLIT_OF_WORD)}; name it with --split."
-    )
-
-
 def agree_on_dataset_info(
     info: DatasetInfo, *, output_dir: Path, split: str, max_instances: int, label_divisor: int | None = None
 ) -> DatasetInfo:
-    """Chooses the label divisor of a split, consistent with other splits in the folder.
+    """Chooses classes and label divisor of a split, consistent with other splits in the folder.
+
+    The classes are compared by id and name, so a source may list them in another order, or only those that occur. New
+    ones are added after those of the folder, whose class ids stay.
 
     Args:
         info: The `DatasetInfo` of the source; its label divisor is ignored.
@@ -404,25 +398,17 @@ def agree_on_dataset_info(
         label_divisor: The user's choice; None: that of the folder, or else the smallest of `LABEL_DIVISORS` that fits.
 
     Returns:
-        The `DatasetInfo` to write, the same as in the folder if it has other splits.
+        The `DatasetInfo` to write: if the folder has other splits, their classes and divisor.
 
     Raises:
         UserError: If the divisor is too small, or other splits in the folder, or interrupted conversions of them, have
-            other categories or another divisor.
+            contradicting categories or another divisor.
     """
-    existing = None
-    other_splits: list[str] = []
-    if (output_dir / dataset_info.FILE_NAME).is_file():
-        existing = DatasetInfo.load(output_dir)
-        other_splits = [name for name in list_splits(output_dir) if name != split]
-        if existing.record_offset:
-            raise UserError(f"'{output_dir}' holds records that DeepLab2 made; choose another output folder.")
-        if other_splits and existing.categories != info.categories:
-            raise UserError(
-                f"'{output_dir}' holds records of '{existing.name}' with other categories "
-                f"({_first_difference(existing, info)}) in its other splits ({', '.join(other_splits)}); choose "
-                "another output folder."
-            )
+    existing, other_splits = _existing_info(output_dir, split)
+    if existing is not None and existing.record_offset:
+        raise UserError(f"'{output_dir}' holds records that DeepLab2 made; choose another output folder.")
+    if existing is not None and other_splits:
+        info = _with_known_classes(existing, info, output_dir, other_splits)
     interrupted = _interrupted_others(info, output_dir, split)
     if label_divisor is None:
         known = [found.label_divisor for found in (existing, *interrupted.values()) if found is not None]
@@ -446,7 +432,99 @@ def agree_on_dataset_info(
             f"'{output_dir}' holds splits ({', '.join(other_splits)}) with label_divisor {existing.label_divisor}, but "
             f"split '{split}' needs {label_divisor}; convert all of them with label_divisor {label_divisor}."
         )
-    return dataclasses.replace(existing, label_divisor=label_divisor)
+    return dataclasses.replace(info, label_divisor=label_divisor)
+
+
+def known_categories(output_dir: Path, split: str) -> tuple[Category, ...]:
+    """Returns the classes of the other splits in a record folder, which may be missing."""
+    existing, other_splits = _existing_info(output_dir, split)
+    return existing.categories if existing is not None and other_splits else ()
+
+
+def describe_classes(known: Sequence[Category], info: DatasetInfo, split: str) -> list[str]:
+    """Returns sentences for the user if a source does not list the classes that a record folder knows.
+
+    Args:
+        known: The classes that the folder had, see `known_categories`.
+        info: The `DatasetInfo` of the source.
+        split: The split.
+    """
+    here, there = ([category.name for category in categories] for categories in (info.categories, known))
+    new, absent = ([name for name in one if name not in other] for one, other in ((here, there), (there, here)))
+    sentences = []
+    if known and new:
+        sentences.append(f"Split '{split}' adds classes that the other splits do not have: {', '.join(new)}.")
+    if known and absent:
+        sentences.append(f"Split '{split}' does not list the classes {', '.join(absent)} of the other splits.")
+    return sentences
+
+
+def _existing_info(output_dir: Path, split: str) -> tuple[DatasetInfo | None, list[str]]:
+    """Returns the `DatasetInfo` of a record folder, None if it has none, and the names of its other splits."""
+    if not (output_dir / dataset_info.FILE_NAME).is_file():
+        return None, []
+    return DatasetInfo.load(output_dir), [name for name in list_splits(output_dir) if name != split]
+
+
+def _with_known_classes(
+    existing: DatasetInfo, info: DatasetInfo, output_dir: Path, other_splits: Sequence[str]
+) -> DatasetInfo:
+    """Returns the classes of a record folder and, after them, new ones of a source; refuses contradictions."""
+    new = []
+    known_names = {category.name for category in existing.categories}
+    for position, category in enumerate(info.categories):
+        class_id = existing.class_of_category_id.get(category.id)
+        if class_id is None and category.name not in known_names:
+            new.append(category)
+            continue
+        if class_id is None:
+            class_id = next(i for i, known in enumerate(existing.categories) if known.name == category.name)
+        known = existing.categories[class_id]
+        # Colors that were generated by position do not count.
+        is_generated = category.color == generate_color(position) or known.color == generate_color(class_id)
+        if dataclasses.replace(category, color=known.color) != known or not (
+            is_generated or category.color == known.color
+        ):
+            raise UserError(
+                f"'{output_dir}' holds records of '{existing.name}' with other categories "
+                f"({_difference(known, category)}) in its other splits ({', '.join(other_splits)}); choose another "
+                "output folder."
+            )
+    categories = (*existing.categories, *new)
+    return dataclasses.replace(
+        existing, categories=categories, ignore_label=max(existing.ignore_label, len(categories))
+    )
+
+
+def agree_on_bit_depth(
+    info: DatasetInfo, images: Iterable[Path], *, output_dir: Path, split: str, bit_depth: int | None
+) -> DatasetInfo:
+    """Adds to a `DatasetInfo` the number of bits of images with more than 8 bits per channel.
+
+    Args:
+        info: Returned by `agree_on_dataset_info`.
+        images: The image files of the split.
+        output_dir: The record folder, which may be missing.
+        split: The split to write.
+        bit_depth: The user's choice; None: that of other splits in the folder, or else from the largest value.
+
+    Returns:
+        The `DatasetInfo` to write.
+
+    Raises:
+        UserError: If it is not in 8..32, or other splits in the folder have another.
+    """
+    if bit_depth is not None and not 8 <= bit_depth <= 32:
+        raise UserError(f"bit_depth must be 8 to 32, got {bit_depth}.")
+    known = None
+    if (output_dir / dataset_info.FILE_NAME).is_file() and set(list_splits(output_dir)) - {split}:
+        known = DatasetInfo.load(output_dir).bit_depth
+    if None not in (known, bit_depth) and known != bit_depth:
+        raise UserError(
+            f"'{output_dir}' holds other splits whose images were scaled from {known} bits to 8; give --bit-depth "
+            f"{known}, or convert all splits with the same."
+        )
+    return dataclasses.replace(info, bit_depth=known or bit_depth or find_bit_depth(images))
 
 
 def _interrupted_others(info: DatasetInfo, output_dir: Path, split: str) -> dict[str, DatasetInfo]:
@@ -495,13 +573,18 @@ def require_replaceable(output_dir: Path, sources: Mapping[str, Sequence[Path]],
 def _first_difference(existing: DatasetInfo, info: DatasetInfo) -> str:
     """Describes the first difference between the categories of two data sets."""
     for old, new in zip(existing.categories, info.categories, strict=False):
-        if (old.id, old.name) != (new.id, new.name):
-            return f"id {old.id} '{old.name}' there, id {new.id} '{new.name}' here"
-        if old.is_thing != new.is_thing:
-            return f"'{old.name}' is a thing in one and stuff in the other"
-        if old.color != new.color:
-            return f"'{old.name}' has the color {old.color} there and {new.color} here"
+        if old != new:
+            return _difference(old, new)
     return f"{existing.num_classes} categories there, {info.num_classes} here"
+
+
+def _difference(old: Category, new: Category) -> str:
+    """Describes the difference between the categories of two data sets."""
+    if (old.id, old.name) != (new.id, new.name):
+        return f"id {old.id} '{old.name}' there, id {new.id} '{new.name}' here"
+    if old.is_thing != new.is_thing:
+        return f"'{old.name}' is a thing in one and stuff in the other"
+    return f"'{old.name}' has the color {old.color} there and {new.color} here"
 
 
 def require_folder(folder: Path, what: str) -> None:

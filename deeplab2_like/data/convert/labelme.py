@@ -6,7 +6,6 @@ labelme's files have class names but do not say which classes are stuff, so the 
 import base64
 import binascii
 import dataclasses
-import io
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -14,14 +13,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Unpack
 
 import numpy as np
-from PIL import Image
 
 from deeplab2_like import files
-from deeplab2_like.data import dataset_info
 from deeplab2_like.data.convert import common, labeled_images, shapes
-from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.images import IMAGE_SUFFIXES, turn_upright
-from deeplab2_like.data.shards import list_splits
+from deeplab2_like.data.convert.coco_json import number_or_text
+from deeplab2_like.data.convert.losses import FAULTY, Losses
+from deeplab2_like.data.convert.splits import choose_split, split_by_subsets, split_of_folder
+from deeplab2_like.data.dataset_info import Category, DatasetInfo, whole_number
+from deeplab2_like.data.images import IMAGE_SUFFIXES, decode_image, decode_label, turn_upright
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import is_inside, require_inside
 
@@ -36,7 +35,7 @@ class _Example:
     Attributes:
         name: The image's file name, in the folder of its JSON relative to the root.
         json_file: Its JSON; None if the image has none.
-        image: The image; None if the JSON does not give its path.
+        image: The image; None if it is only in the JSON, or is missing.
     """
 
     name: str
@@ -53,168 +52,269 @@ def convert_labelme(
     stuff: Sequence[str] = (),
     background: str | None = None,
     overlap: shapes.Overlap = "smaller-on-top",
+    ignore_subsets: bool = False,
+    encoding: str | None = None,
     **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
-    """Converts a folder of labelme and the folders in it as one split.
+    """Converts a folder of labelme and the folders in it, as one split or, if these are `train` and `val`, as several.
 
     Polygons, rectangles, circles and masks are supported. Shapes of a thing class with the same `group_id` are one
     object. Shapes named `__ignore__` become void.
 
     The JSONs give the paths of the images, which must be in `root` or its parent folder: it is common to have labels
-    and images in two folders side by side, with `"imagePath": "../images/a.jpg"`. A JSON with a path elsewhere is
-    refused, unless it contains the image.
+    and images in two folders side by side, with `"imagePath": "../images/a.jpg"`. If there is no such image, as after a
+    move to another machine, the one beside the JSON is taken that has its name or that of the JSON, or else the copy in
+    the JSON. A JSON with a path elsewhere is refused otherwise.
 
     Args:
         root: Folder of the JSONs.
         output_dir: The record folder.
-        split: The split's name; None: taken from the name of `root` or of its folder, see `common.guess_split`.
+        split: The split's name; None: see `splits.choose_split`. If the folders in `root` are splits, only this one is
+            converted, or all if it is None.
         classes: All names, in the order of the class ids. None: those of the record folder, if it has another split
             with all names that occur here, or else the names that occur, in alphabetical order.
         stuff: Names of the classes that are stuff; all others are things.
         background: Name of the class of pixels without a shape; None: they are void.
         overlap: Which shape wins where several overlap, see `shapes.draw`.
+        ignore_subsets: Whether folders such as `train` and `val` belong to one split all the same.
+        encoding: Encoding of JSONs that are not UTF-8, such as "gbk", see `files.read_text`.
         **options: See `labeled_images.LabelOptions`.
 
     Returns:
-        A tuple with one report, like the converters of several splits.
+        A report per split.
 
     Raises:
         UserError: If an input is missing or faulty; the output folder is unchanged then.
     """
     root, output_dir = Path(root), Path(output_dir)
     common.require_folder(root, "labelme folder")
-    split = split if split is not None else common.guess_split(root)
-    examples, names, max_instances = _scan(root)
-    if not any(example.json_file for example in examples):
+    scan = _scan(root, encoding)
+    if not any(example.json_file for example in scan.examples):
         raise UserError(f"'{root}' has no JSON of labelme; give the folder in which labelme saves them.")
+    subsets = split_by_subsets(
+        scan.examples,
+        lambda example: split_of_folder(example.name),
+        split=split,
+        ignore_subsets=ignore_subsets,
+        where=f"'{root}'",
+    )
+    by_subsets = subsets is not None
+    if subsets is None:
+        split, notes = choose_split(
+            split, root, output_dir=output_dir, source=[root], val_share=options.get("val_share")
+        )
+        subsets = {split: scan.examples}, notes
+    splits, notes = subsets
+    known = common.known_categories(output_dir, next(iter(splits)))
     if classes is None:
-        classes = _known_names(output_dir, split, names) or sorted(names)
+        classes = _known_names(known, scan.names) or sorted(scan.names)
+        if not classes:
+            raise scan.first_fault or UserError(
+                f"No shape in the JSONs of '{root}' has a label; draw some in labelme, or give the classes with "
+                "--classes."
+            )
+        notes.append(f"The classes are {', '.join(classes)}, in this order; --classes gives others.")
     info = shapes.make_info(
         [{"id": number, "name": name} for number, name in enumerate(classes, start=1)],
         name=root.name,
         stuff=stuff,
         background=background,
+        known=known,
     )
 
-    def load(example: _Example, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
+    def load(example: _Example, info: DatasetInfo, losses: Losses) -> tuple[bytes, np.ndarray]:
         if example.json_file is None:
             raise UserError(
                 "it has no JSON of the same name beside it; label it in labelme, or move it to another folder."
             )
-        content = _read_json(example.json_file)
+        content = _read_json(example.json_file, encoding)
         # labelme shows images turned by their EXIF orientation.
-        image = turn_upright(_read_image(content, example.json_file, root), example.name)
-        height, width = content.get("imageHeight"), content.get("imageWidth")
-        if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
-            raise UserError(f"'{example.json_file}' lacks 'imageHeight' or 'imageWidth'; save it again in labelme.")
-        size = (height, width)
+        image = _read_image(content, example.json_file, example.image, root)
+        image = turn_upright(image, example.name, bit_depth=info.bit_depth)
+        size = _size_in_json(content, example.json_file) or decode_image(image, example.name).shape[:2]
         below = shapes.empty_map(size, info, background)
-        return image, shapes.draw(_read_shapes(content, size, info), below, overlap=overlap, info=info)
+        drawn = _read_shapes(content, size, info, losses)
+        return image, shapes.draw(drawn, below, overlap=overlap, info=info, losses=losses)
 
-    report = labeled_images.write_labeled_images(
-        examples,
+    return labeled_images.write_labeled_images(
+        splits,
         load,
         inputs_of=lambda example: [path for path in (example.image, example.json_file) if path is not None],
-        choices={"background": background, "overlap": overlap},
+        choices={"background": background, "overlap": overlap, "encoding": encoding},
         source=[root],
         info=info,
         output_dir=output_dir,
-        split=split,
-        max_instances=max_instances,
+        max_instances=scan.max_instances,
+        notes=[*notes, *shapes.describe_kinds(info, stuff), *scan.notes],
+        by_subsets=by_subsets,
         **options,
     )
-    return (report,)
 
 
-def _scan(root: Path) -> tuple[list[_Example], set[str], int]:
-    """Lists JSONs, and images without one.
+@dataclasses.dataclass
+class _Scan:
+    """What a folder of labelme holds.
 
-    Returns:
-        The examples, all class names, and the largest number of shapes with the same name in an image.
+    Attributes:
+        examples: JSONs, and images without one.
+        names: All class names.
+        max_instances: The largest number of shapes with the same name in an image.
+        first_fault: The fault of the first JSON that cannot be read, or None.
+        notes: Sentences for the user.
     """
-    examples, names, max_instances = [], set(), 0
+
+    examples: list[_Example] = dataclasses.field(default_factory=list)
+    names: set[str] = dataclasses.field(default_factory=set)
+    max_instances: int = 0
+    first_fault: UserError | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def _scan(root: Path, encoding: str | None) -> _Scan:
+    """Lists JSONs, and images without one; faults are raised again when the image is converted."""
+    scan = _Scan()
     labeled = set()  # Paths of images, and of JSONs without suffix.
+    num_elsewhere = 0
     for json_file in files.list_files(root, (".json",), recursive=True):
         name, image = json_file.stem, None
         labeled.add(json_file.with_suffix(""))
         try:
-            content = _read_json(json_file)
+            content = _read_json(json_file, encoding)
             labels = [shape.get("label") for shape in content["shapes"]]
             counts = Counter(label for label in labels if isinstance(label, str))
             counts.pop(_IGNORED, None)
-            names |= set(counts)
-            max_instances = max(max_instances, *counts.values(), 0)
-            image = Path(os.path.normpath(json_file.parent / _image_path(content)))
-            labeled.add(image)
-            name = image.name
-        except UserError:  # Raised again when the image is converted.
-            pass
-        examples.append(_Example((json_file.relative_to(root).parent / name).as_posix(), json_file, image))
+            scan.names |= set(counts)
+            scan.max_instances = max(scan.max_instances, *counts.values(), 0)
+            given = _image_path(content)
+            name = json_file.stem if given is None else given.name
+            image = _find_image(content, json_file, root)
+            if image is not None:
+                name = image.name
+                is_given = given is not None and image == Path(os.path.normpath(json_file.parent / given))
+                num_elsewhere += not is_given
+            for position, shape in enumerate(content["shapes"]):
+                _require_label(shape, position)
+        except UserError as error:
+            named = str(error) if str(json_file) in str(error) else f"'{json_file}': {error}"
+            scan.first_fault = scan.first_fault or UserError(named)
+        if image is not None:
+            labeled.add(Path(os.path.normpath(image)))
+        scan.examples.append(_Example((json_file.relative_to(root).parent / name).as_posix(), json_file, image))
     for image in files.list_files(root, IMAGE_SUFFIXES, recursive=True):
         if not labeled & {Path(os.path.normpath(image)), image.with_suffix("")}:
-            examples.append(_Example(image.relative_to(root).as_posix(), None, image))
-    return examples, names, max_instances
+            scan.examples.append(_Example(image.relative_to(root).as_posix(), None, image))
+    if num_elsewhere:
+        scan.notes.append(
+            f"{num_elsewhere} images are not at the 'imagePath' of their JSON; those beside the JSON were taken."
+        )
+    return scan
 
 
-def _known_names(output_dir: Path, split: str, names: set[str]) -> list[str]:
-    """Returns the class names of other splits in a record folder, if they include some names; otherwise nothing."""
-    if not (output_dir / dataset_info.FILE_NAME).is_file() or not set(list_splits(output_dir)) - {split}:
-        return []
-    known = [category.name for category in DatasetInfo.load(output_dir).categories]
-    return known if names <= set(known) else []
+def _known_names(known: Sequence[Category], names: set[str]) -> list[str]:
+    """Returns the class names of other splits if they include some names; otherwise nothing."""
+    known_names = [category.name for category in known]
+    return known_names if names <= set(known_names) else []
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content = files.read_json(path, "the labelme JSON")
+def _read_json(path: Path, encoding: str | None) -> dict[str, Any]:
+    content = files.read_json(path, "the labelme JSON", encoding=encoding)
     found = content.get("shapes") if isinstance(content, dict) else None
     if not isinstance(found, list) or not all(isinstance(shape, dict) for shape in found):
         raise UserError(f"'{path}' has no list 'shapes', so it is not a JSON of labelme; move it to another folder.")
     return content
 
 
-def _image_path(content: dict[str, Any]) -> PurePosixPath:
-    """Returns the path of the image relative to the JSON; on Windows labelme writes backslashes."""
+def _size_in_json(content: dict[str, Any], json_file: Path) -> tuple[int, int] | None:
+    """Returns height and width that a JSON gives, or None if it does not."""
+    height, width = content.get("imageHeight"), content.get("imageWidth")
+    if height is None or width is None:
+        return None
+    try:
+        return whole_number(height), whole_number(width)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"'{json_file}' has imageHeight {height!r} and imageWidth {width!r}, which are no whole numbers; save it "
+            "again in labelme."
+        ) from error
+
+
+def _image_path(content: dict[str, Any]) -> PurePosixPath | None:
+    """Returns the path of the image relative to the JSON, None if there is none; on Windows it has backslashes."""
     path = content.get("imagePath")
-    if not isinstance(path, str) or not path:
-        raise UserError("its JSON has no 'imagePath'; save it again in labelme.")
-    return PurePosixPath(path.replace("\\", "/"))
+    return PurePosixPath(path.replace("\\", "/")) if isinstance(path, str) and path else None
 
 
-def _read_image(content: dict[str, Any], json_file: Path, root: Path) -> bytes:
+def _find_image(content: dict[str, Any], json_file: Path, root: Path) -> Path | None:
+    """Finds the image of a JSON: at its path, or beside it under its name or that of the JSON.
+
+    Returns:
+        The image; a path that does not exist if the JSON gives one and holds no copy; None if the copy is to be taken.
+
+    Raises:
+        UserError: If there is neither a file nor a copy, and the path is missing or leads too far.
+    """
+    given, tree = _image_path(content), Path(os.path.realpath(root)).parent
+    candidates = [] if given is None else [json_file.parent / given, json_file.parent / given.name]
+    candidates += [json_file.with_suffix(suffix) for suffix in IMAGE_SUFFIXES]
+    for path in candidates:
+        if os.path.exists(path) and is_inside(path, tree):
+            return Path(os.path.normpath(path))
+    if content.get("imageData"):
+        return None
+    if given is None:
+        raise UserError(
+            f"'{json_file}' has no 'imagePath', and no image of its name is beside it; save it again in labelme."
+        )
+    require_inside(json_file.parent / given, tree, str(given))
+    return Path(os.path.normpath(json_file.parent / given))
+
+
+def _read_image(content: dict[str, Any], json_file: Path, image: Path | None, root: Path) -> bytes:
     """Reads the image file, or if there is none, the copy of it in the JSON."""
-    name = _image_path(content)
-    path, tree = json_file.parent / name, Path(os.path.realpath(root)).parent
-    if content.get("imageData") and not (path.is_file() and is_inside(path, tree)):
-        try:
-            return _decode_base64(content["imageData"], "'imageData'")
-        except UserError as error:
-            raise UserError(f"its JSON {error}; save it again in labelme.") from error
-    require_inside(path, tree, str(name))
-    return files.read_file(path, "the image")
+    path = image or _find_image(content, json_file, root)
+    if path is not None:
+        require_inside(path, Path(os.path.realpath(root)).parent, str(content.get("imagePath")))
+        return files.read_file(path, "the image")
+    try:
+        return _decode_base64(content["imageData"], "'imageData'")
+    except UserError as error:
+        raise UserError(f"its JSON {error}; save it again in labelme.") from error
 
 
-def _read_shapes(content: dict[str, Any], size: tuple[int, int], info: DatasetInfo) -> list[shapes.Shape]:
+def _require_label(shape: dict[str, Any], position: int) -> None:
+    """Raises `UserError` unless label and group of a shape are of the right kinds."""
+    label, group = shape.get("label"), number_or_text(shape.get("group_id"))
+    if not isinstance(label, str) or not isinstance(group, int | str | None):
+        raise UserError(
+            f"shape {position} has label {label!r} and group_id {group!r}; a label is text, a group_id a number or "
+            "null: save it again in labelme."
+        )
+
+
+def _read_shapes(
+    content: dict[str, Any], size: tuple[int, int], info: DatasetInfo, losses: Losses
+) -> list[shapes.Shape]:
     """Reads the shapes; those with the same name and group become one, at the position of the first."""
     class_id_of_name = shapes.class_of_name(info)
     parts: dict[tuple[Any, ...], list[shapes.Runs]] = {}
     for position, shape in enumerate(content["shapes"]):
-        label, group = shape.get("label"), shape.get("group_id")
-        if not isinstance(label, str) or not isinstance(group, int | str | None):
-            raise UserError(
-                f"shape {position} has label {label!r} and group_id {group!r}; a label is text, a group_id a number or "
-                "null: save it again in labelme."
-            )
-        if label != _IGNORED and label not in class_id_of_name:
-            raise UserError(
-                f"shape {position} has the label {label!r}, which is not a class; classes are "
-                f"{', '.join(class_id_of_name)}: correct the label, or give all classes with --classes."
-            )
-        key = (label, "single", position) if group is None else (label, "group", group)
-        try:
-            parts.setdefault(key, []).append(_runs_of_shape(shape, size))
-        except UserError as error:
-            raise UserError(f"shape {position}, '{label}', {error}.") from error
-    return [shapes.Shape(class_id_of_name.get(key[0]), shapes.merge_runs(runs)) for key, runs in parts.items()]
+        num_faults = len(losses.faults)
+        with losses.skip_faulty():
+            _require_label(shape, position)
+            label, group = shape["label"], number_or_text(shape.get("group_id"))
+            if label != _IGNORED and label not in class_id_of_name:
+                raise UserError(
+                    f"shape {position} has the label {label!r}, which is not a class; classes are "
+                    f"{', '.join(class_id_of_name)}: correct the label, or give all classes with --classes."
+                )
+            key = (label, "single", position) if group is None else (label, "group", group)
+            try:
+                parts.setdefault(key, []).append(_runs_of_shape(shape, size))
+            except UserError as error:
+                raise UserError(f"shape {position}, '{label}', {error}.") from error
+        if len(losses.faults) > num_faults:
+            losses.add(FAULTY, str(shape.get("label")), objects=1)
+    return [shapes.Shape(class_id_of_name.get(key[0]), shapes.merge_runs(runs)) for key, runs in parts.items() if runs]
 
 
 def _runs_of_shape(shape: dict[str, Any], size: tuple[int, int]) -> shapes.Runs:
@@ -236,11 +336,11 @@ def _runs_of_shape(shape: dict[str, Any], size: tuple[int, int]) -> shapes.Runs:
         return shapes.mask_runs(np.hypot(rows + 0.5 - center_y, columns + 0.5 - center_x) <= radius)
     # A mask is an image of the pixels from the first point to the second, both inclusive.
     left, top, right, bottom = points.astype(int).reshape(-1)
+    content = _decode_base64(shape.get("mask"), "'mask'")
     try:
-        with Image.open(io.BytesIO(_decode_base64(shape.get("mask"), "'mask'"))) as picture:
-            inside = np.asarray(picture).astype(bool)
-    except OSError as error:
-        raise UserError("has a 'mask' that is not a readable PNG; draw it again") from error
+        inside = decode_label(content, "has a 'mask' that").astype(bool)
+    except UserError as error:
+        raise UserError(str(error).removesuffix(".")) from error
     mask = np.zeros(size, bool)
     if left < 0 or top < 0 or mask[top : bottom + 1, left : right + 1].shape != inside.shape:
         raise UserError("has a 'mask' that does not fit its points, or that extends beyond the image; draw it again")

@@ -11,6 +11,8 @@ import numpy as np
 
 from deeplab2_like import files
 from deeplab2_like.data.convert import common, labeled_images
+from deeplab2_like.data.convert.losses import NO_CLASS, Losses
+from deeplab2_like.data.convert.splits import require_one_split
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import read_value_png
 from deeplab2_like.errors import UserError, unknown_name
@@ -25,6 +27,7 @@ def convert_mapillary(
     output_dir: Path,
     splits: Sequence[str] | None = None,
     version: str | None = None,
+    encoding: str | None = None,
     **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts splits of Mapillary Vistas.
@@ -36,6 +39,7 @@ def convert_mapillary(
         output_dir: The record folder.
         splits: `train` and `val`, or one of them; None: both.
         version: "1.2" or "2.0", if the download has both; None: the newest one there.
+        encoding: Encoding of the config, see `files.read_text`.
         **options: See `labeled_images.LabelOptions`.
 
     Returns:
@@ -46,45 +50,46 @@ def convert_mapillary(
     """
     root = Path(root)
     config, labels_folder = _find_version(root, version)
-    labels = _read_labels(config)
+    labels = _read_labels(config, encoding)
     info = _make_info(labels, name=f"mapillary {config.stem}")
-    class_of_label_id = info.class_of_category_id
+    notes = [] if version is not None else [f"The classes are those of '{config.name}'; --version chooses others."]
 
-    def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
-        def meaning(value: int) -> tuple[int, bool] | None:
+    def load(pair: labeled_images.Pair, info: DatasetInfo, losses: Losses) -> tuple[bytes, np.ndarray]:
+        def meaning(value: int) -> tuple[int, bool] | labeled_images.Void:
             label_id = value // _INSTANCE_FACTOR
             if label_id >= len(labels):
                 raise UserError(
                     f"'{pair.label}' has the value {value}, which is label {label_id}; '{config}' lists labels 0 to "
                     f"{len(labels) - 1}: check that both are of the same version."
                 )
-            class_id = class_of_label_id.get(label_id)
+            class_id = info.class_of_category_id.get(label_id)
+            if class_id is None:
+                return labeled_images.Void(NO_CLASS, labels[label_id]["readable"])
             # Instances are numbered from 0, so every value of a thing class is an instance.
-            return None if class_id is None else (class_id, info.categories[class_id].is_thing)
+            return class_id, info.categories[class_id].is_thing
 
         image = files.read_file(pair.image, "the image")
         values = read_value_png(pair.label, "instance PNG")
-        return image, labeled_images.values_to_panoptic(values, meaning, info)
+        return image, labeled_images.values_to_panoptic(values, meaning, info, losses)
 
     sources = {}
     for split in splits or _FOLDERS:
         if split not in _FOLDERS:
             raise unknown_name("split of Mapillary Vistas", split, _FOLDERS)
         sources[split] = [root / _FOLDERS[split] / "images", root / _FOLDERS[split] / labels_folder]
+    require_one_split(list(sources), options.get("val_share"))
     common.require_replaceable(Path(output_dir), sources, replace=options.get("replace", False))
-    reports = []
+    reports: list[common.ConversionReport] = []
     for split, (images, label_pngs) in sources.items():
-        reports.append(
-            labeled_images.write_labeled_images(
-                labeled_images.pair_images(images, label_pngs),
-                load,
-                inputs_of=lambda pair: [pair.image, pair.label],
-                source=[images, label_pngs],
-                info=info,
-                output_dir=Path(output_dir),
-                split=split,
-                **options,
-            )
+        reports += labeled_images.write_labeled_images(
+            {split: labeled_images.pair_images(images, label_pngs)},
+            load,
+            inputs_of=lambda pair: [pair.image, pair.label],
+            source=[images, label_pngs],
+            info=info,
+            output_dir=Path(output_dir),
+            notes=() if reports else notes,
+            **options,
         )
     return tuple(reports)
 
@@ -102,9 +107,9 @@ def _find_version(root: Path, version: str | None) -> tuple[Path, str]:
     raise UserError(f"'{root}' has no {wanted}; give the folder of the download of Mapillary Vistas 1.2 or 2.0.")
 
 
-def _read_labels(config: Path) -> list[dict[str, Any]]:
+def _read_labels(config: Path, encoding: str | None) -> list[dict[str, Any]]:
     """Reads the labels; their positions in the list are their ids."""
-    content = files.read_json(config, "the config of Mapillary Vistas")
+    content = files.read_json(config, "the config of Mapillary Vistas", encoding=encoding)
     labels = content.get("labels") if isinstance(content, dict) else None
     needed = {"name", "readable", "instances", "evaluate", "color"}
     kinds = {"name": str, "readable": str, "instances": bool, "evaluate": bool}

@@ -60,6 +60,8 @@ def convert_scenes(
         agreed = common.agree_on_dataset_info(
             info, output_dir=Path(output_dir), split=split, max_instances=0, label_divisor=info.label_divisor
         )
+        if agreed.categories != info.categories:
+            raise UserError(f"'{output_dir}' holds records of another data set; choose another output folder.")
         reports.append(
             common.write_split(
                 range(first, first + count),

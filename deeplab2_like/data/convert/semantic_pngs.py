@@ -1,17 +1,23 @@
 """Converts labels without instances: a PNG per image with the class of each pixel. All classes become stuff."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
 from deeplab2_like import files
 from deeplab2_like.data.convert import common, labeled_images
 from deeplab2_like.data.convert.class_lists import read_class_list
+from deeplab2_like.data.convert.losses import IGNORED, Losses
+from deeplab2_like.data.convert.splits import choose_split, split_by_subsets, split_of_folder
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import read_value_png
 from deeplab2_like.errors import UserError
+
+# The usual value of void, and the names with which class lists say so.
+_VOID = 255
+_VOID_NAMES = frozenset(("void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown"))
 
 
 def convert_semantic_pngs(
@@ -21,8 +27,10 @@ def convert_semantic_pngs(
     classes: Path,
     output_dir: Path,
     split: str | None = None,
-    ignore: Sequence[int] = (255,),
+    ignore: Sequence[int] | None = None,
     label_ending: str = ".png",
+    ignore_subsets: bool = False,
+    encoding: str | None = None,
     **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Converts one split.
@@ -32,27 +40,32 @@ def convert_semantic_pngs(
         labels: Folder of the PNGs, in the same subfolders: gray of 8 or 16 bits, or with a palette.
         classes: The class of each value, see `class_lists.read_class_list`.
         output_dir: The record folder.
-        split: The split's name; None: taken from the names of the two folders, or of their parent folders, see
-            `common.guess_split`.
-        ignore: Values that become void.
+        split: The split's name; None: see `splits.choose_split`. If the images are in folders of several splits, only
+            this one is converted, or all if it is None.
+        ignore: Values that become void, also if the class list has them. None: 255, unless the list has it.
         label_ending: Ending of a PNG's name, in place of the image's suffix, such as `_mask.png`.
+        ignore_subsets: Whether images in folders such as `train` and `valid` belong to one split all the same.
+        encoding: Encoding of the class list, see `files.read_text`.
         **options: See `labeled_images.LabelOptions`.
 
     Returns:
-        A tuple with one report, like the converters of several splits.
+        A report per split.
 
     Raises:
         UserError: If an input is missing or faulty; the output folder is unchanged then.
     """
     images, labels, classes = Path(images), Path(labels), Path(classes)
-    split = split if split is not None else common.guess_split(images, labels)
-    categories = [{**entry, "isthing": 0} for entry in read_class_list(classes) if entry["id"] not in ignore]
+    entries = read_class_list(classes, encoding=encoding)
+    ignored, notes = _choose_ignored(entries, ignore)
+    categories = [{**entry, "isthing": 0} for entry in entries if entry["id"] not in ignored]
     info = DatasetInfo.from_coco_categories(categories, name=classes.stem)
+    name_of_value = {entry["id"]: entry["name"] for entry in entries}
 
-    def load(pair: labeled_images.Pair, info: DatasetInfo) -> tuple[bytes, np.ndarray]:
-        def meaning(value: int) -> tuple[int, bool] | None:
-            if value in ignore:
-                return None
+    def load(pair: labeled_images.Pair, info: DatasetInfo, losses: Losses) -> tuple[bytes, np.ndarray]:
+        def meaning(value: int) -> tuple[int, bool] | labeled_images.Void:
+            if value in ignored:
+                name = name_of_value.get(value)
+                return labeled_images.Void(IGNORED, f"value {value}" if name is None else f"value {value}, {name}")
             if value not in info.class_of_category_id:
                 raise UserError(
                     f"'{pair.label}' has the value {value}, which '{classes}' does not list; add it there, or to the "
@@ -62,17 +75,52 @@ def convert_semantic_pngs(
 
         image = files.read_file(pair.image, "the image")
         values = read_value_png(pair.label, "label PNG")
-        return image, labeled_images.values_to_panoptic(values, meaning, info)
+        return image, labeled_images.values_to_panoptic(values, meaning, info, losses)
 
-    report = labeled_images.write_labeled_images(
-        labeled_images.pair_images(images, labels, ending=label_ending),
+    pairs = labeled_images.pair_images(images, labels, ending=label_ending)
+    subsets = split_by_subsets(
+        pairs,
+        lambda pair: split_of_folder(pair.name),
+        split=split,
+        ignore_subsets=ignore_subsets,
+        where=f"'{images}'",
+    )
+    by_subsets = subsets is not None
+    if subsets is None:
+        split, split_notes = choose_split(
+            split,
+            images,
+            labels,
+            output_dir=Path(output_dir),
+            source=[images, labels],
+            val_share=options.get("val_share"),
+        )
+        subsets = {split: pairs}, split_notes
+    return labeled_images.write_labeled_images(
+        subsets[0],
         load,
         inputs_of=lambda pair: [pair.image, pair.label],
-        choices={"ignore": list(ignore)},
+        choices={"ignore": sorted(ignored)},
         source=[images, labels],
         info=info,
         output_dir=Path(output_dir),
-        split=split,
+        notes=[*notes, *subsets[1]],
+        by_subsets=by_subsets,
         **options,
     )
-    return (report,)
+
+
+def _choose_ignored(entries: Sequence[Mapping[str, Any]], ignore: Sequence[int] | None) -> tuple[set[int], list[str]]:
+    """Returns the values that become void, and sentences for the user on values that are also in the class list."""
+    listed = {entry["id"]: entry["name"] for entry in entries}
+    if ignore is not None:
+        names = [f"{value} '{listed[value]}'" for value in ignore if value in listed]
+        return set(ignore), [f"No classes because of --ignore: {', '.join(names)}."] if names else []
+    if _VOID not in listed:
+        return {_VOID}, []
+    name = listed[_VOID]
+    if name.strip().casefold() in _VOID_NAMES:
+        return {_VOID}, [f"The value {_VOID} is void because of its name '{name}'; --ignore without a value keeps it."]
+    return set(), [
+        f"The value {_VOID} is the class '{name}' of the list, so it is not void; --ignore {_VOID} makes it so."
+    ]

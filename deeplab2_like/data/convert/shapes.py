@@ -4,6 +4,8 @@ Coordinates are those of COCO and CVAT: the pixel in column x and row y covers x
 """
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -11,11 +13,17 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from deeplab2_like.data import panoptic_label
-from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.convert.losses import CROWD, EMPTY, HIDDEN, IGNORED, Losses
+from deeplab2_like.data.dataset_info import Category, DatasetInfo
+from deeplab2_like.data.image_headers import require_size
+from deeplab2_like.data.label_runs import find_run_values
 from deeplab2_like.errors import UserError, unknown_name
 
-# In pixels. An image labeled with polygons is never larger, and its points are never farther outside of it.
-_LARGEST_IMAGE, _LARGEST_COORDINATE = 2**28, 1e6
+# In pixels. The points of polygons are never farther outside of an image.
+_LARGEST_COORDINATE = 1e6
+
+# Of the things, so many are listed for the user.
+_MAX_LISTED = 10
 
 Overlap = Literal["smaller-on-top", "later-on-top"]
 # A mask in the run-length encoding of pycocotools. Dense masks of all instances would need too much memory.
@@ -37,7 +45,9 @@ class Shape:
     is_crowd: bool = False
 
 
-def draw(shapes: Sequence[Shape], below: np.ndarray, *, overlap: Overlap, info: DatasetInfo) -> np.ndarray:
+def draw(
+    shapes: Sequence[Shape], below: np.ndarray, *, overlap: Overlap, info: DatasetInfo, losses: Losses
+) -> np.ndarray:
     """Draws shapes over a panoptic map and resolves their overlaps.
 
     Instances of a thing class are numbered from 1 in the order of the shapes.
@@ -48,6 +58,7 @@ def draw(shapes: Sequence[Shape], below: np.ndarray, *, overlap: Overlap, info: 
         overlap: Which shape is on top: the one with fewer pixels (of equal ones the later), or the later one. Crowd
             regions are below all others in either case.
         info: The meaning of the panoptic map.
+        losses: Counts crowd regions, and shapes that have no pixel or are covered by others.
 
     Returns:
         int32 [H, W], panoptic map.
@@ -67,16 +78,37 @@ def draw(shapes: Sequence[Shape], below: np.ndarray, *, overlap: Overlap, info: 
                 instances[shape.class_id] += 1
                 instance = instances[shape.class_id]
             value = panoptic_label.encode(shape.class_id, instance, info.label_divisor)
-        area = int(coco_mask.area(shape.runs)) if overlap == "smaller-on-top" else 0
-        layers.append(((not is_crowd, -area), value, shape.runs))
+        area = int(coco_mask.area(shape.runs))
+        layers.append(((not is_crowd, -area if overlap == "smaller-on-top" else 0), value, shape.runs))
+        name = "" if shape.class_id is None else info.categories[shape.class_id].name
+        if shape.class_id is None:
+            losses.add(IGNORED, "shapes to be ignored", objects=1, pixels=area)
+        elif area == 0:
+            losses.add(EMPTY, name, objects=1)
+        elif is_crowd and info.categories[shape.class_id].is_thing:
+            losses.add(CROWD, name, objects=1)
     panoptic = below.copy()
     for _, value, runs in sorted(layers, key=lambda layer: layer[0]):  # Stable: of equal keys the later is on top.
         panoptic[decode_runs(runs)] = value
+    lengths, (values,) = find_run_values(panoptic.reshape(-1))
+    visible: Counter[int] = Counter()
+    for value, length in zip(values.tolist(), lengths.tolist(), strict=True):
+        visible[value] += length
+    for _, value, runs in layers:
+        if value % info.label_divisor:
+            area = int(coco_mask.area(runs))
+            name = info.categories[value // info.label_divisor].name
+            losses.add(HIDDEN, name, objects=int(area > 0 and not visible[value]), pixels=area - visible[value])
     return panoptic
 
 
 def make_info(
-    categories: Sequence[Mapping[str, Any]], *, name: str, stuff: Sequence[str] = (), background: str | None = None
+    categories: Sequence[Mapping[str, Any]],
+    *,
+    name: str,
+    stuff: Sequence[str] = (),
+    background: str | None = None,
+    known: Sequence[Category] = (),
 ) -> DatasetInfo:
     """Makes the `DatasetInfo` of a labeling tool's classes, which do not say what is stuff.
 
@@ -86,6 +118,7 @@ def make_info(
         stuff: Names of the classes that are stuff.
         background: Name of the class of pixels without a shape: one of the categories, which becomes stuff, or a new
             name, which becomes the last class. None: these pixels are void.
+        known: The classes of other splits; a background that is not a category has the same id as there.
 
     Returns:
         The classes in the order of the categories.
@@ -99,12 +132,31 @@ def make_info(
         if stuff_name not in (*names, background):
             raise unknown_name("class in the list of stuff", stuff_name, names)
     if background is not None and background not in names:
-        ids = [category["id"] for category in completed if isinstance(category.get("id"), int)]
-        completed.append({"id": max(ids, default=0) + 1, "name": background})
+        completed.append({"id": free_id(background, completed, known), "name": background})
     for category in completed:
         is_stuff = category.get("name") in (*stuff, background)
-        category["isthing"] = 0 if is_stuff else category.get("isthing", 1)
+        category["isthing"] = 0 if is_stuff else 1 if category.get("isthing") is None else category["isthing"]
     return DatasetInfo.from_coco_categories(completed, name=name)
+
+
+def describe_kinds(info: DatasetInfo, stuff: Sequence[str]) -> list[str]:
+    """Returns a sentence for the user if classes are things because nothing says otherwise."""
+    things = [info.categories[class_id].name for class_id in info.thing_classes]
+    if stuff or not things:
+        return []
+    listed = ", ".join(things[:_MAX_LISTED]) + (
+        f" and {len(things) - _MAX_LISTED} more" if len(things) > _MAX_LISTED else ""
+    )
+    return [f"Things, because nothing says that they are stuff: {listed}; --stuff NAME ... names stuff."]
+
+
+def free_id(name: str, categories: Sequence[Mapping[str, Any]], known: Sequence[Category]) -> int:
+    """Returns the id of a class that the categories lack: the same as in other splits, or else a new one."""
+    for category in known:
+        if category.name == name:
+            return category.id
+    ids = [category["id"] for category in categories if isinstance(category.get("id"), int)]
+    return max([*ids, *(category.id for category in known)], default=0) + 1
 
 
 def class_of_name(info: DatasetInfo) -> dict[str, int]:
@@ -116,12 +168,13 @@ def empty_map(size: tuple[int, int], info: DatasetInfo, background: str | None) 
     """Returns a panoptic map, int32 [H, W], filled with the background class, or with void if it is None.
 
     Raises:
-        UserError: If the size is not that of an image.
+        UserError: If the size is not that of an image, or has more pixels than the limit.
     """
-    if min(size) < 1 or size[0] * size[1] > _LARGEST_IMAGE:
+    if min(size) < 1:
         raise UserError(
             f"its height and width are given as {size[0]} and {size[1]}, which is impossible; correct them."
         )
+    require_size(*size, "its label")
     value = info.void if background is None else class_of_name(info)[background] * info.label_divisor
     return np.full(size, value, np.int32)
 
@@ -139,19 +192,29 @@ def polygon_runs(polygons: Any, size: tuple[int, int]) -> Runs:
     Raises:
         UserError: If a polygon is not such a list; the message is the predicate of a sentence about the shape.
     """
-    for polygon in polygons:
-        # pycocotools would take four numbers for a box.
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise UserError(
-                "has a polygon that is not a list x, y, x, y, ... of three points or more; correct the JSON"
-            )
-        if not all(isinstance(number, int | float) and np.isfinite(number) for number in polygon):
-            raise UserError("has a polygon with a coordinate that is not a number; correct the JSON")
-        # pycocotools also draws outside of the image, and aborts the process if it runs out of memory there.
-        if max(map(abs, polygon)) > _LARGEST_COORDINATE:
-            raise UserError("has a polygon with a coordinate far outside of the image; correct the JSON")
     height, width = size
-    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    return coco_mask.merge(coco_mask.frPyObjects([read_polygon(polygon) for polygon in polygons], height, width))
+
+
+def read_polygon(polygon: Any) -> list[float]:
+    """Reads a polygon x0, y0, x1, y1, ... of three points or more; numbers may be text.
+
+    Raises:
+        UserError: If it is not such a list; the message is the predicate of a sentence about the shape.
+    """
+    # pycocotools would take four numbers for a box.
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        raise UserError("has a polygon that is not a list x, y, x, y, ... of three points or more; correct the JSON")
+    try:
+        numbers = [float(number) for number in polygon]
+    except (TypeError, ValueError, OverflowError):
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise UserError("has a polygon with a coordinate that is not a number; correct the JSON")
+    # pycocotools also draws outside of the image, and aborts the process if it runs out of memory there.
+    if max(map(abs, numbers)) > _LARGEST_COORDINATE:
+        raise UserError("has a polygon with a coordinate far outside of the image; correct the JSON")
+    return numbers
 
 
 def mask_runs(mask: np.ndarray) -> Runs:

@@ -31,10 +31,20 @@ from deeplab2_like.errors import UserError
 ERRORS_NAME = "errors.jsonl"
 
 # The keys of the state of a finished file.
-_STATE_KEYS = ("fingerprint", "bytes", "examples", "skipped", "objects", "pixels")
+_STATE_KEYS = (
+    "fingerprint",
+    "bytes",
+    "examples",
+    "on_error",
+    "skipped",
+    "skipped_annotations",
+    "objects",
+    "pixels",
+    "lost",
+)
 
 # Incremented whenever equal inputs and options give other files than before, so that old and new files are not mixed.
-_FORMAT = 4
+_FORMAT = 5
 
 
 def hidden_folder(folder: Path, split: str) -> Path:
@@ -83,6 +93,17 @@ def require_same_source(folder: Path, split: str, source: Sequence[Path]) -> Non
                 f"{what} {_describe_source(old)}, not {_describe_source(new)}; name another split with --split or "
                 "another folder with --output-dir, or replace it with --replace."
             )
+
+
+def plans_of_source(folder: Path, source: Sequence[Path]) -> dict[str, Mapping[str, Any]]:
+    """Returns the plan of each split in a record folder that was made from a source, by split."""
+    plans: dict[str, Mapping[str, Any]] = {}
+    for split in list_splits(folder) if folder.is_dir() else ():
+        note = _read(conversion_file(folder, split), "plan")
+        plan = note["plan"] if note else None
+        if isinstance(plan, dict) and plan.get("source") == _identify_source(source):
+            plans[split] = plan
+    return plans
 
 
 def make_plan(
@@ -188,7 +209,7 @@ class UnfinishedSplit:
             self._move_into_place(publication, info)
         return True
 
-    def finished(self, *, allow_skipped: bool) -> list[dict[str, Any]] | None:
+    def finished(self, *, on_error: str) -> list[dict[str, Any]] | None:
         """Returns the state of each file if an earlier run completed the same conversion, otherwise None."""
         found = _read(self._record, "plan", "files")
         if found is None or self._fingerprints is None or found["plan"] != self._plan:
@@ -197,7 +218,7 @@ class UnfinishedSplit:
         if not isinstance(states, list) or not all(_has_keys(state, _STATE_KEYS) for state in states):
             return None
         is_same = len(states) == len(self.names) and all(
-            self._is_current(state, number, allow_skipped) and _size(self._folder / name) == state["bytes"]
+            self._is_current(state, number, on_error) and _size(self._folder / name) == state["bytes"]
             for number, (name, state) in enumerate(zip(self.names, states, strict=True))
         )
         if not is_same:
@@ -206,11 +227,12 @@ class UnfinishedSplit:
             self._remove()  # Left over if a run was killed at the very end.
         return states
 
-    def begin(self, *, allow_skipped: bool, replace: bool = False) -> list[dict[str, Any] | None]:
+    def begin(self, *, on_error: str, replace: bool = False) -> list[dict[str, Any] | None]:
         """Starts the conversion, or continues an interrupted one.
 
         Args:
-            allow_skipped: Whether to keep files from which faulty examples were skipped.
+            on_error: See `common.write_split`; files from which something was skipped are kept only if they were made
+                with the same value.
             replace: Whether to remove an interrupted conversion with another plan.
 
         Returns:
@@ -238,7 +260,7 @@ class UnfinishedSplit:
             # A file that is not here was moved to the record folder already.
             sizes = (_size(self._hidden / name), _size(self._folder / name))
             size = sizes[1] if sizes[0] is None else sizes[0]
-            is_whole = state is not None and size == state["bytes"] and self._is_current(state, number, allow_skipped)
+            is_whole = state is not None and size == state["bytes"] and self._is_current(state, number, on_error)
             states.append(state if is_whole else None)
         return states
 
@@ -248,8 +270,7 @@ class UnfinishedSplit:
         Args:
             number: The number of the file.
             records: The serialized examples; may be a generator.
-            contents: The keys `skipped`, `objects` and `pixels` of the state; may be filled while the records are
-                generated.
+            contents: The other keys of the state; may be filled while the records are generated.
 
         Returns:
             The state.
@@ -291,7 +312,14 @@ class UnfinishedSplit:
         for name in names:
             if (self._hidden / name).exists():
                 (self._hidden / name).replace(self._folder / name)
-        self._report_errors([fault for state in publication["files"] for fault in state["skipped"]])
+        self._report_errors(
+            [fault for state in publication["files"] for fault in state["skipped"]]
+            + [
+                {"skipped": "annotation", **fault}
+                for state in publication["files"]
+                for fault in state.get("skipped_annotations", ())
+            ]
+        )
         files.write_atomically(self._record, json.dumps(publication).encode())
         self._remove()
 
@@ -303,7 +331,7 @@ class UnfinishedSplit:
             shutil.rmtree(self._hidden, ignore_errors=True)
 
     def _report_errors(self, faults: Sequence[Mapping[str, str]]) -> None:
-        """Lists the skipped examples in `errors.jsonl`, which also has those of other splits."""
+        """Lists the skipped examples and annotations in `errors.jsonl`, which also has those of other splits."""
         path = self._folder / ERRORS_NAME
         beginning = json.dumps({"split": self._split})[:-1] + ","
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
@@ -314,10 +342,10 @@ class UnfinishedSplit:
         else:
             path.unlink(missing_ok=True)
 
-    def _is_current(self, state: Mapping[str, Any], number: int, allow_skipped: bool) -> bool:
+    def _is_current(self, state: Mapping[str, Any], number: int, on_error: str) -> bool:
         if self._fingerprints is None or state["fingerprint"] != self._fingerprints[number]:
             return False
-        return allow_skipped or not state["skipped"]
+        return state["on_error"] == on_error or not (state["skipped"] or state["skipped_annotations"])
 
     def _difference(self, plan: Mapping[str, Any]) -> str:
         """Describes the first difference between the plan of an earlier run and this one."""
