@@ -77,17 +77,19 @@ def find_initial_checkpoint(source: str | os.PathLike[str]) -> str:
     """Finds the checkpoint to initialize a training from.
 
     Args:
-        source: A model folder, for its newest checkpoint, or a checkpoint's path without ending.
+        source: A model folder, for its newest checkpoint; a checkpoint's path without ending; or a file with the
+            weights of a backbone, which is returned as it is.
 
     Raises:
-        UserError: If there is no such checkpoint.
+        UserError: If there is no such checkpoint or file.
     """
     require_local(source)
     if Path(source).is_dir():
         return find_checkpoint(source)
-    if not Path(f"{source}.index").is_file():
+    if not Path(f"{source}.index").is_file() and not Path(source).is_file():
         raise UserError(
-            f"'{source}' to start from is neither a model folder nor a checkpoint (its path without ending)."
+            f"'{source}' to start from does not exist; give a model folder, the path of a checkpoint without ending, "
+            "or a file with the weights of a backbone."
         )
     return str(source)
 

@@ -135,40 +135,106 @@ def read_file(path: str | os.PathLike[str], what: str) -> bytes:
         raise UserError(f"{what} '{path}' cannot be read ({reason}); check the path.") from error
 
 
-def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
+def read_text(path: str | os.PathLike[str], what: str, *, encoding: str | None = None) -> str:
+    """Reads a text file: UTF-8, with or without a byte order mark, UTF-16, UTF-32, or another encoding by name.
+
+    Args:
+        path: The file.
+        what: Name of the file in error messages.
+        encoding: Encoding of files that are neither UTF-8 nor UTF-16 or UTF-32, such as "gbk". A folder may hold files
+            of both kinds, because tools have changed their encoding between versions.
+
+    Raises:
+        UserError: If the file cannot be read or decoded, or the encoding is unknown.
+    """
+    content = read_file(path, what)
+    if encoding is not None:
+        try:
+            b"0000".decode(encoding)
+        except UnicodeError:
+            pass  # A text encoding; whether it is the right one shows below.
+        except (LookupError, ValueError) as error:
+            raise UserError(
+                f"Unknown encoding '{encoding}'; give a name that Python knows, such as gbk, cp1252 or shift_jis."
+            ) from error
+    found = json.detect_encoding(content)
+    try:
+        # Text of ASCII bytes alone may be in an encoding with escape sequences, such as ISO-2022-JP.
+        return content.decode(encoding if encoding and found == "utf-8" and content.isascii() else found, "strict")
+    except UnicodeDecodeError as error:
+        if encoding is None:
+            raise UserError(
+                f"'{path}' is not text in {found.upper()} (byte {error.start} of {len(content)}); save it as UTF-8, "
+                "or give its encoding to `convert`, such as --encoding gbk (Chinese Windows) or --encoding cp1252."
+            ) from error
+    try:
+        return content.decode(encoding)
+    except UnicodeError as error:
+        raise UserError(
+            f"'{path}' is text neither in {found.upper()} nor in {encoding} ({error}); give its --encoding."
+        ) from error
+
+
+def read_json(path: str | os.PathLike[str], what: str = "JSON file", *, encoding: str | None = None) -> Any:
     """Reads a JSON file.
 
     Args:
         path: The file.
         what: Name of the file in error messages.
+        encoding: See `read_text`.
 
     Raises:
         UserError: If the file cannot be read or is not JSON.
     """
-    content = read_file(path, what)
+    text = read_text(path, what, encoding=encoding)
     try:
-        return json.loads(content)
+        return json.loads(text)
     except RecursionError as error:
         raise UserError(f"'{path}' is not a usable JSON file (nested too deeply); make it again.") from error
     except ValueError as error:
         raise UserError(f"'{path}' is not a JSON file ({error}); check the path, or make it again.") from error
 
 
+def walk(folder: Path) -> Iterator[Path]:
+    """Yields all that is not a folder in a folder and its subfolders, hidden ones left out.
+
+    Links to folders are followed, except to a folder that the link is in, which would never end.
+    """
+    yield from _walk(folder, {os.path.realpath(folder)})
+
+
+def _walk(folder: Path, above: set[str]) -> Iterator[Path]:
+    """Does the work of `walk`; `above` has the real paths of `folder` and the folders on the way to it."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            yield path
+        elif (real := os.path.realpath(path)) not in above:
+            yield from _walk(path, above | {real})
+
+
+def folder_beside(folder: Path, file: Path) -> Path:
+    """Returns a folder, or one of the same name beside a file if it does not exist, as on another machine."""
+    if not folder.is_dir():
+        for name in (folder, folder.name):  # An absolute path takes the place of the file's folder.
+            if (file.parent / name).is_dir():
+                return file.parent / name
+    return folder
+
+
 def list_files(folder: Path, suffixes: Sequence[str], *, recursive: bool = False) -> list[Path]:
     """Lists the files in a folder that have one of some suffixes (in lower case) and are not hidden, sorted by name.
+
+    Links are included, also broken ones, and pipes: reading them is an error that names them.
 
     Args:
         folder: The folder, which exists.
         suffixes: Suffixes in lower case, such as `.json`; those of the files may be in upper case.
         recursive: Whether to search subfolders, too.
     """
-    files = [
-        file
-        for file in (folder.rglob("*") if recursive else folder.iterdir())
-        if file.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.is_file()
-    ]
+    listed = walk(folder) if recursive else (path for path in folder.iterdir() if not path.is_dir())
+    files = [file for file in listed if file.suffix.lower() in suffixes and not file.name.startswith(".")]
     return sorted(files, key=lambda file: (str(file).lower(), str(file)))
 
 

@@ -1,8 +1,5 @@
-"""Progress of commands: a live bar on a terminal; for training, plain lines elsewhere."""
+"""Progress of commands: a live bar on a terminal, plain lines elsewhere."""
 
-import contextlib
-import io
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +18,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from deeplab2_like.lenient_output import LenientOutput
+
+# Where there is no terminal.
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class _RateColumn(ProgressColumn):
@@ -41,56 +43,49 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
 
     Yields:
         A function to call with the number of items done and the total; on a terminal it updates a bar with the rate and
-        the time left.
+        the time left, elsewhere it prints a line every 10 seconds.
     """
+    if not sys.stdout.isatty():
+        yield _LineProgress(name).update
+        return
     columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
+    with Progress(*columns) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-class LenientOutput(io.TextIOBase):
-    """Text output that drops text that cannot be written, so that a command outlives its terminal or reader.
+class _LineProgress:
+    """Prints a line now and then, and at the end of a stage that has printed some, so that a log shows the progress.
 
     Args:
-        stream: The stream to write to. After a failure its descriptor leads to the null device; otherwise the stream
-            would try again when the process ends, and change its exit status.
+        name: Name of the command or stage.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._started = self._printed = time.monotonic()
+        self._first: int | None = None  # Number of items done at the first call.
+        self._num_lines = 0
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """The encoding of the stream."""
-        return self._stream.encoding
+    def update(self, done: int, total: int) -> None:
+        """Notes the number of items done."""
+        now = time.monotonic()
+        if self._first is None:
+            self._started, self._first = now, done  # The rate leaves out preparation, and files of an earlier run.
+        if now - self._printed >= _SECONDS_BETWEEN_LINES or (done >= total and self._num_lines):
+            self._print(done, total, seconds=now - self._started, counted=done - self._first)
+            self._printed = now
+            self._num_lines += 1
+        if done >= total:  # Another split may follow.
+            self._first, self._num_lines = None, 0
 
-    def isatty(self) -> bool:
-        """Whether the stream is a terminal."""
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        """The descriptor of the stream."""
-        return self._stream.fileno()
-
-    def write(self, text: str) -> int:
-        """Writes, or drops the text."""
-        with self._dropping():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flushes, or drops the buffered text."""
-        with self._dropping():
-            self._stream.flush()
-
-    @contextmanager
-    def _dropping(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            with contextlib.suppress(OSError), open(os.devnull, "w") as null:
-                os.dup2(null.fileno(), self._stream.fileno())
+    def _print(self, done: int, total: int, *, seconds: float, counted: int) -> None:
+        text = f"{self._name}: {done}/{total}"
+        if counted and seconds > 0:
+            text += f"  {counted / seconds:.1f}/s"
+            if done < total:
+                text += f"  {(total - done) * seconds / counted / 60:.1f} min left"
+        print(text, flush=True)
 
 
 # Values of a training step that are not losses.

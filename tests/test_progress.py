@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from deeplab2_like.progress import LenientOutput, TrainingProgress
+from deeplab2_like import progress
+from deeplab2_like.progress import LenientOutput, TrainingProgress, progress_bar
 
 
 def test_output_that_nobody_reads_is_dropped() -> None:
@@ -30,3 +31,21 @@ def test_a_training_goes_on_when_nobody_reads_its_progress(monkeypatch: pytest.M
             progress.report({"loss": 1.0})
             progress.note("PQ 1.00")
         monkeypatch.undo()
+
+
+def test_without_a_terminal_lines_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress_bar("convert") as update:
+        # One item in 4 seconds from the first to the last: lines after 12 and 24 seconds, and at the end.
+        for done in range(1, 9):
+            update(done, 8)
+            now += 4
+        update(1, 1)  # Another split, which is done before a line is due.
+    assert capsys.readouterr().out.splitlines() == [
+        "convert: 4/8  0.2/s  0.3 min left",
+        "convert: 7/8  0.2/s  0.1 min left",
+        "convert: 8/8  0.2/s",
+    ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deeplab2_like.files import require_local
+from deeplab2_like.files import folder_beside, require_local
 
 
 def add_command(
@@ -49,13 +49,33 @@ def positive_int(text: str) -> int:
 
 def positive_float(text: str) -> float:
     """Parses a finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = _number(text)
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f"'{text}' is not a finite number above 0")
     return number
+
+
+def share(text: str) -> float:
+    """Parses a number above 0 and below 1."""
+    number = _number(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share above 0 and below 1")
+    return number
+
+
+def _number(text: str) -> float:
+    """Parses a number; NaN if the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def bit_depth(text: str) -> int:
+    """Parses a number of bits per channel, 8 to 32."""
+    if not (text.isascii() and text.isdigit() and 8 <= int(text) <= 32):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of bits, 8 to 32")
+    return int(text)
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -103,6 +123,45 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
 def add_on_error(parser: argparse.ArgumentParser, item: str) -> None:
     """Adds `--on-error`; `item` is the word for a faulty input, such as image."""
     parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=f"what to do with a faulty {item}")
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--bit-depth` and `--max-pixels`, for commands that read photographs."""
+    parser.add_argument(
+        "--bit-depth",
+        type=bit_depth,
+        metavar="BITS",
+        help="number of bits that images with more than 8 bits per channel use (default: enough for the largest value)",
+    )
+    add_max_pixels(parser)
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """Adds `--max-pixels`, for all commands that read image files."""
+    parser.add_argument(
+        "--max-pixels",
+        type=positive_int,
+        metavar="NUMBER",
+        help="largest number of pixels of an image that is decoded (default: 178956970)",
+    )
+
+
+def find_folders(options: argparse.Namespace, json_file: Path, *names: str) -> None:
+    """Replaces folders that do not exist by those of the same name beside a JSON, and says so."""
+    for name in names:
+        given = getattr(options, name)
+        found = given if given is None else folder_beside(given, json_file)
+        if found != given:
+            print(f"'{given}' does not exist; using '{found}', beside the JSON.")
+            setattr(options, name, found)
+
+
+def set_limits(options: argparse.Namespace) -> None:
+    """Applies `--max-pixels`."""
+    if getattr(options, "max_pixels", None) is not None:
+        from deeplab2_like.data.image_headers import set_max_pixels
+
+        set_max_pixels(options.max_pixels)
 
 
 def add_workers(parser: argparse.ArgumentParser, help_text: str) -> None:

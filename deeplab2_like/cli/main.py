@@ -1,12 +1,14 @@
 """The parser of all commands, and the translation of errors into messages and exit codes."""
 
 import argparse
+import contextlib
 import io
 import logging
 import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 import deeplab2_like
@@ -18,18 +20,32 @@ from deeplab2_like.cli import (
     evaluate,
     evaluate_files,
     export,
+    import_weights,
     inspect,
     predict,
     train,
 )
-from deeplab2_like.cli.arguments import require_local_paths
+from deeplab2_like.cli.arguments import require_local_paths, set_limits
 from deeplab2_like.errors import UserError
+from deeplab2_like.lenient_output import LenientOutput
 
 INTERNAL_ERROR = 1
 USER_ERROR = 2
 
 # In the order of `--help`. Each module has `add_parser(commands)` and `run(options)`.
-COMMANDS = (demo, convert, inspect, train, evaluate, evaluate_files, export, predict, describe, configs)
+COMMANDS = (
+    demo,
+    convert,
+    inspect,
+    import_weights,
+    train,
+    evaluate,
+    evaluate_files,
+    export,
+    predict,
+    describe,
+    configs,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,12 +66,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = make_parser().parse_args(arguments)
         require_local_paths(options)
-        options.run(options)
+        set_limits(options)
+        # A reader that ends early, as in `deeplab2-like convert ... | head`, must not end the command.
+        with LenientOutput(sys.stdout, BrokenPipeError) as output, contextlib.redirect_stdout(output):
+            options.run(options)
     except UserError as error:
-        print(f"deeplab2-like: {error}", file=sys.stderr)
+        _print_error(str(error))
         return USER_ERROR
     except PermissionError as error:
-        print(f"deeplab2-like: no permission for '{error.filename}'; change its access rights.", file=sys.stderr)
+        _print_error(f"no permission for '{error.filename}'; change its access rights.")
         return USER_ERROR
     except SystemExit as stop:  # argparse has printed the help, the version, or a usage error.
         return stop.code if isinstance(stop.code, int) else INTERNAL_ERROR
@@ -81,8 +100,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _print_error(text: str) -> None:
+    """Prints an error, which may name files and classes with letters that would control the terminal."""
+    from deeplab2_like.printing import printable
+
+    print(f"deeplab2-like: {printable(text)}", file=sys.stderr)
+
+
 def _quiet_libraries() -> None:
-    """Silences log messages of TensorFlow and OpenCV, unless the user has set their levels."""
+    """Silences messages of TensorFlow, OpenCV and Pillow, unless the user has set their levels."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    # About damaged files, which end in an error of their own, and about images that are large but within the limit.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"PIL\.")
