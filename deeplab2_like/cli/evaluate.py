@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deeplab2_like.cli.arguments import add_checkpoint, add_command, add_compile, add_overrides, positive_float
+from deeplab2_like.cli.arguments import (
+    add_checkpoint,
+    add_command,
+    add_compile,
+    add_image_options,
+    add_overrides,
+    positive_float,
+)
 from deeplab2_like.errors import UserError
 
 
@@ -51,6 +58,7 @@ def add_parser(commands: Any) -> None:
         "--oracle", nargs="+", default=[], metavar="PART", help="replace parts of the prediction by the ground truth"
     )
     add_compile(parser)
+    add_image_options(parser)
     add_overrides(parser)
 
 
@@ -62,14 +70,23 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("--timeout ends --follow; add --follow, or leave out --timeout.")
     if options.images and options.instances_json:
         raise UserError("--images gives no metrics, so no AP; leave out one of --images and --instances-json.")
+    if options.bit_depth is not None and not options.images:
+        raise UserError("--bit-depth is for the files of --images; records have 8 bits: leave it out.")
     if options.images and options.split:
         raise UserError("--images takes the place of a split of the records; leave out one of --images and --split.")
 
-    from deeplab2_like.evaluation.model_folder import ModelFolderEvaluation, wait_for_model_folder
     from deeplab2_like.evaluation.submission import read_image_ids
+
+    # A wrong file is reported before TensorFlow is imported, which takes seconds.
+    image_ids = read_image_ids(options.image_json) if options.image_json else None
+
+    from deeplab2_like.data.convert.coco_instances import read_instance_json
+    from deeplab2_like.evaluation.model_folder import ModelFolderEvaluation, wait_for_model_folder
 
     timeout_seconds = None if options.timeout is None else 60 * options.timeout
     if options.follow:
+        if options.instances_json:
+            read_instance_json(options.instances_json)  # A wrong file is reported before the training has started.
         wait_for_model_folder(options.model_dir, timeout_seconds=timeout_seconds)
     evaluation = ModelFolderEvaluation(
         options.model_dir,
@@ -82,12 +99,12 @@ def run(options: argparse.Namespace) -> None:
         oracle=options.oracle,
         save_predictions=options.save_predictions,
         submission=options.submission,
-        image_ids=read_image_ids(options.image_json) if options.image_json else None,
+        image_ids=image_ids,
         instances_json=options.instances_json,
         overrides=options.set,
     )
     if options.images:
-        num_images = evaluation.predict(options.images, options.checkpoint)
+        num_images = evaluation.predict(options.images, options.checkpoint, bit_depth=options.bit_depth)
         print(f"{num_images} images predicted.")
     elif options.follow:
         evaluation.follow(timeout_seconds=timeout_seconds)

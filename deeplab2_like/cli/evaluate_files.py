@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deeplab2_like.cli.arguments import add_command, add_workers
+from deeplab2_like.cli.arguments import add_command, add_max_pixels, add_workers, find_folders
 
 
 def add_parser(commands: Any) -> None:
@@ -22,6 +22,7 @@ def add_parser(commands: Any) -> None:
         "--reference-crowd-rule", action="store_true", help="treat crowds and areas exactly as panopticapi does"
     )
     add_workers(parser, "number of images compared at once")
+    add_max_pixels(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -30,6 +31,8 @@ def run(options: argparse.Namespace) -> None:
     from deeplab2_like.evaluation.evaluate_files import evaluate_files
     from deeplab2_like.progress import progress_bar
 
+    find_folders(options, options.ground_truth, "ground_truth_dir")
+    find_folders(options, options.prediction, "prediction_dir")
     with progress_bar("evaluate") as progress:
         metrics = evaluate_files(
             ground_truth=options.ground_truth,

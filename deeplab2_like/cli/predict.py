@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deeplab2_like.cli.arguments import add_command, add_compile, add_on_error
+from deeplab2_like.cli.arguments import add_command, add_compile, add_image_options, add_on_error
 
 
 def add_parser(commands: Any) -> None:
@@ -23,11 +23,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the results")
     add_on_error(parser, "image")
     add_compile(parser)
+    add_image_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Predicts images with an exported model."""
+    from deeplab2_like.data.images import describe_bit_depth
     from deeplab2_like.export.predictor import predict_files
+    from deeplab2_like.printing import printable
     from deeplab2_like.progress import progress_bar
 
     with progress_bar("predict") as progress:
@@ -37,9 +40,12 @@ def run(options: argparse.Namespace) -> None:
             options.output_dir,
             compiled=options.compile,
             on_error=options.on_error,
+            bit_depth=options.bit_depth,
             progress=progress,
         )
     print(f"{summary.images} images predicted, {len(summary.skipped)} skipped.")
     for fault in summary.skipped:
-        print(f"  skipped: {fault}")
+        print(f"  skipped: {printable(fault)}")
+    if summary.bit_depth is not None:
+        print(describe_bit_depth(summary.bit_depth))
     print(f"Pictures and COCO panoptic files are in {options.output_dir}")

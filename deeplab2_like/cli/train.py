@@ -15,8 +15,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--init-from",
         type=Path,
-        metavar="MODEL_DIR_OR_CHECKPOINT",
-        help="start from the weights of another training, as far as they fit",
+        metavar="MODEL_DIR_OR_FILE",
+        help="start from the weights of another training (model folder or checkpoint), as far as they fit, or from a "
+        "file with pretrained weights of the backbone",
     )
     parser.add_argument(
         "--profile", type=positive_int, default=0, metavar="STEPS", help="record steps for TensorBoard's profiler"

@@ -9,7 +9,7 @@ from typing import Any, Self
 from deeplab2_like.checkpoint_files import make_checkpoint_manager
 from deeplab2_like.model_folder import prepare_model_folder
 from deeplab2_like.progress import TrainingProgress
-from deeplab2_like.trainer.run import Run
+from deeplab2_like.trainer.run import Run, describe_run
 from deeplab2_like.trainer.stopping import StopSignal
 from deeplab2_like.trainer.summaries import StepProfiler, Summaries
 from deeplab2_like.trainer.validation import Validation
@@ -58,6 +58,7 @@ class TrainingActions(contextlib.ExitStack):
         self._progress = self.enter_context(
             TrainingProgress(start_step=self._start_step, steps=settings.steps, is_shown=run.is_chief)
         )
+        self._progress.note(describe_run(run))
         self._validation = None
         if run.is_chief and run.validation_files:
             self._validation = make_validation(run, self._stop)

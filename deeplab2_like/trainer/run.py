@@ -14,7 +14,7 @@ from deeplab2_like.checkpoint import load_fitting_weights, make_checkpoint, rest
 from deeplab2_like.checkpoint_files import find_initial_checkpoint, list_checkpoints, newest_whole_checkpoint
 from deeplab2_like.configs import Config, load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.shards import list_shards
+from deeplab2_like.data.shards import count_examples, list_shards
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import PanopticSystem, build_system
 from deeplab2_like.model.base import dtype_policy
@@ -23,6 +23,7 @@ from deeplab2_like.trainer.average import WeightAverage
 from deeplab2_like.trainer.optimizer import freeze, learning_rate_multipliers, make_optimizer, make_schedule
 from deeplab2_like.trainer.strategy import is_chief
 from deeplab2_like.trainer.trainer import make_step_counter
+from deeplab2_like.weights.backbones import load_backbone_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,26 +136,49 @@ def make_run(config: Config, model_dir: str | os.PathLike[str], strategy: tf.dis
     )
 
 
+def describe_run(run: Run) -> str:
+    """Says on which devices a training runs, and how large it is."""
+    settings, num_images = run.config.trainer, count_examples(run.files)
+    num_devices = run.strategy.num_replicas_in_sync
+    kind = tf.DeviceSpec.from_string(run.strategy.extended.worker_devices[0]).device_type
+    images_per_step = settings.batch_size * settings.accumulate_steps
+    epochs = settings.steps * images_per_step / max(num_images, 1)
+    return (
+        f"Training on {num_devices} {kind}{'s' if num_devices > 1 else ''}: {num_images} images, "
+        f"{run.system.count_params():,} parameters, {settings.steps} steps of {images_per_step} images, "
+        f"{epochs:.1f} epochs."
+    )
+
+
 def restore_or_initialize(run: Run, init_from: str | os.PathLike[str] | None) -> None:
-    """Restores the newest whole checkpoint of the model folder; without one, loads the fitting weights of `init_from`.
+    """Restores the newest whole checkpoint of the model folder; without one, loads the weights to start from.
+
+    These are `init_from`, a model folder or checkpoint, as far as it fits, or a file of a backbone; without it,
+    `model.backbone.weights`.
 
     Raises:
-        UserError: If a checkpoint does not fit the config.
+        UserError: If a checkpoint or the weights do not fit the config.
     """
+    weights = run.system.config.backbone.weights
     with run.strategy.scope():
         if paths := list_checkpoints(run.model_dir):
             _check_changes(run.system, run.config, run.model_dir)
             restore(run.checkpoint, newest_whole_checkpoint(paths))
             if init_from is not None:
                 print(f"Resuming from step {int(run.step)} of '{run.model_dir}'; '{init_from}' is not used.")
-        elif init_from is not None:
-            load_fitting_weights(run.system, find_initial_checkpoint(init_from))
+        elif init_from is not None or weights is not None:
+            if init_from is None:
+                load_backbone_weights(run.system, weights)
+            elif Path(init_from).is_file():
+                load_backbone_weights(run.system, os.fspath(init_from))
+            else:
+                load_fitting_weights(run.system, find_initial_checkpoint(init_from))
             if run.average is not None:
                 run.average.copy_from_system()
         elif frozen := [part for part, factor in run.config.trainer.optimizer.multipliers.items() if factor == 0]:
             print(
                 f"Warning: trainer.optimizer.multipliers freezes {', '.join(frozen)} with random weights; give "
-                "trained ones with --init-from.",
+                "trained ones with --init-from or `model.backbone.weights`.",
                 file=sys.stderr,
             )
 

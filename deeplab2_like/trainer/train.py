@@ -5,6 +5,7 @@ import os
 
 import orbit
 
+from deeplab2_like.checkpoint_files import find_initial_checkpoint, list_checkpoints
 from deeplab2_like.configs import Config
 from deeplab2_like.model import PanopticSystem
 from deeplab2_like.model_folder import clean_model_folder
@@ -37,7 +38,8 @@ def train(
         model_dir: Folder for checkpoints, config and TensorBoard events, of one training at a time; made if missing.
             Several workers need to see the same folder.
         init_from: A model folder, or a checkpoint's path without ending, to start from with all weights that fit by
-            name and shape; without effect when resuming.
+            name and shape; or a file with the weights of the backbone. It takes the place of `model.backbone.weights`,
+            and has no effect when resuming.
         profile: Number of steps to record with TensorFlow's profiler, after the first few steps.
 
     Returns:
@@ -55,6 +57,8 @@ def train(
             clean_model_folder(model_dir)
         # Read before the workers synchronize: later the chief may write it while others still read.
         evaluated_step = read_evaluated_step(model_dir, config.data.val_split)
+        if init_from is not None and not list_checkpoints(model_dir):
+            init_from = find_initial_checkpoint(init_from)  # Before the network is built, so that an error comes early.
         run = make_run(config, model_dir, strategy)
         restore_or_initialize(run, init_from)
         is_evaluation_missing = run.is_evaluation_due and evaluated_step != int(run.step)

@@ -2,8 +2,8 @@
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -15,6 +15,36 @@ from deeplab2_like.model import PanopticSystem
 _IGNORED = ("*.num_batches_tracked", "pixel_mean", "pixel_std", "*.anchor_generator.cell_anchors.*")
 
 
+class Assignment(NamedTuple):
+    """The result of loading a checkpoint, by the names in the checkpoint.
+
+    Attributes:
+        loaded: Names whose arrays were set.
+        kept_initial: Names of the variables that keep their initial values, because a pattern says so.
+        ignored: All other names of the checkpoint.
+    """
+
+    loaded: Sequence[str]
+    kept_initial: Sequence[str]
+    ignored: Sequence[str]
+
+
+class MisfitError(UserError):
+    """The checkpoint does not fit the system.
+
+    Attributes:
+        problems: The names that do not fit, as text.
+        misshapen: Names whose arrays have another shape.
+        only_shapes: Whether other shapes are the only problem.
+    """
+
+    def __init__(self, what: str, problems: str, advice: str, *, misshapen: Sequence[str], only_shapes: bool) -> None:
+        super().__init__(f"The checkpoint does not fit this {what}: {problems}; {advice}.")
+        self.problems = problems
+        self.misshapen = misshapen
+        self.only_shapes = only_shapes
+
+
 # PyTorch's names of the variables of a convolution or dense layer and of the normalization after it.
 _VARIABLES = {
     "kernel": "weight",
@@ -24,6 +54,36 @@ _VARIABLES = {
     "norm/moving_mean": "norm.running_mean",
     "norm/moving_variance": "norm.running_var",
 }
+
+
+# Blocks in the stage res4 of the ResNets that can be imported.
+_RES4_BLOCKS = {6: "resnet50", 23: "resnet101"}
+
+
+def has_prefixes(names: Collection[str], *prefixes: str) -> bool:
+    """Returns whether some of the names start with each of the prefixes."""
+    return all(any(name.startswith(prefix) for name in names) for prefix in prefixes)
+
+
+def backbone_overrides(names: Collection[str], prefix: str) -> list[str]:
+    """Returns the config overrides for the ResNet in a checkpoint of Detectron2: its depth and its deformable stages.
+
+    Args:
+        names: The names in the checkpoint.
+        prefix: Detectron2's name of the backbone, such as `backbone`.
+
+    Raises:
+        UserError: If it is neither ResNet-50 nor ResNet-101.
+    """
+    blocks = {name.split(".")[-3] for name in names if re.fullmatch(rf"{prefix}\.res4\.\d+\.conv1\.weight", name)}
+    if len(blocks) not in _RES4_BLOCKS:
+        raise UserError(
+            f"The checkpoint has a backbone with {len(blocks)} blocks named '{prefix}.res4.*'; only ResNet-50, which "
+            "has 6, and ResNet-101, which has 23, can be imported."
+        )
+    overrides = [f"model.backbone.name={_RES4_BLOCKS[len(blocks)]}"]
+    deformable = [stage for stage in ("res3", "res4", "res5") if f"{prefix}.{stage}.0.conv2_offset.weight" in names]
+    return [*overrides, f"model.backbone.deformable_stages=[{','.join(deformable)}]"] if deformable else overrides
 
 
 def split_path(path: str) -> tuple[str, str] | None:
@@ -52,8 +112,12 @@ def residual_layer_name(layer: str, prefix: str) -> str | None:
     Returns:
         The name, such as `backbone.res2.0.conv1`; None if the layer is not part of a residual block.
     """
-    block = re.fullmatch(r"backbone/(res\d)/block(\d+)/(\w+)", layer)
-    return None if block is None else f"{prefix}.{block[1]}.{int(block[2]) - 1}.{block[3]}"
+    # A deformable convolution has a second one, for its offsets.
+    block = re.fullmatch(r"backbone/(res\d)/block(\d+)/(\w+?)(?:/(offset))?", layer)
+    if block is None:
+        return None
+    name = f"{prefix}.{block[1]}.{int(block[2]) - 1}.{block[3]}"
+    return f"{name}_offset" if block[4] else name
 
 
 def semantic_layer_name(layer: str, branch: str, prefix: str) -> str | None:
@@ -70,6 +134,22 @@ def semantic_layer_name(layer: str, branch: str, prefix: str) -> str | None:
     stage = re.fullmatch(rf"{branch}/(p\d)_conv(\d)", layer)
     # Detectron2 also counts the upsampling after each convolution.
     return None if stage is None else f"{prefix}.{stage[1]}.{2 * (int(stage[2]) - 1)}"
+
+
+def transpose_kernel(path: str, array: np.ndarray) -> np.ndarray:
+    """Converts a kernel of a convolution from PyTorch's layout to that of Keras.
+
+    Args:
+        path: Path of the variable, which tells a depthwise convolution.
+        array: (out, in, height, width), or (channels, 1, height, width) of a depthwise convolution; arrays that are no
+            kernels are returned as they are.
+
+    Returns:
+        (height, width, in, out), or (height, width, channels, 1).
+    """
+    if array.ndim != 4:
+        return array
+    return array.transpose((2, 3, 0, 1) if "/depthwise/" in path else (2, 3, 1, 0))
 
 
 def listed_name(layer: str, names: Sequence[tuple[str, str]]) -> str | None:
@@ -89,6 +169,86 @@ def listed_name(layer: str, names: Sequence[tuple[str, str]]) -> str | None:
     return None
 
 
+class Match(NamedTuple):
+    """The arrays of a checkpoint that belong to variables, and what does not fit.
+
+    Attributes:
+        assignments: The variable and its new value, by the name in the checkpoint.
+        kept_initial: Names of the variables that keep their initial values, because a pattern says so.
+        missing: Names that the checkpoint lacks; paths of variables that have no name there.
+        left_over: Names of the checkpoint that belong to no variable.
+        misshapen: The two shapes as text, by the name in the checkpoint.
+    """
+
+    assignments: dict[str, tuple[Any, np.ndarray]]
+    kept_initial: list[str]
+    missing: list[str]
+    left_over: list[str]
+    misshapen: dict[str, str]
+
+    def describe_problems(self) -> str:
+        """Describes what does not fit; an empty string if everything does."""
+        shapes = [f"{name} is {shape}" for name, shape in self.misshapen.items()]
+        parts = (("missing", self.missing), ("left over", self.left_over), ("of another shape", shapes))
+        return "; ".join(
+            f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for problem, names in parts
+            if names
+        )
+
+    def assign(self) -> None:
+        """Sets the variables."""
+        for variable, array in self.assignments.values():
+            variable.assign(array)
+
+
+def match_by_name(
+    variables: Sequence[Any],
+    state: Mapping[str, np.ndarray],
+    *,
+    name_of: Callable[[str], str | None],
+    to_keras: Callable[[str, np.ndarray], np.ndarray],
+    ignored: Sequence[str],
+    keep_initial: Sequence[str] = (),
+) -> Match:
+    """Matches the arrays of a checkpoint with variables, without changing them.
+
+    Args:
+        variables: The variables.
+        state: Arrays by their names in the checkpoint.
+        name_of: Maps the path of a variable to its name in the checkpoint, or to None if the checkpoint has no such
+            variable.
+        to_keras: Maps the path of a variable and the array in the checkpoint to the value of the variable.
+        ignored: Patterns with `*` for names that belong to no variable.
+        keep_initial: Patterns with `*` for names that are not loaded.
+    """
+
+    def matches(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    unused = {name for name in state if not matches(name, (*keep_initial, *ignored))}
+    match = Match({}, [], [], [], {})
+    for variable in variables:
+        name = name_of(variable.path)
+        if name is not None and matches(name, keep_initial):
+            match.kept_initial.append(name)
+            continue
+        if name is None or name not in state:
+            match.missing.append(name or variable.path)
+            continue
+        unused.discard(name)
+        try:
+            array = to_keras(variable.path, state[name])
+        except (IndexError, ValueError):  # The array has too few or too many axes.
+            array = state[name]
+        if array.shape == tuple(variable.shape):
+            match.assignments[name] = variable, array
+        else:
+            match.misshapen[name] = f"{state[name].shape}, which gives {array.shape} instead of {tuple(variable.shape)}"
+    match.left_over.extend(sorted(unused))
+    return match
+
+
 def assign_by_name(
     system: PanopticSystem,
     state: Mapping[str, np.ndarray],
@@ -97,66 +257,47 @@ def assign_by_name(
     to_keras: Callable[[str, np.ndarray], np.ndarray],
     keep_initial: Sequence[str] = (),
     what: str,
-    config_function: str,
-) -> None:
+    config: str,
+) -> Assignment:
     """Sets the variables of a system by name. Nothing changes unless all weights fit.
 
     Args:
         system: The system, with its variables created.
         state: Arrays by their names in the checkpoint.
-        name_of: Maps the path of a variable to its name in the checkpoint, or to None if the checkpoint has no such
-            variable.
-        to_keras: Maps the path of a variable and the array in the checkpoint to the value of the variable.
+        name_of: See `match_by_name`.
+        to_keras: See `match_by_name`.
         keep_initial: Patterns with `*` for names that are not loaded.
         what: Name of the system, for messages.
-        config_function: Name of the function that returns the config for these weights, for messages.
+        config: Name of a config for these weights, for messages.
+
+    Returns:
+        What was loaded.
 
     Raises:
-        UserError: If names are missing or left over, a shape differs, or a pattern matches nothing.
+        MisfitError: If names are missing or left over, or a shape differs.
+        UserError: If a pattern matches nothing.
     """
+    names = [name for name in map(name_of, (variable.path for variable in system.weights)) if name is not None]
     for pattern in keep_initial:
-        if not fnmatch.filter(state, pattern):
+        if not fnmatch.filter([*state, *names], pattern):
             raise UserError(
-                f"keep_initial pattern '{pattern}' matches no name in the checkpoint; its names look like "
+                f"Pattern '{pattern}' of names to keep initial matches no name in the checkpoint; its names look like "
                 f"{', '.join(list(state)[:2])}."
             )
-
-    def kept(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in keep_initial)
-
-    unused = {name for name in state if not kept(name) and not any(fnmatch.fnmatchcase(name, p) for p in _IGNORED)}
-    assignments: list[tuple[Any, np.ndarray]] = []
-    missing, misshapen = [], []
-    for variable in system.weights:
-        name = name_of(variable.path)
-        if name is not None and kept(name):
-            continue
-        if name is None or name not in state:
-            missing.append(name or variable.path)
-            continue
-        unused.discard(name)
-        try:
-            array = to_keras(variable.path, state[name])
-        except ValueError:  # The array has too few or too many axes.
-            array = state[name]
-        if array.shape != tuple(variable.shape):
-            misshapen.append(
-                f"{name} is {state[name].shape}, which gives {array.shape} instead of {tuple(variable.shape)}"
-            )
-        else:
-            assignments.append((variable, array))
-    problems = [
-        f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for problem, names in (("missing", missing), ("left over", sorted(unused)), ("of another shape", misshapen))
-        if names
-    ]
-    if problems:
-        raise UserError(
-            f"The checkpoint does not fit this {what}: {'; '.join(problems)}; use the config of "
-            f"`{config_function}`, or list the names that should not be loaded in `keep_initial`."
+    match = match_by_name(
+        system.weights, state, name_of=name_of, to_keras=to_keras, ignored=_IGNORED, keep_initial=keep_initial
+    )
+    if problems := match.describe_problems():
+        raise MisfitError(
+            what,
+            problems,
+            f"use config '{config}', or list the names that should not be loaded in `keep_initial`",
+            misshapen=list(match.misshapen),
+            only_shapes=not match.missing and not match.left_over,
         )
-    for variable, array in assignments:
-        variable.assign(array)
+    match.assign()
+    used = {*match.assignments, *match.kept_initial}
+    return Assignment(list(match.assignments), match.kept_initial, [name for name in state if name not in used])
 
 
 def check_epsilon(system: PanopticSystem, epsilon: float, source: str) -> None:

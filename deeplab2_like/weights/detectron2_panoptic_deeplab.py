@@ -5,55 +5,53 @@ depthwise ones (channels, 1, height, width) to (height, width, channels, 1).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab, PanopticDeepLabConfig
+from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab
 from deeplab2_like.weights.assign import (
+    Assignment,
     assign_by_name,
+    backbone_overrides,
     check_epsilon,
+    has_prefixes,
     listed_name,
     residual_layer_name,
     split_path,
+    transpose_kernel,
 )
 
 _EPSILON = 1e-5
 
 
-def panoptic_deeplab_config(
-    *, training_crop: tuple[int, int] = (512, 1024), separable: bool = True
-) -> PanopticDeepLabConfig:
-    """Returns the `model` section with which Detectron2's weights give the same results as in Detectron2.
+# The configs by the number of classes of the semantic head.
+CONFIGS = {
+    19: ("panoptic_deeplab/cityscapes_detectron2", "cityscapes"),
+    133: ("panoptic_deeplab/coco_detectron2", "coco"),
+}
+# Layers whose shape depends on the number of classes.
+CLASS_LAYERS = ("sem_seg_head.predictor.*",)
 
-    It differs from the defaults in the dilations 2, 4 and 8 of the last stage, the low-level channels of the instance
-    decoder, plain convolutions in the center head, image pooling over a window of the size of the training crop,
-    hardest pixels chosen over the batch, and the constants of batch normalization in PyTorch.
 
-    Args:
-        training_crop: Height and width that the model was trained with, in pixels; the Cityscapes models were trained
-            with 512x1024, the COCO models with 640x640.
-        separable: Whether the model has depthwise separable convolutions ("dsconv").
-    """
-    output_stride = 16
-    return PanopticDeepLabConfig.model_validate(
-        {
-            "backbone": {
-                "name": "resnet50",
-                "output_stride": output_stride,
-                "multi_grid": (1, 2, 4),
-                "atrous_conversion": "detectron2",
-            },
-            "norm": {"momentum": 0.9, "epsilon": _EPSILON},
-            "aspp": {"pooling_window": tuple(side // output_stride for side in training_crop)},
-            "decoder": {
-                "instance_low_level_channels": {"res3": 64, "res2": 32},
-                "convolution": "separable" if separable else "plain",
-                "center_head_convolution": "plain",
-            },
-            "loss": {"top_k_over": "batch"},
-        }
-    )
+def is_panoptic_deeplab(names: Collection[str]) -> bool:
+    """Returns whether names are those of Detectron2's Panoptic-DeepLab."""
+    return has_prefixes(names, "ins_embed_head.", "sem_seg_head.")
+
+
+def find_panoptic_deeplab_config(state: Mapping[str, np.ndarray]) -> tuple[str | None, str | None]:
+    """Returns the names of the config and the data set of a checkpoint, by its number of classes; None if unknown."""
+    predictor = state.get("sem_seg_head.predictor.weight")
+    return CONFIGS.get(0 if predictor is None else len(predictor), (None, None))
+
+
+def panoptic_deeplab_overrides(state: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns the config overrides for what a checkpoint shows: the backbone and the kind of convolutions."""
+    is_separable = "sem_seg_head.head.depthwise.weight" in state
+    return [
+        *backbone_overrides(state, "backbone"),
+        f"model.decoder.convolution={'separable' if is_separable else 'plain'}",
+    ]
 
 
 # Patterns of layer paths in this library, and Detectron2's names, in which `_BRANCHES` replaces {semantic}, {instance}.
@@ -100,18 +98,20 @@ def panoptic_deeplab_name(path: str) -> str | None:
 
 def load_panoptic_deeplab(
     system: PanopticDeepLab, state: Mapping[str, np.ndarray], *, keep_initial: Sequence[str] = ()
-) -> None:
+) -> Assignment:
     """Sets the variables of a Panoptic-DeepLab to Detectron2's weights.
 
     Nothing changes unless all weights fit. Images are RGB in this model of Detectron2, as here. Settings that the
-    weights do not contain (dilations, pooling window, mean color) must be set in the config, see
-    `panoptic_deeplab_config`.
+    weights do not contain (dilations, pooling window, mean color) are those of `CONFIGS`.
 
     Args:
         system: The system; its variables are created if needed.
         state: Arrays by Detectron2's names, see `read_checkpoint`.
         keep_initial: Patterns with `*` for Detectron2's names that are not loaded, for example
             `sem_seg_head.predictor.*` for a data set with other classes.
+
+    Returns:
+        What was loaded.
 
     Raises:
         UserError: If names are missing or left over, a shape differs, a pattern matches nothing, or batch normalization
@@ -120,18 +120,12 @@ def load_panoptic_deeplab(
     if not system.built:
         system.create_variables()
     check_epsilon(system, _EPSILON, "Detectron2")
-    assign_by_name(
+    return assign_by_name(
         system,
         state,
         name_of=panoptic_deeplab_name,
-        to_keras=_to_keras,
+        to_keras=transpose_kernel,
         keep_initial=keep_initial,
         what="Panoptic-DeepLab",
-        config_function="panoptic_deeplab_config",
+        config=CONFIGS[19][0],
     )
-
-
-def _to_keras(path: str, array: np.ndarray) -> np.ndarray:
-    if array.ndim != 4:
-        return array
-    return array.transpose((2, 3, 0, 1) if "/depthwise/conv/" in path else (2, 3, 1, 0))

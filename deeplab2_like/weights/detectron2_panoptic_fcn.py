@@ -1,19 +1,21 @@
 """The released weights of Panoptic FCN, whose code is based on Detectron2.
 
 The released code reads images as BGR, but subtracts the mean color in RGB order: 123.675 from blue. The weights were
-trained that way, so `panoptic_fcn_config` swaps the mean, too.
+trained that way, so the config swaps the mean, too.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from deeplab2_like.model.panoptic_fcn import PanopticFCN, PanopticFCNConfig
+from deeplab2_like.model.panoptic_fcn import PanopticFCN
 from deeplab2_like.weights.assign import (
+    Assignment,
     assign_by_name,
+    backbone_overrides,
     check_epsilon,
+    has_prefixes,
     listed_name,
     residual_layer_name,
     semantic_layer_name,
@@ -23,37 +25,25 @@ from deeplab2_like.weights.assign import (
 _EPSILON = 1e-5
 
 
-def panoptic_fcn_config(*, depth: Literal[50, 101] = 50, enhanced: bool = False) -> PanopticFCNConfig:
-    """Makes the `model` section for the released weights.
+CONFIG = "panoptic_fcn/coco_detectron2"
+# Layers whose shape depends on the number of classes.
+CLASS_LAYERS = ("position_head.out_inst.*", "position_head.out_sem.*")
+# A logit whose sigmoid is exactly 1 in float32.
+_FACTOR_ONE = 30.0
 
-    It differs from the defaults in the stride of the first convolution of a block, frozen batch normalization, the
-    swapped mean color, no division by a standard deviation, resized images, and `reference_behavior`.
 
-    Args:
-        depth: Layers of the ResNet.
-        enhanced: Whether it is the enhanced version (marked * in the paper): an encoder of 256 channels with deformable
-            convolutions.
+def is_panoptic_fcn(names: Collection[str]) -> bool:
+    """Returns whether names are those of the released Panoptic FCN."""
+    return has_prefixes(names, "position_head.", "kernel_head.")
 
-    Returns:
-        The section.
-    """
-    return PanopticFCNConfig.model_validate(
-        {
-            "backbone": {
-                "name": f"resnet{depth}",
-                "output_stride": 32,
-                "stem": "seven_by_seven",
-                "stride_in_1x1": True,
-            },
-            "norm": {"kind": "frozen_batch", "epsilon": _EPSILON},
-            # Red, green, blue: the mean of red is subtracted from blue.
-            "image_mean": (103.53, 116.28, 123.675),
-            "image_std": (1.0, 1.0, 1.0),
-            "encoder": {"channels": 256, "deformable": True} if enhanced else {},
-            "resize": {"shorter_side": 800, "longer_side": {"max": 1333}},
-            "reference_behavior": True,
-        }
-    )
+
+def panoptic_fcn_overrides(state: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns the config overrides for what a checkpoint shows: the backbone and the encoder."""
+    overrides = backbone_overrides(state, "backbone.bottom_up")
+    kernel = state.get("feature_encoder.encode_head.encode_head_head_1.dcnv2.weight")
+    if kernel is not None:  # The enhanced version, marked * in the paper.
+        overrides += ["model.encoder.deformable=true", f"model.encoder.channels={len(kernel)}"]
+    return overrides
 
 
 # Patterns of the path of a layer, and its name in the released code.
@@ -101,17 +91,20 @@ def panoptic_fcn_name(path: str, *, enhanced: bool = False) -> str | None:
 
 def load_panoptic_fcn(
     system: PanopticFCN, state: Mapping[str, np.ndarray], *, keep_initial: Sequence[str] = ()
-) -> None:
+) -> Assignment:
     """Sets the variables of a Panoptic FCN to released weights.
 
     Nothing changes unless all weights fit. The input channels of the first kernel are reversed, because images are RGB
-    here. Settings that the weights do not show (strides, mean color, behavior) come from `panoptic_fcn_config`.
+    here. Settings that the weights do not show (strides, mean color, behavior) come from the config `CONFIG`.
 
     Args:
         system: The system; its variables are created if needed.
-        state: Arrays by their names in the released code, see `deeplab2_like.weights.detectron2.read_checkpoint`.
+        state: Arrays by their names in the released code, see `deeplab2_like.weights.files.read_checkpoint`.
         keep_initial: Patterns with `*` of names to leave out, for example `position_head.out_*` for a data set with
             other classes.
+
+    Returns:
+        What was loaded.
 
     Raises:
         UserError: If names are missing or left over, a shape differs, a pattern matches nothing, or batch normalization
@@ -121,19 +114,24 @@ def load_panoptic_fcn(
         system.create_variables()
     check_epsilon(system, _EPSILON, "Detectron2")
     enhanced = any(variable.path.endswith("encoder/conv1/offset/kernel") for variable in system.weights)
-    assign_by_name(
+    return assign_by_name(
         system,
         state,
         name_of=lambda path: panoptic_fcn_name(path, enhanced=enhanced),
         to_keras=_to_keras,
         keep_initial=keep_initial,
         what="Panoptic FCN",
-        config_function="panoptic_fcn_config",
+        config=CONFIG,
     )
 
 
 def _to_keras(path: str, array: np.ndarray) -> np.ndarray:
     layer = path.partition("/")[2]
+    if "/conv2/offset/" in layer and len(array) == 18:
+        # A backbone without modulation: 9 more outputs, which give the factor 1.
+        is_bias = array.ndim == 1
+        margins = [(0, 9), *[(0, 0)] * (array.ndim - 1)]
+        array = np.pad(array, margins, constant_values=_FACTOR_ONE if is_bias else 0.0)
     if layer.startswith("kernel_head/embed_") and array.ndim == 4:
         return array[:, :, 0, 0].T  # A 1x1 convolution there, a dense layer here.
     if array.ndim == 4:

@@ -4,15 +4,17 @@ Layouts differ in more than the order of axes: Detectron2 reads images in BGR, o
 and flattens the features of a box channels first.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from deeplab2_like.model.panoptic_fpn import PanopticFPN, PanopticFPNConfig
+from deeplab2_like.model.panoptic_fpn import PanopticFPN
 from deeplab2_like.weights.assign import (
+    Assignment,
     assign_by_name,
+    backbone_overrides,
     check_epsilon,
+    has_prefixes,
     listed_name,
     residual_layer_name,
     semantic_layer_name,
@@ -22,30 +24,23 @@ from deeplab2_like.weights.assign import (
 _EPSILON = 1e-5
 
 
-def panoptic_fpn_config(*, depth: Literal[50, 101] = 50) -> PanopticFPNConfig:
-    """Returns the `model` section with which Detectron2's weights give the same results as in Detectron2.
+CONFIG = "panoptic_fpn/coco_detectron2"
+# Layers whose shape depends on the number of classes.
+CLASS_LAYERS = (
+    "sem_seg_head.predictor.*",
+    "roi_heads.box_predictor.*",
+    "roi_heads.mask_head.predictor.*",
+)
 
-    It differs from the defaults in the stride in the first convolution of a block, frozen batch normalization, images
-    that are resized and not divided by a standard deviation, and a number of samples in RoIAlign that depends on the
-    size of the box.
 
-    Args:
-        depth: Layers of the ResNet.
-    """
-    return PanopticFPNConfig.model_validate(
-        {
-            "backbone": {
-                "name": f"resnet{depth}",
-                "output_stride": 32,
-                "stem": "seven_by_seven",
-                "stride_in_1x1": True,
-            },
-            "norm": {"kind": "frozen_batch", "epsilon": _EPSILON},
-            "image_std": (1.0, 1.0, 1.0),
-            "roi": {"sampling_ratio": 0},
-            "resize": {"shorter_side": 800, "longer_side": {"max": 1333}},
-        }
-    )
+def is_panoptic_fpn(names: Collection[str]) -> bool:
+    """Returns whether names are those of Detectron2's Panoptic FPN."""
+    return has_prefixes(names, "proposal_generator.", "roi_heads.", "sem_seg_head.")
+
+
+def panoptic_fpn_overrides(state: Mapping[str, np.ndarray]) -> list[str]:
+    """Returns the config overrides for what a checkpoint shows: the backbone."""
+    return backbone_overrides(state, "backbone.bottom_up")
 
 
 # Patterns of layer paths in this library, and Detectron2's names.
@@ -91,18 +86,20 @@ def panoptic_fpn_name(path: str) -> str | None:
 
 def load_panoptic_fpn(
     system: PanopticFPN, state: Mapping[str, np.ndarray], *, keep_initial: Sequence[str] = ()
-) -> None:
+) -> Assignment:
     """Sets the variables of a Panoptic FPN to Detectron2's weights.
 
     Nothing is changed unless all weights fit. Images are RGB here, so the input channels of the first kernel are
-    reversed. Settings that the weights do not contain (strides, mean color) must be set in the config, see
-    `panoptic_fpn_config`.
+    reversed. Settings that the weights do not contain (strides, mean color) are those of the config `CONFIG`.
 
     Args:
         system: The system; missing variables are created.
-        state: Arrays by Detectron2's names, see `deeplab2_like.weights.detectron2.read_checkpoint`.
+        state: Arrays by Detectron2's names, see `deeplab2_like.weights.files.read_checkpoint`.
         keep_initial: Patterns with `*` of Detectron2's names that are not loaded, for example
             `sem_seg_head.predictor.*` for a data set with other classes.
+
+    Returns:
+        What was loaded.
 
     Raises:
         UserError: If names are missing or left over, a shape differs, a pattern matches nothing, or batch normalization
@@ -111,14 +108,14 @@ def load_panoptic_fpn(
     if not system.built:
         system.create_variables()
     check_epsilon(system, _EPSILON, "Detectron2")
-    assign_by_name(
+    return assign_by_name(
         system,
         state,
         name_of=panoptic_fpn_name,
         to_keras=_to_keras,
         keep_initial=keep_initial,
         what="Panoptic FPN",
-        config_function="panoptic_fpn_config",
+        config=CONFIG,
     )
 
 

@@ -38,6 +38,12 @@ def test_last_stage_is_halved(stages: Stages, channels: int) -> None:
     assert final == FinalConvolution(channels)
 
 
+def test_last_stage_keeps_its_channels_if_asked() -> None:
+    backbone = build_backbone(BackboneConfig(name="mobilenet_v3_large", halve_last_stage=False), norm=NORM)
+    assert backbone.channels["res5"] == 960
+    assert build_backbone(BackboneConfig(name="mobilenet_v3_large"), norm=NORM).channels["res5"] == 480
+
+
 def test_dilation_takes_the_place_of_stride() -> None:
     backbone = build_backbone(BackboneConfig(name="mobilenet_v3_large", output_stride=8), norm=NORM)
     convolutions = {
@@ -69,6 +75,38 @@ def test_squeeze_excite_weighs_channels_by_their_means() -> None:
     weighed = keras.ops.convert_to_numpy(layer(image))
     np.testing.assert_allclose(weighed[..., 0], image[..., 0] * 0.5, rtol=1e-6)
     np.testing.assert_allclose(weighed[..., 1], 6.0, rtol=1e-6)
+
+
+def test_the_gate_of_squeeze_excite() -> None:
+    layer = SqueezeExcite(2, gate="sigmoid")
+    layer(np.zeros((1, 1, 1, 2), np.float32))
+    layer.expand.conv.kernel.assign(np.zeros((1, 1, 8, 2), np.float32))
+    layer.expand.conv.bias.assign([0.0, -np.log(3.0)])
+    # Factors 1 / (1 + 1) and 1 / (1 + 3).
+    found = layer(np.full((1, 1, 1, 2), 8.0, np.float32))
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(found)[0, 0, 0], [4.0, 2.0], rtol=1e-6)
+    config = BackboneConfig(name="mobilenet_v3_large", squeeze_gate="sigmoid")
+    block = build_backbone(config, norm=NORM).stages[2].blocks[0]
+    assert block.squeeze_excite.expand.activation is keras.activations.sigmoid
+
+
+def test_features_of_depthwise_convolutions() -> None:
+    config = BackboneConfig(name="mobilenet_v3_large", output_stride=16, depthwise_features=True)
+    backbone = build_backbone(config, norm=NORM)
+    images = np.random.default_rng(0).standard_normal((1, 64, 64, 3)).astype(np.float32)
+    features = backbone(images)
+    # The expansions of the last blocks; res5 ends with a convolution.
+    assert backbone.channels == {"stem": 16, "res2": 72, "res3": 120, "res4": 672, "res5": 480}
+    assert {name: value.shape[-1] for name, value in features.items()} == backbone.channels
+    # The last block of res2, by hand.
+    x = backbone.stages[0](images)[0]
+    first, last = backbone.stages[1].blocks
+    np.testing.assert_allclose(features["res2"], last.depthwise(last.expand(first(x))), atol=1e-6)
+    # Later stages start from the outputs of the blocks, so res5 is the same with and without.
+    plain = build_backbone(config.model_copy(update={"depthwise_features": False}), norm=NORM)
+    plain(images)
+    plain.set_weights(backbone.get_weights())
+    np.testing.assert_allclose(plain(images)["res5"], features["res5"], atol=1e-6)
 
 
 def test_squeezed_channels_are_rounded_to_eight() -> None:

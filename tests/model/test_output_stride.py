@@ -8,10 +8,11 @@ import pytest
 
 from deeplab2_like.model import backbone as backbones
 from deeplab2_like.model.backbone import BACKBONES, ResNet, build_backbone
-from deeplab2_like.model.config import BackboneConfig, Norm
+from deeplab2_like.model.config import BackboneConfig, Norm, Padding
 
 NORM = Norm(kind="frozen_batch")
 STAGES = ("stem", "res2", "res3", "res4", "res5")
+PADDINGS: tuple[Padding, ...] = ("symmetric", "same")
 
 
 def build(config: BackboneConfig, weights: dict[str, np.ndarray]) -> keras.layers.Layer:
@@ -71,12 +72,27 @@ def test_output_strides_agree(name: str) -> None:
     assert max(largest_differences(configs)) < 1e-4
 
 
+# One of each kind of block; ResNeXt has the bottlenecks of ResNet.
+@pytest.mark.parametrize("name", ["resnet50", "resnet_tiny", "mobilenet_v3_small", "efficientnet_lite0"])
+def test_output_strides_agree_with_the_padding_of_tensorflow(name: str) -> None:
+    configs = [BackboneConfig(name=name, output_stride=stride, padding="same") for stride in (32, 16, 8)]
+    assert max(largest_differences(configs)) < 1e-4
+
+
+def test_the_two_paddings_differ() -> None:
+    configs = [BackboneConfig(name="efficientnet_lite0", output_stride=32, padding=padding) for padding in PADDINGS]
+    assert min(largest_differences(configs)) > 0.1
+
+
 @pytest.mark.parametrize(
-    ("option", "value"), [("multi_grid", (1, 2, 4)), ("stride_in_1x1", True)], ids=["multi_grid", "stride_in_1x1"]
+    ("option", "value"),
+    [("multi_grid", (1, 2, 4)), ("stride_in_1x1", True), ("max_pool", False)],
+    ids=["multi_grid", "stride_in_1x1", "max_pool"],
 )
-def test_options_agree(option: str, value: object) -> None:
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_options_agree(option: str, value: object, padding: str) -> None:
     configs = [
-        BackboneConfig.model_validate({"name": "resnet50", "output_stride": stride, option: value})
+        BackboneConfig.model_validate({"name": "resnet50", "output_stride": stride, option: value, "padding": padding})
         for stride in (32, 16, 8)
     ]
     assert max(largest_differences(configs)) < 1e-4

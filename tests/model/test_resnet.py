@@ -11,7 +11,7 @@ from deeplab2_like.model.deformable import DeformableConvNorm
 NORM = Norm(kind="batch")
 
 
-@pytest.mark.parametrize("name", ["resnet_tiny", "mobilenet_v3_large", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["resnet_tiny", "mobilenet_v3_large", "mobilenet_v3_small", "efficientnet_lite2"])
 @pytest.mark.parametrize(
     ("output_stride", "strides"),
     [
@@ -224,8 +224,30 @@ def test_features_of_a_batch_are_those_of_its_images() -> None:
             )
 
 
+@pytest.mark.parametrize(("stem", "channels"), [("seven_by_seven", 64), ("three_convolutions", 128)])
+def test_res2_has_the_stride_without_max_pooling(stem: str, channels: int) -> None:
+    config = BackboneConfig.model_validate({"name": "resnet50", "stem": stem, "max_pool": False, "output_stride": 32})
+    backbone = build_backbone(config, norm=Norm(kind="batch"))
+    shapes = {name: value.shape for name, value in backbone(keras.KerasTensor((1, 97, 129, 3))).items()}
+    # Sides are halved and rounded up.
+    assert shapes == {
+        "stem": (1, 49, 65, channels),
+        "res2": (1, 25, 33, 256),
+        "res3": (1, 13, 17, 512),
+        "res4": (1, 7, 9, 1024),
+        "res5": (1, 4, 5, 2048),
+    }
+    assert backbone.strides == {"stem": 2, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
+    assert backbone.channels["stem"] == channels
+    first, second, _ = backbone.stages[0].blocks
+    assert [block.convolutions[1].conv.strides[0] for block in (first, second)] == [2, 1]
+    assert first.shortcut.conv.strides[0] == 2
+
+
 def test_unknown_backbone() -> None:
-    with pytest.raises(UserError, match=r"Unknown backbone 'resnet5'\. Did you mean 'resnet50'\? Known: mobilenet_v3"):
+    with pytest.raises(
+        UserError, match=r"Unknown backbone 'resnet5'\. Did you mean 'resnet50'\? Known: efficientnet_lite0"
+    ):
         build_backbone(BackboneConfig(name="resnet5"), norm=NORM)
 
 
@@ -236,9 +258,39 @@ def test_unknown_backbone() -> None:
         ("resnet_tiny", "stride_in_1x1", True),
         ("mobilenet_v3_large", "multi_grid", (1, 2, 4)),
         ("mobilenet_v3_small", "stride_in_1x1", True),
+        ("efficientnet_lite0", "halve_last_stage", False),
         ("resnext101_32x8d", "deformable_stages", ("res5",)),
+        ("resnet50", "halve_last_stage", False),
+        ("resnet50", "squeeze_gate", "sigmoid"),
+        ("resnet_tiny", "depthwise_features", True),
+        ("mobilenet_v3_large", "max_pool", False),
     ],
 )
 def test_options_that_a_backbone_does_not_have(name: str, field: str, value: object) -> None:
     with pytest.raises(UserError, match=f"Backbone '{name}' has no '{field}' .*leave out the config key"):
         build_backbone(BackboneConfig.model_validate({"name": name, field: value}), norm=NORM)
+
+
+def test_deformable_convolutions_have_symmetric_padding() -> None:
+    config = BackboneConfig(name="resnet50", deformable_stages=("res5",), padding="same")
+    with pytest.raises(UserError, match=r"'backbone.padding' is same, but deformable convolutions have symmetric pad"):
+        build_backbone(config, norm=NORM)
+
+
+def test_max_pool_with_the_padding_of_tensorflow() -> None:
+    # As above, but the convolution starts one pixel later: output (y, x) = input (2y + 1, 2x + 1). Pooling takes rows
+    # 2y to 2y + 2 of that.
+    stem = StemLayer(Stem(((1, 3, 2),), max_pool=True), padding="same", norm=Norm(kind="none"))
+    stem(np.zeros((1, 16, 16, 3), np.float32))
+    kernel = np.zeros((3, 3, 3, 1), np.float32)
+    kernel[1, 1, 0, 0] = 1
+    stem.convolutions[0].conv.kernel.assign(kernel)
+    image = np.random.default_rng(0).uniform(size=(1, 16, 16, 3)).astype(np.float32)
+
+    half, quarter = (keras.ops.convert_to_numpy(output)[0, :, :, 0] for output in stem(image))
+    expected = image[0, 1::2, 1::2, 0]  # [8, 8]
+    np.testing.assert_allclose(half, expected, rtol=1e-6)
+    for y in range(4):
+        for x in range(4):
+            window = expected[2 * y : 2 * y + 3, 2 * x : 2 * x + 3]
+            assert quarter[y, x] == pytest.approx(window.max())

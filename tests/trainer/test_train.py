@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -200,7 +201,10 @@ def test_progress_is_printed(
 ) -> None:
     folder = Path(shutil.copytree(trained_folder, tmp_path / "model"))
     train(one_convolution_config(data={"path": str(records)}, steps=10), folder)
-    lines = capsys.readouterr().out.splitlines()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"Training on 1 [CG]PU: \d+ images, [\d,]+ parameters, 10 steps of \d images, \d+\.\d epochs\.", first
+    )
     assert [line.split()[1] for line in lines] == ["8/10", "10/10"]
     assert all("semantic" in line and "loss" in line for line in lines)
 
@@ -211,7 +215,7 @@ def test_loops_end_where_something_is_due(
     config = one_convolution_config(data={"path": str(records)}, steps=10, log_every=3, checkpoint_every=4)
     train(config, tmp_path)
     # Multiples of 3 are logged, those of 4 saved, and the end is both.
-    steps = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    steps = [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]]
     assert steps == ["3/10", "6/10", "9/10", "10/10"]
     assert [Path(path).name for path in list_checkpoints(tmp_path)] == ["ckpt-4", "ckpt-8", "ckpt-10"]
     assert list(events_of(tmp_path / "train")["loss"]) == [3, 6, 9, 10]
@@ -562,7 +566,7 @@ def test_freezing_random_weights_warns(
     train(config, tmp_path / "fresh")
     assert capsys.readouterr().err == (
         "Warning: trainer.optimizer.multipliers freezes convolution with random weights; give trained ones with "
-        "--init-from.\n"
+        "--init-from or `model.backbone.weights`.\n"
     )
 
 
@@ -696,7 +700,7 @@ def test_starting_from_another_training(
 
 def test_starting_from_what_does_not_fit(trained_folder: Path, records: Path, tmp_path: Path) -> None:
     config = one_convolution_config(data={"path": str(records)}, model={"channels": 5})
-    with pytest.raises(UserError, match=r"'.*nowhere' to start from is neither a model folder nor a checkpoint"):
+    with pytest.raises(UserError, match=r"'.*nowhere' to start from does not exist; give a model folder"):
         train(config, tmp_path, init_from=tmp_path / "nowhere")
     # A checkpoint by its path: of the network only the bias of the logits is of the same shape.
     train(config, tmp_path / "some", init_from=list_checkpoints(trained_folder)[0])

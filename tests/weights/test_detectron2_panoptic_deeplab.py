@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from reference_state import read_reference_state
 
+from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab
 from deeplab2_like.weights.detectron2_panoptic_deeplab import (
     load_panoptic_deeplab,
-    panoptic_deeplab_config,
     panoptic_deeplab_name,
 )
 
@@ -24,8 +24,9 @@ INFO = DatasetInfo(
 
 
 def build_system(*, separable: bool = True) -> PanopticDeepLab:
-    config = panoptic_deeplab_config(training_crop=(128, 128), separable=separable)
-    system = PanopticDeepLab(config, INFO)
+    overrides = ["model.aspp.pooling_window=[8,8]", "model.resize=null"]
+    overrides.append(f"model.decoder.convolution={'separable' if separable else 'plain'}")
+    system = PanopticDeepLab(load_config("panoptic_deeplab/cityscapes_detectron2", overrides).model, INFO)
     system(keras.KerasTensor((1, 128, 128, 3), "uint8"))  # Creates the variables; computes nothing.
     return system
 
@@ -132,7 +133,7 @@ def test_other_classes_need_keep_initial(system: PanopticDeepLab, state: dict[st
 
 
 def test_pattern_that_keeps_nothing_is_an_error(system: PanopticDeepLab, state: dict[str, np.ndarray]) -> None:
-    with pytest.raises(UserError, match=r"keep_initial pattern 'sem_seg_haed\.\*' matches no name"):
+    with pytest.raises(UserError, match=r"Pattern 'sem_seg_haed\.\*' of names to keep initial matches no name"):
         load_panoptic_deeplab(system, state, keep_initial=["sem_seg_haed.*"])
 
 

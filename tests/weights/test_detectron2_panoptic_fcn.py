@@ -3,6 +3,7 @@
 The reference numbers are described in data/detectron2_panoptic_fcn.
 """
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import pytest
 import tensorflow as tf
 from reference_state import read_reference_state
 
+from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.geometry import NETWORK_SIZE
@@ -26,7 +28,12 @@ from deeplab2_like.model.panoptic_fcn.targets import (
     sample_cells,
     weighted_labels,
 )
-from deeplab2_like.weights.detectron2_panoptic_fcn import load_panoptic_fcn, panoptic_fcn_config, panoptic_fcn_name
+from deeplab2_like.weights.detectron2_panoptic_fcn import (
+    CONFIG,
+    load_panoptic_fcn,
+    panoptic_fcn_name,
+    panoptic_fcn_overrides,
+)
 
 DATA = Path(__file__).parents[1] / "data" / "detectron2_panoptic_fcn"
 INFO = DatasetInfo(
@@ -44,10 +51,11 @@ def read(name: str) -> dict[str, np.ndarray]:
 
 
 def build_system(depth: Literal[50, 101] = 50, enhanced: bool = False, **postprocess: Any) -> PanopticFCN:
-    config = panoptic_fcn_config(depth=depth, enhanced=enhanced)
     # The reference image is small and not resized.
-    changed = config.postprocess.model_copy(update=postprocess)
-    return PanopticFCN(config.model_copy(update={"postprocess": changed, "resize": None}), INFO)
+    overrides = [f"model.backbone.name=resnet{depth}", "model.resize=null"]
+    overrides += ["model.encoder.channels=256", "model.encoder.deformable=true"] if enhanced else []
+    overrides += [f"model.postprocess.{key}={value}" for key, value in postprocess.items()]
+    return PanopticFCN(load_config(CONFIG, overrides).model, INFO)
 
 
 @pytest.fixture(scope="module")
@@ -234,12 +242,37 @@ def test_size_is_that_of_the_release(depth: Literal[50, 101], enhanced: bool, pa
         assert sorted(str(name) for name in names) == sorted(line.split("\t")[0] for line in lines)
 
 
+@pytest.mark.parametrize("outputs", [27, 18])
+def test_deformable_backbones(outputs: int, state: dict[str, np.ndarray]) -> None:
+    # The layout of Detectron2's deformable blocks, with and without modulation; all zeros but a few values.
+    other = dict(state)
+    for name in state:
+        found = re.fullmatch(r"(backbone\.bottom_up\.res[345]\.\d+\.conv2)\.weight", name)
+        if found:
+            other[f"{found[1]}_offset.weight"] = np.zeros((outputs, len(state[name]), 3, 3), np.float32)
+            other[f"{found[1]}_offset.bias"] = np.arange(outputs, dtype=np.float32)
+    overrides = panoptic_fcn_overrides(other)
+    assert overrides == ["model.backbone.name=resnet50", "model.backbone.deformable_stages=[res3,res4,res5]"]
+    system = PanopticFCN(load_config(CONFIG, [*overrides, "model.resize=null"]).model, INFO).create_variables()
+    loaded = load_panoptic_fcn(system, other)
+    # 13 blocks in these stages, each with two more arrays.
+    assert len(loaded.loaded) == len(state) + 2 * 13
+    biases = [weight for weight in system.weights if weight.path.endswith("res3/block1/conv2/offset/bias")]
+    assert len(biases) == 1
+    factors = np.asarray(keras.ops.sigmoid(biases[0][18:]))
+    np.testing.assert_array_equal(biases[0][:18], np.arange(18))
+    np.testing.assert_array_equal(
+        factors, 1 / (1 + np.exp(-np.arange(18, 27, dtype=np.float32))) if outputs == 27 else 1
+    )
+
+
 def test_what_does_not_fit_is_named(system: PanopticFCN, state: dict[str, np.ndarray]) -> None:
     wrong = dict(state)
     del wrong["backbone.top_block.p6.bias"]
     with pytest.raises(
         UserError,
-        match=r"does not fit this Panoptic FCN: 1 missing \(backbone\.top_block\.p6\.bias\); .*`panoptic_fcn_config`",
+        match=r"does not fit this Panoptic FCN: 1 missing \(backbone\.top_block\.p6\.bias\); "
+        r".*'panoptic_fcn/coco_detectron2'",
     ):
         load_panoptic_fcn(system, wrong)
 

@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 from reference_state import read_reference_state
 
+from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.base import Loss
@@ -21,7 +22,7 @@ from deeplab2_like.model.detection.roi_heads import box_losses, mask_loss, selec
 from deeplab2_like.model.detection.rpn import label_anchors, make_anchors, rpn_losses
 from deeplab2_like.model.panoptic_fpn import PanopticFPN
 from deeplab2_like.model.semantic import semantic_loss
-from deeplab2_like.weights.detectron2_panoptic_fpn import load_panoptic_fpn, panoptic_fpn_config, panoptic_fpn_name
+from deeplab2_like.weights.detectron2_panoptic_fpn import CONFIG, load_panoptic_fpn, panoptic_fpn_name
 
 DATA = Path(__file__).parents[1] / "data" / "detectron2_panoptic_fpn"
 INFO = DatasetInfo(
@@ -38,10 +39,10 @@ def read(name: str) -> dict[str, np.ndarray]:
 
 
 def build_system(depth: Literal[50, 101] = 50, **postprocess: Any) -> PanopticFPN:
-    config = panoptic_fpn_config(depth=depth)
     # The reference image is small, and was not resized.
-    changed = {"resize": None, "postprocess": config.postprocess.model_copy(update=postprocess)}
-    return PanopticFPN(config.model_copy(update=changed), INFO)
+    overrides = [f"model.backbone.name=resnet{depth}", "model.resize=null"]
+    overrides += [f"model.postprocess.{key}={value}" for key, value in postprocess.items()]
+    return PanopticFPN(load_config(CONFIG, overrides).model, INFO)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(system: PanopticFPN, sta
         UserError,
         match=r"does not fit this Panoptic FPN: 1 missing \(backbone\.fpn_lateral3\.bias\); "
         r"1 left over \(roi_heads\.box_head\.fc3\.weight\); 1 of another shape \(roi_heads\.box_predictor\.cls_score\."
-        r"weight is \(10, 1024\), which gives \(1024, 10\) instead of \(1024, 81\)\); .*`panoptic_fpn_config`",
+        r"weight is \(10, 1024\), which gives \(1024, 10\) instead of \(1024, 81\)\); .*'panoptic_fpn/coco_detectron2'",
     ):
         load_panoptic_fpn(system, wrong)
     np.testing.assert_array_equal(system.fpn.laterals[0].conv.kernel.numpy(), before)

@@ -1,12 +1,12 @@
 """MobileNetV3 (Howard et al., "Searching for MobileNetV3", 2019) with atrous convolution."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
-from deeplab2_like.model.backbone.resnet import BlockSequence, atrous_stages, dilation_before
-from deeplab2_like.model.config import AtrousConversion, Norm
+from deeplab2_like.model.backbone.resnet import BlockSequence, atrous_stages, dilation_before, lost_stride_shift
+from deeplab2_like.model.config import AtrousConversion, Norm, Padding
 from deeplab2_like.model.layers import ConvNorm, Tensor
 
 
@@ -18,7 +18,7 @@ class Bottleneck(NamedTuple):
         expansion: Channels of the depthwise convolution.
         filters: Output channels.
         squeeze: Whether the block has squeeze-and-excite.
-        activation: "relu" or "hard_swish".
+        activation: "relu", "relu6" or "hard_swish".
     """
 
     kernel_size: int
@@ -101,17 +101,21 @@ class SqueezeExcite(keras.layers.Layer):
 
     The number of inner channels is a quarter of `channels`, rounded to a multiple of 8, but not down by more than 10 %.
 
+    Args:
+        channels: Channels of the input.
+        gate: Name of the activation of the factors.
+
     Input and output shape: float [B, H, W, channels].
     """
 
-    def __init__(self, channels: int, *, name: str | None = None) -> None:
+    def __init__(self, channels: int, *, gate: str = "hard_sigmoid", name: str | None = None) -> None:
         super().__init__(name=name)
         inner = max(8, (channels // 4 + 4) // 8 * 8)
         if inner < 0.9 * channels / 4:
             inner += 8
         self.mean = keras.layers.GlobalAveragePooling2D(keepdims=True, name="mean")
         self.reduce = ConvNorm(inner, 1, name="reduce")
-        self.expand = ConvNorm(channels, 1, activation="hard_sigmoid", name="expand")
+        self.expand = ConvNorm(channels, 1, activation=gate, name="expand")
 
     def call(self, inputs: Tensor) -> Tensor:
         """Scales the channels."""
@@ -129,12 +133,17 @@ class InvertedResidual(keras.layers.Layer):
         strides: Stride of the depthwise convolution.
         dilation: Dilation of the depthwise convolution.
         shortcut: Whether the block has an identity shortcut if input and output have the same shape.
+        padding: Padding of the depthwise convolution, see `ConvNorm`.
+        lost_stride_shift: Of the depthwise convolution, see `ConvNorm`.
         norm: The normalization after each convolution.
+        squeeze_gate: Name of the activation of the factors of squeeze-and-excite.
+        with_depthwise: Whether to return the output of the depthwise convolution, too.
 
-    Input shape: float [B, H, W, inputs]. Output shape: float [B, ceil(H / strides), ceil(W / strides), row.filters].
+    Input shape: float [B, H, W, inputs]. Output shape: float [B, ceil(H / strides), ceil(W / strides), row.filters],
+    and with `with_depthwise` also float [B, ceil(H / strides), ceil(W / strides), row.expansion].
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the choices that make the family of networks
         self,
         row: Bottleneck,
         *,
@@ -142,7 +151,11 @@ class InvertedResidual(keras.layers.Layer):
         strides: int,
         dilation: int,
         shortcut: bool,
+        padding: Padding = "symmetric",
+        lost_stride_shift: int = 0,
         norm: Norm,
+        squeeze_gate: str = "hard_sigmoid",
+        with_depthwise: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
@@ -157,32 +170,45 @@ class InvertedResidual(keras.layers.Layer):
             strides=strides,
             dilation=dilation,
             depthwise=True,
+            padding=padding,
+            lost_stride_shift=lost_stride_shift,
             norm=norm,
             activation=row.activation,
             name="depthwise",
         )
-        self.squeeze_excite = SqueezeExcite(row.expansion, name="squeeze_excite") if row.squeeze else None
+        self.squeeze_excite = (
+            SqueezeExcite(row.expansion, gate=squeeze_gate, name="squeeze_excite") if row.squeeze else None
+        )
+        self.with_depthwise = with_depthwise
         self.project = ConvNorm(row.filters, 1, norm=norm, activation=None, name="project")
         self.has_shortcut = shortcut and strides == 1 and inputs == row.filters
 
-    def call(self, inputs: Tensor, training: bool = False) -> Tensor:
+    def call(self, inputs: Tensor, training: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Applies the block."""
         x = inputs if self.expand is None else self.expand(inputs, training=training)
-        x = self.depthwise(x, training=training)
+        depthwise = x = self.depthwise(x, training=training)
         if self.squeeze_excite is not None:
             x = self.squeeze_excite(x)
         x = self.project(x, training=training)
-        return ops.add(x, inputs) if self.has_shortcut else x
+        if self.has_shortcut:
+            x = ops.add(x, inputs)
+        return (x, depthwise) if self.with_depthwise else x
 
 
-class MobileNetV3(keras.layers.Layer):
-    """MobileNetV3; see `build_backbone` for the contract.
+class InvertedResidualNetwork(keras.layers.Layer):
+    """A convolution and stages of inverted residuals; see `build_backbone` for the contract.
 
     Args:
-        stages: The blocks: `LARGE`, `SMALL`, or one of them after `halve_last_stage`.
+        stages: The blocks of each stage.
+        first_filters: Output channels of the first convolution.
+        activation: Activation of the first convolution and of a final one.
         output_stride: Stride of res5; stages that would exceed it use atrous convolution instead of stride.
         atrous_conversion: Dilation of the convolutions that lost their stride, see `dilation_before`. With `exact`,
             their blocks have no shortcut, as with stride.
+        squeeze_gate: Name of the activation of the factors of squeeze-and-excite.
+        depthwise_features: Whether the features of a stage are the outputs of its last depthwise convolution, if a
+            block ends the stage.
+        padding: Padding of convolutions with stride, see `ConvNorm`.
         norm: The normalization after each convolution.
 
     Attributes:
@@ -194,8 +220,13 @@ class MobileNetV3(keras.layers.Layer):
         self,
         *,
         stages: Stages,
+        first_filters: int,
+        activation: str,
         output_stride: int = 32,
         atrous_conversion: AtrousConversion = "exact",
+        squeeze_gate: str = "hard_sigmoid",
+        depthwise_features: bool = False,
+        padding: Padding = "symmetric",
         norm: Norm,
         name: str | None = None,
     ) -> None:
@@ -203,36 +234,43 @@ class MobileNetV3(keras.layers.Layer):
         self.strides: dict[str, int] = {}
         self.channels: dict[str, int] = {}
         atrous = atrous_stages(output_stride)
-        channels = 16
+        channels = first_filters
         blocks: list[keras.layers.Layer] = [
-            ConvNorm(channels, 3, strides=2, norm=norm, activation="hard_swish", name="conv1")
+            ConvNorm(channels, 3, strides=2, padding=padding, norm=norm, activation=activation, name="conv1")
         ]
         self.stages = []
         for stage, rows in stages.items():
             # The first block of res2 has stride 2; in ResNet, the stem has this stride.
+            self.channels[stage] = channels
             stride, dilation = (1, 1) if stage == "stem" else atrous[stage][:2]
             stride = 2 if stage == "res2" else stride
             for index, row in enumerate(rows):
                 block: keras.layers.Layer
                 begins = index == 0 and stage != "stem"  # This block has, or lost, the stride of its stage.
                 if isinstance(row, FinalConvolution):
-                    block = ConvNorm(row.filters, 1, norm=norm, activation="hard_swish", name="conv")
+                    block = ConvNorm(row.filters, 1, norm=norm, activation=activation, name="conv")
+                    self.channels[stage] = row.filters
                 else:
+                    ends = index == len(rows) - 1
                     block = InvertedResidual(
                         row,
                         inputs=channels,
                         strides=stride if index == 0 else 1,
                         dilation=dilation_before(dilation, atrous_conversion) if begins else dilation,
                         shortcut=not begins or atrous_conversion == "detectron2",
+                        padding=padding,
+                        lost_stride_shift=lost_stride_shift(dilation, atrous_conversion) if begins else 0,
                         norm=norm,
+                        squeeze_gate=squeeze_gate,
+                        with_depthwise=depthwise_features and ends,
                         name=f"block{index + 1}",
                     )
+                    self.channels[stage] = row.expansion if depthwise_features and ends else row.filters
                 channels = row.filters
                 blocks.append(block)
             self.stages.append(BlockSequence(blocks, name=stage))
             blocks = []
             self.strides[stage] = 2 if stage == "stem" else atrous[stage][2]
-            self.channels[stage] = channels
 
     def call(self, images: Tensor, training: bool = False) -> dict[str, Tensor]:
         """Extracts features.
@@ -248,5 +286,17 @@ class MobileNetV3(keras.layers.Layer):
         x = images
         for stage in self.stages:
             x = stage(x, training=training)
-            features[stage.name] = x
+            x, features[stage.name] = x if isinstance(x, tuple) else (x, x)
         return features
+
+
+class MobileNetV3(InvertedResidualNetwork):
+    """MobileNetV3; see `build_backbone` for the contract.
+
+    Args:
+        stages: The blocks: `LARGE`, `SMALL`, or one of them after `halve_last_stage`.
+        options: As for `InvertedResidualNetwork`.
+    """
+
+    def __init__(self, *, stages: Stages, **options: Any) -> None:
+        super().__init__(stages=stages, first_filters=16, activation="hard_swish", **options)

@@ -7,12 +7,14 @@ convolutions instead; `multi_grid` multiplies the dilations inside the last stag
 """
 
 import enum
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 
-from deeplab2_like.model.config import AtrousConversion, Norm
+from deeplab2_like.model.config import AtrousConversion, Norm, Padding
 from deeplab2_like.model.deformable import DeformableConvNorm
 from deeplab2_like.model.layers import ConvNorm, Tensor
 
@@ -20,15 +22,25 @@ STAGES = ("res2", "res3", "res4", "res5")
 
 
 class Stem(NamedTuple):
-    """The layers before the stages, which reduce the image to stride 4.
+    """The layers before the stages, which reduce the image to stride 4, or to stride 2 if the first stage has a stride.
 
     Attributes:
-        convolutions: (filters, kernel size, stride) of each; if no max pooling follows, the last one has stride 2.
+        convolutions: (filters, kernel size, stride) of each.
         max_pool: Whether a 3x3 max pooling with stride 2 follows.
     """
 
     convolutions: tuple[tuple[int, int, int], ...]
     max_pool: bool
+
+    @property
+    def strides(self) -> list[int]:
+        """Stride of the output of each convolution."""
+        return list(itertools.accumulate((stride for _, _, stride in self.convolutions), operator.mul))
+
+    @property
+    def output_stride(self) -> int:
+        """Stride of the features that the stages start from."""
+        return self.strides[-1] * (2 if self.max_pool else 1)
 
 
 SEVEN_BY_SEVEN = Stem(((64, 7, 2),), max_pool=True)
@@ -72,31 +84,52 @@ def dilation_before(dilation: int, conversion: AtrousConversion) -> int:
     return max(1, dilation // 2) if conversion == "exact" else dilation
 
 
+def stem_feature(stem: Stem) -> int:
+    """Returns the position of the last convolution with output stride 2."""
+    return max(index for index, stride in enumerate(stem.strides) if stride == 2)
+
+
+def lost_stride_shift(dilation: int, conversion: AtrousConversion) -> int:
+    """Returns the argument `lost_stride_shift` of `ConvNorm` for the convolution that has, or lost, a stage's stride.
+
+    Args:
+        dilation: Dilation after this convolution, see `atrous_stages`.
+        conversion: See `dilation_before`; `detectron2` has no shift.
+    """
+    return dilation // 2 if conversion == "exact" else 0
+
+
 class StemLayer(keras.layers.Layer):
     """Runs a `Stem`.
 
-    Input shape: float [B, H, W, 3]. Output: the last features at stride 2, float [B, H / 2, W / 2, C], and those at
-    stride 4 that the stages start from, float [B, H / 4, W / 4, C].
+    Input shape: float [B, H, W, 3]. Output: the last features at stride 2, float [B, H / 2, W / 2, C], and those that
+    the stages start from, float [B, H / s, W / s, C] with the stride s of the stem's output.
     """
 
-    def __init__(self, stem: Stem, *, norm: Norm, name: str | None = None) -> None:
+    def __init__(self, stem: Stem, *, padding: Padding = "symmetric", norm: Norm, name: str | None = None) -> None:
         super().__init__(name=name)
         self.convolutions = [
-            ConvNorm(filters, kernel_size, strides=stride, norm=norm, name=f"conv{index}")
+            ConvNorm(filters, kernel_size, strides=stride, padding=padding, norm=norm, name=f"conv{index}")
             for index, (filters, kernel_size, stride) in enumerate(stem.convolutions, start=1)
         ]
         # Padding with zeros is safe: after ReLU no feature is negative, so a zero never exceeds one.
-        self.pad = keras.layers.ZeroPadding2D(1, name="pad") if stem.max_pool else None
-        self.max_pool = keras.layers.MaxPooling2D(3, strides=2, name="max_pool")
+        self.pad = keras.layers.ZeroPadding2D(1, name="pad") if stem.max_pool and padding == "symmetric" else None
+        self.feature = stem_feature(stem)
+        self.max_pool = (
+            keras.layers.MaxPooling2D(3, strides=2, padding="same" if padding == "same" else "valid", name="max_pool")
+            if stem.max_pool
+            else None
+        )
 
     def call(self, images: Tensor, training: bool = False) -> tuple[Tensor, Tensor]:
         """Applies the stem."""
         features = [images]
         for convolution in self.convolutions:
             features.append(convolution(features[-1], training=training))
-        if self.pad is None:
-            return features[-2], features[-1]
-        return features[-1], self.max_pool(self.pad(features[-1]))
+        last = features[-1]
+        if self.max_pool is not None:
+            last = self.max_pool(last if self.pad is None else self.pad(last))
+        return features[self.feature + 1], last
 
 
 class ResidualBlock(keras.layers.Layer):
@@ -108,11 +141,13 @@ class ResidualBlock(keras.layers.Layer):
         strides: Stride of the block.
         dilation: Dilation of its 3x3 convolutions.
         dilation_before: Dilation of the convolution with the stride, if it is a 3x3; by default `dilation`.
+        lost_stride_shift: See `ConvNorm`; for the convolution with the stride, if it is a 3x3.
         stride_in_1x1: Whether a bottleneck has its stride in the first 1x1 convolution instead of in the 3x3.
         project: Whether the shortcut is a 1x1 convolution instead of the identity.
         norm: The normalization after each convolution.
         groups: Groups of the 3x3 convolution of a bottleneck.
         deformable: Whether the 3x3 convolution of a bottleneck is deformable; not with groups.
+        padding: See `ConvNorm`; a deformable convolution is always symmetric.
         channels: Output channels; by default `width * block.value`.
 
     Input shape: float [B, H, W, C]. Output shape: float [B, ceil(H / strides), ceil(W / strides), channels].
@@ -126,11 +161,13 @@ class ResidualBlock(keras.layers.Layer):
         strides: int,
         dilation: int,
         dilation_before: int | None = None,
+        lost_stride_shift: int = 0,
         stride_in_1x1: bool,
         project: bool,
         norm: Norm,
         groups: int = 1,
         deformable: bool = False,
+        padding: Padding = "symmetric",
         channels: int | None = None,
         name: str | None = None,
     ) -> None:
@@ -142,7 +179,16 @@ class ResidualBlock(keras.layers.Layer):
         )
         if block is BlockKind.BASIC:
             self.convolutions = [
-                ConvNorm(width, 3, strides=strides, dilation=dilation_before, norm=norm, name="conv1"),
+                ConvNorm(
+                    width,
+                    3,
+                    strides=strides,
+                    dilation=dilation_before,
+                    padding=padding,
+                    lost_stride_shift=lost_stride_shift,
+                    norm=norm,
+                    name="conv1",
+                ),
                 ConvNorm(channels, 3, dilation=dilation, norm=norm, activation=None, name="conv2"),
             ]
         else:
@@ -153,9 +199,15 @@ class ResidualBlock(keras.layers.Layer):
                 "norm": norm,
                 "name": "conv2",
             }
+            padded: dict[str, Any] = {
+                "padding": padding,
+                "lost_stride_shift": 0 if stride_in_1x1 else lost_stride_shift,
+            }
             self.convolutions = [
                 ConvNorm(width, 1, strides=first, norm=norm, name="conv1"),
-                DeformableConvNorm(width, 3, **middle) if deformable else ConvNorm(width, 3, groups=groups, **middle),
+                DeformableConvNorm(width, 3, **middle)
+                if deformable
+                else ConvNorm(width, 3, groups=groups, **padded, **middle),
                 ConvNorm(channels, 1, norm=norm, activation=None, name="conv3"),
             ]
 
@@ -200,6 +252,7 @@ class ResNet(keras.layers.Layer):
         stride_in_1x1: Whether bottlenecks have their stride in the first 1x1 convolution instead of in the 3x3.
         norm: The normalization after each convolution.
         deformable_stages: Stages whose 3x3 convolutions are deformable; not with groups.
+        padding: Padding of convolutions and pooling with stride, see `ConvNorm`.
         groups: Groups of the 3x3 convolutions of bottlenecks: the "cardinality" of ResNeXt.
         group_width: Channels of each group in the first stage, in place of `widths`; each stage doubles it. The output
             channels of a stage still follow `widths`. ResNeXt-101 32x8d has 32 groups of width 8.
@@ -221,6 +274,7 @@ class ResNet(keras.layers.Layer):
         atrous_conversion: AtrousConversion = "exact",
         stride_in_1x1: bool = False,
         deformable_stages: Sequence[str] = (),
+        padding: Padding = "symmetric",
         norm: Norm,
         groups: int = 1,
         group_width: int | None = None,
@@ -228,12 +282,14 @@ class ResNet(keras.layers.Layer):
     ) -> None:
         super().__init__(name=name)
         self.strides: dict[str, int] = {"stem": 2}
-        self.channels: dict[str, int] = {"stem": stem.convolutions[-1 if stem.max_pool else -2][0]}
-        self.stem = StemLayer(stem, norm=norm, name="stem")
+        self.channels: dict[str, int] = {"stem": stem.convolutions[stem_feature(stem)][0]}
+        self.stem = StemLayer(stem, padding=padding, norm=norm, name="stem")
         self.stages = []
         for (stage, (stride, dilation, feature_stride)), width, depth in zip(
             atrous_stages(output_stride).items(), widths, depths, strict=True
         ):
+            if stage == STAGES[0]:
+                stride = feature_stride // stem.output_stride
             grid = [multi_grid[index % len(multi_grid)] if stage == STAGES[-1] else 1 for index in range(depth)]
             blocks = [
                 ResidualBlock(
@@ -242,11 +298,13 @@ class ResNet(keras.layers.Layer):
                     strides=stride if index == 0 else 1,
                     dilation=dilation * grid[index],
                     dilation_before=(dilation if index else dilation_before(dilation, atrous_conversion)) * grid[index],
+                    lost_stride_shift=0 if index else lost_stride_shift(dilation, atrous_conversion),
                     stride_in_1x1=stride_in_1x1,
                     project=index == 0,
                     norm=norm,
                     groups=groups,
                     deformable=stage in deformable_stages,
+                    padding=padding,
                     channels=width * block.value,
                     name=f"block{index + 1}",
                 )
