@@ -63,6 +63,8 @@ class PanopticSystem(keras.Model):
         parts_in_paper: Names of the parts in `describe` whose multiply-adds the paper counts, if it leaves out others.
         loss_weights: Factor of each loss term in the sum that is minimized, by the names of `compute_losses`.
         stride: Network pixels per value of the dense raw outputs, such as semantic logits.
+        aligned_corners: Whether resizing aligns the corner pixels, see `resampling`; then the sides of padded images
+            are one pixel more than a multiple of `size_multiple`.
     """
 
     config_class: ClassVar[type[SystemConfig]]
@@ -71,6 +73,7 @@ class PanopticSystem(keras.Model):
     parts_in_paper: ClassVar[tuple[str, ...]] = ()
     loss_weights: Mapping[str, float]
     stride: int
+    aligned_corners: bool = False
 
     def __init__(self, config: Any, dataset_info: DatasetInfo, *, name: str | None = None) -> None:
         # Images are 0..255: bfloat16 could not tell neighboring values apart, so inputs are not cast.
@@ -201,7 +204,16 @@ class PanopticSystem(keras.Model):
         Returns:
             int32 [B, H, W], some of `semantic_classes`, or the ignore label where none of them is predicted.
         """
-        return Geometry.of(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.stride)
+        return self.geometry(outputs, image_size).argmax(outputs["semantic_logits"], stride=self.stride)
+
+    def geometry(self, outputs: Mapping[str, Tensor], image_size: Size) -> Geometry:
+        """Returns the sizes of images and of their raw outputs.
+
+        Args:
+            outputs: Raw outputs of the system.
+            image_size: Height and width of the images before padding, ints or int32 scalars.
+        """
+        return Geometry.of(outputs, image_size, aligned_corners=self.aligned_corners)
 
     def true_semantic_map(self, targets: Mapping[str, Tensor]) -> Tensor:
         """Returns the `semantic_map` of a perfect network.
@@ -283,18 +295,22 @@ class PanopticSystem(keras.Model):
             "mirroring, scales and ensembles."
         )
 
-    def prepare_images(self, images: Tensor) -> Tensor:
+    def prepare_images(self, images: Tensor, *, min_size: tuple[int, int] = (1, 1)) -> Tensor:
         """Normalizes and pads images; the padding has the mean color.
 
         Args:
             images: uint8 or float [B, H, W, 3], red, green and blue in 0..255.
+            min_size: Smallest height and width of the padded images.
 
         Returns:
-            float [B, H', W', 3] in the compute dtype, H' and W' multiples of `size_multiple`.
+            float [B, H', W', 3] in the compute dtype, H' and W' multiples of `size_multiple`, or 1 more than one with
+            `aligned_corners`.
         """
         images = ops.cast(images, "float32")
         images = (images - ops.array(self.config.image_mean, "float32")) / ops.array(self.config.image_std, "float32")
-        return ops.cast(pad_to_multiple(images, self.size_multiple), self.compute_dtype)
+        remainder = 1 if self.aligned_corners else 0
+        padded = pad_to_multiple(images, self.size_multiple, remainder=remainder, min_size=min_size)
+        return ops.cast(padded, self.compute_dtype)
 
     def infer(self, images: Tensor, *, with_instances: bool = False) -> dict[str, Tensor]:
         """Turns images into panoptic maps, for evaluation and export.

@@ -5,9 +5,11 @@ from typing import Any, Literal
 
 import pydantic
 
-from deeplab2_like.configs.schema import ResizeConfig, StrictModel
+from deeplab2_like.configs.schema import ResizeConfig, StrictModel, was_saved_before
+from deeplab2_like.model.pretrained import IMAGENET, IMAGENET_SETTINGS, describe_settings, wrong_settings
 
 AtrousConversion = Literal["exact", "detectron2"]
+Padding = Literal["symmetric", "same"]
 
 
 class Norm(StrictModel):
@@ -33,8 +35,9 @@ class BackboneConfig(StrictModel):
 
     name: str = pydantic.Field(
         "resnet50",
-        description="Name of the backbone: `resnet50`, `resnet101`, `resnext101_32x8d`, `resnext101_64x4d`, "
-        "`resnext152_32x8d`, `mobilenet_v3_large`, `mobilenet_v3_small` or `resnet_tiny`.",
+        description="Name of the backbone: `resnet50`, `resnet101`, `resnet152`, `resnext101_32x8d`, "
+        "`resnext101_64x4d`, `resnext152_32x8d`, `mobilenet_v3_large`, `mobilenet_v3_small`, `efficientnet_lite0`, "
+        "`efficientnet_lite1`, `efficientnet_lite2` or `resnet_tiny`.",
     )
     output_stride: Literal[8, 16, 32] = pydantic.Field(
         16,
@@ -46,17 +49,17 @@ class BackboneConfig(StrictModel):
     )
     stem: Literal["three_convolutions", "seven_by_seven"] = pydantic.Field(
         "three_convolutions",
-        description="ResNet-50, ResNet-101 and ResNeXt only: the convolutions before the first max pooling; "
+        description="ResNet-50 to ResNet-152 and ResNeXt only: the convolutions before the first max pooling; "
         "`seven_by_seven` is the stem of the original ResNet.",
     )
     stride_in_1x1: bool = pydantic.Field(
         False,
-        description="ResNet-50, ResNet-101 and ResNeXt only: apply the stride of a block in its first 1x1 "
+        description="ResNet-50 to ResNet-152 and ResNeXt only: apply the stride of a block in its first 1x1 "
         "convolution, not in its 3x3, as many released weights need it.",
     )
     deformable_stages: tuple[Literal["res3", "res4", "res5"], ...] = pydantic.Field(
         (),
-        description="ResNet-50 and ResNet-101 only: stages with deformable 3x3 convolutions, such as [res3, res4, "
+        description="ResNet-50 to ResNet-152 only: stages with deformable 3x3 convolutions, such as [res3, res4, "
         "res5].",
     )
     atrous_conversion: AtrousConversion = pydantic.Field(
@@ -65,13 +68,42 @@ class BackboneConfig(StrictModel):
         "so that the same weights give the same features at any output stride; `detectron2`, the rate after it, for "
         "weights of Detectron2.",
     )
+    max_pool: bool = pydantic.Field(
+        True,
+        description="ResNet-50 to ResNet-152 and ResNeXt only: max pooling after the stem; `false` gives res2 a stride "
+        "instead, as in DeepLab2.",
+    )
+    halve_last_stage: bool = pydantic.Field(
+        True,
+        description="MobileNetV3 only: halve the channels of the last stage, as Panoptic-DeepLab does; the weights of "
+        "ImageNet and of DeepLab2 need `false`.",
+    )
+    squeeze_gate: Literal["hard_sigmoid", "sigmoid"] = pydantic.Field(
+        "hard_sigmoid",
+        description="MobileNetV3 only: activation of the factors of squeeze-and-excite; DeepLab2 has `sigmoid`.",
+    )
+    depthwise_features: bool = pydantic.Field(
+        False,
+        description="MobileNetV3 only: take the features of a stage from its last depthwise convolution, as DeepLab2 "
+        "does, and not from the end of its last block.",
+    )
+    padding: Padding = pydantic.Field(
+        "symmetric",
+        description="Zeros around the input of convolutions with stride: `symmetric`, as many on every side; `same`, "
+        "fewer at the top and left than at the bottom and right, as TensorFlow does, for weights that were trained so.",
+    )
+    weights: str | None = pydantic.Field(
+        None,
+        description="Weights that a new training starts from: `imagenet`, the path of a file, or null for random ones. "
+        "`imagenet` sets the keys that belong to these weights, such as `model.image_mean`, where they are left out.",
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _complete_old_config(cls, content: Any) -> Any:
-        """Reads configs of earlier versions, which had one way of conversion, in model folders with all their keys."""
-        keys = {"name", "output_stride", "multi_grid", "stem", "stride_in_1x1", "deformable_stages"}
-        if isinstance(content, dict) and keys <= content.keys() and "atrous_conversion" not in content:
+        """Reads configs of model folders of earlier versions, which had one way of conversion."""
+        saved_keys = ("name", "output_stride", "multi_grid", "stem", "stride_in_1x1", "deformable_stages")
+        if was_saved_before(content, "atrous_conversion", saved_keys=saved_keys):
             return {**content, "atrous_conversion": "detectron2"}
         return content
 
@@ -143,11 +175,60 @@ class SystemConfig(StrictModel):
             content = {**content, "resize": {"shorter_side": shorter, "longer_side": {"max": limit}, **new}}
         return content
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _add_settings_of_weights(cls, content: Any) -> Any:
+        """Sets the keys that belong to ImageNet weights where they are left out."""
+        if not isinstance(content, dict):
+            return content
+        # Sections may be instances, where a config is made in Python.
+        completed = dict(content)
+        for key in ("backbone", "norm"):
+            section = content.get(key, cls.model_fields[key].default)
+            if isinstance(section, StrictModel):
+                section = section.model_dump(exclude_unset=True)
+            if not isinstance(section, dict):
+                return content
+            completed[key] = dict(section)
+        name = completed["backbone"].get("name", BackboneConfig().name)
+        if completed["backbone"].get("weights") != IMAGENET or not isinstance(name, str):
+            return content
+        for key, value in IMAGENET_SETTINGS.get(name, {}).items():
+            place, _, last = key.rpartition(".")
+            (completed[place] if place else completed).setdefault(last, value)
+        return completed
+
+    @pydantic.model_validator(mode="after")
+    def _settings_fit_weights(self) -> "SystemConfig":
+        if self.backbone.weights is None:
+            return self
+        if self.norm.kind in ("group", "none"):
+            raise ValueError(
+                f"`backbone.weights` need batch normalization; set `norm.kind` to sync_batch or frozen_batch instead "
+                f"of {self.norm.kind}"
+            )
+        if self.backbone.weights == IMAGENET:
+            settings = IMAGENET_SETTINGS.get(self.backbone.name)
+            if settings is None:
+                raise ValueError(
+                    f"there are no ImageNet weights for backbone {self.backbone.name}, but for "
+                    f"{', '.join(IMAGENET_SETTINGS)}; set `backbone.weights` to a file or null"
+                )
+            if wrong := wrong_settings(self, settings):
+                raise ValueError(
+                    f"`backbone.weights: imagenet` of {self.backbone.name} needs {describe_settings(wrong)}; set these "
+                    "keys, or leave them out"
+                )
+        return self
+
     @pydantic.field_validator("resize")
     @classmethod
     def _fixed_size(cls, value: ResizeConfig | None) -> ResizeConfig | None:
         if value is not None and not isinstance(value.shorter_side, int | None):
-            raise ValueError("the network size must be fixed: `shorter_side` can be a range or choices only in `data`")
+            raise ValueError(
+                "`shorter_side` must be one size, as the network size is fixed; a range and choices are for "
+                "`data.resize`"
+            )
         return value
 
 

@@ -16,6 +16,7 @@ from deeplab2_like.model.base import PanopticSystem
 from deeplab2_like.model.deformable import DeformableConvNorm
 from deeplab2_like.model.geometry import resize_for_network
 from deeplab2_like.model.layers import ConvNorm
+from deeplab2_like.printing import print_whole_table
 
 Shape = tuple[int, ...]
 
@@ -136,7 +137,7 @@ def print_description(description: Description, *, console: Console | None = Non
         name = Text("  " * depth + part.name.rpartition("/")[2], style="" if depth else "bold")
         shapes = "\n".join(_shape_text(output, shape) for output, shape in part.output_shapes.items())
         table.add_row(name, f"{part.parameters:,}", f"{part.multiply_adds / 1e9:.3f}", Text(shapes))
-    console.print(table)
+    print_whole_table(table, console)
     outputs = ", ".join(_shape_text(output, shape) for output, shape in description.output_shapes.items())
     console.print(
         f"Total: {description.parameters / 1e6:.2f} M parameters ({description.trainable_parameters / 1e6:.2f} M "

@@ -26,24 +26,30 @@ class Geometry(NamedTuple):
         network_size: Height and width of the resized images, without padding; None if they are not resized.
         full_resolution: Whether dense maps have the resolution of the images, as averages of views have, and not that
             of the network; the `stride` of the methods below is 1 then.
+        aligned_corners: Whether resizing aligns the corner pixels, see `resampling`.
     """
 
     image_size: Size
     network_size: Size | None = None
     full_resolution: bool = False
+    aligned_corners: bool = False
 
     @classmethod
-    def of(cls, outputs: Mapping[str, Tensor], image_size: Size) -> Self:
+    def of(cls, outputs: Mapping[str, Tensor], image_size: Size, *, aligned_corners: bool = False) -> Self:
         """Reads from the raw outputs of a system what `resize_for_network` and `merge_views` add."""
         size = outputs.get(NETWORK_SIZE)
-        return cls(image_size, None if size is None else (size[0], size[1]), NUM_VIEWS in outputs)
+        network_size = None if size is None else (size[0], size[1])
+        return cls(image_size, network_size, NUM_VIEWS in outputs, aligned_corners)
 
     @property
     def scale(self) -> Tensor:
         """Network pixels per image pixel along both axes, float32 [2]."""
         if self.network_size is None:
             return ops.ones((2,), "float32")
-        return _float_size(self.network_size) / _float_size(self.image_size)
+        network_size, image_size = _float_size(self.network_size), _float_size(self.image_size)
+        if self.aligned_corners:
+            return (network_size - 1) / ops.maximum(image_size - 1, 1.0)
+        return network_size / image_size
 
     @property
     def network_sides(self) -> dict[str, Any]:
@@ -97,7 +103,13 @@ class Geometry(NamedTuple):
         """
         network_size: tuple[Any, Any] = self.network_size or (None, None)
         rows, columns = (
-            upsampling_matrix(cells[axis], network_size[axis], self.image_size[axis], stride=self.map_stride(stride))
+            upsampling_matrix(
+                cells[axis],
+                network_size[axis],
+                self.image_size[axis],
+                stride=self.map_stride(stride),
+                aligned_corners=self.aligned_corners,
+            )
             for axis in (0, 1)
         )
         return rows, columns
@@ -112,7 +124,13 @@ class Geometry(NamedTuple):
         Returns:
             int32 [B, H, W].
         """
-        return upsampled_argmax(values, self.image_size, stride=self.map_stride(stride), network_size=self.network_size)
+        return upsampled_argmax(
+            values,
+            self.image_size,
+            stride=self.map_stride(stride),
+            network_size=self.network_size,
+            aligned_corners=self.aligned_corners,
+        )
 
     def upsample(self, values: Tensor, *, stride: int) -> Tensor:
         """Upsamples a map to the image, see `upsample_to_image`.
@@ -125,19 +143,25 @@ class Geometry(NamedTuple):
             float [B, H, W, C].
         """
         return upsample_to_image(
-            values, self.image_size, stride=self.map_stride(stride), network_size=self.network_size
+            values,
+            self.image_size,
+            stride=self.map_stride(stride),
+            network_size=self.network_size,
+            aligned_corners=self.aligned_corners,
         )
 
 
 def resize_for_network(
-    images: Tensor, config: ResizeConfig | None, *, scale: float = 1.0
+    images: Tensor, config: ResizeConfig | None, *, scale: float = 1.0, aligned_corners: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Resizes images to the network size.
 
     Args:
         images: uint8 or float [B, H, W, 3].
         config: The network size, of fixed `shorter_side`; None is that of the images.
-        scale: Factor of the network size.
+        scale: Factor of the network size; with aligned corners, of the distances between its pixels, so that a side
+            of `32 * k + 1` stays such a side.
+        aligned_corners: See `resampling`.
 
     Returns:
         The images, [B, H', W', 3], and, if they were resized, the raw output `NETWORK_SIZE`, which `Geometry.of` reads.
@@ -145,12 +169,15 @@ def resize_for_network(
     if config is None and scale == 1:
         return images, {}
     height, width = ops.shape(images)[1:3]
-    factor: Any = scale
+    factor: Any = 1.0 if aligned_corners else scale
     if config is not None:
         shorter, longer = (ops.cast(side(height, width), "float32") for side in (ops.minimum, ops.maximum))
-        factor = scale * functools.reduce(ops.minimum, config.scales(shorter, longer))
-    sides = [ops.cast(ops.floor(ops.cast(side, "float32") * factor + 0.5), "int32") for side in (height, width)]
-    images = resize_bilinear(ops.cast(images, "float32"), *(ops.maximum(side, 1) for side in sides))
+        factor = factor * functools.reduce(ops.minimum, config.scales(shorter, longer))
+    sides = [ops.floor(ops.cast(side, "float32") * factor + 0.5) for side in (height, width)]
+    if aligned_corners:
+        sides = [ops.floor((side - 1) * scale + 1) for side in sides]
+    sides = [ops.maximum(ops.cast(side, "int32"), 1) for side in sides]
+    images = resize_bilinear(ops.cast(images, "float32"), *sides, aligned_corners=aligned_corners)
     sides = list(ops.shape(images)[1:3])
     return images, {NETWORK_SIZE: ops.stack([ops.convert_to_tensor(side, "int32") for side in sides])}
 

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.config import Norm
+from deeplab2_like.model.config import Norm, Padding
 
 Tensor = Any  # A tensor of whichever backend Keras runs on.
 
@@ -61,8 +61,9 @@ def msra_initializer() -> keras.initializers.Initializer:
 class ConvNorm(keras.layers.Layer):
     """Convolution, normalization, activation.
 
-    Padding is symmetric, `dilation * (kernel_size - 1) / 2` zeros on every side, at any stride. TensorFlow's
-    "same" pads a strided convolution at one side only, which would shift features of imported weights by a pixel.
+    Symmetric padding adds `dilation * (kernel_size - 1) / 2` zeros on every side, at any stride. Where the stride is 2
+    and height and width are even, TensorFlow's "same" adds one less at the top and left: it starts one pixel later.
+    Weights need the padding that they were trained with, or their features shift by a pixel.
 
     Args:
         filters: Output channels; None for a depthwise convolution, which keeps the channels of its input.
@@ -71,6 +72,9 @@ class ConvNorm(keras.layers.Layer):
         dilation: Atrous rate of both axes.
         depthwise: Whether each channel has its own filter.
         groups: Number of channel groups, each with its own filters.
+        padding: The padding of a convolution with stride: "symmetric", or "same" as in TensorFlow.
+        lost_stride_shift: With "same", pixels by which a convolution that lost a stride of 2 to atrous conversion
+            starts later than a symmetric one: the dilation before it. It then reads the same positions as with stride.
         norm: The normalization; None for none, which adds a bias.
         activation: Name of a Keras activation, or None.
         initializer: Name of a Keras initializer of the kernel, or the initializer; not for depthwise convolutions.
@@ -78,7 +82,7 @@ class ConvNorm(keras.layers.Layer):
     Input shape: float [B, H, W, C]. Output shape: float [B, ceil(H / strides), ceil(W / strides), filters].
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the choices of all networks
         self,
         filters: int | None,
         kernel_size: int,
@@ -87,6 +91,8 @@ class ConvNorm(keras.layers.Layer):
         dilation: int = 1,
         depthwise: bool = False,
         groups: int = 1,
+        padding: Padding = "symmetric",
+        lost_stride_shift: int = 0,
         norm: Norm | None = None,
         activation: str | None = "relu",
         initializer: str | keras.initializers.Initializer = "he_normal",
@@ -94,7 +100,12 @@ class ConvNorm(keras.layers.Layer):
     ) -> None:
         super().__init__(name=name)
         margin = dilation * (kernel_size - 1) // 2
-        self.pad = keras.layers.ZeroPadding2D(margin, name="pad") if strides > 1 and margin else None
+        self.pad = None
+        if padding == "symmetric" and strides > 1 and margin:
+            self.pad = keras.layers.ZeroPadding2D(margin, name="pad")
+        elif padding == "same" and lost_stride_shift:
+            before_and_after = (margin - lost_stride_shift, margin + lost_stride_shift)
+            self.pad = keras.layers.ZeroPadding2D((before_and_after, before_and_after), name="pad")
         self.norm = make_norm(norm, "norm", filters)
         options: dict[str, Any] = {
             "kernel_size": kernel_size,

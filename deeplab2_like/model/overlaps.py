@@ -7,15 +7,89 @@ Each function marked `stage` may be compiled on its own, see `deeplab2_like.mode
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras import ops
 
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.stages import stage
 
-# The image height divided by these gives the heights of the windows of lines, see `update_in_windows`.
-_WINDOW_DIVISORS = (16, 8, 4, 2, 1)
+# Columns per block. Windows start and end between blocks, as copying blocks is faster than copying pixels.
+BLOCK = 64
+# The sizes of windows: the number of lines and the number of blocks of the map are divided by these. Each size is a
+# loop to compile. The smallest come first.
+_WINDOW_DIVISORS = ((8, 8), (4, 4), (2, 2), (1, 4), (1, 1))
+
+
+class Window(NamedTuple):
+    """A part of a map, at its own place in each image.
+
+    It may extend beyond the right border of the map, as the width of the map need not be a multiple of `BLOCK`.
+
+    Attributes:
+        top: int32 [B], the first line.
+        left: int32 [B], the first column, a multiple of `BLOCK`.
+        height: L, number of lines, an int or an int32 scalar.
+        width: K, number of columns, a multiple of `BLOCK`, an int or an int32 scalar.
+    """
+
+    top: Tensor
+    left: Tensor
+    height: Any
+    width: Any
+
+    @property
+    def lines(self) -> Tensor:
+        """The lines of the map in the window, int32 [B, L]."""
+        return self.top[:, None] + ops.arange(self.height)
+
+    @property
+    def columns(self) -> Tensor:
+        """The columns of the map in the window, int32 [B, K]; those beyond the border have numbers, too."""
+        return self.left[:, None] + ops.arange(self.width)
+
+    def shift(self, boxes: Tensor) -> Tensor:
+        """Moves boxes, float32 [B, N, 4], from the map to the window."""
+        corner = ops.cast(ops.stack([self.top, self.left, self.top, self.left], axis=-1), "float32")
+        return boxes - corner[:, None]
+
+    def read(self, maps: Tensor, image: Tensor) -> Tensor:
+        """Reads the window from maps.
+
+        Args:
+            maps: [M, H, blocks, BLOCK], of `split_into_blocks`.
+            image: int32 [B], the map to read for each image.
+
+        Returns:
+            [B, L, K].
+        """
+        num_maps, height, num_blocks = ops.shape(maps)[:3]
+        blocks = ops.reshape(maps, (num_maps * height * num_blocks, BLOCK))
+        return self.read_blocks(blocks, self.block_index(image, height, num_blocks))
+
+    def block_index(self, image: Tensor, height: Any, num_blocks: Any) -> Tensor:
+        """Returns the blocks of the window, int32 [B * L * blocks], in maps of `height` lines of `num_blocks` blocks.
+
+        Args:
+            image: int32 [B], the map of each image.
+            height: Lines of the maps.
+            num_blocks: Blocks per line of the maps.
+        """
+        line = image[:, None] * height + self.lines  # [B, L]
+        block = self.left[:, None] // BLOCK + ops.arange(self.width // BLOCK)  # [B, blocks]
+        return ops.reshape(line[:, :, None] * num_blocks + block[:, None, :], (-1,))
+
+    def read_blocks(self, blocks: Tensor, index: Tensor) -> Tensor:
+        """Reads the window, [B, L, K], from the blocks of maps, [M, BLOCK], by `block_index`."""
+        return ops.reshape(ops.take(blocks, index, axis=0), (ops.shape(self.top)[0], self.height, self.width))
+
+
+def split_into_blocks(maps: Tensor) -> Tensor:
+    """Pads the columns of maps with zeros and splits them into blocks: [M, H, W] to [M, H, blocks, BLOCK]."""
+    num_maps, height, width = ops.shape(maps)
+    num_blocks = -(-width // BLOCK)
+    maps = ops.pad(maps, [[0, 0], [0, 0], [0, num_blocks * BLOCK - width]])
+    return ops.reshape(maps, (num_maps, height, num_blocks, BLOCK))  # [M, H, blocks, BLOCK]
 
 
 @stage
@@ -39,17 +113,16 @@ def resolve_mask_overlaps(
     """
     bins = probabilities.shape[-1]
 
-    def mask_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
-        box = ops.take(boxes, n, axis=1)[:, None]  # [B, 1, 4]
-        shift = ops.cast(top, "float32")[:, None]
-        rows = paste_weights(box[..., 0] - shift, box[..., 2] - shift, bins=bins, size=lines)[:, 0]  # [B, h, P]
-        columns = paste_weights(box[..., 1], box[..., 3], bins=bins, size=width)[:, 0]  # [B, W, P]
+    def mask_in_window(n: Tensor, window: Window) -> Tensor:
+        box = window.shift(ops.take(boxes, n, axis=1)[:, None])  # [B, 1, 4]
+        rows = paste_weights(box[..., 0], box[..., 2], bins=bins, size=window.height)[:, 0]  # [B, L, P]
+        columns = paste_weights(box[..., 1], box[..., 3], bins=bins, size=window.width)[:, 0]  # [B, K, P]
         values = ops.matmul(ops.matmul(rows, ops.take(probabilities, n, axis=1)), ops.transpose(columns, (0, 2, 1)))
         return values >= 0.5
 
     return resolve_overlaps(
         used,
-        *line_ranges(boxes, height),
+        pixel_bounds(boxes, height, width),
         mask_in_window,
         height=height,
         width=width,
@@ -59,14 +132,13 @@ def resolve_mask_overlaps(
 
 def resolve_overlaps(
     used: Tensor,
-    first_line: Tensor,
-    last_line: Tensor,
-    mask_in_window: Callable[[Tensor, Tensor, Any], Tensor],
+    bounds: Tensor,
+    mask_in_window: Callable[[Tensor, Window], Tensor],
     *,
     height: Any,
     width: Any,
     overlap_threshold: float,
-    cost_in_window: Callable[[Tensor, Tensor, Any], Tensor] | None = None,
+    cost_in_window: Callable[[Tensor, Window], Tensor] | None = None,
 ) -> Tensor:
     """Assigns each pixel to one instance, in the order of the rows.
 
@@ -74,10 +146,9 @@ def resolve_overlaps(
 
     Args:
         used: bool [B, N], the instances that take part, the first rows of each image.
-        first_line: int32 [B, N], first line of pixels that the mask may touch.
-        last_line: int32 [B, N], the line after the last one.
-        mask_in_window: From n, an int32 scalar, the first line of a window in each image, int32 [B], and its number of
-            lines, L, to the window of the masks of row n, bool [B, L, W].
+        bounds: int32 [B, N, 4], the pixels that the mask may touch, see `pixel_bounds`.
+        mask_in_window: From n, an int32 scalar, and a window to this window of the masks of row n, bool [B, L, K].
+            Values beyond the map do not matter.
         height: H, height of the map, an int or an int32 scalar.
         width: W, its width.
         overlap_threshold: Largest share of a mask that earlier instances may hold.
@@ -89,9 +160,10 @@ def resolve_overlaps(
     """
     batch, num_instances = ops.shape(used)[0], used.shape[1]
 
-    def assign(n: Tensor, top: Tensor, lines: Any, window: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        owner, *costs = window
-        mask = mask_in_window(n, top, lines) & ops.take(used, n, axis=1)[:, None, None]  # [B, L, W]
+    def assign(n: Tensor, window: Window, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        owner, *costs = parts
+        is_valid = ops.take(used, n, axis=1)[:, None] & (window.columns < width)  # [B, K]
+        mask = mask_in_window(n, window) & is_valid[:, None]  # [B, L, K]
         free = mask & (owner == num_instances)
         area = ops.cast(ops.sum(ops.cast(mask, "int32"), axis=(1, 2)), "float32")  # [B]
         taken = area - ops.cast(ops.sum(ops.cast(free, "int32"), axis=(1, 2)), "float32")  # [B]
@@ -100,7 +172,7 @@ def resolve_overlaps(
         if cost_in_window is None:
             return (ops.where(free & fits, number, owner),)
         (least,) = costs
-        cost_here = cost_in_window(n, top, lines)
+        cost_here = cost_in_window(n, window)
         wins = fits & (free | (mask & (cost_here < least)))
         return ops.where(wins, number, owner), ops.where(wins, cost_here, least)
 
@@ -108,70 +180,85 @@ def resolve_overlaps(
     maps = [ops.full((batch, height, width), num_instances, "int16")]
     if cost_in_window is not None:
         maps.append(ops.full((batch, height, width), float("inf"), "float32"))
-    owner = update_in_windows(maps, assign, used, first_line, last_line, height=height, width=width)[0]
+    owner = update_in_windows(maps, assign, used, bounds)[0]
     return ops.cast(owner, "int32")
 
 
 def update_in_windows(
     maps: Sequence[Tensor],
-    update: Callable[[Tensor, Tensor, Any, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    update: Callable[[Tensor, Window, tuple[Tensor, ...]], tuple[Tensor, ...]],
     used: Tensor,
-    first_line: Tensor,
-    last_line: Tensor,
-    *,
-    height: Any,
-    width: Any,
+    bounds: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Updates maps for one instance after the other, each in a window of whole lines that holds the instance.
+    """Updates maps for one instance after the other, each in a window that holds the instance.
 
     Args:
         maps: The maps before the first instance, [B, H, W] each.
-        update: From n, an int32 scalar, the first line of a window in each image, int32 [B], its number of lines, L,
-            and the windows of the maps, [B, L, W] each, to the windows after instance n. It also runs for images in
-            which row n is not used.
+        update: From n, an int32 scalar, a window, and this window of the maps, [B, L, K] each, to the window of the
+            maps after instance n. It also runs for images in which row n is not used.
         used: bool [B, N], the instances that take part. The time grows with the last one that does in any image.
-        first_line: int32 [B, N], first line of pixels that the instance may change.
-        last_line: int32 [B, N], the line after the last one.
-        height: H, height of the maps, an int or an int32 scalar.
-        width: W, their width.
+        bounds: int32 [B, N, 4], the pixels that the instance may change, see `pixel_bounds`.
 
     Returns:
         The maps after the last instance.
     """
-    batch, num_instances = ops.shape(used)[0], used.shape[1]
+    batch, height, width = ops.shape(maps[0])
+    num_blocks = -(-width // BLOCK)
+    num_instances = used.shape[1]
     num_steps = ops.max(ops.where(ops.any(used, axis=0), ops.arange(num_instances) + 1, 0))
-    # The smallest of a few heights that holds the instance in every image.
+    first_line, first_column, last_line, last_column = ops.unstack(bounds, 4, axis=-1)  # 4 x [B, N]
+    first_block = first_column // BLOCK
+    # The smallest of a few sizes that holds the instance in every image.
     lines_needed = ops.max(ops.where(used, last_line - first_line, 0), axis=0)  # [N]
-    window_heights = [-(-height // divisor) for divisor in _WINDOW_DIVISORS]
-    window_index = sum(ops.cast(lines_needed > lines, "int32") for lines in window_heights[:-1])  # [N]
+    blocks_needed = ops.max(ops.where(used, -(-last_column // BLOCK) - first_block, 0), axis=0)  # [N]
+    sizes = [(-(-height // lines), -(-num_blocks // blocks)) for lines, blocks in _WINDOW_DIVISORS]
+    holds = ops.stack([(lines_needed <= lines) & (blocks_needed <= blocks) for lines, blocks in sizes])
+    size_index = ops.cast(ops.argmax(ops.cast(holds, "int32"), axis=0), "int32")  # [N], the first that does.
 
-    def update_window(lines: Any, n: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+    def update_window(lines: Any, blocks: Any, n: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
         top = ops.minimum(ops.take(first_line, n, axis=1), height - lines)  # [B]
-        index = (ops.arange(batch) * height + top)[:, None] + ops.arange(lines)[None, :]  # [B, L]
-        index = ops.reshape(index, (-1,))  # [B * L]
-        before = tuple(ops.reshape(ops.take(each, index, axis=0), (batch, lines, width)) for each in maps)  # [B, L, W]
-        after = update(n, top, lines, before)
-        return tuple(
-            ops.scatter_update(each, index[:, None], ops.reshape(window, (batch * lines, width)))  # [B * H, W]
-            for each, window in zip(maps, after, strict=True)
+        left = ops.minimum(ops.take(first_block, n, axis=1), num_blocks - blocks) * BLOCK  # [B]
+        window = Window(top, left, lines, blocks * BLOCK)
+        index = window.block_index(ops.arange(batch), height, num_blocks)  # [B * L * blocks]
+        after = update(n, window, tuple(window.read_blocks(each, index) for each in maps))
+        return n + 1, *(
+            ops.scatter_update(each, index[:, None], ops.reshape(part, (-1, BLOCK)))  # [B * H * blocks, BLOCK]
+            for each, part in zip(maps, after, strict=True)
         )
 
-    windows = [functools.partial(update_window, lines) for lines in window_heights]
-
     def step(n: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
-        return n + 1, *ops.switch(ops.take(window_index, n), windows, n, *maps)
+        # A loop for each size, over the instances of this size that come next: XLA updates the maps of a loop in
+        # place, but copies those of a branch.
+        for index, size in enumerate(sizes):
+            has_size = functools.partial(is_next, index)
+            n, *maps = ops.while_loop(has_size, functools.partial(update_window, *size), (n, *maps))
+        return n, *maps
 
-    flat = [ops.reshape(each, (batch * height, width)) for each in maps]  # [B * H, W]
+    def is_next(index: int, n: Tensor, *_: Tensor) -> Tensor:
+        return (n < num_steps) & (ops.take(size_index, ops.minimum(n, num_instances - 1)) == index)
+
+    flat = [ops.reshape(split_into_blocks(each), (-1, BLOCK)) for each in maps]  # [B * H * blocks, BLOCK]
     _, *flat = ops.while_loop(lambda n, *_: n < num_steps, step, (ops.array(0, "int32"), *flat))
-    return tuple(ops.reshape(each, (batch, height, width)) for each in flat)  # [B, H, W]
+    padded = (ops.reshape(each, (batch, height, num_blocks * BLOCK)) for each in flat)  # [B, H, blocks * BLOCK]
+    return tuple(each[:, :, :width] for each in padded)
 
 
-def line_ranges(boxes: Tensor, height: Any) -> tuple[Tensor, Tensor]:
-    """Returns the first line that each box touches and the line after the last: int32 [B, N] each, in 0..height."""
-    limit = ops.cast(height, "float32")
+def pixel_bounds(boxes: Tensor, height: Any, width: Any) -> Tensor:
+    """Returns the pixels that each box touches.
+
+    Args:
+        boxes: float32 [B, N, 4], in pixels of the map.
+        height: Height of the map, an int or an int32 scalar.
+        width: Its width.
+
+    Returns:
+        int32 [B, N, 4]: the first line and column, and the line and column after the last, inside of the map.
+    """
+    limit = ops.stack([ops.cast(side, "float32") for side in (height, width)])
     # Clipped before the cast, because a side far away would overflow an integer.
-    first, last = (ops.clip(side, 0.0, limit) for side in (ops.floor(boxes[..., 0]), ops.ceil(boxes[..., 2])))
-    return ops.cast(first, "int32"), ops.cast(last, "int32")
+    first = ops.clip(ops.floor(boxes[..., :2]), 0.0, limit)
+    last = ops.clip(ops.ceil(boxes[..., 2:]), 0.0, limit)
+    return ops.cast(ops.concatenate([first, last], axis=-1), "int32")
 
 
 def paste_weights(start: Tensor, end: Tensor, *, bins: int, size: Any) -> Tensor:

@@ -1,4 +1,8 @@
-"""Padding, resizing and pooling of maps, with half-pixel centers.
+"""Padding, resizing and pooling of maps.
+
+Resizing has half-pixel centers: a pixel is a square, and the borders of the squares at the edges of both maps coincide.
+With `aligned_corners`, a pixel is a point, and the first and the last points of both maps coincide: a map of `w` values
+is upsampled by `factor` to `(w - 1) * factor + 1`.
 
 Sizes may be unknown while a graph is traced. Each function marked `stage` may be compiled on its own, see
 `deeplab2_like.model.stages`.
@@ -9,52 +13,88 @@ from typing import Any
 
 from keras import ops
 
+from deeplab2_like.model.boxes import take_rows
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.stages import stage
 
 
-def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+def scaled_side(side: int, scale: float, *, aligned_corners: bool = False) -> int:
+    """Scales a side, at least to 1 pixel; with `aligned_corners`, the distance between its first and last pixel."""
+    return int((side - 1) * scale + 1) if aligned_corners else max(1, round(side * scale))
+
+
+def pad_to_multiple(images: Tensor, multiple: int, *, remainder: int = 0, min_size: tuple[int, int] = (1, 1)) -> Tensor:
     """Pads with zeros at the bottom and at the right.
 
     Args:
         images: float [B, H, W, C].
         multiple: Divisor of the new height and width.
+        remainder: Remainder of this division: the new sides are `multiple * k + remainder`.
+        min_size: Smallest height and width before that.
 
     Returns:
         float [B, H', W', C].
     """
     height, width = ops.shape(images)[1:3]
-    return ops.pad(images, [[0, 0], [0, -height % multiple], [0, -width % multiple], [0, 0]])
+    margins = []
+    for side, min_side in zip((height, width), min_size, strict=True):
+        enough = max(side, min_side) if isinstance(side, int) else ops.maximum(side, min_side)
+        margins.append([0, enough - side + (remainder - enough) % multiple])
+    return ops.pad(images, [[0, 0], *margins, [0, 0]])
 
 
-def phase_weights(factor: int) -> list[tuple[int, float]]:
-    """Returns the interpolation weights of bilinear upsampling by a whole factor, with half-pixel centers.
+def resized_positions(size: Any, scale: Any, *, aligned_corners: bool = False) -> Tensor:
+    """Returns where the pixels of a resized axis lie in the original one.
 
-    Fine pixel `factor * i + phase` lies at the coarse coordinate `i + (phase + 0.5) / factor - 0.5`.
+    Args:
+        size: N, pixels of the resized axis, an int or an int32 scalar.
+        scale: Original pixels per resized pixel, a float or a float32 scalar.
+        aligned_corners: Whether the first pixels of both axes coincide, instead of their borders.
+
+    Returns:
+        float32 [N], where 0 is the center of the first original pixel.
+    """
+    pixels = ops.cast(ops.arange(size), "float32")
+    return pixels * scale if aligned_corners else (pixels + 0.5) * scale - 0.5
+
+
+def resizing_scale(old: Any, new: Any, *, aligned_corners: bool = False) -> Tensor:
+    """Returns the `scale` of `resized_positions` that resizes an axis from `old` to `new` pixels, float32."""
+    old, new = (ops.cast(side, "float32") for side in (old, new))
+    return (old - 1) / ops.maximum(new - 1, 1.0) if aligned_corners else old / new
+
+
+def phase_weights(factor: int, *, aligned_corners: bool = False) -> list[tuple[int, float]]:
+    """Returns the interpolation weights of bilinear upsampling by a whole factor.
+
+    Fine pixel `factor * i + phase` lies at the coarse coordinate `i + (phase + 0.5) / factor - 0.5`; with aligned
+    corners, at `i + phase / factor`.
 
     Args:
         factor: Fine pixels per coarse pixel.
+        aligned_corners: See the module.
 
     Returns:
         For each phase: the offset (-1 or 0) of the first of the two coarse neighbors, and the second one's weight.
     """
     weights = []
     for phase in range(factor):
-        position = (phase + 0.5) / factor - 0.5
+        position = phase / factor if aligned_corners else (phase + 0.5) / factor - 0.5
         first = -1 if position < 0 else 0
         weights.append((first, position - first))
     return weights
 
 
-def upsample_bilinear(x: Tensor, factor: int) -> Tensor:
-    """Upsamples bilinearly by a whole factor, with half-pixel centers and a repeated border.
+def upsample_bilinear(x: Tensor, factor: int, *, aligned_corners: bool = False) -> Tensor:
+    """Upsamples bilinearly by a whole factor, with a repeated border.
 
     Args:
         x: float [B, h, w, C].
         factor: Fine pixels per coarse pixel, at least 1.
+        aligned_corners: See the module.
 
     Returns:
-        float [B, h * factor, w * factor, C].
+        float [B, h * factor, w * factor, C]; with aligned corners, [B, (h - 1) * factor + 1, (w - 1) * factor + 1, C].
     """
     if factor == 1:
         return x
@@ -64,27 +104,34 @@ def upsample_bilinear(x: Tensor, factor: int) -> Tensor:
     def interpolate(x: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
         channels = x.shape[-1]
         batch, height, width = ops.shape(x)[:3]
-        rows = ops.stack(interpolated_rows(x, factor), axis=2)  # [B, h, factor, w, C]
+        rows = ops.stack(interpolated_rows(x, factor, aligned_corners=aligned_corners), axis=2)  # [B, h, factor, w, C]
         rows = ops.reshape(rows, (batch, height * factor, width, channels))  # [B, h * factor, w, C]
-        both = ops.stack(interpolated_columns(rows, factor), axis=3)  # [B, h * factor, w, factor, C]
+        both = ops.stack(
+            interpolated_columns(rows, factor, aligned_corners=aligned_corners), axis=3
+        )  # [B, h * factor, w, factor, C]
         both = ops.reshape(both, (batch, height * factor, width * factor, channels))  # [B, h * factor, w * factor, C]
 
         def gradient(*args: Tensor, upstream: Tensor | None = None) -> Tensor:
             columns = args[0] if upstream is None else upstream
             columns = ops.reshape(columns, (batch, height * factor, width, factor, channels))
-            rows = _gather_phases(ops.unstack(columns, factor, axis=3), axis=2)  # [B, h * factor, w, C]
+            rows = _gather_phases(
+                ops.unstack(columns, factor, axis=3), aligned_corners, axis=2
+            )  # [B, h * factor, w, C]
             rows = ops.reshape(rows, (batch, height, factor, width, channels))  # [B, h, factor, w, C]
-            return _gather_phases(ops.unstack(rows, factor, axis=2), axis=1)  # [B, h, w, C]
+            return _gather_phases(ops.unstack(rows, factor, axis=2), aligned_corners, axis=1)  # [B, h, w, C]
 
         return both, gradient
 
-    return interpolate(x)
+    upsampled = interpolate(x)
+    # The last phases lie beyond the last value.
+    return upsampled[:, : 1 - factor, : 1 - factor] if aligned_corners else upsampled
 
 
-def _gather_phases(phases: list[Tensor], axis: int) -> Tensor:
+def _gather_phases(phases: list[Tensor], aligned_corners: bool, *, axis: int) -> Tensor:
     """Transposes the interpolation along an axis: adds up the shares of `factor` fine maps for each coarse pixel."""
-    own, to_previous, to_next = 0.0, 0.0, 0.0
-    for phase, (first, weight) in zip(phases, phase_weights(len(phases)), strict=True):
+    own, to_next = 0.0, 0.0
+    to_previous = ops.zeros_like(phases[0]) if aligned_corners else 0.0
+    for phase, (first, weight) in zip(phases, phase_weights(len(phases), aligned_corners=aligned_corners), strict=True):
         if first < 0:
             to_previous, own = to_previous + (1 - weight) * phase, own + weight * phase
         else:
@@ -100,16 +147,18 @@ def _gather_phases(phases: list[Tensor], axis: int) -> Tensor:
     return own + from_next + from_previous
 
 
-def interpolated_rows(x: Tensor, factor: int) -> list[Tensor]:
+def interpolated_rows(x: Tensor, factor: int, *, aligned_corners: bool = False) -> list[Tensor]:
     """Interpolates between the rows of x for each phase of `phase_weights`: `factor` maps of [B, h, w, C]."""
     above, below = _neighbors(x, 1)
-    return [_blend(above, x, w) if first < 0 else _blend(x, below, w) for first, w in phase_weights(factor)]
+    weights = phase_weights(factor, aligned_corners=aligned_corners)
+    return [_blend(above, x, w) if first < 0 else _blend(x, below, w) for first, w in weights]
 
 
-def interpolated_columns(x: Tensor, factor: int) -> list[Tensor]:
+def interpolated_columns(x: Tensor, factor: int, *, aligned_corners: bool = False) -> list[Tensor]:
     """Interpolates between the columns of x for each phase of `phase_weights`: `factor` maps of [B, h, w, C]."""
     left, right = _neighbors(x, 2)
-    return [_blend(left, x, w) if first < 0 else _blend(x, right, w) for first, w in phase_weights(factor)]
+    weights = phase_weights(factor, aligned_corners=aligned_corners)
+    return [_blend(left, x, w) if first < 0 else _blend(x, right, w) for first, w in weights]
 
 
 def _neighbors(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -132,25 +181,26 @@ def _blend(first: Tensor, second: Tensor, weight: float) -> Tensor:
     return first + weight * (second - first) if weight else first
 
 
-def linear_matrix(old: Any, new: Any, scale: Any) -> Tensor:
-    """Returns the matrix that resizes one axis linearly, with half-pixel centers and a repeated border.
+def linear_matrix(old: Any, new: Any, scale: Any, *, aligned_corners: bool = False) -> Tensor:
+    """Returns the matrix that resizes one axis linearly, with a repeated border.
 
     Args:
         old: Length of the axis, an int or an int32 scalar.
         new: Length after resizing, an int or an int32 scalar.
         scale: Old values per new value, a float or a float32 scalar.
+        aligned_corners: See the module.
 
     Returns:
         float32 [new, old].
     """
-    position = (ops.cast(ops.arange(new), "float32") + 0.5) * scale - 0.5
+    position = resized_positions(new, scale, aligned_corners=aligned_corners)
     position = ops.clip(position, 0.0, ops.cast(old - 1, "float32"))
     distance = ops.abs(position[:, None] - ops.cast(ops.arange(old), "float32")[None, :])
     return ops.maximum(1.0 - distance, 0.0)
 
 
-def resize_bilinear(x: Tensor, height: Any, width: Any) -> Tensor:
-    """Resizes bilinearly to any size, with half-pixel centers and without antialiasing.
+def resize_bilinear(x: Tensor, height: Any, width: Any, *, aligned_corners: bool = False) -> Tensor:
+    """Resizes bilinearly to any size, without antialiasing.
 
     Unlike `ops.image.resize`, it accepts sizes that are known only when the graph runs.
 
@@ -158,14 +208,14 @@ def resize_bilinear(x: Tensor, height: Any, width: Any) -> Tensor:
         x: float [B, h, w, C].
         height: New height, an int or an int32 scalar.
         width: New width, an int or an int32 scalar.
+        aligned_corners: See the module.
 
     Returns:
         float [B, height, width, C].
     """
     for axis, size in ((1, height), (2, width)):
-        old = ops.shape(x)[axis]
-        scale = ops.cast(old, "float32") / ops.cast(size, "float32")
-        x = interpolate_axis(x, (ops.cast(ops.arange(size), "float32") + 0.5) * scale - 0.5, axis=axis)
+        scale = resizing_scale(ops.shape(x)[axis], size, aligned_corners=aligned_corners)
+        x = interpolate_axis(x, resized_positions(size, scale, aligned_corners=aligned_corners), axis=axis)
     return x
 
 
@@ -190,7 +240,12 @@ def interpolate_axis(x: Tensor, position: Tensor, *, axis: int) -> Tensor:
 
 
 def upsample_to_image(
-    x: Tensor, image_size: tuple[Any, Any], *, stride: int, network_size: tuple[Any, Any] | None = None
+    x: Tensor,
+    image_size: tuple[Any, Any],
+    *,
+    stride: int,
+    network_size: tuple[Any, Any] | None = None,
+    aligned_corners: bool = False,
 ) -> Tensor:
     """Upsamples a map of the network by its stride, crops it to the network size, and resizes it to the image size.
 
@@ -199,17 +254,18 @@ def upsample_to_image(
         image_size: Height H and width W of the image, without padding.
         stride: Network pixels per value.
         network_size: Size to which the image was resized for the network, without padding; None if it was not.
+        aligned_corners: See the module.
 
     Returns:
         float [B, H, W, C].
     """
     if network_size is None:
-        return upsample_bilinear(x, stride)[:, : image_size[0], : image_size[1]]
+        return upsample_bilinear(x, stride, aligned_corners=aligned_corners)[:, : image_size[0], : image_size[1]]
     # Axis by axis, as the map at the network size may be several times as large as the image.
     for axis, network_side, image_side in zip((1, 2), network_size, image_size, strict=True):
-        x = interpolate_axis(x, (ops.cast(ops.arange(network_side), "float32") + 0.5) / stride - 0.5, axis=axis)
-        scale = ops.cast(network_side, "float32") / ops.cast(image_side, "float32")
-        x = interpolate_axis(x, (ops.cast(ops.arange(image_side), "float32") + 0.5) * scale - 0.5, axis=axis)
+        x = interpolate_axis(x, resized_positions(network_side, 1 / stride, aligned_corners=aligned_corners), axis=axis)
+        scale = resizing_scale(network_side, image_side, aligned_corners=aligned_corners)
+        x = interpolate_axis(x, resized_positions(image_side, scale, aligned_corners=aligned_corners), axis=axis)
     return x
 
 
@@ -236,7 +292,9 @@ def average_pool_within(x: Tensor, window: tuple[int, int]) -> Tensor:
     return x
 
 
-def upsampling_matrix(cells: Any, network_side: Any, image_side: Any, *, stride: int) -> Tensor:
+def upsampling_matrix(
+    cells: Any, network_side: Any, image_side: Any, *, stride: int, aligned_corners: bool = False
+) -> Tensor:
     """Returns the matrix that upsamples one axis of a feature map to the image.
 
     It upsamples by the stride, crops to the network size, and resizes to the image size, each bilinearly.
@@ -246,45 +304,68 @@ def upsampling_matrix(cells: Any, network_side: Any, image_side: Any, *, stride:
         network_side: Network pixels along the axis, without padding; None if the image is not resized.
         image_side: Image pixels along the axis, S.
         stride: Network pixels per cell.
+        aligned_corners: See the module.
 
     Returns:
         float32 [S, c].
     """
     if network_side is None:
-        return linear_matrix(cells, image_side, 1 / stride)
-    scale = ops.cast(network_side, "float32") / ops.cast(image_side, "float32")
-    return ops.matmul(linear_matrix(network_side, image_side, scale), linear_matrix(cells, network_side, 1 / stride))
+        return linear_matrix(cells, image_side, 1 / stride, aligned_corners=aligned_corners)
+    scale = resizing_scale(network_side, image_side, aligned_corners=aligned_corners)
+    return ops.matmul(
+        linear_matrix(network_side, image_side, scale, aligned_corners=aligned_corners),
+        linear_matrix(cells, network_side, 1 / stride, aligned_corners=aligned_corners),
+    )
 
 
 def upsample(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Upsamples a map, float32 [B, h, w], by `upsampling_matrix` of its rows and its columns, to float32 [B, H, W]."""
-    return ops.matmul(ops.matmul(rows, values), ops.transpose(columns))
+    """Upsamples a map by matrices.
+
+    Args:
+        values: float32 [B, h, w].
+        rows: `upsampling_matrix` of the rows, float32 [H, h], or [B, H, h] if it differs between the images.
+        columns: `upsampling_matrix` of the columns, float32 [W, w], or [B, W, w].
+
+    Returns:
+        float32 [B, H, W].
+    """
+    return ops.matmul(ops.matmul(rows, values), ops.swapaxes(columns, -1, -2))
 
 
-def upsample_lines(values: Tensor, channel: Tensor, lines: Tensor, *, width: Any, stride: int) -> Tensor:
-    """Upsamples one channel of a map bilinearly by a whole factor, only some lines of it.
+def upsample_window(
+    values: Tensor, channel: Tensor, top: Tensor, left: Tensor, *, height: Any, width: Any, stride: int
+) -> Tensor:
+    """Upsamples one channel of a map bilinearly by a whole factor, only a window of it; the border is repeated.
 
     Args:
         values: float32 [B, C, h, w].
         channel: int32 [B].
-        lines: int32 [B, L], lines of the upsampled map.
-        width: W, columns of the upsampled map.
+        top: int32 [B], the first line of the window in the upsampled map.
+        left: int32 [B], its first column, a multiple of the stride.
+        height: L, lines of the window.
+        width: K, columns of the window, a multiple of the stride.
         stride: Upsampled pixels per value.
 
     Returns:
-        float32 [B, L, W].
+        float32 [B, L, K].
     """
     batch, num_channels, rows, columns = ops.shape(values)
-    num_lines = ops.shape(lines)[1]
-    position = (ops.cast(lines, "float32") + 0.5) / stride - 0.5
-    position = ops.clip(position, 0.0, ops.cast(rows - 1, "float32"))
-    first = ops.cast(ops.floor(position), "int32")
-    weight = (position - ops.floor(position))[..., None]
-    flat = ops.reshape(values, (batch * num_channels * rows, columns))  # [B * C * h, w]
-    start = (ops.arange(batch) * num_channels + channel)[:, None] * rows  # [B, 1]
-    above, below = (ops.take(flat, start + row, axis=0) for row in (first, ops.minimum(first + 1, rows - 1)))
-    phases = interpolated_columns(above + weight * (below - above), stride)  # stride x [B, L, w]
-    return ops.reshape(ops.stack(phases, axis=3), (batch, num_lines, columns * stride))[:, :, :width]  # [B, L, W]
+    # The cells that the window is interpolated from.
+    first_row = (2 * top + 1 - stride) // (2 * stride)  # [B], of the cell center at or before the first line.
+    row = first_row[:, None] + ops.arange((height - 1) // stride + 3)  # [B, r]
+    column = left[:, None] // stride - 1 + ops.arange(width // stride + 2)  # [B, K / s + 2]
+    row = ops.clip(row, 0, rows - 1) + ((ops.arange(batch) * num_channels + channel) * rows)[:, None]
+    index = row[:, :, None] * columns + ops.clip(column, 0, columns - 1)[:, None]  # [B, r, K / s + 2]
+    cells = ops.take(ops.reshape(values, (-1,)), index)
+
+    position = (ops.cast(top[:, None] + ops.arange(height), "float32") + 0.5) / stride - 0.5  # [B, L]
+    first = ops.floor(position)
+    weight = (position - first)[..., None]
+    first = ops.cast(first, "int32") - first_row[:, None]
+    above, below = take_rows(cells, first), take_rows(cells, first + 1)  # [B, L, K / s + 2]
+    phases = interpolated_columns(above + weight * (below - above), stride)  # s x [B, L, K / s + 2]
+    phases = ops.stack([phase[:, :, 1:-1] for phase in phases], axis=3)  # [B, L, K / s, s]
+    return ops.reshape(phases, (batch, height, width))  # [B, L, K]
 
 
 def running_argmax(
@@ -312,7 +393,12 @@ def running_argmax(
 
 
 def upsampled_argmax(
-    values: Tensor, image_size: tuple[Any, Any], *, stride: int, network_size: tuple[Any, Any] | None = None
+    values: Tensor,
+    image_size: tuple[Any, Any],
+    *,
+    stride: int,
+    network_size: tuple[Any, Any] | None = None,
+    aligned_corners: bool = False,
 ) -> Tensor:
     """Finds the best class of every pixel of bilinearly upsampled values, without holding them at full resolution.
 
@@ -321,13 +407,14 @@ def upsampled_argmax(
         image_size: Height H and width W of the image, without padding.
         stride: Network pixels per value.
         network_size: Size to which the image was resized for the network, without padding; None if it was not.
+        aligned_corners: See the module.
 
     Returns:
         int32 [B, H, W].
     """
     height, width = image_size
     if network_size is None:
-        return _argmax_by_phases(values, height=height, width=width, stride=stride)
+        return _argmax_by_phases(values, height=height, width=width, stride=stride, aligned_corners=aligned_corners)
     return _argmax_by_planes(
         values,
         network_height=network_size[0],
@@ -335,16 +422,19 @@ def upsampled_argmax(
         height=height,
         width=width,
         stride=stride,
+        aligned_corners=aligned_corners,
     )
 
 
 @stage
-def _argmax_by_phases(logits: Tensor, *, height: Any, width: Any, stride: int) -> Tensor:
+def _argmax_by_phases(logits: Tensor, *, height: Any, width: Any, stride: int, aligned_corners: bool) -> Tensor:
     """`upsampled_argmax` by a whole factor."""
-    return best_by_phases(logits, height=height, width=width, stride=stride)[1]
+    return best_by_phases(logits, height=height, width=width, stride=stride, aligned_corners=aligned_corners)[1]
 
 
-def best_by_phases(values: Tensor, *, height: Any, width: Any, stride: int) -> tuple[Tensor, Tensor]:
+def best_by_phases(
+    values: Tensor, *, height: Any, width: Any, stride: int, aligned_corners: bool = False
+) -> tuple[Tensor, Tensor]:
     """Finds the best channel of every pixel of a map that is upsampled bilinearly by a whole factor.
 
     Each phase of the upsampling is a map of the coarse size.
@@ -354,6 +444,7 @@ def best_by_phases(values: Tensor, *, height: Any, width: Any, stride: int) -> t
         height: H, lines of the upsampled map to keep.
         width: W, its columns.
         stride: Upsampled pixels per value.
+        aligned_corners: See the module.
 
     Returns:
         The value of the best channel, float32 [B, H, W], and its number, int32 [B, H, W], the first one of equal
@@ -378,7 +469,8 @@ def best_by_phases(values: Tensor, *, height: Any, width: Any, stride: int) -> t
         return joined[:, :height, :width]
 
     best = [
-        [best_of(phase) for phase in interpolated_columns(row, stride)] for row in interpolated_rows(values, stride)
+        [best_of(phase) for phase in interpolated_columns(row, stride, aligned_corners=aligned_corners)]
+        for row in interpolated_rows(values, stride, aligned_corners=aligned_corners)
     ]
     value, channel = (join([[pair[part] for pair in row] for row in best]) for part in (0, 1))
     return value, channel
@@ -386,12 +478,20 @@ def best_by_phases(values: Tensor, *, height: Any, width: Any, stride: int) -> t
 
 @stage
 def _argmax_by_planes(
-    logits: Tensor, *, network_height: Any, network_width: Any, height: Any, width: Any, stride: int
+    logits: Tensor,
+    *,
+    network_height: Any,
+    network_width: Any,
+    height: Any,
+    width: Any,
+    stride: int,
+    aligned_corners: bool,
 ) -> Tensor:
     """`upsampled_argmax` to any size."""
     coarse_height, coarse_width = ops.shape(logits)[1:3]
-    rows = upsampling_matrix(coarse_height, network_height, height, stride=stride)  # [H, h]
-    columns = upsampling_matrix(coarse_width, network_width, width, stride=stride)  # [W, w]
+    options: dict[str, Any] = {"stride": stride, "aligned_corners": aligned_corners}
+    rows = upsampling_matrix(coarse_height, network_height, height, **options)  # [H, h]
+    columns = upsampling_matrix(coarse_width, network_width, width, **options)  # [W, w]
     return best_by_planes(logits, rows, columns)[1]
 
 

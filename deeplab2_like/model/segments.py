@@ -171,6 +171,7 @@ def mean_probability(
     stride: int,
     network_height: Any | None = None,
     network_width: Any | None = None,
+    aligned_corners: bool = False,
 ) -> Tensor:
     """Averages the probability of each segment's class over its pixels, read at the resolution of the probabilities.
 
@@ -182,6 +183,7 @@ def mean_probability(
         stride: Network pixels per probability.
         network_height: Height of the network size, without padding; None if the image is not resized.
         network_width: Its width.
+        aligned_corners: See `resampling`.
 
     Returns:
         float32 [B, R].
@@ -193,9 +195,14 @@ def mean_probability(
     num_classes, num_rows = probability.shape[-1], area.shape[1]
     probability = ops.reshape(probability, (-1,))  # [B * h * w * C]
     image = ops.arange(batch)[:, None, None]
-    # The cell that holds the center of each pixel.
-    y = ((2 * ops.arange(height) + 1) * network_rows // (2 * height) // stride)[None, :, None]
-    x = ((2 * ops.arange(width) + 1) * network_columns // (2 * width) // stride)[None, None, :]
+    if aligned_corners:
+        # The nearest probability.
+        y = _nearest(height, network_rows, stride)[None, :, None]
+        x = _nearest(width, network_columns, stride)[None, None, :]
+    else:
+        # The cell that holds the center of each pixel.
+        y = ((2 * ops.arange(height) + 1) * network_rows // (2 * height) // stride)[None, :, None]
+        x = ((2 * ops.arange(width) + 1) * network_columns // (2 * width) // stride)[None, None, :]
     segment = image * num_rows + rows  # [B, H, W]
     pixel_class = ops.take(ops.reshape(row_class, (-1,)), segment)  # [B, H, W]
     position = ((image * coarse_height + y) * coarse_width + x) * num_classes + pixel_class
@@ -203,6 +210,12 @@ def mean_probability(
         ops.reshape(ops.take(probability, position), (-1,)), ops.reshape(segment, (-1,)), num_segments=batch * num_rows
     )
     return ops.reshape(total, (batch, num_rows)) / ops.cast(ops.maximum(area, 1), "float32")  # [B, R]
+
+
+def _nearest(side: Any, network_side: Any, stride: int) -> Tensor:
+    """Returns the cell nearest to each pixel of an axis, with aligned corners, int32 [side]."""
+    distance = ops.maximum(side - 1, 1) * stride  # Cell i lies at pixel i * distance / (network_side - 1).
+    return (2 * ops.arange(side) * (network_side - 1) + distance) // (2 * distance)
 
 
 @stage

@@ -47,7 +47,7 @@ def average_maps(
         if index:
             # One view after the other, as upsampled maps take much memory.
             values = compute_after(total, values)
-        values = Geometry.of(view.outputs, image_size).upsample(values, stride=view.system.stride)
+        values = view.system.geometry(view.outputs, image_size).upsample(values, stride=view.system.stride)
         total = total + transform(values[:, :, ::-1] if view.mirrored else values, view)
     return total / len(views)
 

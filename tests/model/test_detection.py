@@ -424,8 +424,28 @@ def test_levels_are_limited() -> None:
 def test_adaptive_roi_align_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = small_pyramid()
     at_once = roi_align(maps, STRIDES, ROIS, output_size=3, sampling_ratio=0)
-    monkeypatch.setattr("deeplab2_like.model.detection.roi_pooling._VALUES_AT_ONCE", 2 * 26 * 26 * 3)  # Two boxes each.
+    monkeypatch.setattr(
+        "deeplab2_like.model.detection.roi_pooling._VALUES_AT_ONCE", 2 * 14 * 14 * 3
+    )  # Two small boxes each.
     np.testing.assert_allclose(roi_align(maps, STRIDES, ROIS, output_size=3, sampling_ratio=0), at_once, atol=1e-6)
+
+
+def test_adaptive_roi_align_of_long_boxes_is_exact() -> None:
+    # 256 feature pixels in 2 bins, 128 samples each, and along the other axis 6 pixels, 3 samples each. The maps grow
+    # by one along x or y, so the value of a bin is the coordinate of its center: that of feature pixel n is n.
+    ramp = np.arange(256, dtype=np.float32)
+    along_x = np.broadcast_to(ramp[None, None, :, None], (1, 256, 256, 1))
+    wide, tall = batch((40, 0, 64, 1024)), batch((0, 40, 1024, 64))
+    options: dict[str, Any] = {"output_size": 2, "sampling_ratio": 0, "max_sampling_ratio": 128}
+    found = roi_align({"p2": along_x}, STRIDES, wide, **options)
+    np.testing.assert_allclose(found[0, 0, :, :, 0], [[63.5, 191.5]] * 2, atol=1e-3)
+    found = roi_align({"p2": along_x.transpose(0, 2, 1, 3)}, STRIDES, tall, **options)
+    np.testing.assert_allclose(found[0, 0, :, :, 0], np.transpose([[63.5, 191.5]] * 2), atol=1e-3)
+    # A pixel that 8 samples per bin would leave out: 1 of 128 pixels along x, in each of the three rows of a bin.
+    dot = np.zeros((1, 256, 256, 1), np.float32)
+    dot[0, :, 101] = 128
+    found = roi_align({"p2": dot}, STRIDES, wide, **options)
+    np.testing.assert_allclose(found[0, 0, :, :, 0], [[1, 0]] * 2, atol=1e-3)
 
 
 def test_adaptive_roi_align_beyond_its_limit_reads_evenly() -> None:

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras import ops
 
 from deeplab2_like.errors import UserError
-from deeplab2_like.model.config import Norm
+from deeplab2_like.model.config import Norm, Padding
 from deeplab2_like.model.layers import ConvNorm, GroupedConv2D, SeparableConvNorm
 from deeplab2_like.model.resampling import (
     average_pool_within,
@@ -19,6 +19,9 @@ from deeplab2_like.model.resampling import (
     phase_weights,
     resize_bilinear,
     upsample_bilinear,
+    upsample_to_image,
+    upsample_window,
+    upsampled_argmax,
 )
 from deeplab2_like.model.stages import compiled_stages, compute_after, stage
 
@@ -61,6 +64,35 @@ def test_upsampling_and_its_gradient_equal_tf(size: tuple[int, int], factor: int
     np.testing.assert_allclose(tape.gradient(found_loss, x), tape.gradient(expected_loss, x), rtol=slack, atol=atol)
 
 
+def aligned_resize(x: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
+    """TensorFlow's resizing with aligned corners."""
+    return tf.compat.v1.image.resize(x, size, align_corners=True)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+def test_upsampling_with_aligned_corners_equals_tf(size: tuple[int, int], factor: int) -> None:
+    x = random_map(2, *size, 3)
+    new_size = ((size[0] - 1) * factor + 1, (size[1] - 1) * factor + 1)
+    upstream = random_map(2, *new_size, 3)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        found = upsample_bilinear(x, factor, aligned_corners=True)
+        expected = aligned_resize(x, new_size)
+        found_loss, expected_loss = (tf.reduce_sum(upstream * tf.square(y)) for y in (found, expected))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    atol = 1e-5 * factor**2
+    np.testing.assert_allclose(tape.gradient(found_loss, x), tape.gradient(expected_loss, x), rtol=1e-5, atol=atol)
+    classes = upsampled_argmax(x, new_size, stride=factor, aligned_corners=True)
+    np.testing.assert_array_equal(classes, tf.argmax(expected, axis=-1))
+
+
+def test_upsampling_with_aligned_corners_by_hand() -> None:
+    # 0 and 4, upsampled by 4: the corners keep their values, and three pixels lie between them.
+    found = upsample_bilinear(tf.constant([[[[0.0], [4.0]]]]), 4, aligned_corners=True)
+    np.testing.assert_array_equal(found[0, :, :, 0], [[0, 1, 2, 3, 4]])
+
+
 def test_upsampling_a_map_of_unknown_size() -> None:
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3])])
     def upsample(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -76,6 +108,22 @@ def test_upsampling_a_map_of_unknown_size() -> None:
     np.testing.assert_allclose(gradient, np.full(x.shape, 16.0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [1, 4])
+def test_upsampling_a_window(stride: int) -> None:
+    # Of 12x20 pixels for a stride of 4, or the 3x5 cells themselves.
+    x = random_map(2, 3, 5, 3)
+    whole = upsample_bilinear(x, stride).numpy()
+    values = tf.transpose(x, (0, 3, 1, 2))
+    # In the first image a corner, in the second one the window before the last line and column.
+    top, left, channel = [0, 3 * stride - 3], [0, 3 * stride], [2, 1]
+    found = upsample_window(
+        values, *map(tf.constant, (channel, top, left)), height=2, width=2 * stride, stride=stride
+    ).numpy()
+    for image in range(2):
+        lines, columns = (slice(first[image], first[image] + size) for first, size in ((top, 2), (left, 2 * stride)))
+        np.testing.assert_array_equal(found[image], whole[image, lines, columns, channel[image]])
+
+
 @pytest.mark.parametrize("new_size", [(5, 7), (13, 9), (3, 20), (1, 1), (2, 3)])
 @pytest.mark.parametrize("size", SIZES)
 def test_resizing_equals_tf(size: tuple[int, int], new_size: tuple[int, int]) -> None:
@@ -88,6 +136,27 @@ def test_resizing_equals_tf(size: tuple[int, int], new_size: tuple[int, int]) ->
         return resize_bilinear(x, new_size[0], new_size[1])
 
     np.testing.assert_allclose(resize(x, tf.constant(new_size)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("new_size", [(5, 7), (13, 9), (3, 20), (2, 3)])
+@pytest.mark.parametrize("size", SIZES)
+def test_resizing_with_aligned_corners_equals_tf(size: tuple[int, int], new_size: tuple[int, int]) -> None:
+    x = random_map(2, *size, 3)
+    found = resize_bilinear(x, *new_size, aligned_corners=True)
+    np.testing.assert_allclose(found, aligned_resize(x, new_size), atol=1e-5)
+
+
+def test_a_resized_map_keeps_its_corners() -> None:
+    # 3 values at stride 4 are 9 network pixels, of which 7 show the image, 13 pixels high: pixels 0 and 12 lie at
+    # network pixels 0 and 6, values 0 and 1.5.
+    values = tf.constant([0.0, 8.0, 16.0])
+    sizes = {"stride": 4, "network_size": (7, 1), "aligned_corners": True}
+    found = upsample_to_image(values[None, :, None, None], (13, 1), **sizes)
+    np.testing.assert_allclose(found[0, :, 0, 0], np.arange(13.0), atol=1e-5)
+    two_classes = tf.stack([values, 16 - values], axis=-1)[None, :, None]
+    # From pixel 8 on, the first class is not smaller; at pixel 8 itself both are 8.
+    classes = upsampled_argmax(two_classes, (13, 1), **sizes)
+    np.testing.assert_array_equal(classes[0, :, 0], [1] * 8 + [0] * 5)
 
 
 @pytest.mark.parametrize("window", [(1, 1), (3, 2), (6, 9), (4, 1)])
@@ -117,6 +186,23 @@ def test_padding_to_a_multiple() -> None:
     np.testing.assert_array_equal(pad_to_multiple(x, 1), x)
     signature = [tf.TensorSpec([None, None, None, 2])]
     pad = tf.function(lambda x: pad_to_multiple(x, 4), input_signature=signature, autograph=False)
+    np.testing.assert_array_equal(pad(x), found)
+
+
+def test_padding_to_more_than_a_multiple_and_to_a_smallest_size() -> None:
+    # 5 = 4 * 1 + 1 stays; 8 becomes 4 * 2 + 1.
+    x = random_map(1, 5, 8, 2)
+    assert pad_to_multiple(x, 4, remainder=1).shape == (1, 5, 9, 2)
+    # 6 becomes 9, and 8 is large enough.
+    found = pad_to_multiple(x, 4, remainder=1, min_size=(6, 7))
+    assert found.shape == (1, 9, 9, 2)
+    np.testing.assert_array_equal(found[:, :5, :8], x)
+    assert not np.any(found[:, 5:])
+    assert not np.any(found[:, :, 8:])
+    signature = [tf.TensorSpec([None, None, None, 2])]
+    pad = tf.function(
+        lambda x: pad_to_multiple(x, 4, remainder=1, min_size=(6, 7)), input_signature=signature, autograph=False
+    )
     np.testing.assert_array_equal(pad(x), found)
 
 
@@ -309,3 +395,33 @@ def test_compilers_keep_the_waiting() -> None:
     entry = program.rpartition("ENTRY")[2]
     (earlier,) = re.findall(r"(%\S+) = \S+ parameter\(0\)", entry)
     assert entry.count(earlier) > 1  # It is used.
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
+@pytest.mark.parametrize("size", [(8, 12), (9, 7)], ids=["even", "odd"])
+def test_same_padding_is_that_of_tensorflow(size: tuple[int, int], kernel_size: int, depthwise: bool) -> None:
+    x = random_map(2, *size, 3)
+    filters = None if depthwise else 4
+    layer = ConvNorm(filters, kernel_size, strides=2, depthwise=depthwise, padding="same", activation=None)
+    found = layer(x)
+    plain: Any
+    if depthwise:
+        plain = keras.layers.DepthwiseConv2D(kernel_size, strides=2, padding="same")
+    else:
+        plain = keras.layers.Conv2D(4, kernel_size, strides=2, padding="same")
+    plain.build(x.shape)
+    plain.set_weights(layer.conv.get_weights())
+    np.testing.assert_allclose(found, plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("padding", "first"), [("symmetric", 0), ("same", 1)])
+def test_where_a_convolution_with_stride_starts(padding: Padding, first: int) -> None:
+    # The kernel copies the center of its 3x3 window. Symmetric padding puts the first center on the first pixel.
+    layer = ConvNorm(1, 3, strides=2, padding=padding, activation=None)
+    x = random_map(1, 6, 8, 1)
+    layer(x)
+    kernel = np.zeros((3, 3, 1, 1), np.float32)
+    kernel[1, 1] = 1
+    layer.conv.kernel.assign(kernel)
+    np.testing.assert_allclose(layer(x), x[:, first::2, first::2], rtol=1e-6)

@@ -391,8 +391,9 @@ def plain_head(
 
 
 @pytest.mark.parametrize("conflicts", ["closest_border_ness", "smallest_area", "highest_score"])
-def test_panoptic_head_against_plain_loops(conflicts: str) -> None:
+def test_panoptic_head_against_plain_loops(conflicts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """500 random scenes: patches of classes, boxes of all sizes, some unused, some without a pixel of their class."""
+    monkeypatch.setattr("deeplab2_like.model.overlaps.BLOCK", 3)  # So that there are windows in these small images.
     random = np.random.default_rng(0)
     head = PanopticHead(INFO, conflicts=conflicts, stuff_area_limit=0, size_limits=(4.0, 8.0))
     compiled = tf.function(head)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from deeplab2_like.model import overlaps
 from deeplab2_like.model.detection.masks import paste_masks
-from deeplab2_like.model.overlaps import resolve_mask_overlaps
+from deeplab2_like.model.overlaps import Window, pixel_bounds, resolve_mask_overlaps, update_in_windows
 
 
 def full_boxes(*boxes: tuple[float, float, float, float]) -> dict[str, tf.Tensor]:
@@ -47,7 +48,8 @@ def test_unused_rows_get_no_pixels() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(61, 40), (16, 33), (5, 7)])
-def test_overlaps_are_resolved_as_by_a_plain_loop(height: int, width: int) -> None:
+def test_overlaps_are_resolved_as_by_a_plain_loop(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlaps, "BLOCK", 4)  # So that there are windows in these small images.
     random = np.random.default_rng(height)
     batch, number = 2, 25
     corners = random.uniform(-3, [height, width], (batch, number, 2))
@@ -74,3 +76,48 @@ def test_overlaps_are_resolved_as_by_a_plain_loop(height: int, width: int) -> No
     assert dropped > 3  # Else this would show little.
     compiled = tf.function(lambda *tensors: resolve_mask_overlaps(*tensors, **options), jit_compile=True)
     np.testing.assert_array_equal(compiled(*arguments), expected)
+
+
+def test_windows_hold_their_instances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every instance paints its bounds over a map of 16 lines and 30 columns, which are 8 blocks of 4, with padding."""
+    monkeypatch.setattr(overlaps, "BLOCK", 4)
+    bounds = np.array(
+        [
+            # Image 0: a corner; one column at the right border; all lines and columns; a line; nothing; one not used.
+            [(0, 0, 2, 4), (3, 29, 5, 30), (0, 0, 16, 30), (7, 1, 8, 30), (9, 9, 9, 9), (0, 0, 16, 30)],
+            # Image 1: the same instances have other places and sizes.
+            [(14, 26, 16, 30), (0, 4, 2, 8), (1, 29, 2, 30), (7, 11, 8, 12), (2, 7, 16, 9), (6, 12, 12, 17)],
+        ],
+        np.int32,
+    )
+    used = np.array([[True] * 5 + [False], [True] * 6])
+    sizes = []
+
+    def paint(n: tf.Tensor, window: Window, parts: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
+        sizes.append((window.height, window.width))
+        number, count = parts
+        box = tf.gather(tf.constant(bounds), n, axis=1)[:, :, None]  # [B, 4, 1]
+        lines = (window.lines >= box[:, 0]) & (window.lines < box[:, 2])
+        columns = (window.columns >= box[:, 1]) & (window.columns < box[:, 3])
+        inside = lines[:, :, None] & columns[:, None] & tf.gather(tf.constant(used), n, axis=1)[:, None, None]
+        return tf.where(inside, n + 1, number), count + tf.cast(inside, tf.float32)
+
+    number, count = np.zeros((2, 16, 30), int), np.zeros((2, 16, 30))
+    for n, image in np.ndindex(6, 2):
+        top, left, bottom, right = bounds[image, n]
+        if used[image, n]:
+            number[image, top:bottom, left:right] = n + 1
+            count[image, top:bottom, left:right] += 1
+    maps = (tf.zeros((2, 16, 30), tf.int32), tf.zeros((2, 16, 30)))
+    found = update_in_windows(maps, paint, tf.constant(used), tf.constant(bounds))
+    np.testing.assert_array_equal(found[0], number)
+    np.testing.assert_array_equal(found[1], count)
+    # Lines and blocks that the instances take: 2 and 2, 2 and 1, all, 1 and 8, 14 and 2, 6 and 2. The first window that
+    # holds 2 and 2 is a quarter of the 16 lines and of the 8 blocks.
+    assert sizes == [(4, 8), (2, 4), (16, 32), (16, 32), (16, 8), (8, 16)]
+
+
+def test_pixels_that_boxes_touch() -> None:
+    boxes = tf.constant([[[0.5, 1.0, 2.5, 3.0], [-4, -1e30, 5, 1e30], [7, 9.5, 8, 12], [0, 0, 0, 0]]])
+    expected = [[0, 1, 3, 3], [0, 0, 5, 10], [6, 9, 6, 10], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(pixel_bounds(boxes, 6, 10)[0], expected)

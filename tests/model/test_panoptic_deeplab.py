@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -63,6 +64,9 @@ VARIANTS = {
     "MobileNetV3": ["model.backbone.name=mobilenet_v3_small"],
     "pooling window": ["model.aspp.pooling_window=[3, 2]"],
     "frozen batch norm": ["model.norm.kind=frozen_batch"],
+    "aligned corners": ["model.resizing=aligned_corners", "model.aspp.pooling_window=[3, 2]"],
+    "void class": ["model.void_class=true"],
+    "ASPP of DeepLab2": ["model.aspp.pooling_norm=true", "model.aspp.convolution=plain"],
 }
 
 
@@ -197,6 +201,81 @@ def test_outputs_of_a_resized_image_are_resized_back() -> None:
     np.testing.assert_allclose(resized["offset"][0, 7, 9], [-3.0, 5.0], atol=1e-5)
 
 
+def test_the_keys_of_deeplab2_together() -> None:
+    contract = TestContract()
+    overrides = [
+        "model.resizing=aligned_corners",
+        "model.min_padded_size=[65, 33]",
+        "model.void_class=true",
+        "model.aspp.pooling_window=[3, 2]",
+        *VARIANTS["ASPP of DeepLab2"],
+    ]
+    keras.utils.set_random_seed(1)
+    system = build_small(INFO, *overrides)
+    contract.excite(system)
+    contract.test_eager_graph_and_xla_agree(system)
+    contract.test_batch_of_two_equals_two_batches_of_one(system)
+    contract.test_segments_describe_the_map(system)
+
+
+def test_images_are_padded_for_aligned_corners() -> None:
+    system = build_small(INFO, "model.resizing=aligned_corners")
+    # 37 and 64 become 32 * 2 + 1; 33 = 32 * 1 + 1 stays.
+    images = np.full((1, 37, 33, 3), 255, np.uint8)
+    prepared = system.prepare_images(images)
+    assert prepared.shape == (1, 65, 33, 3)
+    assert not np.any(prepared[:, 37:])
+    stride = system.stride
+    outputs = system(images)
+    assert outputs["center"].shape == (1, 64 // stride + 1, 32 // stride + 1, 1)
+    # At twice the scale, pixels 0 and 36 lie at 0 and 72.
+    np.testing.assert_array_equal(system(images, scale=2.0)["network_size"], [73, 65])
+
+
+def test_images_are_padded_to_a_smallest_size() -> None:
+    system = build_small(INFO, "model.min_padded_size=[65, 97]", "model.resizing=aligned_corners")
+    stride = system.stride
+    images = np.zeros((1, 20, 100, 3), np.uint8)
+    # 20 becomes 65, and 100 becomes 129. At half the scale, it is 33, and 100 is (100 - 1) / 2 + 1 = 50, so 65.
+    assert system(images)["offset"].shape == (1, 64 // stride + 1, 128 // stride + 1, 2)
+    assert system(images, scale=0.5)["offset"].shape == (1, 32 // stride + 1, 64 // stride + 1, 2)
+    assert system.infer(images)["panoptic"].shape == (1, 20, 100)
+
+
+def test_views_with_aligned_corners() -> None:
+    """A map that grows linearly from the first to the last pixel is the same in all views, up to the mirror image."""
+    system = build_small(INFO, "model.resizing=aligned_corners")
+    stride = system.stride
+    views = []
+    for scale, mirrored in ((1, False), (2, False), (2, True)):
+        cells = scale * 32 // stride + 1
+        ramp = np.linspace(0, 1, cells)[:: -1 if mirrored else 1]
+        grid = np.broadcast_to(ramp[None, None, :, None], (1, cells, cells, 1)).astype(np.float32)
+        outputs = {
+            "semantic_logits": tf.constant(grid * [0.0, 1.0, 0.0, 0.0], tf.float32),
+            "center": tf.constant(grid),
+            "offset": tf.constant(grid * [-3.0 * scale, (-5.0 if mirrored else 5.0) * scale], tf.float32),
+        }
+        if scale > 1:
+            outputs["network_size"] = tf.constant([65, 65])
+        views.append(View(system, outputs, scale, mirrored))
+    merged = system.merge_views(views, (33, 33))
+    np.testing.assert_allclose(merged["center"][0, 5, :, 0], np.arange(33) / 32, atol=1e-5)
+    expected = np.arange(33)[:, None] / 32 * [-3.0, 5.0]
+    np.testing.assert_allclose(merged["offset"][0, 5], expected, atol=1e-4)
+
+
+def test_semantic_map_with_a_void_class() -> None:
+    system = build_small(INFO, "model.void_class=true")
+    system(np.zeros((1, 32, 32, 3), np.uint8))
+    # The fifth logit is that of void, which is best in the left half.
+    logits = np.zeros((1, 32 // system.stride, 32 // system.stride, 5), np.float32)
+    logits[:, :, :4, 4], logits[:, :, 4:, 2] = 9.0, 9.0
+    found = system.semantic_map({"semantic_logits": tf.constant(logits)}, (32, 32)).numpy()[0]
+    np.testing.assert_array_equal(np.unique(found[:, : 4 * system.stride - 4]), [INFO.ignore_label])
+    np.testing.assert_array_equal(np.unique(found[:, 4 * system.stride + 4 :]), [2])
+
+
 def test_semantic_only_has_no_instance_branch() -> None:
     contract = TestContract()
     system = build_small(INFO, "model.semantic_only=true")
@@ -264,7 +343,7 @@ def test_models_of_earlier_versions_keep_their_network(tmp_path: Path) -> None:
     [
         (["model.backbone.name=resnet51"], r"Unknown backbone 'resnet51'\. Did you mean 'resnet50'\?"),
         (["model.dual_decoder=false"], "dual_aspp needs dual_decoder"),
-        (["model.postprocess.nms_kernel=6"], "'model.postprocess.nms_kernel' .* has the value 6: must be odd"),
+        (["model.postprocess.nms_kernel=6"], "'model.postprocess.nms_kernel' .* is 6, but must be odd"),
         (["model.postprocess.top_k=1000"], r"top_k is 1000, but label_divisor 1000 .* room for 999 instances"),
         (["model.decoder.low_level_channels={res2: 8, res3: 8}"], "must be some of res3, res2, stem, in this order"),
         (
@@ -273,7 +352,7 @@ def test_models_of_earlier_versions_keep_their_network(tmp_path: Path) -> None:
             "stem; set both keys to the same features",
         ),
         (["model.dual_aspp=false", "model.instance_aspp={}"], "instance_aspp needs dual_aspp"),
-        (["model.backbone.output_stride=4"], "'model.backbone.output_stride' .* has the value 4"),
+        (["model.backbone.output_stride=4"], "'model.backbone.output_stride' .* is 4, but must be one of 8, 16, 32"),
     ],
 )
 def test_wrong_configs_are_refused(overrides: list[str], message: str) -> None:

@@ -42,12 +42,12 @@ def run_postprocess(
     ignore_label: int,
     stride: int,
     center_is_logit: bool = False,
+    num_classes: int | None = None,
     **thresholds: Any,
 ) -> dict[str, Any]:
     """`postprocess` with the same options as the plain formulation."""
-    categories = [
-        Category(i, str(i), i in thing_classes, (0, 0, 0)) for i in range(outputs["semantic_logits"].shape[-1])
-    ]
+    num_classes = num_classes or outputs["semantic_logits"].shape[-1]
+    categories = [Category(i, str(i), i in thing_classes, (0, 0, 0)) for i in range(num_classes)]
     info = DatasetInfo("made up", tuple(categories), label_divisor, ignore_label)
     return postprocess(
         outputs, Geometry(size), PostprocessConfig(**thresholds), info, stride=stride, center_is_logit=center_is_logit
@@ -102,6 +102,29 @@ SCENE = [
 # Columns 0 to 2 are nearer to the first, in squared distances: (1, 2) is 1 from (1, 1) and 5 from (2, 4), (2, 2) is 2
 # and 4 away. Columns 3 to 5 are nearer to the second: (1, 3) is 4 and 2 away.
 PEAKS = {(1, 1): 0.9, (2, 4): 0.8}
+
+
+def test_void_class() -> None:
+    # Classes 0 and 1 are stuff, 2 is a thing, and the fourth logit is void. Two images, so that a count that goes to
+    # the wrong row is seen in the next image, too.
+    classes = np.array([[[3, 3, 3], [2, 2, 3], [0, 0, 0]], [[1, 2, 2], [1, 3, 2], [1, 1, 1]]])
+    center = np.zeros((2, 3, 3, 1), np.float32)
+    center[0, 1, 0] = center[1, 0, 1] = 0.9
+    outputs = {
+        "semantic_logits": 20.0 * np.eye(4, dtype=np.float32)[classes],
+        "center": center,
+        "offset": np.zeros((2, 3, 3, 2), np.float32),
+    }
+    tensors = {name: tf.constant(value) for name, value in outputs.items()}
+    found = run_postprocess(tensors, (3, 3), **{**OPTIONS, "thing_classes": (2,), "num_classes": 3})
+    expected = [
+        [[VOID, VOID, VOID], [201, 201, VOID], [0, 0, 0]],
+        [[100, 201, 201], [100, VOID, 201], [100, 100, 100]],
+    ]
+    np.testing.assert_array_equal(found["panoptic"], expected)
+    # Rows: three centers and three classes.
+    np.testing.assert_array_equal(found["segment_class"], [[2, 0, 0, 0, 0, 0], [2, 0, 0, 0, 1, 0]])
+    np.testing.assert_allclose(found["segment_score"][:, 0], 0.9, rtol=1e-5)
 
 
 def test_two_instances_of_one_class() -> None:

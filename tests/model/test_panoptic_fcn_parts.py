@@ -7,13 +7,14 @@ import pytest
 import tensorflow as tf
 from system_contract import INFO
 
+from deeplab2_like.model import overlaps
 from deeplab2_like.model.boxes import boxes_around_masks
 from deeplab2_like.model.panoptic_fcn import PanopticFCNConfig, dice
 from deeplab2_like.model.panoptic_fcn.config import LossConfig
 from deeplab2_like.model.panoptic_fcn.dice import dice_loss
 from deeplab2_like.model.panoptic_fcn.kernels import find_centers, find_regions, fuse_kernels, pool_regions
 from deeplab2_like.model.panoptic_fcn.losses import focal_loss, select_kernels, take_used_rows
-from deeplab2_like.model.panoptic_fcn.masks import measure_masks
+from deeplab2_like.model.panoptic_fcn.masks import measure_masks, resolve_thing_overlaps, thing_masks
 from deeplab2_like.model.panoptic_fcn.targets import is_in_size_range, make_targets, sample_cells, weighted_labels
 from deeplab2_like.model.resampling import upsampling_matrix
 
@@ -266,10 +267,13 @@ def test_masks_are_measured_in_bands(height: int) -> None:
     weights[1, 2] = 0  # Probability 1/2 everywhere, which is not above the threshold.
     masks = 1 / (1 + np.exp(-np.einsum("bhwe,bne->bnhw", feature, weights)))
     inside = masks > 0.5
-    certainty, lines = measure_masks(tf.constant(feature, tf.float32), tf.constant(weights, tf.float32), threshold=0.5)
+    certainty, rows, columns = measure_masks(
+        tf.constant(feature, tf.float32), tf.constant(weights, tf.float32), threshold=0.5
+    )
     mean = (masks * inside).sum(axis=(2, 3)) / np.maximum(inside.sum(axis=(2, 3)), 1)
     np.testing.assert_allclose(certainty, mean, rtol=1e-5)
-    np.testing.assert_array_equal(lines, inside.any(axis=3))
+    np.testing.assert_array_equal(rows, inside.any(axis=3))
+    np.testing.assert_array_equal(columns, inside.any(axis=2))
     assert certainty[1, 2] == 0
 
 
@@ -288,3 +292,37 @@ def test_boxes_of_masks() -> None:
     masks = np.zeros((1, 2, 5, 6), bool)
     masks[0, 0, 1:3, 2:6] = True
     np.testing.assert_array_equal(boxes_around_masks(tf.constant(masks))[0], [[1, 2, 3, 6], [0, 0, 0, 0]])
+
+
+def test_overlaps_of_things_are_resolved_as_by_a_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round things in two images of 30x45, cells of 4 pixels; one thing is empty and one is not used."""
+    monkeypatch.setattr(overlaps, "BLOCK", 4)  # So that there are windows in these small images.
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:8, :12].astype(np.float32)
+    feature = np.stack([np.ones_like(y), y, x, y**2 + x**2], axis=-1)
+    # r^2 - (y - v)^2 - (x - u)^2 is linear in these channels.
+    v, u, r = (random.uniform(low, high, (2, 9)) for low, high in ((0, 8), (0, 12), (0.7, 4)))
+    weights = np.stack([r**2 - v**2 - u**2, 2 * v, 2 * u, -np.ones_like(r)], axis=-1)
+    weights[1, 2] = [-9, 0, 0, 0]
+    used = np.arange(9) < np.array([[9], [8]])
+    features, kernels = (tf.constant(each, tf.float32) for each in (np.stack([feature, feature]), weights))
+    matrices = upsampling_matrix(8, None, 30, stride=4), upsampling_matrix(12, None, 45, stride=4)
+    _, rows, columns = measure_masks(features, kernels, threshold=0.5)
+    masks = thing_masks(features, kernels, *matrices, threshold=0.5).numpy()
+    expected = np.full((2, 30, 45), 9)
+    for image, n in np.ndindex(2, 9):
+        free = masks[image, n] & (expected[image] == 9)
+        if used[image, n] and masks[image, n].sum() - free.sum() <= 0.5 * masks[image, n].sum():
+            expected[image][free] = n
+    owner = resolve_thing_overlaps(
+        tf.constant(used),
+        kernels,
+        rows,
+        columns,
+        features,
+        *matrices,
+        threshold=0.5,
+        overlap_threshold=0.5,
+    )
+    np.testing.assert_array_equal(owner, expected)
+    assert len(np.unique(expected)) > 5  # Else this would show little.

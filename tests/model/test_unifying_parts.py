@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from system_contract import INFO
 
+from deeplab2_like.model import overlaps
 from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.model.unifying.config import SemanticConfig
 from deeplab2_like.model.unifying.losses import match_detections, matching_loss, slot_targets
@@ -72,9 +73,10 @@ def interpolated(mask: np.ndarray, y: float, x: float) -> float:
 @pytest.mark.parametrize("with_affinities", [True, False])
 @pytest.mark.parametrize("with_matrices", [True, False])
 def test_argmax_over_slots_is_that_of_all_planes(
-    variant: str, with_masks: bool, with_affinities: bool, with_matrices: bool
+    variant: str, with_masks: bool, with_affinities: bool, with_matrices: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against each slot at full size on its own: an image of 9x14, cells of 4 pixels, classes 0 and 2 are stuff."""
+    monkeypatch.setattr(overlaps, "BLOCK", 4)  # So that there are windows in this small image.
     random = np.random.default_rng(3)
     logits = random.normal(size=(1, 3, 4, 4)).astype(np.float32)
     boxes = np.array([[[1.0, 2, 7, 9], [0, 5, 9, 14], [0, 0, 9, 14], [0, 0, 9, 14]]], np.float32)
@@ -87,7 +89,7 @@ def test_argmax_over_slots_is_that_of_all_planes(
         {name: tf.constant(value) for name, value in detections.items()},
         tf.constant(update) if with_affinities else None,
         Geometry((9, 14)).upsampling_matrices((3, 4), stride=4) if with_matrices else None,
-        lines_per_cell=4.0,
+        pixels_per_cell=(4.0, 4.0),
         height=9,
         width=14,
         stride=4,
@@ -134,9 +136,12 @@ def upsampled(maps: np.ndarray, geometry: Geometry, stride: int) -> np.ndarray:
 
 @pytest.mark.parametrize("variant", ["a", "b", "c"])
 @pytest.mark.parametrize("network_size", [None, (190, 60), (70, 50)])
-def test_detections_reach_beyond_the_lines_of_their_boxes(variant: str, network_size: tuple[int, int] | None) -> None:
-    """Small boxes in a high image with affinities: the windows must hold every line that a detection wins."""
-    geometry, stride, reached = Geometry((150, 40), network_size), 4, 0
+def test_detections_reach_beyond_their_boxes(
+    variant: str, network_size: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small boxes in a high image with affinities: the windows must hold every pixel that a detection wins."""
+    monkeypatch.setattr(overlaps, "BLOCK", 4)
+    geometry, stride, reached = Geometry((150, 40), network_size), 4, np.zeros(2)
     height, width = network_size or geometry.image_size
     for seed in range(6):
         random = np.random.default_rng(seed)
@@ -146,15 +151,16 @@ def test_detections_reach_beyond_the_lines_of_their_boxes(variant: str, network_
         top = random.uniform(0, 130, (2, 5, 2)) * (1, 0.2)
         boxes = np.concatenate([top, top + random.uniform(3, 20, (2, 5, 2))], axis=-1).astype(np.float32)
         classes = random.choice([1, 3], (2, 5)).astype(np.int32)
-        # The update of a detection is large in a few lines of cells only.
+        # The update of a detection is large in a few lines of cells only, of every other one in a few columns, too.
         update = random.uniform(0, 0.2, (2, 7, *cells)).astype(np.float32)
         update[:, :5] *= 4 * (random.uniform(size=(2, 5, cells[0], 1)) < 0.1)
+        update[:, :5:2] *= random.uniform(size=(2, 3, 1, cells[1])) < 0.2
         found = argmax_over_slots(
             tf.constant(logits),
             {"boxes": tf.constant(boxes), "scores": tf.constant(scores), "classes": tf.constant(classes)},
             tf.constant(update),
             geometry.upsampling_matrices(cells, stride=stride) if network_size else None,
-            lines_per_cell=stride / geometry.scale[0],
+            pixels_per_cell=stride / geometry.scale,
             height=150,
             width=40,
             stride=stride,
@@ -173,12 +179,13 @@ def test_detections_reach_beyond_the_lines_of_their_boxes(variant: str, network_
             if scores[image, slot] > 0:
                 own = values[image, classes[image, slot]] * (1 if variant == "a" else scores[image, slot])
                 planes[image, slot] = own * is_inside + added[image, slot]
-                reached += np.sum(found[image][~is_inside.any(axis=1)] == slot)
+                won = found[image] == slot
+                reached += won[~is_inside.any(axis=1)].sum(), won[:, ~is_inside.any(axis=0)].sum()
         planes[:, 5:] = values[:, [0, 2]] + added[:, 5:]
         # Rounding may swap slots that are equally good.
         best = np.take_along_axis(planes, found[:, None], axis=1)[:, 0]
         np.testing.assert_allclose(best, planes.max(axis=1), atol=1e-5)
-    assert reached > 100  # Else this test would show nothing.
+    assert (reached > 100).all()  # Else this test would show nothing.
 
 
 # --- affinities -------------------------------------------------------------------------------------------------------

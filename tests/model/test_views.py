@@ -26,7 +26,7 @@ from deeplab2_like.model.views import Grid, average_maps, average_semantic, mirr
 
 def make_view(outputs: dict[str, Any], *, size: tuple[int, int] | None = None, **options: Any) -> View:
     """A view of a system of stride 4; `size` is the network size, if the images were resized."""
-    system: Any = SimpleNamespace(stride=4, name="fake")
+    system: Any = SimpleNamespace(stride=4, name="fake", geometry=Geometry.of)
     tensors = {name: tf.constant(value, tf.float32) for name, value in outputs.items()}
     if "thing_classes" in outputs:
         tensors["thing_classes"] = tf.constant(outputs["thing_classes"], tf.int32)

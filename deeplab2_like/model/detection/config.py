@@ -74,7 +74,10 @@ class RoiConfig(StrictModel):
         2, ge=0, description="Samples of RoIAlign per bin and axis; 0 takes one per feature pixel, as Detectron2 does."
     )
     max_sampling_ratio: int = pydantic.Field(
-        8, ge=1, description="With `sampling_ratio` 0: largest number of samples per bin and axis."
+        8,
+        ge=1,
+        description="With `sampling_ratio` 0: largest number of samples per bin and axis. 48 is exact for images of up "
+        "to 1344 pixels. Along the shorter side of a box it is 16 at most, for mask targets 8.",
     )
     box_channels: int = pydantic.Field(1024, ge=1, description="Channels of the box head's hidden layers.")
     mask_channels: int = pydantic.Field(256, ge=1, description="Channels of the mask head's convolutions.")

@@ -25,6 +25,9 @@ from deeplab2_like.model.geometry import Size
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.random_numbers import image_seeds
 
+# Largest number of samples per bin and axis of the mask targets, whose memory grows with its square.
+_MAX_MASK_SAMPLES = 8
+
 
 class Detector(keras.layers.Layer):
     """Detects objects: proposes boxes, and predicts the class and the mask of each.
@@ -225,7 +228,7 @@ class Detector(keras.layers.Layer):
             row,
             output_size=outputs["roi_mask_logits"].shape[2],
             sampling_ratio=roi.sampling_ratio,
-            max_sampling_ratio=roi.max_sampling_ratio,
+            max_sampling_ratio=min(roi.max_sampling_ratio, _MAX_MASK_SAMPLES),
         )
         return losses | {"mask": mask_loss(outputs["roi_mask_logits"], masks, classes, foreground)}
 

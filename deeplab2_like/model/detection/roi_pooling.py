@@ -4,7 +4,7 @@ All levels are concatenated in one table of feature pixels, so boxes of all leve
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from keras import ops
@@ -44,7 +44,7 @@ def roi_align(
             Detectron2 does by default.
         max_sampling_ratio: Limit of that number if it depends on the box: results are exact for boxes of up to
             `output_size * max_sampling_ratio` feature pixels on their level; for longer ones that many pixels are read
-            at equal distances. Time grows with its square.
+            at equal distances. Along the shorter side the limit is 16 at most.
 
     Returns:
         float [B, R, P, P, C] in the type of the features.
@@ -123,8 +123,9 @@ def _pool_pixels(
 ) -> Tensor:
     """RoIAlign with one sample per feature pixel of a box: every pixel is read once.
 
-    Interpolation is separable, so two small matrix products turn the pixels of a box into its bins. A few boxes are
-    pooled at a time, as the features they read take far more memory than the result.
+    Interpolation is separable, so two small matrix products turn the pixels of a box into its bins. Shapes are static,
+    so boxes are pooled in groups by the samples that they need, as few boxes need many. A few boxes are pooled at a
+    time, as the features they read take far more memory than the result.
 
     Args:
         table: As for `_pool_samples`, like the others up to `bins`.
@@ -134,38 +135,109 @@ def _pool_pixels(
         start: float32 [B, R, 2].
         end: float32 [B, R, 2].
         bins: P.
-        limit: The largest number of samples per bin.
+        limit: The largest number of samples per bin and axis.
 
     Returns:
         float [B, R, P, P, C].
     """
-    rows, row_weights = _pixels(start[..., 0], end[..., 0], height, bins=bins, limit=limit)
-    columns, column_weights = _pixels(start[..., 1], end[..., 1], width, bins=bins, limit=limit)
-    rows = base[..., None] + rows * width[..., None]  # The table row of the first pixel of each row.
-    batch, rois = ops.shape(rows)[:2]
-    pixels, channels = rows.shape[-1], table.shape[-1]
+    batch, rois = ops.shape(height)[:2]
+    number, channels = batch * rois, table.shape[-1]
+    places = [ops.reshape(values, (number,)) for values in (height, width, base)]
+    ends = [ops.reshape(values, (number, 2)) for values in (start, end)]
+    groups = _sample_limits(limit)
+    group = _first_group(ops.ceil((ends[1] - ends[0]) / bins), groups)  # [N]
+    # Group after group: what is read beyond the end of a group belongs to later ones.
+    order = ops.argsort(group * number + ops.arange(number))
+    stops = [ops.sum(ops.cast(group <= index, "int32")) for index in range(len(groups))]
 
-    def pool(parts: tuple[Tensor, ...]) -> Tensor:
-        rows, row_weights, columns, column_weights = parts
-        number = ops.shape(rows)[1]
-        features = ops.take(table, rows[..., :, None] + columns[..., None, :], axis=0)  # [B, R, T, T, C]
-        features = ops.reshape(features, (batch, number, pixels, pixels * channels))
-        features = ops.matmul(ops.cast(row_weights, features.dtype), features)  # [B, R, P, T * C]
-        features = ops.reshape(features, (batch, number, bins, pixels, channels))
-        return ops.matmul(ops.cast(column_weights, features.dtype)[:, :, None], features)  # [B, R, P, P, C]
+    def for_each_part(add: Callable[..., Tensor], total: Tensor) -> Tensor:
+        """Computes `total = add(total, chosen, is_member, ...)` for a few boxes at a time."""
+        for index, limits in enumerate(groups):
+            first, stop = stops[index - 1] if index else 0, stops[index]
+            taps = [bins * samples + 2 for samples in limits]
+            # Features that a box reads, and the weights of its samples, which are more if there are few channels.
+            values = taps[0] * taps[1] * channels, bins * (limits[0] * taps[0] + limits[1] * taps[1])
+            size = max(1, _VALUES_AT_ONCE // max(values))
 
-    size = max(1, _VALUES_AT_ONCE // (pixels * pixels * channels))
-    steps = -(-rois // size)
+            def step(i: Tensor, total: Tensor, first: Any = first, stop: Any = stop, size: int = size) -> Tensor:
+                position = first + i * size + ops.arange(size)
+                chosen = ops.take(order, ops.minimum(position, number - 1), axis=0)
+                return add(total, chosen, position < stop, *read(chosen))
 
-    def split(values: Tensor) -> Tensor:
-        rest = values.shape[2:]
-        values = ops.pad(values, [[0, 0], [0, steps * size - rois]] + [[0, 0]] * len(rest))
-        return ops.moveaxis(ops.reshape(values, (batch, steps, size, *rest)), 1, 0)  # [steps, B, size, ...]
+            def read(chosen: Tensor, limits: tuple[int, int] = limits) -> tuple[Tensor, Tensor, Tensor]:
+                """Returns table rows, int32 [size, T, U], and the weights of rows and columns, [size, P, T] and U."""
+                height, width, base, start, end = (ops.take(x, chosen, axis=0)[None] for x in (*places, *ends))
+                rows, row_weights = _pixels(start[..., 0], end[..., 0], height, bins=bins, limit=limits[0])
+                columns, column_weights = _pixels(start[..., 1], end[..., 1], width, bins=bins, limit=limits[1])
+                rows = base[..., None] + rows * width[..., None]  # The table row of the first pixel of each row.
+                return rows[0, :, :, None] + columns[0, :, None, :], row_weights[0], column_weights[0]
 
-    parts = (rows, row_weights, columns, column_weights)
-    pooled = ops.map(pool, tuple(split(values) for values in parts))  # [steps, B, size, P, P, C]
-    pooled = ops.moveaxis(pooled, 0, 1)
-    return ops.reshape(pooled, (batch, steps * size, bins, bins, channels))[:, :rois]
+            total = ops.fori_loop(0, -((first - stop) // size), step, total)
+        return total
+
+    # The gradient is written out, as automatic differentiation would keep all features that were read.
+    @ops.custom_gradient
+    def pool(table: Tensor) -> tuple[Tensor, Any]:
+        def add(pooled: Tensor, chosen: Tensor, _: Tensor, index: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+            size, height, width = index.shape
+            features = ops.reshape(ops.take(table, index, axis=0), (size, height, width * channels))  # [size, T, U * C]
+            features = ops.matmul(ops.cast(rows, features.dtype), features)  # [size, P, U * C]
+            features = ops.reshape(features, (size, bins, width, channels))  # [size, P, U, C]
+            features = ops.matmul(ops.cast(columns, features.dtype)[:, None], features)  # [size, P, P, C]
+            return ops.scatter_update(pooled, chosen[:, None], features)
+
+        def gradient(*args: Tensor, upstream: Tensor | None = None) -> Tensor:
+            d_pooled = ops.cast(args[0] if upstream is None else upstream, "float32")  # [N, P, P, C]
+
+            def add(
+                total: Tensor, chosen: Tensor, is_member: Tensor, index: Tensor, rows: Tensor, columns: Tensor
+            ) -> Tensor:
+                size, height, width = index.shape
+                values = ops.take(d_pooled, chosen, axis=0) * ops.cast(is_member, "float32")[:, None, None, None]
+                values = ops.reshape(values, (size, bins, bins * channels))  # [size, P, P * C]
+                values = ops.matmul(ops.transpose(rows, (0, 2, 1)), values)  # [size, T, P * C]
+                values = ops.reshape(values, (size, height, bins, channels))  # [size, T, P, C]
+                values = ops.matmul(ops.transpose(columns, (0, 2, 1))[:, None], values)  # [size, T, U, C]
+                values = ops.reshape(values, (size * height * width, channels))  # [size * T * U, C]
+                index = ops.reshape(index, (size * height * width,))
+                return total + ops.segment_sum(values, index, num_segments=ops.shape(table)[0])
+
+            total = for_each_part(add, ops.zeros(ops.shape(table), "float32"))
+            return ops.cast(total, table.dtype)
+
+        return for_each_part(add, ops.zeros((number, bins, bins, channels), table.dtype)), gradient
+
+    return ops.reshape(pool(table), (batch, rois, bins, bins, channels))
+
+
+def _sample_limits(limit: int) -> list[tuple[int, int]]:
+    """Returns the largest numbers of samples per bin along y and x of each group of boxes.
+
+    The level of a box depends on its area, so of the boxes with many samples most are long along one axis only.
+    """
+    groups: list[tuple[int, int]] = []
+    for rows, columns in ((4, 4), (8, 8), (limit, 4), (4, limit), (16, 16)):
+        limits = min(rows, limit), min(columns, limit)
+        if not any(limits[0] <= before[0] and limits[1] <= before[1] for before in groups):
+            groups.append(limits)
+    return groups
+
+
+def _first_group(samples: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+    """Returns the first group that has the samples which a box needs, or else the last one.
+
+    Args:
+        samples: float32 [N, 2], samples per bin along y and x.
+        groups: Result of `_sample_limits`.
+
+    Returns:
+        int32 [N].
+    """
+    group = ops.full(ops.shape(samples)[:1], len(groups) - 1, "int32")
+    for index in reversed(range(len(groups) - 1)):
+        is_enough = ops.all(samples <= ops.array(groups[index], "float32"), axis=-1)
+        group = ops.where(is_enough, index, group)
+    return group
 
 
 def assign_levels(boxes: Tensor, *, first: int, last: int) -> Tensor:

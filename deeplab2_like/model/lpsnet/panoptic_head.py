@@ -17,7 +17,7 @@ from deeplab2_like.model.boxes import box_area, take_rows
 from deeplab2_like.model.layers import Tensor
 from deeplab2_like.model.lpsnet.config import Conflicts
 from deeplab2_like.model.lpsnet.targets import border_ratio, level_index
-from deeplab2_like.model.overlaps import line_ranges, resolve_overlaps
+from deeplab2_like.model.overlaps import Window, pixel_bounds, resolve_overlaps, split_into_blocks
 from deeplab2_like.model.segments import SegmentTable, paint_segments, segment_outputs
 from deeplab2_like.model.stages import stage
 
@@ -178,25 +178,25 @@ def paste_boxes(
         int32 [B, H, W]: the box of each pixel, or N for none.
     """
     batch, height, width = ops.shape(semantic)
-    flat_semantic = ops.reshape(semantic, (batch * height, width))
+    blocks = split_into_blocks(semantic)
     y, x, (y_min, x_min, y_max, x_max) = _pixels_and_sides(boxes, height, width)
     inside = _AxisValues((y > y_min) & (y < y_max), (x > x_min) & (x < x_max))
 
-    def mask_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
-        rows = _rows_in_window(top, lines)
-        classes_here = ops.take(flat_semantic, rows + (ops.arange(batch) * height)[:, None], axis=0)  # [B, L, W]
-        inside_rows, inside_columns = inside.at(n, rows)
+    def mask_in_window(n: Tensor, window: Window) -> Tensor:
+        classes_here = window.read(blocks, ops.arange(batch))  # [B, L, K]
+        inside_rows, inside_columns = inside.at(n, window)
         return (classes_here == ops.take(classes, n, axis=1)[:, None, None]) & inside_rows & inside_columns
 
-    def area_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
-        return ops.broadcast_to(box_area(ops.take(boxes, n, axis=1))[:, None, None], (batch, lines, width))
+    def area_in_window(n: Tensor, window: Window) -> Tensor:
+        area = box_area(ops.take(boxes, n, axis=1))[:, None, None]
+        return ops.broadcast_to(area, (batch, window.height, window.width))
 
-    cost: Callable[[Tensor, Tensor, Any], Tensor] | None = area_in_window if smallest_first else None
+    cost: Callable[[Tensor, Window], Tensor] | None = area_in_window if smallest_first else None
     if border_ness is not None:
         cost = _border_ness_cost(boxes, border_ness, size_limits)
     return resolve_overlaps(
         used,
-        *line_ranges(boxes, height),
+        pixel_bounds(boxes, height, width),
         mask_in_window,
         height=height,
         width=width,
@@ -207,7 +207,7 @@ def paste_boxes(
 
 def _border_ness_cost(
     boxes: Tensor, border_ness: Tensor, size_limits: Sequence[Any]
-) -> Callable[[Tensor, Tensor, Any], Tensor]:
+) -> Callable[[Tensor, Window], Tensor]:
     """Makes `cost_in_window` of `resolve_overlaps`: the error of the predicted border-ness for a box.
 
     Args:
@@ -217,7 +217,7 @@ def _border_ness_cost(
     """
     num_levels = border_ness.shape[1]
     batch, _, height, width = ops.shape(border_ness)
-    flat_border_ness = ops.reshape(border_ness, (batch * num_levels * height, width))
+    blocks = split_into_blocks(ops.reshape(border_ness, (batch * num_levels, height, width)))
     y, x, (y_min, x_min, y_max, x_max) = _pixels_and_sides(boxes, height, width)
     ratio = _AxisValues(border_ratio(y - y_min, y_max - y), border_ratio(x - x_min, x_max - x))
     # The largest of four distances is the larger of the largest along each axis, and so is the level.
@@ -226,15 +226,13 @@ def _border_ness_cost(
         level_index(ops.maximum(x - x_min, x_max - x), size_limits),
     )
 
-    def cost_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
-        rows = _rows_in_window(top, lines)
-        levels = ops.maximum(*level.at(n, rows))  # [B, L, W]
+    def cost_in_window(n: Tensor, window: Window) -> Tensor:
+        levels = ops.maximum(*level.at(n, window))  # [B, L, K]
         predicted: Tensor = 0.0
         for index in range(num_levels):
-            first_row = (ops.arange(batch) * num_levels + index) * height  # [B]
-            on_level = ops.take(flat_border_ness, rows + first_row[:, None], axis=0)  # [B, L, W]
+            on_level = window.read(blocks, ops.arange(batch) * num_levels + index)  # [B, L, K]
             predicted = ops.where(levels == index, on_level, predicted)
-        ratio_rows, ratio_columns = ratio.at(n, rows)
+        ratio_rows, ratio_columns = ratio.at(n, window)
         return ops.abs(ops.sqrt(ratio_rows * ratio_columns) - predicted)
 
     return cost_in_window
@@ -251,18 +249,16 @@ class _AxisValues(NamedTuple):
     rows: Tensor
     columns: Tensor
 
-    def at(self, n: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the values of box n in some rows, int32 [B, L], and in all columns: [B, L, 1] and [B, 1, W]."""
-        values = ops.take_along_axis(ops.take(self.rows, n, axis=1), rows, axis=1)
-        return values[..., None], ops.take(self.columns, n, axis=1)[:, None]
+    def at(self, n: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        """Returns the values of box n in the rows and columns of a window: [B, L, 1] and [B, 1, K]."""
+        rows = ops.take_along_axis(ops.take(self.rows, n, axis=1), window.lines, axis=1)
+        # Columns beyond the border repeat the last one.
+        columns = ops.minimum(window.columns, ops.shape(self.columns)[-1] - 1)
+        columns = ops.take_along_axis(ops.take(self.columns, n, axis=1), columns, axis=1)
+        return rows[..., None], columns[:, None]
 
 
 def _pixels_and_sides(boxes: Tensor, height: Any, width: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Returns the centers of rows and columns, float32 [H] and [W], and the sides of boxes, 4 x float32 [B, N, 1]."""
     y, x = (ops.cast(ops.arange(size), "float32") + 0.5 for size in (height, width))
     return y, x, [side[..., None] for side in ops.unstack(boxes, 4, axis=-1)]
-
-
-def _rows_in_window(top: Tensor, lines: Any) -> Tensor:
-    """Returns the rows of a window in each image, int32 [B, L], from the first one, int32 [B]."""
-    return top[:, None] + ops.arange(lines)[None, :]

@@ -21,9 +21,9 @@ Choices where the paper is silent, and differences from DeepLab2 and from the im
 - The ResNet configs at output stride 16 have Detectron2's multi-grid, which multiplies the rates in the last stage by
   1, 2 and 4. The paper names none, and DeepLab2 has none.
 - The convolutions of the ASPP are depthwise separable, as the paper's parameter counts imply and as in Detectron2's
-  smaller model; DeepLab2 has full 3x3 convolutions there. MobileNetV3 has half the channels in its last stage, as in
-  the paper and unlike in DeepLab2, and its low-level features are outputs of blocks; DeepLab2 takes those of the
-  depthwise convolutions.
+  smaller model; DeepLab2 has full 3x3 convolutions there (`aspp.convolution`). MobileNetV3 has half the channels in its
+  last stage, as in the paper and unlike in DeepLab2 (`backbone.halve_last_stage`), and its low-level features are
+  outputs of blocks; DeepLab2 takes those of the depthwise convolutions (`backbone.depthwise_features`).
 - The paper trains all data sets with a learning rate of 0.001 and uses a window of 7 pixels to suppress centers. On
   COCO, DeepLab2 and Detectron2 use 0.0005 and 41 pixels. The share of the hardest pixels, 0.2, is DeepLab2's; the paper
   refers to its predecessor DeeperLab, and Detectron2 takes all pixels on COCO.
@@ -32,7 +32,8 @@ Choices where the paper is silent, and differences from DeepLab2 and from the im
 - Crowd regions have neither a Gaussian nor offsets; in Detectron2 they have both, and only their own pixels are left
   out of the losses. With `loss.crowd_as_instance` they are instances.
 - Semantic weights for small instances leave crowd regions out.
-- All of the `top_k` best centers are kept; Detectron2 keeps those strictly better than the last of them.
+- All of the `top_k` best centers are kept; Detectron2 and, if there are more, DeepLab2 keep those strictly better than
+  the last of them.
 - The class probability of an instance's score is read at the resolution of the logits, and its objectness is the heat
   of the center itself; Detectron2 reads the heat at the center of the predicted mask.
 - The hardest pixels are chosen in each image, as in DeepLab2, and their sum is divided by their number; DeepLab2
@@ -40,7 +41,8 @@ Choices where the paper is silent, and differences from DeepLab2 and from the im
   (`loss.top_k_over: batch`).
 - The number of hardest pixels is rounded; Detectron2 truncates it.
 - Images are padded to a multiple of 32 with the mean color, and half-pixel centers are used for all upsampling;
-  DeepLab2 wants sizes of `stride * k + 1` and aligns corners.
+  DeepLab2 wants sizes of `stride * k + 1` and aligns corners (`resizing: aligned_corners`).
+- Void is not a class, as in DeepLab2 on Cityscapes; on COCO, it is one there (`void_class`).
 """
 
 from typing import TYPE_CHECKING

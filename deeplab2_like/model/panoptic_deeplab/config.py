@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from deeplab2_like.configs.schema import StrictModel
+from deeplab2_like.configs.schema import StrictModel, was_saved_before
 from deeplab2_like.model.config import SystemConfig
 
 Convolution = Literal["separable", "plain", "light"]
@@ -21,6 +21,14 @@ class AsppConfig(StrictModel):
     )
     pooling_window: tuple[pydantic.PositiveInt, pydantic.PositiveInt] | None = pydantic.Field(
         None, description="Window of the image pooling in feature pixels; null averages the whole image."
+    )
+    pooling_norm: bool = pydantic.Field(
+        False, description="Normalize the pooled features, as DeepLab2 does, instead of adding a bias."
+    )
+    convolution: Literal["separable", "plain"] | None = pydantic.Field(
+        None,
+        description="Convolutions at the atrous rates: `separable`, or `plain` for 3x3 convolutions, as in DeepLab2; "
+        "null for that of `decoder.convolution`.",
     )
     dropout: float = pydantic.Field(0.1, ge=0, lt=1, description="Dropout rate of the result.")
 
@@ -53,8 +61,8 @@ class DecoderConfig(StrictModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _complete_old_config(cls, content: Any) -> Any:
-        """Reads configs of earlier versions, whose decoders had equal widths, in model folders with all their keys."""
-        keys = {
+        """Reads configs of model folders of earlier versions, whose decoders had equal widths."""
+        saved_keys = (
             "low_level_channels",
             "convolution",
             "center_head_convolution",
@@ -62,8 +70,8 @@ class DecoderConfig(StrictModel):
             "semantic_head_channels",
             "instance_channels",
             "instance_head_channels",
-        }
-        if isinstance(content, dict) and keys <= content.keys() and "instance_low_level_channels" not in content:
+        )
+        if was_saved_before(content, "instance_low_level_channels", saved_keys=saved_keys):
             return {**content, "instance_low_level_channels": content["low_level_channels"]}
         return content
 
@@ -148,6 +156,20 @@ class PostprocessConfig(StrictModel):
 class PanopticDeepLabConfig(SystemConfig):
     """The `model` section of a config."""
 
+    resizing: Literal["half_pixel", "aligned_corners"] = pydantic.Field(
+        "half_pixel",
+        description="What resizing keeps in place: `half_pixel`, the borders of a map; `aligned_corners`, as in "
+        "DeepLab2, the centers of its corner pixels, and images are padded to 32 * k + 1 pixels.",
+    )
+    min_padded_size: tuple[pydantic.PositiveInt, pydantic.PositiveInt] = pydantic.Field(
+        (1, 1),
+        description="Height and width to which smaller images are padded. Released weights give the results of their "
+        "authors with the size of the training crop, as the image pooling averages the padding, too.",
+    )
+    void_class: bool = pydantic.Field(
+        False,
+        description="Predict void as one more class, as DeepLab2 does on COCO; its pixels become void.",
+    )
     dual_aspp: bool = pydantic.Field(True, description="Give each branch its own ASPP.")
     dual_decoder: bool = pydantic.Field(
         True, description="Give each branch its own decoder; otherwise the heads share the semantic one."

@@ -19,6 +19,7 @@ def compute_losses(
     config: LossConfig,
     *,
     stride: int,
+    aligned_corners: bool = False,
 ) -> dict[str, Loss]:
     """Compares raw outputs with the targets of `make_targets`.
 
@@ -28,13 +29,16 @@ def compute_losses(
             `offset` [B, h, w, 2], at `stride`.
         config: Share of pixels in the semantic loss, and kind of the center loss.
         stride: Image pixels per output pixel.
+        aligned_corners: How outputs are upsampled, see `resampling`.
 
     Returns:
         `semantic` and, unless semantic only, `center` and `offset`.
     """
     height, width = targets["semantic"].shape[1:3]
     upsampled = {
-        name: upsample_bilinear(ops.cast(output, "float32"), stride)[:, :height, :width]
+        name: upsample_bilinear(ops.cast(output, "float32"), stride, aligned_corners=aligned_corners)[
+            :, :height, :width
+        ]
         for name, output in outputs.items()
     }
     losses = {

@@ -10,7 +10,7 @@ from deeplab2_like.model.config import Norm
 from deeplab2_like.model.layers import ConvNorm, SeparableConvNorm, Tensor
 from deeplab2_like.model.panoptic_deeplab.config import AsppConfig, Convolution
 from deeplab2_like.model.random_numbers import ImageDropout
-from deeplab2_like.model.resampling import average_pool_within, resize_bilinear, upsample_bilinear
+from deeplab2_like.model.resampling import average_pool_within, resize_bilinear, scaled_side, upsample_bilinear
 
 
 class AtrousSpatialPyramidPooling(keras.layers.Layer):
@@ -18,15 +18,27 @@ class AtrousSpatialPyramidPooling(keras.layers.Layer):
 
     Args:
         config: Channels, rates and pooling.
-        convolution: Kind of the convolutions; the 3x3 ones are depthwise separable for `separable`.
+        convolution: Kind of the convolutions, if the config does not say it; the 3x3 ones are depthwise separable for
+            `separable`.
         norm: The normalization.
+        aligned_corners: How the pooled features are resized, see `resampling`.
 
     Input shape: float [B, h, w, C]. Output shape: float [B, h, w, config.channels].
     """
 
-    def __init__(self, config: AsppConfig, *, convolution: Convolution, norm: Norm, name: str | None = None) -> None:
+    def __init__(
+        self,
+        config: AsppConfig,
+        *,
+        convolution: Convolution,
+        norm: Norm,
+        aligned_corners: bool = False,
+        name: str | None = None,
+    ) -> None:
         super().__init__(name=name)
         channels = config.channels
+        convolution = config.convolution or convolution
+        self.aligned_corners = aligned_corners
         self.branches: list[keras.layers.Layer] = [ConvNorm(channels, 1, norm=norm, name="branch0")]
         for position, rate in enumerate(config.rates, start=1):
             branch = f"branch{position}"
@@ -36,7 +48,7 @@ class AtrousSpatialPyramidPooling(keras.layers.Layer):
                 self.branches.append(ConvNorm(channels, 3, dilation=rate, norm=norm, name=branch))
         self.pooling_window = config.pooling_window
         # A bias instead of a normalization: a batch has only one average per image, too few for statistics.
-        self.pooling_branch = ConvNorm(channels, 1, name="pooling_branch")
+        self.pooling_branch = ConvNorm(channels, 1, norm=norm if config.pooling_norm else None, name="pooling_branch")
         self.project = ConvNorm(channels, 1, norm=norm, name="project")
         self.dropout = ImageDropout(config.dropout, name="dropout")
 
@@ -51,12 +63,17 @@ class AtrousSpatialPyramidPooling(keras.layers.Layer):
         """
         height, width = ops.shape(inputs)[1:3]
         if self.pooling_window is None:
-            pooled = self.pooling_branch(ops.mean(inputs, axis=(1, 2), keepdims=True))  # [B, 1, 1, channels]
+            pooled = ops.mean(inputs, axis=(1, 2), keepdims=True)
+            pooled = self.pooling_branch(pooled, training=training)  # [B, 1, 1, channels]
             pooled = ops.broadcast_to(pooled, (ops.shape(inputs)[0], height, width, pooled.shape[-1]))
         else:
-            window_height, window_width = (max(1, round(scale * side)) for side in self.pooling_window)
-            pooled = self.pooling_branch(average_pool_within(inputs, (window_height, window_width)))
-            pooled = ops.cast(resize_bilinear(pooled, height, width), inputs.dtype)
+            window_height, window_width = (
+                scaled_side(side, scale, aligned_corners=self.aligned_corners) for side in self.pooling_window
+            )
+            pooled = average_pool_within(inputs, (window_height, window_width))
+            pooled = self.pooling_branch(pooled, training=training)
+            pooled = resize_bilinear(pooled, height, width, aligned_corners=self.aligned_corners)
+            pooled = ops.cast(pooled, inputs.dtype)
         branches = [branch(inputs, training=training) for branch in self.branches]
         x = self.project(ops.concatenate([*branches, pooled], axis=-1), training=training)
         return self.dropout(x, numbers=numbers, training=training)
@@ -109,6 +126,7 @@ class Decoder(keras.layers.Layer):
         channels: Output channels of every step.
         strides: Image pixels per feature pixel, by the feature's name; decoding starts at `res5`.
         norm: The normalization.
+        aligned_corners: How features are upsampled, see `resampling`.
 
     Input: ASPP features, float [B, h, w, C], and the backbone's features.
     Output shape: float [B, H / s, W / s, channels] with the stride s of the last low-level feature.
@@ -122,9 +140,11 @@ class Decoder(keras.layers.Layer):
         channels: int,
         strides: Mapping[str, int],
         norm: Norm,
+        aligned_corners: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
+        self.aligned_corners = aligned_corners
         self.levels = list(low_level_channels)
         path = ["res5", *self.levels]
         self.factors = [strides[coarse] // strides[fine] for coarse, fine in itertools.pairwise(path)]
@@ -136,7 +156,8 @@ class Decoder(keras.layers.Layer):
         x = inputs
         for level, factor, project, fuse in zip(self.levels, self.factors, self.project, self.fuse, strict=True):
             low_level = project(features[level], training=training)
-            x = fuse(ops.concatenate([low_level, upsample_bilinear(x, factor)], axis=-1), training=training)
+            x = upsample_bilinear(x, factor, aligned_corners=self.aligned_corners)
+            x = fuse(ops.concatenate([low_level, x], axis=-1), training=training)
         return x
 
 

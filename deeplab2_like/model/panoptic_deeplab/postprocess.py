@@ -45,8 +45,8 @@ def postprocess(
     """Turns raw outputs into panoptic maps.
 
     Args:
-        outputs: `semantic_logits` float32 [B, h, w, C] and, unless semantic only, `center` [B, h, w, 1] and `offset`
-            [B, h, w, 2] (y, x) in network pixels.
+        outputs: `semantic_logits` float32 [B, h, w, C], or with the void class [B, h, w, C + 1], and, unless semantic
+            only, `center` [B, h, w, 1] and `offset` [B, h, w, 2] (y, x) in network pixels.
         geometry: Sizes of the images.
         config: Thresholds.
         dataset_info: The meaning of the panoptic map.
@@ -60,7 +60,8 @@ def postprocess(
         probabilities are read at the resolution of the logits.
     """
     logits = outputs["semantic_logits"]
-    num_classes, top_k = logits.shape[-1], config.top_k
+    num_classes, top_k = dataset_info.num_classes, config.top_k
+    aligned_corners = geometry.aligned_corners
     height, width = geometry.image_size
     is_thing = ops.array([category.is_thing for category in dataset_info.categories])  # [C]
     classes = geometry.argmax(logits, stride=stride)  # [B, H, W]
@@ -78,8 +79,15 @@ def postprocess(
             threshold=config.center_threshold,
             nms_kernel=config.nms_kernel,
             top_k=top_k,
+            aligned_corners=aligned_corners,
         )
-        offset = upsample_offset(instance_outputs["offset"], height=height, width=width, stride=instance_stride)
+        offset = upsample_offset(
+            instance_outputs["offset"],
+            height=height,
+            width=width,
+            stride=instance_stride,
+            aligned_corners=aligned_corners,
+        )
         rows = assign_segments(classes, is_thing, offset, centers, heat)
     else:
         # Semantic only: a thing class is one region without instances, like a crowd.
@@ -87,7 +95,7 @@ def postprocess(
         is_thing = ops.zeros_like(is_thing)
         rows = classes + top_k
 
-    votes = count_votes(rows, classes, num_rows=top_k + num_classes + 1, num_classes=num_classes)
+    votes = count_votes(rows, classes, num_rows=top_k + num_classes + 1, num_classes=logits.shape[-1])
     table = _segment_table(
         votes,
         heat,
@@ -98,7 +106,13 @@ def postprocess(
     )
     area = ops.sum(votes, axis=-1)
     probability = mean_probability(
-        ops.softmax(logits, axis=-1), rows, table["class"], area, stride=stride, **geometry.network_sides
+        ops.softmax(logits, axis=-1),
+        rows,
+        table["class"],
+        area,
+        stride=stride,
+        aligned_corners=aligned_corners,
+        **geometry.network_sides,
     )
     used = table["used"]
     objectness = ops.concatenate([heat, ops.ones((ops.shape(heat)[0], num_classes), "float32")], axis=1)
@@ -121,6 +135,7 @@ def find_centers(
     threshold: float,
     nms_kernel: int,
     top_k: int,
+    aligned_corners: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Finds the peaks of the upsampled heat map.
 
@@ -133,12 +148,13 @@ def find_centers(
         threshold: Heat that a peak must exceed.
         nms_kernel: Side of the window in which a peak must be the maximum.
         top_k: Number of peaks to keep.
+        aligned_corners: How the map is upsampled, see `resampling`.
 
     Returns:
         int32 [B, top_k, 2] (y, x) positions and float32 [B, top_k] heat, best first; unused rows zero.
     """
     heat = ops.sigmoid(center) if is_logit else center
-    heat = upsample_bilinear(heat, stride)[:, :height, :width]  # [B, H, W, 1]
+    heat = upsample_bilinear(heat, stride, aligned_corners=aligned_corners)[:, :height, :width]  # [B, H, W, 1]
     highest = ops.max_pool(heat, (nms_kernel, 1), strides=1, padding="same")
     highest = ops.max_pool(highest, (1, nms_kernel), strides=1, padding="same")
     heat = ops.where((heat == highest) & (heat > threshold), heat, 0.0)[..., 0]  # [B, H, W]
@@ -169,9 +185,9 @@ def _top_k_padded(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @stage
-def upsample_offset(offset: Tensor, *, height: Any, width: Any, stride: int) -> Tensor:
+def upsample_offset(offset: Tensor, *, height: Any, width: Any, stride: int, aligned_corners: bool = False) -> Tensor:
     """Upsamples offsets, float32 [B, h, w, 2] in image pixels, to float32 [B, H, W, 2]."""
-    return upsample_bilinear(offset, stride)[:, :height, :width]
+    return upsample_bilinear(offset, stride, aligned_corners=aligned_corners)[:, :height, :width]
 
 
 @stage
@@ -183,14 +199,14 @@ def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: 
     the best distance. Pixels whose walk has not ended with the list are compared with all centers, one after the other.
 
     Args:
-        classes: int32 [B, H, W] class ids.
+        classes: int32 [B, H, W] class ids; C for void.
         is_thing: bool [C].
         offset: float32 [B, H, W, 2] (y, x), in image pixels.
         centers: int32 [B, K, 2] (y, x), in image pixels.
         heat: float32 [B, K], zero for unused rows.
 
     Returns:
-        int32 [B, H, W]: k for an instance, K + class for stuff, K + C for a thing where there is no center.
+        int32 [B, H, W]: k for an instance, K + class for stuff, K + C for void and for things where there is no center.
     """
     batch, height, width = ops.shape(classes)
     num_centers, num_classes = centers.shape[1], is_thing.shape[0]
@@ -219,7 +235,7 @@ def assign_segments(classes: Tensor, is_thing: Tensor, offset: Tensor, centers: 
     beyond = reach[..., -1:] if candidates < num_centers else ops.full_like(reach[..., -1:], _FAR)
     next_reach = ops.reshape(ops.concatenate([reach[..., 1:], beyond], axis=-1), (-1,))  # [B * cells * M]
 
-    thing = ops.take(is_thing, classes)  # [B, H, W]
+    thing = ops.take(ops.concatenate([is_thing, ops.zeros_like(is_thing[:1])]), classes)  # [B, H, W]
     cell_y = ops.cast(ops.clip(y, 0.0, ops.cast(height - 1, "float32")), "int32") // _CELL
     cell_x = ops.cast(ops.clip(x, 0.0, ops.cast(width - 1, "float32")), "int32") // _CELL
     image = ops.arange(batch)[:, None, None]
@@ -274,9 +290,9 @@ def count_votes(rows: Tensor, classes: Tensor, *, num_rows: int, num_classes: in
 
     Args:
         rows: int32 [B, H, W] row of the segment table of each pixel.
-        classes: int32 [B, H, W] class of each pixel.
+        classes: int32 [B, H, W] class of each pixel, or void.
         num_rows: R, number of rows of the table.
-        num_classes: C.
+        num_classes: C, or C + 1 with the void class.
 
     Returns:
         int32 [B, R, C].
@@ -295,7 +311,8 @@ def _segment_table(
     """Decides the class and the id of every row of the segment table (majority vote, stuff area limit).
 
     Args:
-        votes: int32 [B, R, C] with R = K + C + 1: instances, stuff classes, and pixels without a segment.
+        votes: int32 [B, R, C] or with the void class [B, R, C + 1]; R = K + C + 1: instances, stuff classes, and
+            pixels without a segment.
         heat: float32 [B, K].
         is_thing: bool [C].
         label_divisor: Factor between class and instance ids.

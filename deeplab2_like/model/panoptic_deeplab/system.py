@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.model.backbone import build_backbone
@@ -17,6 +18,7 @@ from deeplab2_like.model.panoptic_deeplab.oracle import perfect_outputs, replace
 from deeplab2_like.model.panoptic_deeplab.postprocess import postprocess
 from deeplab2_like.model.panoptic_deeplab.targets import make_targets
 from deeplab2_like.model.panoptic_deeplab.views import average_views, resize_outputs
+from deeplab2_like.model.resampling import scaled_side
 
 
 @keras.saving.register_keras_serializable("deeplab2_like")
@@ -24,8 +26,8 @@ class PanopticDeepLab(PanopticSystem):
     """Panoptic-DeepLab.
 
     Raw outputs, all float32 at the stride of the last low-level feature (4, or 2 with `stem`): `semantic_logits`
-    [B, h, w, C] and, unless `semantic_only`, `center` [B, h, w, 1] and `offset` [B, h, w, 2] (y, x) in network pixels;
-    and `network_size` int32 [2] if the images were resized.
+    [B, h, w, C], or with the void class, the last one, [B, h, w, C + 1]; unless `semantic_only`, `center` [B, h, w, 1]
+    and `offset` [B, h, w, 2] (y, x) in network pixels; and `network_size` int32 [2] if the images were resized.
 
     Args:
         config: The `model` section of a config.
@@ -50,6 +52,7 @@ class PanopticDeepLab(PanopticSystem):
         if not config.semantic_only:
             self.loss_weights |= {"center": config.loss.center_weight, "offset": config.loss.offset_weight}
         self.center_is_logit = config.loss.center == "sigmoid_cross_entropy"
+        self.aligned_corners = config.resizing == "aligned_corners"
 
         self.backbone = build_backbone(config.backbone, norm=config.norm)
         self.stride = self.backbone.strides[list(config.decoder.low_level_channels)[-1]]
@@ -59,7 +62,7 @@ class PanopticDeepLab(PanopticSystem):
             decoder.low_level_channels, decoder.semantic_channels, "semantic_decoder"
         )
         self.semantic_head = Head(
-            dataset_info.num_classes,
+            dataset_info.num_classes + config.void_class,
             channels=config.decoder.semantic_head_channels,
             convolution=config.decoder.convolution,
             norm=config.norm,
@@ -80,7 +83,11 @@ class PanopticDeepLab(PanopticSystem):
 
     def _make_aspp(self, aspp: AsppConfig, name: str) -> AtrousSpatialPyramidPooling:
         return AtrousSpatialPyramidPooling(
-            aspp, convolution=self.config.decoder.convolution, norm=self.config.norm, name=name
+            aspp,
+            convolution=self.config.decoder.convolution,
+            norm=self.config.norm,
+            aligned_corners=self.aligned_corners,
+            name=name,
         )
 
     def _make_decoder(self, low_level_channels: Mapping[str, int], channels: int, name: str) -> Decoder:
@@ -90,6 +97,7 @@ class PanopticDeepLab(PanopticSystem):
             channels=channels,
             strides=self.backbone.strides,
             norm=self.config.norm,
+            aligned_corners=self.aligned_corners,
             name=name,
         )
 
@@ -114,8 +122,14 @@ class PanopticDeepLab(PanopticSystem):
     ) -> dict[str, Tensor]:
         """See `PanopticSystem.call`."""
         numbers = None if targets is None else targets.get("number")
-        images, outputs = resize_for_network(images, None if training else self.config.resize, scale=scale)
-        features = self.backbone(self.prepare_images(images), training=training)
+        images, outputs = resize_for_network(
+            images, None if training else self.config.resize, scale=scale, aligned_corners=self.aligned_corners
+        )
+        min_height, min_width = (
+            scaled_side(side, scale, aligned_corners=self.aligned_corners) for side in self.config.min_padded_size
+        )
+        images = self.prepare_images(images, min_size=(min_height, min_width))
+        features = self.backbone(images, training=training)
         context = self.semantic_aspp(features["res5"], numbers=numbers, training=training, scale=scale)
         decoded = self.semantic_decoder(context, features, training=training)
         outputs["semantic_logits"] = self.semantic_head(decoded, training=training)
@@ -132,12 +146,20 @@ class PanopticDeepLab(PanopticSystem):
 
     def compute_losses(self, targets: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> dict[str, Loss]:
         """See `losses.compute_losses`."""
-        return compute_losses(targets, outputs, self.config.loss, stride=self.stride)
+        return compute_losses(
+            targets, outputs, self.config.loss, stride=self.stride, aligned_corners=self.aligned_corners
+        )
 
     def postprocess(self, outputs: Mapping[str, Tensor], image_size: Size) -> dict[str, Tensor]:
         """See `postprocess.postprocess`."""
-        geometry = Geometry.of(outputs, image_size)
+        geometry = self.geometry(outputs, image_size)
         return self._postprocess(outputs, geometry, geometry.map_stride(self.stride))
+
+    def semantic_map(self, outputs: Mapping[str, Tensor], image_size: Size) -> Tensor:
+        """See `PanopticSystem.semantic_map`; where the void class is best, it has the ignore label."""
+        classes = super().semantic_map(outputs, image_size)
+        info = self.dataset_info
+        return ops.where(classes < info.num_classes, classes, info.ignore_label) if self.config.void_class else classes
 
     def merge_views(self, views: Sequence[View], image_size: Size) -> dict[str, Tensor]:
         """See `views.average_views`."""
@@ -156,7 +178,7 @@ class PanopticDeepLab(PanopticSystem):
         parts: Sequence[str],
     ) -> dict[str, Tensor]:
         """See `PanopticSystem.postprocess_with_truth`; outputs are upsampled to the size of the targets first."""
-        full = resize_outputs(outputs, Geometry.of(outputs, image_size), stride=self.stride)
+        full = resize_outputs(outputs, self.geometry(outputs, image_size), stride=self.stride)
         mixed = replace_outputs(full, self._perfect_outputs(targets), parts)
         return self._postprocess(mixed, Geometry(image_size), 1)
 

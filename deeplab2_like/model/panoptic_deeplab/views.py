@@ -47,7 +47,7 @@ def average_views(views: Sequence[View], image_size: Size, *, center_is_logit: b
     def in_image_pixels(offset: Tensor, view: View) -> Tensor:
         # A mirror image points the other way.
         direction = ops.array([1.0, -1.0 if view.mirrored else 1.0])
-        return offset / Geometry.of(view.outputs, image_size).scale * direction
+        return offset / view.system.geometry(view.outputs, image_size).scale * direction
 
     merged = average_semantic(views, image_size)
     if "center" not in views[0].outputs:

@@ -3,12 +3,11 @@
 Each function marked `stage` may be compiled on its own, see `deeplab2_like.model.stages`.
 """
 
-from typing import Any
-
 from keras import ops
 
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.overlaps import resolve_overlaps
+from deeplab2_like.model.overlaps import Window, resolve_overlaps
+from deeplab2_like.model.resampling import upsample
 from deeplab2_like.model.stages import stage
 
 # Rows of cells per band in `measure_masks`.
@@ -16,7 +15,7 @@ _BAND_ROWS = 8
 
 
 @stage
-def measure_masks(feature: Tensor, weights: Tensor, *, threshold: float) -> tuple[Tensor, Tensor]:
+def measure_masks(feature: Tensor, weights: Tensor, *, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """Measures the masks of kernels at the resolution of the feature, band by band, never holding all of them.
 
     Args:
@@ -25,8 +24,8 @@ def measure_masks(feature: Tensor, weights: Tensor, *, threshold: float) -> tupl
         threshold: Probability that a cell of the mask exceeds.
 
     Returns:
-        Mean probability inside each mask, float32 [B, N], zero for empty ones, and the rows of cells that it touches,
-        bool [B, N, h].
+        Mean probability inside each mask, float32 [B, N], zero for empty ones, and the rows and the columns of cells
+        that it touches, bool [B, N, h] and bool [B, N, w].
     """
     batch, height, width = ops.shape(feature)[:3]
     feature = _in_bands(feature)
@@ -35,7 +34,7 @@ def measure_masks(feature: Tensor, weights: Tensor, *, threshold: float) -> tupl
     transposed = ops.transpose(weights, (0, 2, 1))
     row = ops.arange(_BAND_ROWS)
 
-    def measure(index: Tensor, area: Tensor, total: Tensor, touched: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def measure(index: Tensor, area: Tensor, total: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
         band = ops.sigmoid(ops.matmul(ops.take(feature, index, axis=1), transposed))  # [B, P, N]
         band = ops.reshape(band, (batch, _BAND_ROWS, width, num_masks))
         # The last band may extend beyond the feature.
@@ -46,7 +45,8 @@ def measure_masks(feature: Tensor, weights: Tensor, *, threshold: float) -> tupl
             index + 1,
             area + ops.sum(pixels, axis=(1, 2)),
             total + ops.sum(pixels * band, axis=(1, 2)),
-            ops.scatter_update(touched, (index * _BAND_ROWS + row)[:, None], ops.transpose(is_in_row, (1, 0, 2))),
+            ops.scatter_update(rows, (index * _BAND_ROWS + row)[:, None], ops.transpose(is_in_row, (1, 0, 2))),
+            columns | ops.any(is_inside, axis=1),
         )
 
     start = (
@@ -54,9 +54,11 @@ def measure_masks(feature: Tensor, weights: Tensor, *, threshold: float) -> tupl
         ops.zeros((batch, num_masks), "float32"),
         ops.zeros((batch, num_masks), "float32"),
         ops.zeros((bands * _BAND_ROWS, batch, num_masks), "int32"),
+        ops.zeros((batch, width, num_masks), "bool"),
     )
-    _, area, total, touched = ops.while_loop(lambda index, *_: index < bands, measure, start)
-    return total / ops.maximum(area, 1.0), ops.transpose(touched[:height], (1, 2, 0)) > 0
+    _, area, total, rows, columns = ops.while_loop(lambda index, *_: index < bands, measure, start)
+    mean = total / ops.maximum(area, 1.0)
+    return mean, ops.transpose(rows[:height], (1, 2, 0)) > 0, ops.transpose(columns, (0, 2, 1))
 
 
 @stage
@@ -94,7 +96,8 @@ def mask_overlaps(feature: Tensor, weights: Tensor, *, threshold: float) -> Tens
 def resolve_thing_overlaps(
     used: Tensor,
     weights: Tensor,
-    touched: Tensor,
+    touched_rows: Tensor,
+    touched_columns: Tensor,
     feature: Tensor,
     upsample_rows: Tensor,
     upsample_columns: Tensor,
@@ -107,7 +110,8 @@ def resolve_thing_overlaps(
     Args:
         used: bool [B, N], the things that take part, the first rows of each image.
         weights: float32 [B, N, E].
-        touched: bool [B, N, h], the rows of cells that each mask touches, see `measure_masks`.
+        touched_rows: bool [B, N, h], the rows of cells that each mask touches, see `measure_masks`.
+        touched_columns: bool [B, N, w], the columns of cells.
         feature: float32 [B, h, w, E].
         upsample_rows: float32 [H, h], see `Geometry.upsampling_matrices`.
         upsample_columns: float32 [W, w].
@@ -118,20 +122,40 @@ def resolve_thing_overlaps(
         int32 [B, H, W]: the thing of each pixel, or N for none.
     """
     height, width = ops.shape(upsample_rows)[0], ops.shape(upsample_columns)[0]
-    # A line of pixels is touched if any of the rows of cells that it is interpolated from is.
-    is_touched = ops.matmul(ops.cast(touched, "float32"), ops.transpose(upsample_rows)) > 0  # [B, N, H]
-    line = ops.arange(height)
-    first_line = ops.min(ops.where(is_touched, line, height), axis=-1)  # [B, N]
-    last_line = ops.max(ops.where(is_touched, line + 1, 0), axis=-1)
-    first_line = ops.minimum(first_line, last_line)
+    first_line, last_line = _touched_pixels(touched_rows, upsample_rows)
+    first_column, last_column = _touched_pixels(touched_columns, upsample_columns)
 
-    def mask_in_window(n: Tensor, top: Tensor, lines: Any) -> Tensor:
-        rows = ops.take(upsample_rows, top[:, None] + ops.arange(lines), axis=0)  # [B, L, h]
-        return thing_mask(feature, ops.take(weights, n, axis=1), rows, upsample_columns, threshold=threshold)
+    def mask_in_window(n: Tensor, window: Window) -> Tensor:
+        rows = ops.take(upsample_rows, window.lines, axis=0)  # [B, L, h]
+        # Columns beyond the border repeat the last one.
+        columns = ops.take(upsample_columns, ops.minimum(window.columns, width - 1), axis=0)  # [B, K, w]
+        return thing_mask(feature, ops.take(weights, n, axis=1), rows, columns, threshold=threshold)
 
     return resolve_overlaps(
-        used, first_line, last_line, mask_in_window, height=height, width=width, overlap_threshold=overlap_threshold
+        used,
+        ops.stack([first_line, first_column, last_line, last_column], axis=-1),
+        mask_in_window,
+        height=height,
+        width=width,
+        overlap_threshold=overlap_threshold,
     )
+
+
+def _touched_pixels(touched: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds the pixels along one axis that are interpolated from touched cells.
+
+    Args:
+        touched: bool [B, N, c], whether each mask touches each cell.
+        matrix: float32 [S, c], of `upsampling_matrix`.
+
+    Returns:
+        The first pixel and the one after the last, int32 [B, N] each; both are the same for an empty mask.
+    """
+    is_touched = ops.matmul(ops.cast(touched, "float32"), ops.transpose(matrix)) > 0  # [B, N, S]
+    size = ops.shape(matrix)[0]
+    pixel = ops.arange(size)
+    last = ops.max(ops.where(is_touched, pixel + 1, 0), axis=-1)  # [B, N]
+    return ops.minimum(ops.min(ops.where(is_touched, pixel, size), axis=-1), last), last
 
 
 def thing_mask(
@@ -143,7 +167,7 @@ def thing_mask(
         feature: float32 [B, h, w, E].
         weights: float32 [B, E].
         upsample_rows: float32 [H, h], or [B, H, h] for lines that differ between the images.
-        upsample_columns: float32 [W, w].
+        upsample_columns: float32 [W, w], or [B, W, w].
         threshold: Probability that a pixel of the mask exceeds.
 
     Returns:
@@ -153,7 +177,7 @@ def thing_mask(
     flat = ops.reshape(feature, (batch, height * width, feature.shape[-1]))
     logits = ops.matmul(flat, weights[..., None])  # [B, h * w, 1]
     probability = ops.reshape(ops.sigmoid(logits), (batch, height, width))  # [B, h, w]
-    return ops.matmul(ops.matmul(upsample_rows, probability), ops.transpose(upsample_columns)) > threshold
+    return upsample(probability, upsample_rows, upsample_columns) > threshold
 
 
 def thing_masks(

@@ -161,7 +161,7 @@ def pool_stuff(
 
 def rank_things(
     feature: Tensor, things: ThingKernels, config: PostprocessConfig
-) -> tuple[ThingKernels, Tensor, Tensor]:
+) -> tuple[ThingKernels, tuple[Tensor, Tensor], Tensor]:
     """Multiplies each score by the mean probability inside the mask, and keeps the best things.
 
     Args:
@@ -170,14 +170,14 @@ def rank_things(
         config: Thresholds.
 
     Returns:
-        The things, the best first; the rows of cells that their masks touch, bool [B, N, h]; and their rows among the
-        given things, int32 [B, N].
+        The things, the best first; the rows and the columns of cells that their masks touch, bool [B, N, h] and
+        bool [B, N, w]; and their rows among the given things, int32 [B, N].
     """
-    certainty, touched = measure_masks(feature, things.weights, threshold=config.mask_threshold)
+    certainty, rows, columns = measure_masks(feature, things.weights, threshold=config.mask_threshold)
     scores = things.scores * certainty
     scores = ops.where(scores >= config.score_threshold, scores, 0.0)
     things, index = things._replace(scores=scores).top(config.kernels)
-    return things, take_rows(touched, index), index
+    return things, (take_rows(rows, index), take_rows(columns, index)), index
 
 
 def paint_kernels(
@@ -208,7 +208,7 @@ def paint_kernels(
     owner = resolve_thing_overlaps(
         (things.scores >= options.map_score_threshold) & (things.scores > 0),
         things.weights,
-        touched,
+        *touched,
         feature,
         *_upsampling_matrices(feature, geometry, config),
         threshold=options.mask_threshold,

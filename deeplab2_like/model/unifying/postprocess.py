@@ -10,8 +10,8 @@ from deeplab2_like.model.boxes import take_rows
 from deeplab2_like.model.detection.instances import thing_class_ids
 from deeplab2_like.model.geometry import Geometry
 from deeplab2_like.model.layers import Tensor
-from deeplab2_like.model.overlaps import line_ranges, resolve_mask_overlaps, update_in_windows
-from deeplab2_like.model.resampling import best_by_phases, best_by_planes, minimum_around, upsample_lines
+from deeplab2_like.model.overlaps import Window, pixel_bounds, resolve_mask_overlaps, update_in_windows
+from deeplab2_like.model.resampling import best_by_phases, best_by_planes, minimum_around, upsample, upsample_window
 from deeplab2_like.model.segments import SegmentTable, count_pixels, paint_segments, region_scores, segment_outputs
 from deeplab2_like.model.semantic import SemanticClasses
 from deeplab2_like.model.stages import stage
@@ -153,7 +153,7 @@ def find_best_slots(
         detections,
         update,
         matrices,
-        lines_per_cell=stride / geometry.scale[0],
+        pixels_per_cell=stride / geometry.scale,
         height=geometry.image_size[0],
         width=geometry.image_size[1],
         stride=stride,
@@ -162,14 +162,13 @@ def find_best_slots(
     )
 
 
-@stage
 def argmax_over_slots(
     semantic_logits: Tensor,
     detections: Mapping[str, Tensor],
     update: Tensor | None,
     matrices: tuple[Tensor, Tensor] | None,
     *,
-    lines_per_cell: Any,
+    pixels_per_cell: Any,
     height: Any,
     width: Any,
     stride: int,
@@ -179,7 +178,7 @@ def argmax_over_slots(
     """Finds the slot with the largest potential in each pixel of the map (section 3.4).
 
     Class probabilities and affinity updates are upsampled bilinearly; boxes and masks are pasted at full size. First
-    come all stuff classes together, then one detection after the other, each in a window of lines, see `line_windows`.
+    come all stuff classes together, then one detection after the other.
 
     Args:
         semantic_logits: float32 [B, h, w, C].
@@ -188,7 +187,7 @@ def argmax_over_slots(
             [B, D, P, P].
         update: float32 [B, D + S, h, w], of `affinity_update`, or None without affinities.
         matrices: float32 [H, h] and [W, w], of `Geometry.upsampling_matrices`; None if the image is not resized.
-        lines_per_cell: Lines of the map per cell of the semantic map, a float or a float32 scalar.
+        pixels_per_cell: Lines and columns of the map per cell of the semantic map, two floats or float32 [2].
         height: H, height of the map, an int or an int32 scalar.
         width: W, its width.
         stride: Network pixels per cell of the semantic map.
@@ -199,79 +198,164 @@ def argmax_over_slots(
         int32 [B, H, W]: a detection below D, or stuff class number s as D + s. Of equal potentials stuff wins, then the
         first detection.
     """
-    values = class_values(semantic_logits, potential)  # [B, C, h, w]
+    num_detections = detections["boxes"].shape[1]
+    things_update, stuff_update = (
+        (None, None) if update is None else (update[:, :num_detections], update[:, num_detections:])
+    )
+    values, stuff = _class_and_stuff_values(
+        semantic_logits, stuff_update, stuff_classes=stuff_classes, potential=potential
+    )
+    best, slot = _best_stuff(stuff, matrices, height=height, width=width, stride=stride)
+    bounds = slot_bounds(
+        detections["boxes"],
+        things_update,
+        stuff,
+        # A pixel of a resized map is interpolated from pixels that are interpolated from cells.
+        radius=1 if matrices is None else 2,
+        pixels_per_cell=pixels_per_cell,
+        height=height,
+        width=width,
+    )
+    return _add_things(
+        (best, slot + num_detections),
+        values,
+        detections,
+        things_update,
+        bounds,
+        matrices,
+        width=width,
+        stride=stride,
+        potential=potential,
+    )
+
+
+@stage
+def _class_and_stuff_values(
+    semantic_logits: Tensor, stuff_update: Tensor | None, *, stuff_classes: Sequence[int], potential: str
+) -> tuple[Tensor, Tensor]:
+    """Returns `class_values`, float32 [B, C, h, w], and the potential of stuff, float32 [B, h, w, S].
+
+    A stage of its own, because XLA would compute the potential of stuff again in each phase of the upsampling.
+    """
+    values = class_values(semantic_logits, potential)
+    stuff = ops.take(values, ops.array(stuff_classes, "int32"), axis=1)  # [B, S, h, w]
+    if stuff_update is not None:
+        stuff = stuff + stuff_update
+    return values, ops.transpose(stuff, (0, 2, 3, 1))
+
+
+@stage
+def _best_stuff(
+    stuff: Tensor, matrices: tuple[Tensor, Tensor] | None, *, height: Any, width: Any, stride: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the best potential of stuff and its number, float32 and int32 [B, H, W]."""
+    if matrices is None:
+        return best_by_phases(stuff, height=height, width=width, stride=stride)
+    return best_by_planes(stuff, *matrices)
+
+
+@stage
+def _add_things(
+    best: tuple[Tensor, Tensor],
+    values: Tensor,
+    detections: Mapping[str, Tensor],
+    update: Tensor | None,
+    bounds: Tensor,
+    matrices: tuple[Tensor, Tensor] | None,
+    *,
+    width: Any,
+    stride: int,
+    potential: str,
+) -> Tensor:
+    """Compares one detection after the other with the best slot so far, each in a window.
+
+    Args:
+        best: The best potential of stuff and its slot, float32 and int32 [B, H, W].
+        values: float32 [B, C, h, w], of `class_values`.
+        detections: See `argmax_over_slots`.
+        update: float32 [B, D, h, w], or None without affinities.
+        bounds: int32 [B, D, 4], of `slot_bounds`.
+        matrices: See `argmax_over_slots`, as for the following arguments.
+        width: W.
+        stride: Network pixels per cell of the semantic map.
+        potential: See `thing_potential`.
+
+    Returns:
+        int32 [B, H, W], the best slot.
+    """
     boxes, scores, classes = (detections[name] for name in ("boxes", "scores", "classes"))
     masks = detections.get("masks")
-    num_detections = boxes.shape[1]
-    stuff = ops.take(values, ops.array(stuff_classes, "int32"), axis=1)  # [B, S, h, w]
-    if update is not None:
-        stuff = stuff + update[:, num_detections:]
-    stuff = ops.transpose(stuff, (0, 2, 3, 1))  # [B, h, w, S]
-    if matrices is None:
-        best, stuff_slot = best_by_phases(stuff, height=height, width=width, stride=stride)
-    else:
-        best, stuff_slot = best_by_planes(stuff, *matrices)
 
-    def upsample_window(maps: Tensor, channel: Tensor, lines: Tensor) -> Tensor:
+    def upsample_in(window: Window, maps: Tensor, channel: Tensor) -> Tensor:
         if matrices is None:
-            return upsample_lines(maps, channel, lines, width=width, stride=stride)
-        rows, columns = matrices
+            size = {"height": window.height, "width": window.width}
+            return upsample_window(maps, channel, window.top, window.left, **size, stride=stride)
+        # Columns beyond the border repeat the last one.
+        columns = ops.take(matrices[1], ops.minimum(window.columns, width - 1), axis=0)  # [B, K, w]
         plane = take_rows(maps, channel[:, None])[:, 0]  # [B, h, w]
-        return ops.matmul(ops.matmul(ops.take(rows, lines, axis=0), plane), ops.transpose(columns))
+        return upsample(plane, ops.take(matrices[0], window.lines, axis=0), columns)
 
-    def compete(n: Tensor, top: Tensor, lines: Any, window: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        best, slot = window
-        line = top[:, None] + ops.arange(lines)  # [B, L]
+    def compete(n: Tensor, window: Window, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        best, slot = parts
         box, score = (ops.take(each, n, axis=1)[:, None] for each in (boxes, scores))
-        shift = ops.cast(top, "float32")[:, None, None] * ops.array([1.0, 0.0, 1.0, 0.0])
         mask = None if masks is None else ops.take(masks, n, axis=1)[:, None]
-        of_class = upsample_window(values, ops.take(classes, n, axis=1), line)[:, None]  # [B, 1, L, W]
-        plane = thing_potential(of_class, box - shift, score, mask, potential=potential)[:, 0]
+        of_class = upsample_in(window, values, ops.take(classes, n, axis=1))[:, None]  # [B, 1, L, K]
+        plane = thing_potential(of_class, window.shift(box), score, mask, potential=potential)[:, 0]
         if update is not None:
-            plane = plane + upsample_window(update, n + ops.zeros_like(top), line)
+            plane = plane + upsample_in(window, update, n + ops.zeros_like(window.top))
         wins = (plane > best) & (score > 0)[..., None]
         return ops.where(wins, plane, best), ops.where(wins, ops.cast(n, "int16"), slot)
 
-    least_stuff = ops.max(minimum_around(stuff, 1 if matrices is None else 2), axis=-1)  # [B, h, w]
-    things_update = None if update is None else update[:, :num_detections]
-    windows = line_windows(boxes, things_update, least_stuff, lines_per_cell=lines_per_cell, height=height)
     # int16 halves the memory traffic, as in `resolve_overlaps`.
-    maps = (best, ops.cast(stuff_slot + num_detections, "int16"))
-    slot = update_in_windows(maps, compete, scores > 0, *windows, height=height, width=width)[1]
-    return ops.cast(slot, "int32")
+    maps = (best[0], ops.cast(best[1], "int16"))
+    return ops.cast(update_in_windows(maps, compete, scores > 0, bounds)[1], "int32")
 
 
-def line_windows(
-    boxes: Tensor, update: Tensor | None, least_stuff: Tensor, *, lines_per_cell: Any, height: Any
-) -> tuple[Tensor, Tensor]:
-    """Returns the lines in which a detection may be the best slot: those of its box, and those its update reaches.
+@stage
+def slot_bounds(
+    boxes: Tensor,
+    update: Tensor | None,
+    stuff: Tensor,
+    *,
+    radius: int,
+    pixels_per_cell: Any,
+    height: Any,
+    width: Any,
+) -> Tensor:
+    """Returns the bounds of the pixels where a detection may be the best slot: its box, and what its update reaches.
 
     Outside of its box, a detection has its affinity update alone. A pixel is a weighted mean of the cells next to it.
-    So if the update is at most `least_stuff` in these cells, then stuff is at least as good in the pixel.
+    So if the update is at most what one stuff class reaches in all these cells, then stuff is at least as good in the
+    pixel.
 
     Args:
         boxes: float32 [B, D, 4], in pixels of the map.
         update: float32 [B, D, h, w], or None without affinities.
-        least_stuff: float32 [B, h, w], a potential that one stuff class reaches in all cells around each cell.
-        lines_per_cell: Lines of the map per cell, a float or a float32 scalar.
+        stuff: float32 [B, h, w, S], potentials of stuff.
+        radius: Largest distance of two cells, in rows or columns, that one pixel is interpolated from.
+        pixels_per_cell: Lines and columns of the map per cell, two floats or float32 [2].
         height: Height of the map.
+        width: Its width.
 
     Returns:
-        The first line and the line after the last one, int32 [B, D] each, in 0..height.
+        int32 [B, D, 4], see `pixel_bounds`.
     """
-    first_line, last_line = line_ranges(boxes, height)
-    reaches = ops.any((0.0 if update is None else update) > least_stuff[:, None], axis=-1)  # [B, D or 1, h]
-    is_reached = ops.any(reaches, axis=-1)
-    num_cells = ops.shape(reaches)[-1]
-    reaches = ops.cast(reaches, "int32")
-    first_cell = ops.cast(ops.argmax(reaches, axis=-1), "float32")
-    last_cell = ops.cast(num_cells - 1 - ops.cast(ops.argmax(ops.flip(reaches, axis=-1), axis=-1), "int32"), "float32")
-    # A cell counts in the lines from the cell before it to the cell after it.
-    limit = ops.cast(height, "float32")
-    first = ops.clip(ops.floor((first_cell - 1) * lines_per_cell), 0.0, limit)
-    last = ops.clip(ops.ceil((last_cell + 2) * lines_per_cell), 0.0, limit)
-    first, last = (ops.cast(side, "int32") for side in (first, last))
-    return (
-        ops.where(is_reached, ops.minimum(first_line, first), first_line),
-        ops.where(is_reached, ops.maximum(last_line, last), last_line),
-    )
+    bounds = pixel_bounds(boxes, height, width)
+    least_stuff = ops.max(minimum_around(stuff, radius), axis=-1)  # [B, h, w]
+    # With variant `a`, stuff may be below zero, the potential of a detection without affinities outside of its box.
+    reaches = (0.0 if update is None else update) > least_stuff[:, None]  # [B, D or 1, h, w]
+    sides = []
+    for axis, size in enumerate((height, width)):
+        is_reached = ops.any(reaches, axis=3 - axis)  # [B, D or 1, h or w]
+        cell = ops.cast(ops.arange(ops.shape(is_reached)[-1]), "float32")
+        # A cell counts in the pixels from the cell before it to the cell after it. Without any cell, the first pixel
+        # is the last one of the map, and the other way round.
+        limit = ops.cast(size, "float32")
+        first, last = ops.floor((cell - 1) * pixels_per_cell[axis]), ops.ceil((cell + 2) * pixels_per_cell[axis])
+        first = ops.min(ops.where(is_reached, ops.clip(first, 0.0, limit), limit), axis=-1)  # [B, D or 1]
+        last = ops.max(ops.where(is_reached, ops.clip(last, 0.0, limit), 0.0), axis=-1)
+        sides.append((ops.cast(first, "int32"), ops.cast(last, "int32")))
+    (top, bottom), (left, right) = sides
+    first = ops.minimum(bounds[..., :2], ops.stack([top, left], axis=-1))
+    last = ops.maximum(bounds[..., 2:], ops.stack([bottom, right], axis=-1))
+    return ops.concatenate([first, last], axis=-1)

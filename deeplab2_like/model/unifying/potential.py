@@ -168,5 +168,6 @@ def affinity_update(potential: Tensor, query: Tensor, key: Tensor) -> Tensor:
     pixels = height * width
     query, key = (ops.reshape(factor, (batch, pixels, factor.shape[-1])) for factor in (query, key))  # [B, h * w, A]
     sums = ops.matmul(ops.reshape(potential, (batch, slots, pixels)), key)  # [B, K, A]
-    update = ops.matmul(sums, ops.transpose(query, (0, 2, 1)))  # [B, K, h * w]
+    # An einsum, because XLA would copy a transposed query.
+    update = ops.einsum("bka,bpa->bkp", sums, query)  # [B, K, h * w]
     return ops.reshape(update, (batch, slots, height, width))  # [B, K, h, w]
