@@ -177,7 +177,7 @@ def measure(system: PanopticSystem, size: tuple[int, int], instances: int, runs:
     if isinstance(system, PanopticFCN):
         outputs = made_up_kernels(system, outputs, height, width, instances)
         things = find_things(outputs, system.config, system.kernel_head)
-        things, _ = rank_things(outputs["feature"], things, system.config.postprocess)
+        things, _, _ = rank_things(outputs["feature"], things, system.config.postprocess)
         used = np.sum(things.scores >= system.config.postprocess.map_score_threshold)
         print(f"{system.name}: {used} of {instances} things are neither fused nor below the score threshold")
     if isinstance(system, Unifying):

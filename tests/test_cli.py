@@ -309,7 +309,7 @@ def test_images_that_a_benchmark_names(model: Path, run: Run, refuse: Callable[.
         (["--images", "."], "Images without labels give no metrics; ask for pictures"),
         (["--images", ".", "--submission", "coco", "--oracle", "semantic"], "have no truth for an oracle"),
         (["--images", ".", "--instances-json", "a.json"], "leave out one of --images and --instances-json"),
-        (["--instances-json", "missing.json"], "the COCO JSON 'missing.json' cannot be read"),
+        (["--instances-json", "missing.json"], "the COCO instance JSON 'missing.json' cannot be read"),
         (["--images", ".", "--split", "val"], "leave out one of --images and --split"),
         (["--follow", "--checkpoint", "2"], "leave out --images and --checkpoint"),
         (["--image-json", "missing.json"], "The JSON of image ids 'missing.json' cannot be read"),
@@ -400,6 +400,17 @@ def test_annotated_config(run: Run, refuse: Callable[..., str], tmp_path: Path) 
             ["convert", "scenes", "--train", "x", "--val", "1", "--size", "8x8", "--output-dir", "o"],
             "invalid int value",
         ),
+        *(
+            (["convert", "labelme", "--val-share", share], f"'{share}' is not a share above 0 and below 1")
+            for share in ("0", "1", "1.5", "nan", "half")
+        ),
+        *(
+            (
+                ["convert", "labelme", "--bit-depth", bits],
+                f"argument --bit-depth: '{bits}' is not a number of bits, 8 to 32\n",
+            )
+            for bits in ("99", "7", "x")
+        ),
     ],
 )
 def test_wrong_words(run: Run, arguments: list[str], message: str) -> None:
@@ -437,7 +448,7 @@ def test_wrong_configs(chain: Path, tmp_path: Path, refuse: Callable[..., str]) 
     assert train(tiny, "trainer.stepz=3").startswith(
         "Unknown config key 'trainer.stepz'. Did you mean 'trainer.steps'?"
     )
-    assert train(tiny, "trainer.steps=-1").startswith("Config key 'trainer.steps' in --set 'trainer.steps=-1' has")
+    assert train(tiny, "trainer.steps=-1").startswith("Config key 'trainer.steps' in --set 'trainer.steps=-1' is")
     assert train(tiny, records, "model.backbone.name=resnet51").startswith("Unknown backbone 'resnet51'. Did you mean")
     assert train(tiny).startswith("Config key 'data.path' is not set; give a folder that `deeplab2-like convert` wrote")
     assert train(tiny, f"data.path={tmp_path / 'none'}").startswith(f"Folder '{tmp_path / 'none'}' does not exist")
@@ -560,9 +571,10 @@ def coco_arguments(coco: Path, **changes: Any) -> list[str]:
 def test_conversion(coco: Path, run: Run) -> None:
     status, out, err = run(*coco_arguments(coco))
     assert (status, err) == (0, "")
-    assert out.splitlines()[:2] == ["Split 'val': 2 examples, 0 skipped.", f"Records are in {coco / 'records'}"]
-    assert out.splitlines()[2:4] == ["", "val: 2 images, 0.0% of the pixels void"]
-    words = [line.split() for line in out.splitlines()[4:]]
+    assert out.splitlines()[:2] == ["Split 'val': 2 images, 0 skipped.", f"Records are in {coco / 'records'}"]
+    assert out.splitlines()[2] == "The split is 'val' because of the name 'val.json'; --split names another."
+    assert out.splitlines()[3:5] == ["", "val: 0.0% of the pixels are void"]
+    words = [line.split() for line in out.splitlines()[5:]]
     assert [line for line in words if line and "─" not in line[0]] == [
         ["class", "kind", "objects", "pixels"],
         ["road", "stuff", "100.0%"],
@@ -572,7 +584,7 @@ def test_conversion(coco: Path, run: Run) -> None:
     # Again: nothing is done.
     status, out, _ = run(*coco_arguments(coco))
     note = "It already exists with the same files and options: nothing was done."
-    assert (status, out.splitlines()[0]) == (0, f"Split 'val': 2 examples, 0 skipped. {note}")
+    assert (status, out.splitlines()[0]) == (0, f"Split 'val': 2 images, 0 skipped. {note}")
 
 
 def test_conversion_without_inputs(coco: Path, refuse: Callable[..., str]) -> None:
@@ -593,7 +605,7 @@ def test_a_failing_conversion_leaves_nothing(coco: Path, run: Run, refuse: Calla
     assert list((coco / "records").glob("*")) + hidden(coco) == []
     status, out, _ = run(*coco_arguments(coco, **{"on-error": "skip"}))
     assert status == 0
-    assert "Split 'val': 1 examples, 1 skipped." in out
+    assert "Split 'val': 1 image, 1 skipped." in out
     assert "  skipped: Image '2.png'" in out
     (line,) = (coco / "records" / "errors.jsonl").read_text().splitlines()
     fault = json.loads(line)

@@ -4,11 +4,11 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any
 
-import pydantic
 import yaml
 
+from deeplab2_like.configs.faults import check_section, describe_fault
 from deeplab2_like.configs.schema import Config, StrictModel
 from deeplab2_like.configs.systems import find_config_class
 from deeplab2_like.errors import UserError
@@ -16,7 +16,6 @@ from deeplab2_like.files import require_local, write_atomically
 
 _FOLDER = Path(__file__).parent
 _YAML_SUFFIXES = (".yaml", ".yml")
-_Section = TypeVar("_Section", bound=StrictModel)
 
 
 def list_configs() -> list[str]:
@@ -53,15 +52,19 @@ def load_config(name_or_file: str | os.PathLike[str], overrides: Sequence[str] =
     for override in overrides:
         _apply_override(content, override)
     source = f"config '{name_or_file}'"
-    if "system" not in content:
+    if content.get("system") is None:
         raise UserError(f"{source[0].upper()}{source[1:]} has no key 'system'; add the name of the system to train.")
     config_class = find_config_class(str(content["system"]))
-    model, faults = _check(config_class, content.get("model") or {}, prefix=("model",))
+    model_content = content.get("model")
+    model, faults = check_section(config_class, {} if model_content is None else model_content, prefix=("model",))
     # A section with faults is replaced by an empty one, so that the faults of other sections are found, too.
-    config, more_faults = _check(Config, {**content, "model": model or StrictModel()}, prefix=())
+    config, more_faults = check_section(Config, {**content, "model": model or StrictModel()}, prefix=())
     if config is None or faults or more_faults:
-        sentences = [_describe(fault, source=source, overrides=overrides) for fault in (*faults, *more_faults)]
-        raise UserError(" ".join(dict.fromkeys(sentences)))
+        sentences = [
+            describe_fault(fault, source=_find_source(fault.keys, source, overrides))
+            for fault in (*faults, *more_faults)
+        ]
+        raise UserError(" ".join(sentences))
     return config
 
 
@@ -141,95 +144,11 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     section[keys[-1]] = value
 
 
-# Pydantic's type of an error -> what the value must be.
-_MESSAGES = {
-    "bool_parsing": "must be true or false",
-    "bool_type": "must be true or false",
-    "dict_type": "must be a section of keys and values",
-    "float_parsing": "must be a number",
-    "float_type": "must be a number",
-    "int_from_float": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_type": "must be a whole number",
-    "list_type": "must be a list such as [1, 2]",
-    "model_attributes_type": "must be a section of keys and values",
-    "model_type": "must be a section of keys and values",
-    "string_type": "must be a text",
-    "tuple_type": "must be a list such as [512, 1024]",
-}
-
-
-class _Fault(NamedTuple):
-    """A fault of one config key.
-
-    Attributes:
-        keys: The key, from the section down.
-        kind: Pydantic's type of the error, such as `missing`.
-        message: Pydantic's message.
-        value: The value that is not allowed.
-        known: All keys of the section that the key is in.
-    """
-
-    keys: tuple[str, ...]
-    kind: str
-    message: str
-    value: Any
-    known: Sequence[str]
-
-
-def _check(
-    section: type[_Section], content: Any, *, prefix: tuple[str, ...]
-) -> tuple[_Section | None, Sequence[_Fault]]:
-    """Validates the section at the path `prefix`; returns it, or None if it has faults, and all its faults."""
-    try:
-        return section.model_validate(content), []
-    except pydantic.ValidationError as error:
-        return None, [
-            _Fault(
-                keys=(*prefix, *(str(key) for key in fault["loc"])),
-                kind=fault["type"],
-                message=fault["msg"].removeprefix("Value error, "),
-                value=fault["input"],
-                known=_known_keys(section, fault["loc"][:-1]),
-            )
-            for fault in error.errors()
-        ]
-
-
-def _describe(fault: _Fault, *, source: str, overrides: Sequence[str]) -> str:
-    """Describes a fault in one sentence, and names the override that set the value, if one did."""
-    key = ".".join(fault.keys)
-    if fault.kind == "extra_forbidden":
-        *section, last = fault.keys
-        close = difflib.get_close_matches(last, fault.known, n=1)
-        suggestion = f" Did you mean '{'.'.join([*section, *close])}'?" if close else ""
-        where = f" in '{'.'.join(section)}'" if section else ""
-        return f"Unknown config key '{key}'.{suggestion} Known{where}: {', '.join(sorted(fault.known)) or 'none'}."
-    for override in overrides:
-        keys, _ = _split_override(override)
-        shared = min(len(keys), len(fault.keys))
-        if keys[:shared] == fault.keys[:shared]:
-            source = f"--set '{override}'"  # The last one counts.
-    if fault.kind == "missing":
-        return f"Config key '{key}' is missing in {source}; set it there or with --set."
-    message = fault.message
-    if fault.kind == "literal_error":
-        message = f"must be one of {fault.message.removeprefix('Input should be ').replace(' or ', ', ')}"
-    message = _MESSAGES.get(fault.kind, message)
-    # A whole section as a value would bury the message.
-    value = "is not allowed" if isinstance(fault.value, dict) else f"has the value {fault.value!r}"
-    return f"Config key '{key}' in {source} {value}: {message}."
-
-
-def _known_keys(section: Any, keys: Sequence[int | str]) -> list[str]:
-    """Lists the keys of the section at the path `keys` in a section; empty if there is no section."""
-    for key in keys:
-        fields = section.model_fields if _is_section(section) else {}
-        annotation = fields[key].annotation if key in fields else None
-        # A section that may be null is a union.
-        section = next((kind for kind in (annotation, *get_args(annotation)) if _is_section(kind)), None)
-    return list(section.model_fields) if _is_section(section) else []
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, StrictModel)
+def _find_source(keys: Sequence[int | str], source: str, overrides: Sequence[str]) -> str:
+    """Returns where the value of a key comes from: the last override that set it or a part of it, or else `source`."""
+    for override in reversed(overrides):
+        changed, _ = _split_override(override)
+        shared = min(len(changed), len(keys))
+        if changed[:shared] == tuple(map(str, keys[:shared])):
+            return f"--set '{override}'"
+    return source

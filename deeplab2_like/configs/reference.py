@@ -36,7 +36,11 @@ def list_config_summaries() -> list[dict[str, str]]:
         config: Any = load_config(name)
         summary = builtin_config_file(name).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
         backbone = config.model.backbone.name
-        machine = "CPU" if backbone == "resnet_tiny" else f"accelerators, batch {config.trainer.batch_size}"
+        machine = (
+            "CPU"
+            if backbone in ("resnet_tiny", "efficientnet_lite0")
+            else f"accelerators, batch {config.trainer.batch_size}"
+        )
         summaries.append({"name": name, "backbone": backbone, "machine": machine, "summary": summary})
     return summaries
 

@@ -3,8 +3,8 @@
 The `model` section is declared in the `config.py` of each system and found through the registry of systems.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Sequence
+from typing import Any, Literal, TypeGuard
 
 import pydantic
 
@@ -16,6 +16,21 @@ class StrictModel(pydantic.BaseModel):
     """A config section: immutable, and an unknown key is an error."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+def was_saved_before(content: Any, new_key: str, *, saved_keys: Collection[str]) -> TypeGuard[dict[str, Any]]:
+    """Returns whether a section was saved by an earlier version of the library, which did not know a key.
+
+    A model folder must keep the behavior that it was trained with, even if the default of a new key differs from it.
+    Its config has all keys of its version, so a section that lacks only newer keys comes from an earlier version. A
+    user writes only some keys of a section, and gets the defaults of the others.
+
+    Args:
+        content: The section before it is checked; of any type.
+        new_key: The key that the earlier version did not know.
+        saved_keys: The keys that the section had before this key was added.
+    """
+    return isinstance(content, dict) and content.keys() >= set(saved_keys) and new_key not in content
 
 
 class ColorJitterConfig(StrictModel):
@@ -65,6 +80,12 @@ class ResizeConfig(StrictModel):
         "side such as {max: 1333}, or null for none.",
     )
 
+    @property
+    def smallest_shorter_side(self) -> int | None:
+        """The smallest size that `shorter_side` allows; None without it."""
+        sides = self.shorter_side.choices if isinstance(self.shorter_side, SideChoices) else self.shorter_side
+        return min(sides) if isinstance(sides, tuple) else sides
+
     def scales(self, shorter: Any, longer: Any, *, target: Any = None) -> list[Any]:
         """Returns one or two factors for an image; the smaller one resizes it.
 
@@ -104,11 +125,18 @@ class ResizeConfig(StrictModel):
     @pydantic.model_validator(mode="after")
     def _sides_fit_together(self) -> "ResizeConfig":
         if self.shorter_side is None and not isinstance(self.longer_side, int):
-            raise ValueError("needs a size: `shorter_side`, such as 800, or `longer_side`, such as 1025")
+            raise ValueError("it needs a size, `shorter_side` such as 800 or `longer_side` such as 1025")
         if self.shorter_side is not None and isinstance(self.longer_side, int):
             raise ValueError(
                 f"`longer_side: {self.longer_side}` sets the size alone; remove `shorter_side` or set a limit, "
                 f"`longer_side: {{max: {self.longer_side}}}`"
+            )
+        smallest = self.smallest_shorter_side
+        if smallest is not None and isinstance(self.longer_side, SideLimit) and self.longer_side.max < smallest:
+            limit = self.longer_side.max
+            raise ValueError(
+                f"`longer_side: {{max: {limit}}}` is below the shorter side of {smallest}; set a limit of at least "
+                f"{smallest}, or `longer_side: {limit}` without `shorter_side`"
             )
         return self
 
@@ -187,7 +215,7 @@ class DataConfig(StrictModel):
     @classmethod
     def _positive_crop(cls, value: tuple[int, int]) -> tuple[int, int]:
         if min(value) < 1:
-            raise ValueError("height and width must be at least 1")
+            raise ValueError("must be a height and a width of at least 1")
         return value
 
     @pydantic.field_validator("scale_range")

@@ -17,7 +17,14 @@ from deeplab2_like.checkpoint_files import checkpoint_step, find_checkpoint, lis
 from deeplab2_like.configs import Config, load_config
 from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.images import IMAGE_SUFFIXES, list_images, read_image, write_png
+from deeplab2_like.data.images import (
+    IMAGE_SUFFIXES,
+    describe_bit_depth,
+    find_bit_depth,
+    list_images,
+    read_image,
+    write_png,
+)
 from deeplab2_like.data.record_errors import report_bad_records
 from deeplab2_like.data.shards import count_examples, list_shards
 from deeplab2_like.errors import UserError
@@ -34,7 +41,9 @@ from deeplab2_like.evaluation.inference import (
 from deeplab2_like.evaluation.instance_json import InstanceAnnotations
 from deeplab2_like.evaluation.submission import Instances, make_submission
 from deeplab2_like.files import make_folder, reserve_outputs
-from deeplab2_like.model_folder import CONFIG_FILE, build_from_model_folder, load_model_folder
+from deeplab2_like.model import PanopticSystem, build_system
+from deeplab2_like.model_folder import CONFIG_FILE, read_model_folder
+from deeplab2_like.printing import printable
 from deeplab2_like.progress import progress_bar
 from deeplab2_like.temporary import remove_leftovers
 from deeplab2_like.visualize import side_by_side
@@ -42,6 +51,8 @@ from deeplab2_like.visualize import side_by_side
 
 class ModelFolderEvaluation:
     """Evaluates checkpoints of a model folder, all with the same network and inference function.
+
+    The network is built after all inputs are read or checked, so that a wrong path is reported at once.
 
     Args:
         model_dir: A folder that training wrote.
@@ -60,8 +71,11 @@ class ModelFolderEvaluation:
         overrides: Changes to the config.
 
     Raises:
-        UserError: If folders, records or options do not match.
+        UserError: If folders or options do not match, or the instance JSON is wrong.
     """
+
+    system: PanopticSystem
+    _infer: ExampleFunction
 
     def __init__(  # noqa: PLR0913 - its arguments are the options of the command
         self,
@@ -82,7 +96,7 @@ class ModelFolderEvaluation:
     ) -> None:
         self.model_dir = Path(model_dir)
         self.config: Config
-        self.config, self.system = build_from_model_folder(model_dir, overrides)
+        self.config, self._dataset_info = read_model_folder(model_dir, overrides)
         self.split = split or self.config.data.val_split
         given = {"flip": flip, "scales": tuple(scales) != (1.0,), "ensemble": bool(ensemble), "compile": compiled}
         conflicting = [f"--{name}" for name, is_given in given.items() if is_given]
@@ -109,22 +123,31 @@ class ModelFolderEvaluation:
             raise UserError("Image ids are for a submission; ask for one with --submission coco, or leave them out.")
         self._annotations: InstanceAnnotations | None = None
         if instances_json is not None:
-            self._annotations = InstanceAnnotations(instances_json, self.system.dataset_info)
-            print("".join(f"{note}\n" for note in self._annotations.notes), end="")
-        self._infer: ExampleFunction
-        if oracle:
-            self._infer = make_oracle_function(self.system, oracle)
+            self._annotations = InstanceAnnotations(instances_json, self._dataset_info)
+            print("".join(f"{printable(note)}\n" for note in self._annotations.notes), end="")
+        self._oracle = list(oracle)
+        # Config, dataset info and checkpoint of each model.
+        self._ensemble = [(*read_model_folder(folder), find_checkpoint(folder)) for folder in ensemble]
+        self._inference_options: dict[str, Any] = {"compiled": compiled, "scales": scales, "flip": flip}
+        self._is_built = False
+
+    def build(self) -> None:
+        """Builds the network and the inference function, once; `run`, `predict` and `follow` do so.
+
+        Raises:
+            UserError: If the system does not have a part that an oracle should replace, or lacks a way to merge views.
+        """
+        if self._is_built:
             return
-        self._infer = make_example_function(
-            make_inference_function(
-                self.system,
-                compiled=compiled,
-                with_instances=True,
-                ensemble=[load_model_folder(folder)[1] for folder in ensemble],
-                scales=scales,
-                flip=flip,
+        self.system = build_system(self.config, self._dataset_info)
+        if self._oracle:
+            self._infer = make_oracle_function(self.system, self._oracle)
+        else:
+            ensemble = [_build_and_restore(*model) for model in self._ensemble]
+            self._infer = make_example_function(
+                make_inference_function(self.system, with_instances=True, ensemble=ensemble, **self._inference_options)
             )
-        )
+        self._is_built = True
 
     def run(self, checkpoint: str = "last") -> dict[str, Any]:
         """Evaluates a checkpoint, prints the table, and writes `metrics.json` and TensorBoard events.
@@ -138,12 +161,12 @@ class ModelFolderEvaluation:
         Raises:
             UserError: If there is no such checkpoint, or the records or the output folder cannot be used.
         """
-        return self._evaluate(self._restore(checkpoint))
-
-    def _evaluate(self, step: int) -> dict[str, Any]:
-        """Does the work of `run` with the current variables of the system, which are those of `step`."""
         files, total = self._list_records()
-        examples = pipeline.make_eval_dataset(files, dataset_info=self.system.dataset_info)
+        return self._evaluate(self._restore(checkpoint), files, total)
+
+    def _evaluate(self, step: int, files: Sequence[str], total: int) -> dict[str, Any]:
+        """Evaluates the current variables of the system, which are those of `step`, on `total` records in `files`."""
+        examples = pipeline.make_eval_dataset(files, dataset_info=self._dataset_info)
         with self._writers() as write, _with_progress(examples, total, files) as examples:
             make_folder(self.output_dir)  # Checked before the evaluation, which may take hours.
             metrics = evaluate(
@@ -179,6 +202,8 @@ class ModelFolderEvaluation:
         keeps_best = not self._options and self.split == self.config.data.val_split
         if not keeps_best:
             print("The best checkpoint is not kept, as the numbers are not those of the plain validation split.")
+        files, total = self._list_records()
+        self.build()
         metrics = None
         done = 0
         waiting_since: float | None = None
@@ -199,9 +224,9 @@ class ModelFolderEvaluation:
                 restore_system(self.system, new[0])
             except UserError as error:
                 if Path(f"{new[0]}.index").exists():
-                    print(f"Step {done} is left out: {error}", file=sys.stderr)
+                    print(f"Step {done} is left out: {printable(str(error))}", file=sys.stderr)
                 continue
-            metrics = self._evaluate(done)
+            metrics = self._evaluate(done, files, total)
             if keeps_best and save_if_best(self.model_dir, self.system, step=done, pq=metrics["panoptic"]["all"]["pq"]):
                 print(f"Step {done} is the best so far.", flush=True)
         return metrics
@@ -220,13 +245,15 @@ class ModelFolderEvaluation:
             parts.append("-".join([name, *values]))
         return re.sub(r"[^\w.=-]+", "_", "_".join(parts))
 
-    def predict(self, images: str | os.PathLike[str], checkpoint: str = "last") -> int:
+    def predict(self, images: str | os.PathLike[str], checkpoint: str = "last", *, bit_depth: int | None = None) -> int:
         """Writes pictures or a submission for images without labels.
 
         Args:
             images: An image file, or a folder, whose subfolders are searched, too. With image ids, only the images that
                 have one are used: COCO's test-dev is a part of its folder of test images.
             checkpoint: See `find_checkpoint`.
+            bit_depth: Number of bits that images of more than 8 bits per channel use; None: that of the training
+                images, or else found from the largest value.
 
         Returns:
             The number of images.
@@ -242,12 +269,15 @@ class ModelFolderEvaluation:
                 "Images without labels give no metrics; ask for pictures with --save-predictions or for files to "
                 "submit with --submission."
             )
-        self._restore(checkpoint)
         files = self._list_images(Path(images))
+        self._restore(checkpoint)
+        bit_depth = bit_depth or self._dataset_info.bit_depth or find_bit_depth(files.values())
+        if bit_depth is not None:
+            print(describe_bit_depth(bit_depth))
 
         def read_examples() -> Iterator[Example]:
             for name, file in files.items():
-                yield {"image": tf.constant(read_image(file)), "image_id": tf.constant(name)}
+                yield {"image": tf.constant(read_image(file, bit_depth=bit_depth)), "image_id": tf.constant(name)}
 
         with self._writers(files) as write, _with_progress(read_examples(), len(files)) as examples:
             for example in examples:
@@ -269,15 +299,16 @@ class ModelFolderEvaluation:
         return {name: files[name] for name in self._image_ids}
 
     def _restore(self, checkpoint: str) -> int:
-        """Restores a checkpoint into the system and returns its step."""
+        """Builds the system, restores a checkpoint into it and returns the step of the checkpoint."""
         path = find_checkpoint(self.model_dir, checkpoint)
+        self.build()
         restore_system(self.system, path)
         return checkpoint_step(path)
 
     def _list_records(self) -> tuple[list[str], int]:
         """Returns the files of the split and their number of examples; raises `UserError` if their classes differ."""
         folder = self.config.data.record_folder
-        if DatasetInfo.load(folder) != self.system.dataset_info:
+        if DatasetInfo.load(folder) != self._dataset_info:
             raise UserError(
                 f"The records in '{folder}' have other classes, in another order, or another label divisor than "
                 f"model folder '{self.model_dir}'; evaluate on records of the data set it was trained on."
@@ -295,7 +326,7 @@ class ModelFolderEvaluation:
         Args:
             image_names: The names of all images, if they are known beforehand.
         """
-        info = self.system.dataset_info
+        info = self._dataset_info
         pictures = self.output_dir / "predictions"
         picture_names: set[str] = set()
         if self._save_predictions:
@@ -359,6 +390,13 @@ def evaluate_model_folder(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a model folder: `ModelFolderEvaluation(model_dir, **options).run(checkpoint)`."""
     return ModelFolderEvaluation(model_dir, **options).run(checkpoint)
+
+
+def _build_and_restore(config: Config, dataset_info: DatasetInfo, checkpoint: str) -> PanopticSystem:
+    """Builds a system and restores a checkpoint, given by its path, into it."""
+    system = build_system(config, dataset_info)
+    restore_system(system, checkpoint)
+    return system
 
 
 def _picture_name(image_name: str, taken: set[str]) -> str:

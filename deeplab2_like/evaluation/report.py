@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from deeplab2_like.evaluation.instance_ap import InstanceAPResult
 from deeplab2_like.evaluation.instance_iou import InstanceIoUResult
 from deeplab2_like.evaluation.panoptic_quality import PanopticQualityResult
 from deeplab2_like.evaluation.semantic_iou import SemanticIoUResult
 from deeplab2_like.files import write_atomically
+from deeplab2_like.printing import name_text, print_line, print_whole_table
 
 
 def metrics_dict(
@@ -167,7 +167,9 @@ def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console
     semantic = metrics.get("semantic", {})
     class_iou = semantic.get("per_class", {})
     if panoptic := metrics.get("panoptic"):
-        table = Table(title=None if title is None else Text(title), title_justify="left")
+        if title is not None:
+            print_line(title, console)
+        table = Table()
         table.add_column("class")
         for header in ("PQ", "SQ", "RQ", "TP", "FP", "FN", "IoU"):
             table.add_column(header, justify="right", no_wrap=True)
@@ -181,18 +183,16 @@ def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console
                 continue  # A class that occurs nowhere has no quality; zeros would look like failures.
             values = _format_percents(quality, "pq", "sq", "rq") if any(counts) else ["", "", ""]
             iou = f"{class_iou[name]:.2f}" if name in class_iou else ""
-            # As `Text`, because rich would read brackets in a plain string as markup.
-            table.add_row(Text(name), *values, *(str(count) for count in counts), iou)
-        console.print(table)
+            table.add_row(name_text(name, console), *values, *(str(count) for count in counts), iou)
+        print_whole_table(table, console)
         # Again, as the first rows of a table of many classes scroll away.
         _print_line(console, "Panoptic", {f"PQ {group}": panoptic[group]["pq"] for group in groups})
     if semantic:
         titles = {"miou": "mIoU", "fwiou": "fwIoU", "iiou": "iIoU", "category_iiou": "category iIoU"}
         _print_line(console, "Semantic", {title: semantic[key] for key, title in titles.items() if key in semantic})
         if left_out := semantic.get("not_predicted"):
-            console.print(
-                Text(f"          mean over {len(class_iou)} classes; the head does not predict {', '.join(left_out)}")
-            )
+            text = f"mean over {len(class_iou)} classes; the head does not predict {', '.join(left_out)}"
+            print_line(f"          {text}", console)
     for kind in ("mask", "box"):
         precisions = {
             key.removeprefix(f"{kind}_").replace("ap", "AP").replace("_", " "): value
@@ -202,7 +202,7 @@ def print_table(metrics: Mapping[str, Any], *, title: str | None = None, console
         if precisions:
             _print_line(console, f"{kind.capitalize()} AP", precisions)
     if ground_truth := metrics.get("instance", {}).get("ground_truth"):
-        console.print(Text(f"          AP of {ground_truth}"))
+        print_line(f"          AP of {ground_truth}", console)
 
 
 def _format_percents(values: Mapping[str, float], *keys: str) -> list[str]:
@@ -212,6 +212,4 @@ def _format_percents(values: Mapping[str, float], *keys: str) -> list[str]:
 
 def _print_line(console: Console, name: str, values: Mapping[str, float]) -> None:
     """Prints named percentages on one line."""
-    console.print(
-        f"{name + ':':<10}" + "  ".join(f"{key} {value:.2f}" for key, value in values.items()), highlight=False
-    )
+    print_line(f"{name + ':':<10}" + "  ".join(f"{key} {value:.2f}" for key, value in values.items()), console)

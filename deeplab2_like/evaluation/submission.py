@@ -320,7 +320,7 @@ def read_image_ids(json_file: str | os.PathLike[str]) -> dict[str, int | str]:
         names_and_ids = [(str(image["file_name"]), image["id"]) for image in content["images"]]
     except OSError as error:
         raise UserError(f"The JSON of image ids '{json_file}' cannot be read ({error.strerror}).") from error
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             f"'{json_file}' does not list images ({error!r}); give a COCO JSON whose 'images' have 'file_name' and "
             "'id', such as image_info_test-dev2017.json."

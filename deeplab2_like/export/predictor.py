@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.images import list_images, read_image, write_png
+from deeplab2_like.data.images import find_bit_depth, list_images, read_image, write_png
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter, segments_info
 from deeplab2_like.export.versions import MODEL_FILE, newest_export
@@ -195,12 +195,14 @@ class PredictionSummary:
         skipped: The fault of each skipped image.
         pictures_dir: The folder of the pictures.
         json_file: The COCO panoptic JSON; its PNGs are in the folder of the same name beside it.
+        bit_depth: Number of bits for which images of more than 8 bits per channel were scaled; None: there were none.
     """
 
     images: int
     skipped: tuple[str, ...]
     pictures_dir: Path
     json_file: Path
+    bit_depth: int | None = None
 
 
 def predict_files(
@@ -210,6 +212,7 @@ def predict_files(
     *,
     compiled: bool = False,
     on_error: Literal["stop", "skip"] = "stop",
+    bit_depth: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PredictionSummary:
     """Predicts an image file, or all images directly in a folder.
@@ -224,6 +227,8 @@ def predict_files(
         output_dir: The folder of the results; created if missing.
         compiled: See `Predictor`.
         on_error: "stop" at the first image that cannot be read, or "skip" such images and report them.
+        bit_depth: Number of bits that images of more than 8 bits per channel use; None: that of the training images, or
+            else found from the largest value.
         progress: Called after each image with the number of images done and the total.
 
     Returns:
@@ -248,10 +253,11 @@ def predict_files(
     writer.start(more_outputs=[pictures_dir.name])
     remove_leftovers(pictures_dir)
 
+    bit_depth = bit_depth or predictor.dataset_info.bit_depth or find_bit_depth(files)
     skipped: list[str] = []
     for done, (file, name, image_id) in enumerate(zip(files, names, image_ids, strict=True), start=1):
         try:
-            image = read_image(file)
+            image = read_image(file, bit_depth=bit_depth)
             try:
                 prediction = predictor(image)
             except UserError as error:
@@ -268,7 +274,7 @@ def predict_files(
             progress(done, len(files))
     if len(skipped) == len(files):
         raise UserError(f"None of the {len(files)} images in '{input_path}' can be predicted, the first: {skipped[0]}")
-    return PredictionSummary(len(files) - len(skipped), tuple(skipped), pictures_dir, writer.close())
+    return PredictionSummary(len(files) - len(skipped), tuple(skipped), pictures_dir, writer.close(), bit_depth)
 
 
 def _find_export(folder: Path) -> Path:

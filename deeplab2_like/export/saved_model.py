@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from deeplab2_like import files
 from deeplab2_like.configs import Config, save_config
+from deeplab2_like.data.records import is_readable_by_tensorflow
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.inference import compile_with_xla
 from deeplab2_like.export.versions import MODEL_FILE, is_export, list_versions, newest_export, version_number
@@ -174,7 +175,7 @@ def _trace(system: PanopticSystem) -> dict[str, tf.types.experimental.ConcreteFu
     infer = tf.function(system.infer, input_signature=[images], autograph=False).get_concrete_function()
 
     def infer_encoded(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        return infer(_decode_images(image_bytes))
+        return infer(_decode_images(image_bytes, system.dataset_info.bit_depth))
 
     # TensorFlow Serving's REST interface recognizes base64 values by the suffix `_bytes`.
     image_bytes = tf.TensorSpec([None], tf.string, name="image_bytes")
@@ -185,12 +186,12 @@ def _trace(system: PanopticSystem) -> dict[str, tf.types.experimental.ConcreteFu
     }
 
 
-def _decode_images(image_bytes: tf.Tensor) -> tf.Tensor:
-    """Decodes image files, string [B], all of one size, to uint8 [B, H, W, 3]."""
+def _decode_images(image_bytes: tf.Tensor, bit_depth: int | None) -> tf.Tensor:
+    """Decodes image files, string [B], all of one size, to uint8 [B, H, W, 3]; see `_decode_image`."""
     count = tf.size(image_bytes)
 
     def decode(index: tf.Tensor, images: tf.TensorArray, size: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        image = tf.io.decode_image(image_bytes[index], channels=3, expand_animations=False)  # [H, W, 3]
+        image = _decode_image(image_bytes[index], bit_depth)  # [H, W, 3]
         size_here = tf.shape(image)
         tf.debugging.Assert(
             (index == 0) | tf.reduce_all(size_here == size),
@@ -202,6 +203,36 @@ def _decode_images(image_bytes: tf.Tensor) -> tf.Tensor:
     state = (tf.constant(0), images, tf.zeros([3], tf.int32))
     _, images, _ = tf.while_loop(lambda index, *_: index < count, decode, state)
     return images.stack()  # [B, H, W, 3]
+
+
+def _decode_image(content: tf.Tensor, bit_depth: int | None) -> tf.Tensor:
+    """Decodes an image file, string [], to uint8 [H, W, 3]; PNGs of 16 bits as those of the training images.
+
+    Args:
+        content: The content of the file.
+        bit_depth: See `DatasetInfo`.
+    """
+    tf.debugging.Assert(
+        is_readable_by_tensorflow(content), ["A BMP with a palette or few bits cannot be read; send the image as PNG."]
+    )
+
+    def decode() -> tf.Tensor:
+        return tf.io.decode_image(content, channels=3, expand_animations=False)
+
+    if bit_depth is None:
+        return decode()
+    shift = bit_depth - 8
+
+    def decode_wide() -> tf.Tensor:
+        values = tf.cast(tf.io.decode_png(content, channels=3, dtype=tf.uint16), tf.int32)
+        return tf.saturate_cast(tf.bitwise.right_shift(values, shift), tf.uint8)
+
+    # Byte 24 of a PNG is the number of bits; a file that ends before it is faulty anyway.
+    header = tf.strings.join([content, "\0" * 25])
+    is_wide = tf.equal(tf.strings.substr(header, 0, 4), b"\x89PNG") & tf.equal(
+        tf.strings.substr(header, 24, 1), b"\x10"
+    )
+    return tf.cond(is_wide, decode_wide, decode)
 
 
 def _require_folder(folder: Path, *, name: str) -> None:

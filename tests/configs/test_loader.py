@@ -1,10 +1,13 @@
 """Configs: inheritance, overrides, and what the messages say."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from deeplab2_like.configs import list_configs, load_config, save_config
+from deeplab2_like.configs.loader import builtin_config_file
+from deeplab2_like.configs.schema import SideLimit, was_saved_before
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
 from deeplab2_like.model import build_system
@@ -31,6 +34,20 @@ def test_built_in_configs_load_and_come_back_equal(name: str, tmp_path: Path) ->
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+# A line of its own in the comments of a config: the config, and the keys that the line sets.
+COMMENTED = [
+    (name, line.partition("--set ")[2])
+    for name in list_configs()
+    for line in builtin_config_file(name).read_text().splitlines()
+    if line.startswith("#   --set ")
+]
+
+
+@pytest.mark.parametrize(("name", "keys"), COMMENTED)
+def test_the_keys_in_the_comments_of_a_config_can_be_set(name: str, keys: str) -> None:
+    assert load_config(name, shlex.split(keys)) != load_config(name)
 
 
 @pytest.mark.parametrize("name", ["panoptic_deeplab/scenes_tiny"])
@@ -87,6 +104,28 @@ def test_an_override_changes_a_size_of_an_earlier_version(tmp_path: Path) -> Non
     earlier.write_text(WHOLE.replace("model: {", "model: {resize: {short_side: 600, long_side: 1000}, "))
     model = load_config(earlier, ["model.resize.shorter_side=700"]).model.model_dump()
     assert model["resize"] == {"shorter_side": 700, "longer_side": {"max": 1000}}
+
+
+@pytest.mark.parametrize("shorter_side", ["800", "[800, 900]", "{choices: [900, 800]}"])
+def test_the_limit_of_the_longer_side_may_equal_the_smallest_shorter_side(whole: Path, shorter_side: str) -> None:
+    override = f"data.resize={{shorter_side: {shorter_side}, longer_side: {{max: 800}}}}"
+    resize = load_config(whole, [override]).data.resize
+    assert resize is not None
+    assert resize.longer_side == SideLimit(max=800)
+
+
+def test_only_sections_with_all_keys_of_an_earlier_version_were_saved_by_it(whole: Path) -> None:
+    saved = {"low": 1, "high": 2}
+    assert was_saved_before(saved, "new", saved_keys=("low", "high"))
+    assert was_saved_before({**saved, "newer": 3}, "new", saved_keys=("low", "high"))
+    assert not was_saved_before({"low": 1}, "new", saved_keys=("low", "high"))  # A user wrote it.
+    assert not was_saved_before({**saved, "new": 3}, "new", saved_keys=("low", "high"))
+    assert not was_saved_before(3, "new", saved_keys=())
+    # A section that a user wrote, so it takes the defaults.
+    model = load_config(whole, ["model.decoder.semantic_channels=64", "model.backbone.output_stride=8"]).model
+    content = model.model_dump()
+    assert content["decoder"]["instance_low_level_channels"] == {"res3": 32, "res2": 16}
+    assert content["backbone"]["atrous_conversion"] == "exact"
 
 
 COCO = [name for name in list_configs() if "/coco_" in name and not name.startswith("panoptic_deeplab/")]
@@ -174,7 +213,7 @@ def test_circle_through_the_parent_folder(tmp_path: Path) -> None:
 def test_a_section_must_have_keys(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text("base: panoptic_deeplab/scenes_tiny\ntrainer: null\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"'trainer' .* has the value None: must be a section of keys and values\.$"):
+    with pytest.raises(UserError, match=r"'trainer' .* is null, but must be a section of keys and values; its"):
         load_config(path)
 
 
@@ -198,36 +237,53 @@ def test_a_section_must_have_keys(tmp_path: Path) -> None:
         ("system=[a]", r"Unknown system '\['a'\]'"),
         (
             "trainer.steps=many",
-            r"Config key 'trainer.steps' in --set 'trainer.steps=many' has the value 'many': must be a whole number\.$",
+            r"Config key 'trainer.steps' in --set 'trainer.steps=many' is 'many', but must be a whole number\.$",
         ),
         (
             "trainer.schedule.name=step",
-            r"'trainer.schedule' in --set 'trainer.schedule.name=step' is not allowed: `bou",
+            r"section 'trainer.schedule' in --set 'trainer.schedule.name=step' is invalid: `bou",
         ),
-        ("trainer.steps=0", r"Config key 'trainer.steps' .* has the value 0: .* greater than or equal to 1"),
+        ("trainer.steps=0", r"Config key 'trainer.steps' .* is 0, but must be at least 1\.$"),
         (
             "trainer.optimizer.name=adams",
-            r"'trainer.optimizer.name' .* the value 'adams': must be one of 'adam', 'sgd'\.$",
+            r"'trainer.optimizer.name' .* is 'adams', but must be one of 'adam', 'sgd'\.$",
         ),
-        ("data.crop_size=[0, 4]", r"'data.crop_size' .* has the value \[0, 4\]: height and width must be at least 1\."),
-        ("data.scale_range=[2, 1]", r"'data.scale_range' .*: must be two positive numbers, the smaller one first\."),
+        ("data.crop_size=[0, 4]", r"'data.crop_size' .* is \[0, 4\], but must be a height and a width of at least 1\."),
+        (
+            "data.scale_range=[2, 1]",
+            r"'data.scale_range' .*, but must be two positive numbers, the smaller one first\.",
+        ),
         (
             "data.resize={}",
-            r"'data.resize' .* is not allowed: needs a size: `shorter_side`, such as 800, or `lon",
+            r"'data.resize' .* is invalid: it needs a size, `shorter_side` such as 800 or `lon",
         ),
-        ("data.resize={longer_side: {max: 9}}", r"'data.resize' .* is not allowed: needs a size: `shorter_side`"),
+        ("data.resize={longer_side: {max: 9}}", r"'data.resize' .* is invalid: it needs a size, `shorter_side`"),
         (
             "data.resize={shorter_side: 5, longer_side: 9}",
             r"'data.resize' .*: `longer_side: 9` sets the size alone; remove `shorter_side` or set a limit, "
             r"`longer_side: \{max: 9\}`\.$",
         ),
         (
+            "data.resize={shorter_side: 800, longer_side: {max: 400}}",
+            r"'data.resize' .*: `longer_side: \{max: 400\}` is below the shorter side of 800; set a limit of at least "
+            r"800, or `longer_side: 400` without `shorter_side`\.$",
+        ),
+        (
+            "model.resize={shorter_side: 800, longer_side: {max: 799}}",
+            r"'model.resize' .*: `longer_side: \{max: 799\}` is below the shorter side of 800",
+        ),
+        ("data.resize={shorter_side: [640, 800], longer_side: {max: 639}}", "is below the shorter side of 640; set a"),
+        (
+            "data.resize={shorter_side: {choices: [800, 640]}, longer_side: {max: 639}}",
+            "is below the shorter side of 640; set a limit of at least 640",
+        ),
+        (
             "data.resize.shorter_side=[9, 8]",
-            r"data.resize.shorter_side' .*: must be two sizes, the smaller one first\.$",
+            r"data.resize.shorter_side' .* is \[9, 8\], but must be two sizes, the smaller one first\.$",
         ),
         (
             "data.resize.shorter_side=[7, 8, 9]",
-            r"data.resize.shorter_side' .*: must be a size such as 800, a range su",
+            r"data.resize.shorter_side' .*, but must be a size such as 800, a range su",
         ),
         ("data.resize.shorter_side={choices: []}", r"'data.resize.shorter_side' .* choices such as \{choices: \[640, "),
         (
@@ -240,20 +296,20 @@ def test_a_section_must_have_keys(tmp_path: Path) -> None:
         ("data.resize.short_side=8", r"'data.resize.short_side'\. Did you mean 'data.resize.shorter_side'\? Known in"),
         (
             "model.resize.shorter_side=[8, 9]",
-            r"'model.resize' .*: the network size must be fixed: `shorter_side` can be a range or choices only in `d",
+            r"'model.resize' .*: `shorter_side` must be one size, as the network size is fixed; a range and choices",
         ),
-        ("model.resize={shorter_side: {choices: [8, 9]}}", r"'model.resize' .*: the network size must be fixed: "),
-        ("data.scale_step=0", r"'data.scale_step' .* has the value 0: Input should be greater than 0"),
+        ("model.resize={shorter_side: {choices: [8, 9]}}", r"'model.resize' .* the network size is fixed; a range "),
+        ("data.scale_step=0", r"'data.scale_step' .* is 0, but must be above 0, or null\.$"),
         (
             "data={crop_size: [8, 8], scale_range: [0.5, 1.5], scale_step: 0.3}",
             r"'data' .*: `scale_step` 0.3 does not lead from 0.5 to 1.5 in whole steps; change it or `scale_range`\.$",
         ),
-        ("trainer.learning_rate=fast", r"has the value 'fast': must be a number\.$"),
-        ("data.flip=maybe", r"has the value 'maybe': must be true or false\.$"),
-        ("data.crop_size=5", r"'data.crop_size' .* has the value 5: must be a list such as \[512, 1024\]\.$"),
-        ("trainer.steps=null", r"'trainer.steps' .* has the value None"),
-        ("trainer=3", r"Config key 'trainer' .* has the value 3"),
-        ("model=3", r"Config key 'model' .* has the value 3"),
+        ("trainer.learning_rate=fast", r"is 'fast', but must be a number\.$"),
+        ("data.flip=maybe", r"is 'maybe', but must be true or false\.$"),
+        ("data.crop_size=5", r"'data.crop_size' .* is 5, but must be a list such as \[512, 1024\]\.$"),
+        ("trainer.steps=null", r"'trainer.steps' .* is null, but must be a whole number\.$"),
+        ("trainer=3", r"Config key 'trainer' .* is 3, but must be a section"),
+        ("model=3", r"Config key 'model' .* is 3, but must be a section"),
         ("trainer.steps.more=3", r"Override 'trainer.steps.more=3' fails: 'trainer.steps' is a value, not a section\."),
         ("trainer.steps", r"Override 'trainer.steps' must have the form key.path=value, such as trainer.steps=1000\."),
         ("=3", r"Override '=3' must have the form"),
@@ -266,18 +322,159 @@ def test_wrong_overrides(whole: Path, override: str, message: str) -> None:
         load_config(whole, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        # Numbers out of range.
+        ("trainer.steps=-1", "Config key 'trainer.steps' in SOURCE is -1, but must be at least 1."),
+        (
+            "trainer.seed=4294967296",
+            "Config key 'trainer.seed' in SOURCE is 4294967296, but must be at most 4294967295.",
+        ),
+        ("data.color_jitter.hue=0.7", "Config key 'data.color_jitter.hue' in SOURCE is 0.7, but must be at most 0.5."),
+        ("data.color_jitter.hue=-0.5", "Config key 'data.color_jitter.hue' in SOURCE is -0.5, but must be at least 0."),
+        ("trainer.learning_rate=0", "Config key 'trainer.learning_rate' in SOURCE is 0, but must be above 0."),
+        ("model.norm.momentum=1.5", "Config key 'model.norm.momentum' in SOURCE is 1.5, but must be below 1."),
+        (
+            "trainer.evaluate_every=0",
+            "Config key 'trainer.evaluate_every' in SOURCE is 0, but must be at least 1, or null.",
+        ),
+        (
+            "trainer.optimizer.multipliers={head: -1}",
+            "Config key 'trainer.optimizer.multipliers.head' in SOURCE is -1, but must be at least 0.",
+        ),
+        # Wrong types.
+        ("trainer.steps=1.5", "Config key 'trainer.steps' in SOURCE is 1.5, but must be a whole number."),
+        ("trainer.steps=.inf", "Config key 'trainer.steps' in SOURCE is inf, but must be a finite number."),
+        (
+            f"trainer.steps='{'1' * 5000}'",
+            f"Config key 'trainer.steps' in SOURCE is '{'1' * 5000}', but must be valid (Unable to parse input string "
+            "as an integer, exceeded maximum size).",
+        ),
+        ("trainer.steps=2020-01-01", "Config key 'trainer.steps' in SOURCE is 2020-01-01, but must be a whole number."),
+        ("trainer.steps={a: 1}", "Config key 'trainer.steps' in SOURCE must be a whole number."),
+        (
+            "trainer.steps=[true, null, x]",
+            "Config key 'trainer.steps' in SOURCE is [true, null, 'x'], but must be a whole number.",
+        ),
+        (
+            "trainer.optimizer.clip_norm=much",
+            "Config key 'trainer.optimizer.clip_norm' in SOURCE is 'much', but must be a number, or null.",
+        ),
+        ("data.flip=2", "Config key 'data.flip' in SOURCE is 2, but must be true or false."),
+        ("data.path=3", "Config key 'data.path' in SOURCE is 3, but must be a string, or null."),
+        # Null where it is not allowed.
+        ("data.flip=null", "Config key 'data.flip' in SOURCE is null, but must be true or false."),
+        (
+            "trainer.optimizer.name=null",
+            "Config key 'trainer.optimizer.name' in SOURCE is null, but must be one of 'adam', 'sgd'.",
+        ),
+        (
+            "data.crop_size=null",
+            "Config key 'data.crop_size' in SOURCE is null, but must be a list such as [512, 1024].",
+        ),
+        # Choices.
+        (
+            "model.backbone.output_stride=4",
+            "Config key 'model.backbone.output_stride' in SOURCE is 4, but must be one of 8, 16, 32.",
+        ),
+        (
+            "model.backbone.deformable_stages=[res5, res6]",
+            "Config key 'model.backbone.deformable_stages[1]' in SOURCE is 'res6', but must be one of 'res3', 'res4', "
+            "'res5'.",
+        ),
+        # Lists.
+        ("data.crop_size=[5]", "Config key 'data.crop_size' in SOURCE is [5], but must be a list of length 2."),
+        ("data.crop_size=[]", "Config key 'data.crop_size' in SOURCE is [], but must be a list of length 2."),
+        (
+            "data.crop_size=[1, 2, 3]",
+            "Config key 'data.crop_size' in SOURCE is [1, 2, 3], but must be a list of length 2.",
+        ),
+        ("data.crop_size=[8, a]", "Config key 'data.crop_size[1]' in SOURCE is 'a', but must be a whole number."),
+        (
+            "model.aspp.pooling_window=[1]",
+            "Config key 'model.aspp.pooling_window' in SOURCE is [1], but must be a list of length 2, or null.",
+        ),
+        # Values in place of sections.
+        (
+            "data.resize=800",
+            "Config key 'data.resize' in SOURCE is 800, but must be a section of keys and values, or null; its keys "
+            "are longer_side, shorter_side.",
+        ),
+        (
+            "model.norm=[group]",
+            "Config key 'model.norm' in SOURCE is ['group'], but must be a section of keys and values; its keys are "
+            "epsilon, kind, momentum.",
+        ),
+        (
+            "model=false",
+            "Config key 'model' in SOURCE is false, but must be a section of keys and values; its keys are aspp, "
+            "backbone, decoder, dual_aspp, dual_decoder, image_mean, image_std, instance_aspp, loss, "
+            "min_padded_size, norm, postprocess, resize, resizing, semantic_only, void_class.",
+        ),
+        (
+            "trainer.optimizer.multipliers=3",
+            "Config key 'trainer.optimizer.multipliers' in SOURCE is 3, but must be a section of keys and values.",
+        ),
+        (
+            "trainer.optimizer.multipliers={3: 4}",
+            "Config key 'trainer.optimizer.multipliers' in SOURCE has the key 3, but its keys must be strings.",
+        ),
+        # Unknown keys.
+        (
+            "data.color_jitter={hew: 1}",
+            "Unknown config key 'data.color_jitter.hew'. Did you mean 'data.color_jitter.hue'? Known in "
+            "'data.color_jitter': brightness, contrast, hue, saturation.",
+        ),
+        (
+            "data.color_jitter={3: 4}",
+            "Unknown config key 'data.color_jitter.3'. Known in 'data.color_jitter': brightness, contrast, hue, "
+            "saturation.",
+        ),
+        # Validators of the library.
+        (
+            "model.postprocess.nms_kernel=6",
+            "Config key 'model.postprocess.nms_kernel' in SOURCE is 6, but must be odd.",
+        ),
+        (
+            "data.resize.shorter_side={choice: [3]}",
+            "Config key 'data.resize.shorter_side' in SOURCE must be a size such as 800, a range such as [640, 800] or "
+            "choices such as {choices: [640, 672, 704]}.",
+        ),
+        (
+            "data.resize={}",
+            "Config section 'data.resize' in SOURCE is invalid: it needs a size, `shorter_side` such as 800 or "
+            "`longer_side` such as 1025.",
+        ),
+        (
+            "model.dual_decoder=false",
+            "Config section 'model' in SOURCE is invalid: dual_aspp needs dual_decoder, as one decoder has one input; "
+            "set both to the same value.",
+        ),
+        (
+            "data.path=gs://b/c",
+            "Config key 'data.path' in SOURCE is invalid: 'gs://b/c' is not a local path, and only local paths work; "
+            "copy the data to a local folder, or mount the bucket and give the folder it is mounted on.",
+        ),
+    ],
+)
+def test_each_fault_is_one_plain_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config("panoptic_deeplab/scenes_tiny", [override])
+    assert str(error.value) == sentence.replace("SOURCE", f"--set '{override}'")
+
+
 def test_every_fault_is_named_with_where_it_is(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(WHOLE.replace("batch_size: 2", "batch_size: 0").replace("resnet_tiny", "[1]"))
     with pytest.raises(UserError) as error:
         load_config(path, ["trainer.steps=-1", "trainer.steps=0", "data.flop=true"])
     assert str(error.value) == (
-        f"Config key 'model.backbone.name' in config '{path}' has the value [1]: must be a text. "
+        f"Config key 'model.backbone.name' in config '{path}' is [1], but must be a string. "
         "Unknown config key 'data.flop'. Did you mean 'data.flip'? Known in 'data': color_jitter, crop_size, dihedral, "
         "flip, path, resize, scale_range, scale_step, train_split, val_split. "
-        "Config key 'trainer.steps' in --set 'trainer.steps=0' has the value 0: Input should be greater than or equal "
-        f"to 1. Config key 'trainer.batch_size' in config '{path}' has the value 0: Input should be greater than or "
-        "equal to 1."
+        "Config key 'trainer.steps' in --set 'trainer.steps=0' is 0, but must be at least 1. "
+        f"Config key 'trainer.batch_size' in config '{path}' is 0, but must be at least 1."
     )
 
 
@@ -292,7 +489,9 @@ def test_every_fault_is_named_with_where_it_is(tmp_path: Path) -> None:
             WHOLE.replace("steps: 10,", ""),
             r"Config key 'trainer.steps' is missing in config '.*bad.yaml'; set it there",
         ),
+        (WHOLE.replace("panoptic_deeplab", "null"), r"^Config '.*bad.yaml' has no key 'system'; add the name of the"),
         ("system: panoptic_deeplab", r"Config key 'data' is missing"),
+        (f"{WHOLE}\n3: 4", r"^Unknown config key '3'\. Known: data, model, system, trainer\.$"),
         ("- a\n- b", r"Config file '.*bad.yaml' must hold keys and values"),
         ("", r"Config file '.*bad.yaml' must hold keys and values"),
         ("a: [1", r"Config file '.*bad.yaml' is not valid YAML"),

@@ -9,20 +9,29 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from one_convolution import OneConvolution, OneConvolutionConfig, one_convolution_config
+from one_convolution import (
+    OneConvolution,
+    OneConvolutionConfig,
+    one_convolution_config,
+    one_convolution_registered,
+)
 
+from deeplab2_like.cli import main
 from deeplab2_like.configs import load_config
 from deeplab2_like.data import known_datasets
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
+from deeplab2_like.data.shards import ShardWriter
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.evaluate import evaluate
 from deeplab2_like.evaluation.inference import make_inference_function, make_oracle_function
 from deeplab2_like.evaluation.instance_json import InstanceAnnotations
-from deeplab2_like.evaluation.model_folder import _picture_name
+from deeplab2_like.evaluation.model_folder import ModelFolderEvaluation, _picture_name
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import build_system
+from deeplab2_like.model_folder import load_model_folder, prepare_model_folder
+from deeplab2_like.trainer.train import train
 
 SIZES = ((16, 32), (24, 16), (16, 32))
 
@@ -247,6 +256,60 @@ def test_inference_takes_any_size() -> None:
     for size in ((1, 1, 1), (2, 9, 5), (1, 8, 100)):
         assert infer(tf.zeros((*size, 3), tf.uint8))["panoptic"].shape == size
     assert infer.experimental_get_tracing_count() == 1
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A model folder without checkpoints, whose network must not be built, and `records` beside it."""
+    (tmp_path / "records").mkdir()
+    scenes_info().save(tmp_path / "records")
+    with ShardWriter(tmp_path / "records" / "val-00000-of-00001.tfrecord") as writer:
+        writer.write(b"not read")
+    with one_convolution_registered():
+        config = one_convolution_config(data={"path": str(tmp_path / "records")})
+        prepare_model_folder(tmp_path / "model", config, scenes_info())
+        monkeypatch.setattr(OneConvolution, "create_variables", lambda _: pytest.fail("The network is built."))
+        yield tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("run", {"instances_json": "missing.json"}, "the COCO instance JSON 'missing.json' cannot be read"),
+        ("run", {"instances_json": __file__}, "is not a JSON file"),
+        ("run", {"overrides": ["data.path=missing"]}, "'missing' does not exist"),
+        ("run", {"split": "test"}, "has no split 'test'; splits there: val"),
+        ("run", {"ensemble": ["missing"]}, "'missing' is no model folder"),
+        ("run", {}, "holds no checkpoint yet; train first"),
+        ("follow", {"overrides": ["data.path=missing"]}, "'missing' does not exist"),
+        ("follow", {"split": "test"}, "has no split 'test'"),
+        ("predict", {"save_predictions": True}, "Input 'missing' does not exist; give an image file or a folder"),
+    ],
+)
+def test_inputs_are_checked_before_the_network_is_built(
+    method: str, options: dict[str, Any], message: str, model_folder: Path
+) -> None:
+    arguments = {"predict": ["missing"]}.get(method, [])
+    with pytest.raises(UserError, match=message):
+        getattr(ModelFolderEvaluation(model_folder, **options), method)(*arguments)
+
+
+def test_checkpoints_are_found_before_the_network_is_built(model_folder: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint yet; train first"):
+        ModelFolderEvaluation(model_folder, ensemble=[model_folder])
+    with pytest.raises(UserError, match="holds no checkpoint yet; train first"):
+        load_model_folder(model_folder)
+    config = load_config(model_folder / "config.yaml")
+    with pytest.raises(UserError, match="'missing' to start from does not exist; give a model folder"):
+        train(config, model_folder, init_from="missing")
+
+
+def test_following_checks_the_instance_json_before_it_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Without a time limit, so it would wait for the training forever.
+    assert main(["evaluate", "--model-dir", str(tmp_path / "none"), "--follow", "--instances-json", __file__]) == 2
+    output = capsys.readouterr()
+    assert "is not a JSON file" in output.err
+    assert output.out == ""
 
 
 def test_pictures_are_named_apart_and_stay_in_their_folder() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from deeplab2_like.data.images import read_id_png
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.coco_format import CocoPanopticReader
@@ -326,6 +327,21 @@ def test_a_strip_gives_a_picture_of_bounded_size(export_dir, make_image, tmp_pat
 
 
 @pytest.mark.usefixtures("load_once")
+def test_images_of_12_bits_are_scaled(export_dir, predictor, make_image, tmp_path):
+    image = make_image(48, 64)
+    (tmp_path / "images").mkdir()
+    cv2.imwrite(str(tmp_path / "images" / "a.png"), image[..., ::-1].astype(np.uint16) * 16 + 15)
+    summary = predict_files(export_dir, tmp_path / "images", tmp_path / "out")
+    assert summary.bit_depth == 12
+    png, void = tmp_path / "out" / "panoptic" / "a.png", predictor.dataset_info.void
+    expected = predictor(image).panoptic + 1  # The ids of COCO's PNG, in which 0 is void.
+    np.testing.assert_array_equal(read_id_png(png), np.where(expected == void + 1, 0, expected))
+    summary = predict_files(export_dir, tmp_path / "images", tmp_path / "out", bit_depth=16)
+    assert summary.bit_depth == 16
+    expected = predictor(image // 16).panoptic + 1
+    np.testing.assert_array_equal(read_id_png(png), np.where(expected == void + 1, 0, expected))
+
+
 def test_images_that_differ_in_their_endings_only_keep_apart(export_dir, make_image, tmp_path):
     for index, name in enumerate(("a.jpg", "a.png", "a.jpg.bmp", "b.png")):
         _write(tmp_path / name, make_image(16 + index, 20))

@@ -116,6 +116,21 @@ def test_encoded_signature_takes_jpeg(loaded, small_system, make_image):
     _assert_same(received, {key: value.numpy() for key, value in answer.items()})
 
 
+def test_encoded_images_are_read_as_the_training_images():
+    decode = tf.function(saved_model._decode_image)
+    wide = cv2.imencode(".png", np.array([[0, 16, 4095, 65535]], np.uint16))[1].tobytes()
+    # The upper 8 of 12 bits, or of 16; a value above 12 bits is as bright as can be.
+    assert decode(wide, 12)[0, :, 0].numpy().tolist() == [0, 1, 255, 255]
+    assert decode(wide, None)[0, :, 0].numpy().tolist() == [0, 0, 15, 255]
+    narrow = cv2.imencode(".png", np.array([[0, 16, 255]], np.uint8))[1].tobytes()
+    assert decode(narrow, 12)[0, :, 0].numpy().tolist() == [0, 16, 255]
+    colors = cv2.imencode(".bmp", np.full((1, 2, 3), 7, np.uint8))[1].tobytes()
+    assert decode(colors, 12).numpy().tolist() == [[[7, 7, 7]] * 2]
+    palette = cv2.imencode(".bmp", np.full((1, 2), 7, np.uint8))[1].tobytes()
+    with pytest.raises(tf.errors.InvalidArgumentError, match="A BMP with a palette or few bits cannot be read"):
+        decode(palette, None)
+
+
 def test_encoded_signature_names_the_fault_of_unequal_sizes(loaded):
     files = [cv2.imencode(".png", np.zeros((height, 20, 3), np.uint8))[1].tobytes() for height in (10, 12)]
     with pytest.raises(tf.errors.InvalidArgumentError, match="images of one request must be of equal size"):
