@@ -1,5 +1,6 @@
 """The tests that every system inherits: subclass `SystemContract` and say how to build a small system."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from deeplab2_like.configs.schema import TrainerConfig
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import render_scene, scenes_info
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.inference import make_inference_function, make_oracle_function
+from deeplab2_like.evaluation.inference import InferenceFunction, make_inference_function, make_oracle_function
 from deeplab2_like.evaluation.panoptic_quality import PanopticQuality
 from deeplab2_like.evaluation.semantic_iou import SemanticIoU
 from deeplab2_like.export.saved_model import export_saved_model
-from deeplab2_like.model import PanopticSystem
+from deeplab2_like.model import PanopticSystem, overlaps
 from deeplab2_like.model.base import View
 from deeplab2_like.trainer.trainer import Trainer
 
@@ -110,6 +111,14 @@ class SystemContract:
         )
         return trainer.replica_step, optimizer
 
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _two_window_sizes(cls) -> Iterator[None]:
+        """A loop for each size of a window takes seconds to trace; `test_overlaps.py` has all sizes."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(overlaps, "WINDOW_DIVISORS", ((4, 4), (1, 1)))
+            yield
+
     @pytest.fixture
     def system(self) -> PanopticSystem:
         """A fresh system, to train."""
@@ -132,6 +141,19 @@ class SystemContract:
         system = contract.build(INFO)
         contract.excite(system)
         return system
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def graph(cls, excited: PanopticSystem) -> InferenceFunction:
+        """The inference function of `excited`, which takes seconds to trace."""
+        return make_inference_function(excited)
+
+    @pytest.fixture
+    def eager(self) -> Iterator[None]:
+        """Runs a test without graphs, each of which takes seconds to trace; the graphs have tests of their own."""
+        tf.config.run_functions_eagerly(True)
+        yield
+        tf.config.run_functions_eagerly(False)
 
     # --- the contract ------------------------------------------------------------------------------------------------
 
@@ -214,6 +236,7 @@ class SystemContract:
         assert same.mean() > 0.999
         np.testing.assert_array_equal(found["segment_class"], expected["segment_class"])
 
+    @pytest.mark.usefixtures("eager")
     def test_oracle_with_all_parts_is_the_label(self, excited: PanopticSystem) -> None:
         assert excited.oracle_parts
         label = hand_made_label()
@@ -222,6 +245,7 @@ class SystemContract:
         )
         assert panoptic_quality(label, found["panoptic"].numpy()[0], INFO) == 1.0
 
+    @pytest.mark.usefixtures("eager")
     def test_semantic_map_of_a_perfect_network_has_a_mean_iou_of_1(self, excited: PanopticSystem) -> None:
         label = hand_made_label()
         example = {"image": tf.constant(paint(label)), "panoptic": tf.constant(label)}
@@ -254,6 +278,7 @@ class SystemContract:
         assert found.shape == (1, 37, 53)
         assert set(np.unique(found)) <= {*excited.semantic_classes, INFO.ignore_label}
 
+    @pytest.mark.usefixtures("eager")
     def test_views_are_merged_in_place(self, excited: PanopticSystem) -> None:
         image = tf.constant(paint(hand_made_label())[None])
         expected = excited.infer(image)["panoptic"].numpy()[0]
@@ -286,6 +311,7 @@ class SystemContract:
         np.testing.assert_array_equal(outputs["network_size"], [90, 120])
         assert larger.postprocess(outputs, (48, 64))["panoptic"].shape == (1, 48, 64)
 
+    @pytest.mark.usefixtures("eager")
     def test_views_of_several_scales_give_a_valid_map(self, excited: PanopticSystem) -> None:
         image = tf.constant(paint(hand_made_label())[None, :61, :53])
         infer = make_inference_function(excited, scales=(1.0, 1.5), flip=True, with_instances=True)
@@ -323,11 +349,11 @@ class SystemContract:
             np.testing.assert_array_equal(both["segment_id"][position], one["segment_id"][0])
             np.testing.assert_allclose(both["segment_score"][position], one["segment_score"][0], atol=1e-5)
 
-    def test_eager_graph_and_xla_agree(self, excited: PanopticSystem) -> None:
+    def test_eager_graph_and_xla_agree(self, excited: PanopticSystem, graph: InferenceFunction) -> None:
         image = tf.constant(paint(hand_made_label())[None])
         eager = excited.infer(image)
         for infer in (
-            make_inference_function(excited),
+            graph,
             make_inference_function(excited, compiled=True),
             tf.function(excited.infer, jit_compile=True),
         ):
@@ -357,15 +383,17 @@ class SystemContract:
         assert float(values["gradient_norm"]) > 0
         assert int(optimizer.iterations) == 1
 
-    def test_restored_and_exported_maps_are_equal(self, excited: PanopticSystem, tmp_path: Path) -> None:
+    def test_restored_and_exported_maps_are_equal(
+        self, excited: PanopticSystem, graph: InferenceFunction, tmp_path: Path
+    ) -> None:
         image = tf.constant(paint(hand_made_label())[None])
-        expected = make_inference_function(excited)(image)
+        expected = graph(image)
 
         optimizer = self.train_step(excited)[1]
         path = make_checkpoint(excited, optimizer).save(str(tmp_path / "ckpt"))
         restored = self.build(INFO)
         restore(make_checkpoint(restored), path)
-        np.testing.assert_array_equal(make_inference_function(restored)(image)["panoptic"], expected["panoptic"])
+        np.testing.assert_array_equal(restored.infer(image)["panoptic"], expected["panoptic"])
 
         export_saved_model(excited, tmp_path / "export")
         exported = tf.saved_model.load(str(tmp_path / "export")).signatures["serving_default"](images=image)

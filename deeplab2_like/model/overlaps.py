@@ -18,7 +18,7 @@ from deeplab2_like.model.stages import stage
 BLOCK = 64
 # The sizes of windows: the number of lines and the number of blocks of the map are divided by these. Each size is a
 # loop to compile. The smallest come first.
-_WINDOW_DIVISORS = ((8, 8), (4, 4), (2, 2), (1, 4), (1, 1))
+WINDOW_DIVISORS = ((8, 8), (4, 4), (2, 2), (1, 4), (1, 1))
 
 
 class Window(NamedTuple):
@@ -211,7 +211,7 @@ def update_in_windows(
     # The smallest of a few sizes that holds the instance in every image.
     lines_needed = ops.max(ops.where(used, last_line - first_line, 0), axis=0)  # [N]
     blocks_needed = ops.max(ops.where(used, -(-last_column // BLOCK) - first_block, 0), axis=0)  # [N]
-    sizes = [(-(-height // lines), -(-num_blocks // blocks)) for lines, blocks in _WINDOW_DIVISORS]
+    sizes = [(-(-height // lines), -(-num_blocks // blocks)) for lines, blocks in WINDOW_DIVISORS]
     holds = ops.stack([(lines_needed <= lines) & (blocks_needed <= blocks) for lines, blocks in sizes])
     size_index = ops.cast(ops.argmax(ops.cast(holds, "int32"), axis=0), "int32")  # [N], the first that does.
 
