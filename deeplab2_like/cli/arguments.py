@@ -120,11 +120,6 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the post-processing with XLA")
 
 
-def add_on_error(parser: argparse.ArgumentParser, item: str) -> None:
-    """Adds `--on-error`; `item` is the word for a faulty input, such as image."""
-    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help=f"what to do with a faulty {item}")
-
-
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Adds `--bit-depth` and `--max-pixels`, for commands that read photographs."""
     parser.add_argument(

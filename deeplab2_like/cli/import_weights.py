@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     if options.file is None or options.output_dir is None:
         raise UserError("Give a checkpoint and --output-dir MODEL_DIR, or --list to see released checkpoints.")
 
-    from deeplab2_like.weights.import_weights import SOURCES, import_weights
+    from deeplab2_like.weights.import_weights import MODEL_SOURCES, import_weights
 
     imported = import_weights(
         options.file,
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
         overrides=options.set,
     )
     loaded, kept_initial, ignored = (len(names) for names in imported.assignment)
-    print(f"{options.file}: {SOURCES[imported.source].title}")
+    print(f"{options.file}: {MODEL_SOURCES[imported.source].title}")
     print(f"Config: {imported.config} with {' '.join(imported.overrides) or 'no changes'}")
     print(f"Data set: {imported.data_set}")
     print(f"{loaded} arrays loaded, {kept_initial} variables kept initial, {ignored} arrays ignored.")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deeplab2_like.cli.arguments import add_command, add_compile, add_image_options, add_on_error
+from deeplab2_like.cli.arguments import add_command, add_compile, add_image_options
 
 
 def add_parser(commands: Any) -> None:
@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--input", type=Path, required=True, metavar="FILE_OR_DIR", help="an image, or a folder")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the results")
-    add_on_error(parser, "image")
+    parser.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="what to do with a faulty image")
     add_compile(parser)
     add_image_options(parser)
 

@@ -102,22 +102,38 @@ def split_path(path: str) -> tuple[str, str] | None:
     return match[1], _VARIABLES[match[2]]
 
 
-def residual_layer_name(layer: str, prefix: str) -> str | None:
-    """Returns Detectron2's name of a layer.
+def resnet_layer_name(layer: str) -> str | None:
+    """Returns Detectron2's name of a layer of a ResNet.
 
     Args:
-        layer: Path of the layer inside the system.
-        prefix: Detectron2's name of the backbone, such as `backbone`.
+        layer: Path of the layer inside the backbone, such as `res2/block1/conv1`.
 
     Returns:
-        The name, such as `backbone.res2.0.conv1`; None if the layer is not part of a residual block.
+        The name inside the backbone, such as `res2.0.conv1`; None if Detectron2 has no such layer.
     """
+    if re.fullmatch(r"stem/conv\d", layer):
+        return layer.replace("/", ".")
     # A deformable convolution has a second one, for its offsets.
-    block = re.fullmatch(r"backbone/(res\d)/block(\d+)/(\w+?)(?:/(offset))?", layer)
+    block = re.fullmatch(r"(res\d)/block(\d+)/(conv\d|shortcut)(?:/(offset))?", layer)
     if block is None:
         return None
-    name = f"{prefix}.{block[1]}.{int(block[2]) - 1}.{block[3]}"
+    name = f"{block[1]}.{int(block[2]) - 1}.{block[3]}"
     return f"{name}_offset" if block[4] else name
+
+
+def backbone_layer_name(layer: str, prefix: str) -> str | None:
+    """Returns Detectron2's name of a layer of the backbone of a system, which is a ResNet.
+
+    Args:
+        layer: Path of the layer inside the system, such as `backbone/res2/block1/conv1`.
+        prefix: Detectron2's name of the backbone, such as `backbone.bottom_up`.
+
+    Returns:
+        The name, such as `backbone.bottom_up.res2.0.conv1`; None if the layer is not part of the backbone.
+    """
+    part, _, inside = layer.partition("/")
+    name = resnet_layer_name(inside) if part == "backbone" else None
+    return name and f"{prefix}.{name}"
 
 
 def semantic_layer_name(layer: str, branch: str, prefix: str) -> str | None:

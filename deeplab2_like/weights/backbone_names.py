@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deeplab2_like.model.backbone.mobilenet_v3 import LARGE, SMALL, Bottleneck, Stages
+from deeplab2_like.model.backbone.mobilenet_v3 import LARGE, SMALL, Bottleneck, Stages, list_blocks
 from deeplab2_like.model.pretrained import Settings
-from deeplab2_like.weights.assign import transpose_kernel
+from deeplab2_like.weights.assign import resnet_layer_name, transpose_kernel
 
 State = Mapping[str, np.ndarray]  # Arrays by their names in a file.
 
@@ -115,13 +115,9 @@ def _detectron2_resnet_name(path: str, backbone: str) -> str | None:
     if (parts := _split(path)) is None:
         return None
     layer, kind, variable = parts
-    if (residual := _split_residual(layer)) is not None:
-        layer = "res{}.{}.{}".format(*residual)
-    elif re.fullmatch(r"stem/conv\d", layer):
-        layer = layer.replace("/", ".")
-    else:
+    if (name := resnet_layer_name(layer)) is None:
         return None
-    return f"{layer}.norm.{variable}" if kind == "norm" else f"{layer}.{variable}"
+    return f"{name}.norm.{variable}" if kind == "norm" else f"{name}.{variable}"
 
 
 _CAFFE2_LAYERS = {"conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c", "shortcut": "branch1"}
@@ -204,17 +200,15 @@ class _Block(NamedTuple):
 def _blocks(stages: Stages) -> list[_Block]:
     blocks: list[_Block] = []
     filters, group, index_in_group = 16, -1, 0  # The first convolution has 16 channels, but is no block.
-    for stage, rows in stages.items():
-        for number, row in enumerate(rows, start=1):
-            is_new = not blocks or row.filters != filters
-            group, index_in_group = (group + 1, 0) if is_new else (group, index_in_group + 1)
-            place = (len(blocks) + 1, group, index_in_group)
-            if isinstance(row, Bottleneck):
-                expands = row.expansion != filters
-                blocks.append(_Block(f"{stage}/block{number}", *place, expands, row.squeeze, is_final=False))
-            else:
-                blocks.append(_Block(stage, *place, expands=False, squeezes=False, is_final=True))
-            filters = row.filters
+    for number, (path, row) in enumerate(list_blocks(stages), start=1):
+        is_new = not blocks or row.filters != filters
+        group, index_in_group = (group + 1, 0) if is_new else (group, index_in_group + 1)
+        place = (path, number, group, index_in_group)
+        if isinstance(row, Bottleneck):
+            blocks.append(_Block(*place, expands=row.expansion != filters, squeezes=row.squeeze, is_final=False))
+        else:
+            blocks.append(_Block(*place, expands=False, squeezes=False, is_final=True))
+        filters = row.filters
     return blocks
 
 
@@ -273,7 +267,7 @@ def _has(*names: str, without: str = "") -> Callable[[State], bool]:
 
 
 # By the name of the source, for messages. At most one of them recognizes a file.
-BACKBONE_SOURCES: dict[str, BackboneSource] = {
+PYTORCH_SOURCES: dict[str, BackboneSource] = {
     "torchvision's or timm's ResNet": BackboneSource(
         backbones=(*_RESNETS, *_RESNEXTS),
         recognizes=_has("conv1.weight", "layer1.0.conv1.weight"),

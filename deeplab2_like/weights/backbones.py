@@ -1,6 +1,6 @@
 """Pretrained weights of a backbone alone: `model.backbone.weights`, and files for `train --init-from`.
 
-`SOURCES` is the registry of the kinds of files, `IMAGENET_READERS` that of the ImageNet weights.
+`BACKBONE_SOURCES` is the registry of the kinds of files, `IMAGENET_READERS` that of the ImageNet weights.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from deeplab2_like.model.pretrained import (
 )
 from deeplab2_like.weights import deeplab2_panoptic_deeplab, efficientnet_lite, keras_applications
 from deeplab2_like.weights.assign import match_by_name, transpose_kernel
-from deeplab2_like.weights.backbone_names import BACKBONE_SOURCES, BackboneSource, State
+from deeplab2_like.weights.backbone_names import PYTORCH_SOURCES, BackboneSource, State
 from deeplab2_like.weights.files import read_checkpoint
 
 # By the name of the source, for messages. The first one that recognizes the arrays is used.
-SOURCES: dict[str, BackboneSource] = {
+BACKBONE_SOURCES: dict[str, BackboneSource] = {
     "EfficientNet-Lite": BackboneSource(
         backbones=tuple(efficientnet_lite.SCALES),
         recognizes=efficientnet_lite.is_efficientnet_lite,
@@ -32,9 +32,9 @@ SOURCES: dict[str, BackboneSource] = {
         ignored=efficientnet_lite.IGNORED,
         settings=lambda backbone: EFFICIENTNET_LITE,
     ),
-    **BACKBONE_SOURCES,
+    **PYTORCH_SOURCES,
     **keras_applications.KERAS_SOURCES,
-    **deeplab2_panoptic_deeplab.BACKBONE_SOURCES,
+    **deeplab2_panoptic_deeplab.DEEPLAB2_SOURCES,
 }
 
 # Detectron2 puts one of these before the names of a backbone.
@@ -85,10 +85,10 @@ def load_backbone_weights(system: PanopticSystem, weights: str) -> None:
     if found is None:
         raise UserError(
             f"{what} hold arrays with unknown names such as {', '.join(list(state)[:2])}; known are weights of "
-            f"{', '.join(SOURCES)}."
+            f"{', '.join(BACKBONE_SOURCES)}."
         )
     kind, state = found
-    source = SOURCES[kind]
+    source = BACKBONE_SOURCES[kind]
     if name not in source.backbones:
         raise UserError(
             f"{what} are those of {kind}, which do not fit backbone '{name}', but {', '.join(source.backbones)}."
@@ -117,13 +117,13 @@ def recognize_backbone(state: State) -> tuple[str, State] | None:
         state: Arrays by their names in a file.
 
     Returns:
-        The key in `SOURCES`, and the arrays by their names without the prefix `backbone.` of Detectron2; None if the
-        arrays are of no known kind.
+        The key in `BACKBONE_SOURCES`, and the arrays by their names without the prefix `backbone.` of Detectron2; None
+        if the arrays are of no known kind.
     """
     for prefix in _PREFIXES:
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): array for name, array in state.items()}
-    for kind, source in SOURCES.items():
+    for kind, source in BACKBONE_SOURCES.items():
         if source.recognizes(state):
             return kind, state
     return None

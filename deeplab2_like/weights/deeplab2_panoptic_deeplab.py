@@ -15,7 +15,7 @@ import numpy as np
 
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.files import literal_folder, require_local
-from deeplab2_like.model.backbone.mobilenet_v3 import LARGE, SMALL, FinalConvolution, Stages
+from deeplab2_like.model.backbone.mobilenet_v3 import LARGE, SMALL, FinalConvolution, Stages, list_blocks
 from deeplab2_like.model.config import BackboneConfig
 from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab, PanopticDeepLabConfig
 from deeplab2_like.weights.assign import Assignment, assign_by_name, has_prefixes, listed_name
@@ -45,7 +45,7 @@ def read_deeplab2_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     import tensorflow as tf
 
     require_local(path)
-    prefix = find_checkpoint(Path(path))
+    prefix = find_checkpoint_prefix(Path(path))
     state = {}
     with literal_folder(prefix.parent) as folder:
         try:
@@ -68,7 +68,7 @@ def is_tensorflow_checkpoint(path: Path) -> bool:
     return path.is_dir() or path.suffix == ".index" or path.with_name(f"{path.name}.index").is_file()
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint_prefix(path: Path) -> Path:
     """Returns the common part of the names of a checkpoint's files, see `read_deeplab2_checkpoint`."""
     if path.is_dir():
         found = sorted(path.glob("*.index"))
@@ -394,15 +394,12 @@ _MOBILENET_BLOCK_LAYERS = {
 def _mobilenet_layers(stages: Stages) -> list[tuple[str, str]]:
     """Returns the paths of the layers of MobileNetV3, and DeepLab2's names, which count the blocks of all stages."""
     layers = [("stem/conv1", "encoder/_blocks/0")]
-    rows = [
-        (stage, index, row) for stage, stage_rows in stages.items() for index, row in enumerate(stage_rows, start=1)
-    ]
-    for number, (stage, index, row) in enumerate(rows, start=1):
+    for number, (path, row) in enumerate(list_blocks(stages), start=1):
         if isinstance(row, FinalConvolution):
-            layers.append((f"{stage}/conv", f"encoder/_blocks/{number}"))
+            layers.append((f"{path}/conv", f"encoder/_blocks/{number}"))
         else:
             layers.extend(
-                (f"{stage}/block{index}/{layer}", f"encoder/_blocks/{number}/{name}")
+                (f"{path}/{layer}", f"encoder/_blocks/{number}/{name}")
                 for layer, name in _MOBILENET_BLOCK_LAYERS.items()
             )
     return layers
@@ -426,6 +423,6 @@ def _backbone_source(keys: Mapping[str, Any]) -> BackboneSource:
 
 _TITLES = ("ResNet-50", "ResNet-50-Beta", "MobileNetV3-Large", "MobileNetV3-Small")
 # By the name of the source, for messages.
-BACKBONE_SOURCES: dict[str, BackboneSource] = {
+DEEPLAB2_SOURCES: dict[str, BackboneSource] = {
     f"DeepLab2's {title}": _backbone_source(entry[-1]) for title, entry in zip(_TITLES, _BACKBONES, strict=True)
 }

@@ -13,11 +13,11 @@ from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab
 from deeplab2_like.weights.assign import (
     Assignment,
     assign_by_name,
+    backbone_layer_name,
     backbone_overrides,
     check_epsilon,
     has_prefixes,
     listed_name,
-    residual_layer_name,
     split_path,
     transpose_kernel,
 )
@@ -57,7 +57,6 @@ def panoptic_deeplab_overrides(state: Mapping[str, np.ndarray]) -> list[str]:
 # Patterns of layer paths in this library, and Detectron2's names, in which `_BRANCHES` replaces {semantic}, {instance}.
 _BRANCHES = {"semantic": "sem_seg_head", "instance": "ins_embed_head"}
 _LAYERS: tuple[tuple[str, str], ...] = (
-    (r"backbone/stem/(conv\d)", r"backbone.stem.\1"),
     (r"(semantic|instance)_aspp/branch(\d)", r"{\1}.decoder.res5.project_conv.convs.\2"),
     (r"(semantic|instance)_aspp/branch(\d)/(depthwise|pointwise)", r"{\1}.decoder.res5.project_conv.convs.\2.\3"),
     (r"(semantic|instance)_aspp/pooling_branch", r"{\1}.decoder.res5.project_conv.convs.4.1"),
@@ -87,7 +86,7 @@ def panoptic_deeplab_name(path: str) -> str | None:
     if parts is None:
         return None
     layer, variable = parts[0].removesuffix("/conv"), parts[1]
-    name = residual_layer_name(layer, "backbone") or listed_name(layer, _LAYERS)
+    name = backbone_layer_name(layer, "backbone") or listed_name(layer, _LAYERS)
     if name is None:
         return None
     if not name.startswith("backbone"):

@@ -13,11 +13,11 @@ from deeplab2_like.model.panoptic_fcn import PanopticFCN
 from deeplab2_like.weights.assign import (
     Assignment,
     assign_by_name,
+    backbone_layer_name,
     backbone_overrides,
     check_epsilon,
     has_prefixes,
     listed_name,
-    residual_layer_name,
     semantic_layer_name,
     split_path,
 )
@@ -48,7 +48,6 @@ def panoptic_fcn_overrides(state: Mapping[str, np.ndarray]) -> list[str]:
 
 # Patterns of the path of a layer, and its name in the released code.
 _LAYERS: tuple[tuple[str, str], ...] = (
-    (r"backbone/stem/(conv\d)", r"backbone.bottom_up.stem.\1"),
     (r"fpn/(lateral|output)(\d)", r"backbone.fpn_\1\2"),
     (r"fpn/coarser(\d)", r"backbone.top_block.p\1"),
     # A deformable convolution has its own kernel and the kernel of its offsets.
@@ -80,7 +79,7 @@ def panoptic_fcn_name(path: str, *, enhanced: bool = False) -> str | None:
         return None
     layer, variable = parts[0].removesuffix("/conv"), parts[1]
     name = (
-        residual_layer_name(layer, "backbone.bottom_up")
+        backbone_layer_name(layer, "backbone.bottom_up")
         or semantic_layer_name(layer, "encoder/semantic_fpn", "semantic_fpn")
         or listed_name(layer, _LAYERS)
     )

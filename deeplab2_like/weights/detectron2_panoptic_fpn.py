@@ -12,11 +12,11 @@ from deeplab2_like.model.panoptic_fpn import PanopticFPN
 from deeplab2_like.weights.assign import (
     Assignment,
     assign_by_name,
+    backbone_layer_name,
     backbone_overrides,
     check_epsilon,
     has_prefixes,
     listed_name,
-    residual_layer_name,
     semantic_layer_name,
     split_path,
 )
@@ -45,7 +45,6 @@ def panoptic_fpn_overrides(state: Mapping[str, np.ndarray]) -> list[str]:
 
 # Patterns of layer paths in this library, and Detectron2's names.
 _LAYERS: tuple[tuple[str, str], ...] = (
-    (r"backbone/stem/(conv\d)", r"backbone.bottom_up.stem.\1"),
     (r"fpn/(lateral|output)(\d)", r"backbone.fpn_\1\2"),
     (r"semantic_branch/predictor", r"sem_seg_head.predictor"),
     (r"rpn_head/conv", r"proposal_generator.rpn_head.conv"),
@@ -77,7 +76,7 @@ def panoptic_fpn_name(path: str) -> str | None:
     layer = layer.removeprefix("detector/")
     layer = layer if layer == "rpn_head/conv" else layer.removesuffix("/conv")
     name = (
-        residual_layer_name(layer, "backbone.bottom_up")
+        backbone_layer_name(layer, "backbone.bottom_up")
         or semantic_layer_name(layer, "semantic_branch", "sem_seg_head")
         or listed_name(layer, _LAYERS)
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from deeplab2_like.errors import UserError
 from deeplab2_like.model.backbone.efficientnet_lite import SCALES, efficientnet_lite_stages
+from deeplab2_like.model.backbone.mobilenet_v3 import list_blocks
 from deeplab2_like.weights.files import read_checkpoint
 
 # The head and the classifier, and counters.
@@ -67,15 +68,13 @@ def efficientnet_lite_name(path: str, backbone: str) -> str | None:
     Returns:
         The name, such as `_blocks.1._expand_conv.weight`; None if the file has no such variable.
     """
-    match = re.fullmatch(r"(\w+)/(?:(conv1)|block(\d+)/(\w+))/(conv/kernel|norm/(\w+))", path)
+    match = re.fullmatch(r"(?:stem/(conv1)|(\w+/block\d+)/(\w+))/(conv/kernel|norm/(\w+))", path)
     if match is None or backbone not in SCALES:
         return None
-    stage, first, number, part, _, norm = match.groups()
+    first, block, part, _, norm = match.groups()
     if first:
         return "_conv_stem.weight" if norm is None else f"_bn0.{_NORM[norm]}"
-    stages = efficientnet_lite_stages(*SCALES[backbone])
-    names = list(stages)
     # The file numbers the blocks of all stages from 0.
-    block = sum(len(stages[name]) for name in names[: names.index(stage)]) + int(number) - 1
+    index = [path for path, _ in list_blocks(efficientnet_lite_stages(*SCALES[backbone]))].index(block)
     convolution, normalization = _PARTS[part]
-    return f"_blocks.{block}.{f'{convolution}.weight' if norm is None else f'{normalization}.{_NORM[norm]}'}"
+    return f"_blocks.{index}.{f'{convolution}.weight' if norm is None else f'{normalization}.{_NORM[norm]}'}"

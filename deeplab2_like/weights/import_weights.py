@@ -58,7 +58,7 @@ class Source(NamedTuple):
 
 
 # The first one that recognizes the names of a checkpoint is used.
-SOURCES: dict[str, Source] = {
+MODEL_SOURCES: dict[str, Source] = {
     "detectron2_panoptic_fpn": Source(
         title="Panoptic FPN of Detectron2",
         system="panoptic_fpn",
@@ -102,7 +102,7 @@ class Import(NamedTuple):
     """What an import did.
 
     Attributes:
-        source: A key of `SOURCES`.
+        source: A key of `MODEL_SOURCES`.
         config: Name or file of the config.
         overrides: Its overrides, those for what the checkpoint shows first.
         data_set: Name of the data set.
@@ -146,7 +146,7 @@ def import_weights(
     require_new_folder(output_dir)
     state = read_weights(file)
     name = recognize(state, file)
-    source = SOURCES[name]
+    source = MODEL_SOURCES[name]
     default_config, default_data_set = source.find_config(state)
     config = config or default_config
     data_set = data_set or default_data_set
@@ -183,7 +183,7 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def recognize(state: State, file: str | os.PathLike[str]) -> str:
-    """Returns the key in `SOURCES` of the kind that a checkpoint is of.
+    """Returns the key in `MODEL_SOURCES` of the kind that a checkpoint is of.
 
     Args:
         state: The arrays of the checkpoint by name.
@@ -192,7 +192,7 @@ def recognize(state: State, file: str | os.PathLike[str]) -> str:
     Raises:
         UserError: If no kind recognizes the names.
     """
-    for name, source in SOURCES.items():
+    for name, source in MODEL_SOURCES.items():
         if source.recognizes(state):
             return name
     if recognize_backbone(state) is not None:
@@ -200,7 +200,7 @@ def recognize(state: State, file: str | os.PathLike[str]) -> str:
             f"'{file}' holds a backbone alone, which is no model; train one that starts from it, with "
             f"--set model.backbone.weights={file}."
         )
-    known = ", ".join(source.title for source in SOURCES.values())
+    known = ", ".join(source.title for source in MODEL_SOURCES.values())
     raise UserError(
         f"'{file}' is no checkpoint that can be imported: its names, such as {', '.join(list(state)[:2])}, "
         f"are not those of {known}; `deeplab2-like import-weights --list` shows the files."
@@ -260,7 +260,7 @@ def _describe(imported: Import, file: Path) -> dict[str, Any]:
     """Returns the content of `source.json`."""
     files = [file]
     if deeplab2_panoptic_deeplab.is_tensorflow_checkpoint(file):
-        index = deeplab2_panoptic_deeplab.find_checkpoint(file)
+        index = deeplab2_panoptic_deeplab.find_checkpoint_prefix(file)
         files = sorted(path for path in index.parent.iterdir() if path.name.startswith(f"{index.name}."))
     digests = {}
     for path in files:

@@ -13,8 +13,7 @@ import keras
 import numpy as np
 
 from deeplab2_like.errors import UserError
-from deeplab2_like.files import require_local
-from deeplab2_like.model.backbone.mobilenet_v3 import LARGE, SMALL, Bottleneck, Stages
+from deeplab2_like.model.backbone.mobilenet_v3 import LARGE, SMALL, Stages, list_blocks
 from deeplab2_like.model.pretrained import KERAS_MOBILENET_V3, KERAS_RESNET
 from deeplab2_like.weights.backbone_names import BackboneSource, State
 
@@ -61,18 +60,15 @@ def read_file(path: str, backbone: str) -> State:
     """Reads a file that Keras wrote for its network, with or without the classifier.
 
     Args:
-        path: A `.weights.h5`, or a `.h5` of earlier versions.
+        path: A `.weights.h5`, or a `.h5` of earlier versions; it must exist.
         backbone: One of `APPLICATIONS`.
 
     Returns:
         Arrays by layer and variable, such as `conv1_conv/kernel`.
 
     Raises:
-        UserError: If Keras has no such network, or the file does not exist or is not of this network.
+        UserError: If Keras has no such network, or the file is damaged or is not of this network.
     """
-    require_local(path)
-    if not Path(path).is_file():
-        raise UserError(f"Weights '{path}' do not exist; give a file.")
     if backbone not in APPLICATIONS:
         raise UserError(
             f"Weights '{path}' are a file of Keras, which has no network for backbone '{backbone}', but for "
@@ -147,18 +143,16 @@ _MOBILENET_PARTS = {
 
 def _mobilenet_name(path: str, backbone: str) -> str | None:
     """Such as `expanded_conv_3_expand_bn/gamma` for `res3/block1/expand/norm/gamma`."""
-    match = re.fullmatch(r"(\w+)/(?:(conv1|conv)|block(\d+)/([\w/]+))/(conv|norm)/(\w+)", path)
+    match = re.fullmatch(r"(?:(stem/conv1|res5/conv)|(\w+/block\d+)/([\w/]+))/(conv|norm)/(\w+)", path)
     if match is None or backbone not in _MOBILENETS:
         return None
-    stage, whole, number, part, kind, variable = match.groups()
-    if whole:
-        layer = "conv" if whole == "conv1" else "conv_1"
+    convolution, block, part, kind, variable = match.groups()
+    if convolution:
+        layer = "conv" if convolution == "stem/conv1" else "conv_1"
     else:
-        stages = _MOBILENETS[backbone][1]
-        before = [row for name in list(stages)[: list(stages).index(stage)] for row in stages[name]]
         # Keras numbers the blocks of all stages from 0, and leaves out the 0.
-        block = sum(isinstance(row, Bottleneck) for row in before) + int(number) - 1
-        layer = f"expanded_conv_{f'{block}_' if block else ''}{_MOBILENET_PARTS[part]}"
+        index = [path for path, _ in list_blocks(_MOBILENETS[backbone][1])].index(block)
+        layer = f"expanded_conv_{f'{index}_' if index else ''}{_MOBILENET_PARTS[part]}"
     return f"{layer}{'' if kind == 'conv' else '_bn'}/{variable}"
 
 

@@ -21,7 +21,7 @@ from deeplab2_like.model.backbone import build_backbone
 from deeplab2_like.model.backbone.mobilenet_v3 import LARGE, SMALL, MobileNetV3
 from deeplab2_like.model.backbone.resnet import SEVEN_BY_SEVEN, THREE_CONVOLUTIONS, BlockKind, ResNet
 from deeplab2_like.model.config import Norm
-from deeplab2_like.weights.backbone_names import BACKBONE_SOURCES, BackboneSource
+from deeplab2_like.weights.backbone_names import PYTORCH_SOURCES, BackboneSource
 from deeplab2_like.weights.backbones import load_backbone_weights
 
 Shapes = dict[str, tuple[int, ...]]
@@ -231,14 +231,14 @@ def random_state(shapes: Shapes) -> dict[str, np.ndarray]:
 
 
 def source_of(name: str) -> BackboneSource:
-    return BACKBONE_SOURCES[FILES[name][0]]
+    return PYTORCH_SOURCES[FILES[name][0]]
 
 
 @pytest.mark.parametrize("name", list(FILES))
 def test_exactly_one_source_recognizes_a_file(name: str) -> None:
     expected, _, shapes = FILES[name]
     state = random_state(shapes)
-    assert [found for found, source in BACKBONE_SOURCES.items() if source.recognizes(state)] == [expected]
+    assert [found for found, source in PYTORCH_SOURCES.items() if source.recognizes(state)] == [expected]
 
 
 def test_no_source_recognizes_other_files() -> None:
@@ -250,7 +250,7 @@ def test_no_source_recognizes_other_files() -> None:
     ]
     for names in others:
         state = random_state(dict.fromkeys(names, (1,)))
-        assert [found for found, source in BACKBONE_SOURCES.items() if source.recognizes(state)] == []
+        assert [found for found, source in PYTORCH_SOURCES.items() if source.recognizes(state)] == []
 
 
 @pytest.mark.parametrize("name", list(FILES))
@@ -335,15 +335,13 @@ def test_folded_normalization_scales_and_shifts() -> None:
 
 
 def test_settings() -> None:
-    resnet = BACKBONE_SOURCES["Detectron2's ResNet of Caffe2"].settings("resnet50")
+    resnet = PYTORCH_SOURCES["Detectron2's ResNet of Caffe2"].settings("resnet50")
     assert (resnet["image_std"], resnet["backbone.stride_in_1x1"]) == ((1.0, 1.0, 1.0), True)
-    resnext = BACKBONE_SOURCES["Detectron2's ResNet of Caffe2"].settings("resnext101_32x8d")
+    resnext = PYTORCH_SOURCES["Detectron2's ResNet of Caffe2"].settings("resnext101_32x8d")
     assert (resnext["image_std"], resnext["backbone.stride_in_1x1"]) == ((58.395, 57.12, 57.375), False)
-    deeplab = BACKBONE_SOURCES["Detectron2's ResNet of DeepLab"].settings("resnet50")
+    deeplab = PYTORCH_SOURCES["Detectron2's ResNet of DeepLab"].settings("resnet50")
     assert deeplab["backbone.stem"] == "three_convolutions"
-    epsilons = {
-        name: source.settings("mobilenet_v3_small")["norm.epsilon"] for name, source in BACKBONE_SOURCES.items()
-    }
+    epsilons = {name: source.settings("mobilenet_v3_small")["norm.epsilon"] for name, source in PYTORCH_SOURCES.items()}
     assert epsilons.pop("torchvision's MobileNetV3") == 1e-3
     assert set(epsilons.values()) == {1e-5}
 

@@ -19,7 +19,7 @@ from deeplab2_like.data.known_datasets import DATA_SETS, find_data_set
 from deeplab2_like.errors import UserError
 from deeplab2_like.model_folder import check_model_folder, load_model_folder
 from deeplab2_like.weights.deeplab2_panoptic_deeplab import deeplab2_config
-from deeplab2_like.weights.import_weights import SOURCES, recognize
+from deeplab2_like.weights.import_weights import MODEL_SOURCES, recognize
 from deeplab2_like.weights.released import RELEASED
 
 DATA = Path(__file__).parents[1] / "data"
@@ -219,7 +219,7 @@ def deeplab2_shapes(name: str) -> dict[str, np.ndarray]:
 def test_configs_of_deeplab2(name: str, config: str, data_set: str) -> None:
     state = deeplab2_shapes(name)
     assert recognize(state, "file") == "deeplab2_panoptic_deeplab"
-    source = SOURCES["deeplab2_panoptic_deeplab"]
+    source = MODEL_SOURCES["deeplab2_panoptic_deeplab"]
     assert source.find_config(state) == (f"panoptic_deeplab/{data_set}_deeplab2", data_set)
     overrides = source.find_overrides(state)
     model = load_config(f"panoptic_deeplab/{config}", overrides).model.model_dump()
@@ -321,8 +321,8 @@ def test_what_the_names_show(
     blocks = {50: 6, 101: 23}[depth]
     state = arrays(*(f"{prefix}.res4.{block}.conv1.weight" for block in range(blocks))) | head
     assert recognize(state, "file") == source
-    assert SOURCES[source].find_config(state) == config
-    assert SOURCES[source].find_overrides(state) == [f"model.backbone.name=resnet{depth}", *overrides]
+    assert MODEL_SOURCES[source].find_config(state) == config
+    assert MODEL_SOURCES[source].find_overrides(state) == [f"model.backbone.name=resnet{depth}", *overrides]
 
 
 def test_classes_that_no_config_has(tmp_path: Path, refuse: Refuse) -> None:

@@ -80,6 +80,22 @@ SMALL: Stages = {
 }
 
 
+def list_blocks(stages: Stages) -> list[tuple[str, Bottleneck | FinalConvolution]]:
+    """Lists the blocks of all stages in order, each with its path in the backbone.
+
+    Args:
+        stages: The blocks of each stage.
+
+    Returns:
+        Path and row of each block: `res3/block1` for the first bottleneck of a stage, `res5` for the final convolution.
+    """
+    return [
+        (f"{stage}/block{number}" if isinstance(row, Bottleneck) else stage, row)
+        for stage, rows in stages.items()
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
 def halve_last_stage(stages: Stages) -> Stages:
     """Halves the channels of the last stage, for dense prediction.
 
