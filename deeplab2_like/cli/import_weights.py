@@ -14,9 +14,15 @@ def add_parser(commands: Any) -> None:
         commands, "import-weights", run, "Turn a released checkpoint into a model folder, or list known ones."
     )
     parser.add_argument(
-        "file", nargs="?", type=Path, metavar="FILE_OR_DIR", help="the checkpoint: a file, or a folder of TensorFlow"
+        "file",
+        nargs="?",
+        type=Path,
+        metavar="FILE_OR_DIR",
+        help="the checkpoint: a file, or the folder of a TensorFlow one",
     )
-    parser.add_argument("--list", action="store_true", help="list released checkpoints, and where to get them")
+    parser.add_argument(
+        "--list", action="store_true", help="list released checkpoints: PQ, size of the weights, config, address"
+    )
     parser.add_argument(
         "--config", metavar="NAME_OR_FILE", help="a built-in config or a YAML file (default: that of the checkpoint)"
     )
@@ -66,7 +72,10 @@ def run(options: argparse.Namespace) -> None:
 def _print_released() -> None:
     from deeplab2_like.weights.released import RELEASED
 
-    rows = [("model", "PQ", "config", "file"), *((r.model, r.quality, r.config, r.where) for r in RELEASED)]
+    rows = [("source", "model", "data set", "PQ", "weights", "config", "file")]
+    for released in RELEASED:
+        pq, size = f"{released.quality:.1f}", f"about {released.megabytes} MB"
+        rows.append((released.source, released.model, released.data_set, pq, size, released.config, released.address))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())

@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def read_deeplab2_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
                 f"'{prefix.name}.data-...' again."
             ) from error
     if not state:
-        raise UserError(f"Checkpoint '{prefix}' has no weights of Keras layers; is it one of DeepLab2?")
+        raise UserError(f"Checkpoint '{prefix}' has no weights of Keras layers; give a checkpoint of DeepLab2.")
     return state
 
 
@@ -176,28 +176,36 @@ def deeplab2_backbone(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     Raises:
         UserError: If they have no backbone that this library has.
     """
-    keys = _find_backbone(state)
-    if keys is not None:
-        return dict(keys)
+    title = _find_backbone(state)
+    if title is not None:
+        return dict(_BACKBONES[title].keys)
     raise UserError(
-        "The weights have no backbone of DeepLab2 that this library has, which are ResNet-50, ResNet-50-Beta, "
-        f"MobileNetV3-Large and MobileNetV3-Small; their names look like {', '.join(list(state)[:2])}."
+        f"The weights, with names such as {', '.join(list(state)[:2])}, have no backbone of DeepLab2 that this library "
+        f"has; choose weights of {', '.join(_BACKBONES)}."
     )
 
 
-def _find_backbone(state: Mapping[str, np.ndarray]) -> Mapping[str, Any] | None:
-    """Returns the keys of `deeplab2_backbone`, or None if there is no such backbone."""
-    for kernel, shape, blocks, num_blocks, keys in _BACKBONES:
-        found = {match[0] for match in map(re.compile(blocks).match, state) if match}
-        if kernel in state and state[kernel].shape == shape and len(found) == num_blocks:
-            return keys
+def _find_backbone(state: Mapping[str, np.ndarray]) -> str | None:
+    """Returns the key in `_BACKBONES` of the backbone of these weights; None if they have no such backbone."""
+    for title, backbone in _BACKBONES.items():
+        blocks = {match[0] for match in map(re.compile(backbone.block_pattern).match, state) if match}
+        kernel = state.get(backbone.kernel)
+        if kernel is not None and kernel.shape == backbone.shape and len(blocks) == backbone.num_blocks:
+            return title
     return None
 
 
-# The configs by the number of classes of the semantic head, for output stride 32.
+# The data sets by the number of classes of the semantic head, and the config of ResNet-50 at output stride 32.
 CONFIGS = {
     19: ("panoptic_deeplab/cityscapes_deeplab2", "cityscapes"),
     134: ("panoptic_deeplab/coco_deeplab2", "coco"),
+}
+# The configs of other backbones, at the output stride of the released checkpoints, or at 32 if both are released.
+_BACKBONE_CONFIGS = {
+    ("cityscapes", "ResNet-50-Beta"): "panoptic_deeplab/cityscapes_resnet50_beta_deeplab2",
+    ("cityscapes", "MobileNetV3-Large"): "panoptic_deeplab/cityscapes_mobilenet_v3_large_deeplab2_os16",
+    ("cityscapes", "MobileNetV3-Small"): "panoptic_deeplab/cityscapes_mobilenet_v3_small_deeplab2_os16",
+    ("coco", "ResNet-50-Beta"): "panoptic_deeplab/coco_resnet50_beta_deeplab2",
 }
 # Layers whose shape depends on the number of classes.
 CLASS_LAYERS = ("semantic_last_layer/*",)
@@ -209,9 +217,10 @@ def is_deeplab2(names: Collection[str]) -> bool:
 
 
 def find_deeplab2_config(state: Mapping[str, np.ndarray]) -> tuple[str | None, str | None]:
-    """Returns the names of the config and the data set of a checkpoint, by its number of classes; None if unknown."""
+    """Returns the names of the config and the data set of a checkpoint; None if its number of classes is unknown."""
     bias = state.get("semantic_last_layer/bias")
-    return CONFIGS.get(0 if bias is None else len(bias), (None, None))
+    config, data_set = CONFIGS.get(0 if bias is None else len(bias), (None, None))
+    return _BACKBONE_CONFIGS.get((data_set or "", _find_backbone(state) or ""), config), data_set
 
 
 def deeplab2_overrides(state: Mapping[str, np.ndarray]) -> list[str]:
@@ -230,31 +239,57 @@ _MOBILENET = {
     "squeeze_gate": "sigmoid",
     "depthwise_features": True,
 }
-# For each backbone: the name and the shape of a kernel, the pattern and the number of its blocks, and its keys.
-_BACKBONES: tuple[tuple[str, tuple[int, ...], str, int, dict[str, Any]], ...] = (
-    ("encoder/_stem/_conv/kernel", (7, 7, 3, 64), _RESNET_BLOCKS, 16, {**_RESNET, "stem": "seven_by_seven"}),
-    (
-        "encoder/_stem/_conv3_bn/_conv/kernel",
-        (3, 3, 64, 128),
-        _RESNET_BLOCKS,
-        16,
-        {**_RESNET, "stem": "three_convolutions"},
+
+
+class _Backbone(NamedTuple):
+    """A backbone of DeepLab2, and how to recognize its weights.
+
+    Attributes:
+        kernel: Name of a kernel that only this backbone has with this shape.
+        shape: Its shape.
+        block_pattern: Pattern of the names of its blocks.
+        num_blocks: Number of its blocks.
+        keys: The keys of the `backbone` section.
+    """
+
+    kernel: str
+    shape: tuple[int, ...]
+    block_pattern: str
+    num_blocks: int
+    keys: Mapping[str, Any]
+
+
+# By the title for messages.
+_BACKBONES: dict[str, _Backbone] = {
+    "ResNet-50": _Backbone(
+        kernel="encoder/_stem/_conv/kernel",
+        shape=(7, 7, 3, 64),
+        block_pattern=_RESNET_BLOCKS,
+        num_blocks=16,
+        keys={**_RESNET, "stem": "seven_by_seven"},
     ),
-    (
-        "encoder/_blocks/16/_conv/kernel",
-        (1, 1, 160, 960),
-        _MOBILENET_BLOCKS,
-        17,
-        {"name": "mobilenet_v3_large", **_MOBILENET},
+    "ResNet-50-Beta": _Backbone(
+        kernel="encoder/_stem/_conv3_bn/_conv/kernel",
+        shape=(3, 3, 64, 128),
+        block_pattern=_RESNET_BLOCKS,
+        num_blocks=16,
+        keys={**_RESNET, "stem": "three_convolutions"},
     ),
-    (
-        "encoder/_blocks/12/_conv/kernel",
-        (1, 1, 96, 576),
-        _MOBILENET_BLOCKS,
-        13,
-        {"name": "mobilenet_v3_small", **_MOBILENET},
+    "MobileNetV3-Large": _Backbone(
+        kernel="encoder/_blocks/16/_conv/kernel",
+        shape=(1, 1, 160, 960),
+        block_pattern=_MOBILENET_BLOCKS,
+        num_blocks=17,
+        keys={"name": "mobilenet_v3_large", **_MOBILENET},
     ),
-)
+    "MobileNetV3-Small": _Backbone(
+        kernel="encoder/_blocks/12/_conv/kernel",
+        shape=(1, 1, 96, 576),
+        block_pattern=_MOBILENET_BLOCKS,
+        num_blocks=13,
+        keys={"name": "mobilenet_v3_small", **_MOBILENET},
+    ),
+}
 
 
 def load_deeplab2(
@@ -405,7 +440,7 @@ def _mobilenet_layers(stages: Stages) -> list[tuple[str, str]]:
     return layers
 
 
-def _backbone_source(keys: Mapping[str, Any]) -> BackboneSource:
+def _backbone_source(title: str, keys: Mapping[str, Any]) -> BackboneSource:
     """Makes the source of weights of one backbone, in a checkpoint of ImageNet or of Panoptic-DeepLab."""
     backbone = BackboneConfig.model_validate(keys)
     # Any features can be taken; the other keys change what the weights mean.
@@ -413,7 +448,7 @@ def _backbone_source(keys: Mapping[str, Any]) -> BackboneSource:
     colors = dict.fromkeys(("image_mean", "image_std"), (127.5, 127.5, 127.5))
     return BackboneSource(
         backbones=(backbone.name,),
-        recognizes=lambda state: _find_backbone(state) == keys,
+        recognizes=lambda state: _find_backbone(state) == title,
         name_of=lambda path, name: deeplab2_backbone_name(path, backbone),
         to_keras=lambda path, array: array,
         ignored=("[!e]*", "e[!n]*"),  # All that is not below `encoder`.
@@ -421,8 +456,7 @@ def _backbone_source(keys: Mapping[str, Any]) -> BackboneSource:
     )
 
 
-_TITLES = ("ResNet-50", "ResNet-50-Beta", "MobileNetV3-Large", "MobileNetV3-Small")
 # By the name of the source, for messages.
 DEEPLAB2_SOURCES: dict[str, BackboneSource] = {
-    f"DeepLab2's {title}": _backbone_source(entry[-1]) for title, entry in zip(_TITLES, _BACKBONES, strict=True)
+    f"DeepLab2's {title}": _backbone_source(title, backbone.keys) for title, backbone in _BACKBONES.items()
 }

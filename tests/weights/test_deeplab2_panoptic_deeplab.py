@@ -150,7 +150,9 @@ def test_unknown_data_set_and_backbone(state: dict[str, np.ndarray]) -> None:
         deeplab2_config(state, data_set="citiscapes")
     # A deeper network has more blocks.
     deeper = {**state, "encoder/_stage4/_block7/_conv2_bn_act/_conv/kernel": np.zeros((3, 3, 256, 256), np.float32)}
-    with pytest.raises(UserError, match=r"no backbone of DeepLab2 .* are ResNet-50, .* look like encoder/_stage2"):
+    with pytest.raises(
+        UserError, match=r"such as encoder/_stage2.* have no backbone of DeepLab2 .* choose weights of ResNet-50, R"
+    ):
         deeplab2_config(deeper, data_set="cityscapes")
 
 

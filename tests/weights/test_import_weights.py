@@ -17,6 +17,7 @@ from deeplab2_like.cli import main
 from deeplab2_like.configs import list_configs, load_config
 from deeplab2_like.data.known_datasets import DATA_SETS, find_data_set
 from deeplab2_like.errors import UserError
+from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab
 from deeplab2_like.model_folder import check_model_folder, load_model_folder
 from deeplab2_like.weights.deeplab2_panoptic_deeplab import deeplab2_config
 from deeplab2_like.weights.import_weights import MODEL_SOURCES, recognize
@@ -209,25 +210,48 @@ def deeplab2_shapes(name: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("name", "config", "data_set"),
     [
-        ("cityscapes_resnet50_os32", "cityscapes_deeplab2", "cityscapes"),
-        ("cityscapes_resnet50_beta_os32", "cityscapes_deeplab2_os16", "cityscapes"),
-        ("cityscapes_mobilenet_v3_large_os16", "cityscapes_mobilenet_v3_deeplab2_os16", "cityscapes"),
-        ("coco_resnet50_os16", "coco_deeplab2", "coco"),
-        ("coco_resnet50_os16", "coco_deeplab2_os16", "coco"),
+        ("cityscapes_resnet50_os32", "cityscapes_deeplab2", "cityscapes_deeplab2"),
+        ("cityscapes_resnet50_os32", "cityscapes_deeplab2_os16", "cityscapes_deeplab2"),
+        ("cityscapes_resnet50_beta_os32", "cityscapes_resnet50_beta_deeplab2", "cityscapes_resnet50_beta_deeplab2"),
+        # MobileNetV3 was released at output stride 16 only.
+        (
+            "cityscapes_mobilenet_v3_large_os16",
+            "cityscapes_mobilenet_v3_large_deeplab2_os16",
+            "cityscapes_mobilenet_v3_large_deeplab2_os16",
+        ),
+        (
+            "cityscapes_mobilenet_v3_large_os16",
+            "cityscapes_mobilenet_v3_large_deeplab2",
+            "cityscapes_mobilenet_v3_large_deeplab2_os16",
+        ),
+        ("coco_resnet50_os16", "coco_deeplab2", "coco_deeplab2"),
+        ("coco_resnet50_os16", "coco_deeplab2_os16", "coco_deeplab2"),
     ],
 )
-def test_configs_of_deeplab2(name: str, config: str, data_set: str) -> None:
+def test_configs_of_deeplab2(name: str, config: str, default: str) -> None:
     state = deeplab2_shapes(name)
+    data_set = name.partition("_")[0]
     assert recognize(state, "file") == "deeplab2_panoptic_deeplab"
     source = MODEL_SOURCES["deeplab2_panoptic_deeplab"]
-    assert source.find_config(state) == (f"panoptic_deeplab/{data_set}_deeplab2", data_set)
-    overrides = source.find_overrides(state)
-    model = load_config(f"panoptic_deeplab/{config}", overrides).model.model_dump()
-    if "mobilenet" in name:  # The config alone is for MobileNetV3.
-        assert load_config(f"panoptic_deeplab/{config}").model.model_dump() == model
+    assert source.find_config(state) == (f"panoptic_deeplab/{default}", data_set)
     stride = 16 if "os16" in config else 32
-    expected = deeplab2_config(state, data_set=data_set, output_stride=stride).model_dump()
-    assert model == expected
+    expected = deeplab2_config(state, data_set=data_set, output_stride=stride)
+    for overrides in ([], source.find_overrides(state)):
+        assert load_config(f"panoptic_deeplab/{config}", overrides).model == expected
+
+
+def test_configs_of_deeplab2_for_other_backbones() -> None:
+    # They differ by these keys from those that the test above compares.
+    stem, small = "model.backbone.stem=three_convolutions", "model.backbone.name=mobilenet_v3_small"
+    for name, base, override in (
+        ("coco_resnet50_beta_deeplab2", "coco_deeplab2", stem),
+        ("coco_resnet50_beta_deeplab2_os16", "coco_deeplab2_os16", stem),
+        ("cityscapes_mobilenet_v3_small_deeplab2", "cityscapes_mobilenet_v3_large_deeplab2", small),
+        ("cityscapes_mobilenet_v3_small_deeplab2_os16", "cityscapes_mobilenet_v3_large_deeplab2_os16", small),
+    ):
+        config = load_config(f"panoptic_deeplab/{name}")
+        assert config == load_config(f"panoptic_deeplab/{base}", [override])
+        PanopticDeepLab(config.model, DATA_SETS[name.partition("_")[0]])  # It builds; its variables come later.
 
 
 def test_deeplab2_gives_its_maps(tmp_path: Path) -> None:
@@ -244,8 +268,6 @@ def test_deeplab2_gives_its_maps(tmp_path: Path) -> None:
     # The reference model was built for crops of 129x257, of which its image is one.
     import_file(
         folder,
-        "--config",
-        "panoptic_deeplab/cityscapes_mobilenet_v3_deeplab2_os16",
         "--output-dir",
         tmp_path / "model",
         "--set",
@@ -484,5 +506,26 @@ def test_list_of_released_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["import-weights", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(RELEASED) + 1
-    assert any("Panoptic FPN, COCO, R50, 3x" in line and "41.5" in line for line in lines)
+    (fpn,) = (line for line in lines if "Panoptic FPN, ResNet-50, 3x" in line)
+    assert re.split(r"\s{2,}", fpn)[2:6] == ["COCO", "41.5", "about 184 MB", "panoptic_fpn/coco_detectron2"]
+    assert fpn.endswith("/panoptic_fpn_R_50_3x/139514569/model_final_c10459.pkl")
     assert {released.config for released in RELEASED} <= set(list_configs())
+
+
+def test_size_of_released_weights() -> None:
+    def megabytes(state: dict[str, np.ndarray]) -> int:
+        return round(sum(array.size for array in state.values() if array.dtype == np.float32) * 4 / 1e6)
+
+    sizes = {released.config: released.megabytes for released in RELEASED}
+    for name, folder in (
+        ("panoptic_deeplab/cityscapes_detectron2", "detectron2_panoptic_deeplab"),
+        ("panoptic_fcn/coco_600_detectron2", "detectron2_panoptic_fcn"),
+    ):
+        assert sizes[name] == megabytes(read_reference_state(DATA / folder))
+    for name, file in (
+        ("cityscapes_deeplab2", "cityscapes_resnet50_os32"),
+        ("cityscapes_resnet50_beta_deeplab2", "cityscapes_resnet50_beta_os32"),
+        ("cityscapes_mobilenet_v3_large_deeplab2_os16", "cityscapes_mobilenet_v3_large_os16"),
+        ("coco_deeplab2_os16", "coco_resnet50_os16"),
+    ):
+        assert sizes[f"panoptic_deeplab/{name}"] == megabytes(deeplab2_shapes(file))
