@@ -97,5 +97,5 @@ def _read_npy(content: bytes) -> np.ndarray:
         warnings.simplefilter("ignore")  # The header is parsed as Python, which warns about odd literals.
         shape, is_fortran, dtype = readers[version](stream)
     if dtype.kind not in "fiub":
-        raise UserError(f"holds an array of the type {dtype}; only numbers are allowed, so write it again without it")
+        raise UserError(f"holds an array of type {dtype}, but only numbers are allowed; write it again without that")
     return array_of_bytes(memoryview(content)[stream.tell() :], dtype, shape, order="F" if is_fortran else "C")

@@ -78,8 +78,8 @@ def backbone_overrides(names: Collection[str], prefix: str) -> list[str]:
     blocks = {name.split(".")[-3] for name in names if re.fullmatch(rf"{prefix}\.res4\.\d+\.conv1\.weight", name)}
     if len(blocks) not in _RES4_BLOCKS:
         raise UserError(
-            f"The checkpoint has a backbone with {len(blocks)} blocks named '{prefix}.res4.*'; only ResNet-50, which "
-            "has 6, and ResNet-101, which has 23, can be imported."
+            f"The checkpoint has {len(blocks)} blocks named '{prefix}.res4.*', but ResNet-50 has 6 and ResNet-101 has "
+            "23; give a checkpoint with one of these backbones."
         )
     overrides = [f"model.backbone.name={_RES4_BLOCKS[len(blocks)]}"]
     deformable = [stage for stage in ("res3", "res4", "res5") if f"{prefix}.{stage}.0.conv2_offset.weight" in names]
@@ -297,8 +297,8 @@ def assign_by_name(
     for pattern in keep_initial:
         if not fnmatch.filter([*state, *names], pattern):
             raise UserError(
-                f"Pattern '{pattern}' of names to keep initial matches no name in the checkpoint; its names look like "
-                f"{', '.join(list(state)[:2])}."
+                f"Pattern '{pattern}' of names to keep initial matches no name in the checkpoint; give a pattern for "
+                f"names such as {', '.join(list(state)[:2])}."
             )
     match = match_by_name(
         system.weights, state, name_of=name_of, to_keras=to_keras, ignored=_IGNORED, keep_initial=keep_initial

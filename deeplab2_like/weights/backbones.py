@@ -63,7 +63,8 @@ def load_backbone_weights(system: PanopticSystem, weights: str) -> None:
     if weights == IMAGENET:
         if name not in IMAGENET_READERS:
             raise UserError(
-                f"There are no ImageNet weights for backbone '{name}', but for {', '.join(IMAGENET_SETTINGS)}."
+                f"There are no ImageNet weights for backbone '{name}'; set model.backbone.name to one of "
+                f"{', '.join(IMAGENET_SETTINGS)}, or model.backbone.weights to a file or null."
             )
         state = IMAGENET_READERS[name](name)
         what = f"The ImageNet weights of {name}"
@@ -84,18 +85,19 @@ def load_backbone_weights(system: PanopticSystem, weights: str) -> None:
     found = recognize_backbone(state)
     if found is None:
         raise UserError(
-            f"{what} hold arrays with unknown names such as {', '.join(list(state)[:2])}; known are weights of "
-            f"{', '.join(BACKBONE_SOURCES)}."
+            f"{what} have names, such as {', '.join(list(state)[:2])}, that are not those of a known backbone; give a "
+            f"file of {', '.join(BACKBONE_SOURCES)}."
         )
     kind, state = found
     source = BACKBONE_SOURCES[kind]
     if name not in source.backbones:
         raise UserError(
-            f"{what} are those of {kind}, which do not fit backbone '{name}', but {', '.join(source.backbones)}."
+            f"{what} are those of {kind} and do not fit backbone '{name}'; set model.backbone.name to one of "
+            f"{', '.join(source.backbones)}, or give other weights."
         )
     state = source.prepare(state)
     if wrong := wrong_settings(system.config, source.settings(name)):
-        raise UserError(f"{what} need another config: {describe_settings(wrong)}; set these keys.")
+        raise UserError(f"{what} were trained with other settings than the config has; set {describe_settings(wrong)}.")
     match = match_by_name(
         # Offsets of deformable convolutions start at zero; no classifier has them.
         [variable for variable in backbone.weights if "/offset/" not in variable.path],
@@ -105,7 +107,9 @@ def load_backbone_weights(system: PanopticSystem, weights: str) -> None:
         ignored=source.ignored,
     )
     if problems := match.describe_problems():
-        raise UserError(f"{what} do not fit backbone '{name}': {problems}; choose the matching backbone.")
+        raise UserError(
+            f"{what} do not fit backbone '{name}': {problems}; set model.backbone.name to the backbone of the weights."
+        )
     match.assign()
     print(f"Backbone: loaded {what[0].lower()}{what[1:]}, {len(backbone.weights)} arrays.")
 

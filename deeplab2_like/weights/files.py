@@ -144,7 +144,7 @@ def _array(name: str, value: Any) -> np.ndarray:
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
         return value
     kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-    raise UserError(f"holds '{name}' of type {kind}; only numbers are allowed")
+    raise UserError(f"holds '{name}' of type {kind}, but only numbers are allowed; write it again without that")
 
 
 def _printable(error: Exception) -> str:

@@ -202,15 +202,15 @@ def recognize(state: State, file: str | os.PathLike[str]) -> str:
         )
     known = ", ".join(source.title for source in MODEL_SOURCES.values())
     raise UserError(
-        f"'{file}' is no checkpoint that can be imported: its names, such as {', '.join(list(state)[:2])}, "
-        f"are not those of {known}; `deeplab2-like import-weights --list` shows the files."
+        f"'{file}' cannot be imported, because its names, such as {', '.join(list(state)[:2])}, are not those of "
+        f"{known}; choose a checkpoint that `deeplab2-like import-weights --list` shows."
     )
 
 
 def _unknown_classes(file: str | os.PathLike[str], source: Source) -> UserError:
     return UserError(
-        f"'{file}' ({source.title}) shows no number of classes of Cityscapes or COCO; give its classes with "
-        "--data-set FILE.json, and the config with --config."
+        f"'{file}' ({source.title}) has neither the number of classes of Cityscapes nor that of COCO; give its classes "
+        "with --data-set FILE.json, and a config with --config."
     )
 
 

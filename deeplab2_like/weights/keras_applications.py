@@ -71,8 +71,8 @@ def read_file(path: str, backbone: str) -> State:
     """
     if backbone not in APPLICATIONS:
         raise UserError(
-            f"Weights '{path}' are a file of Keras, which has no network for backbone '{backbone}', but for "
-            f"{', '.join(APPLICATIONS)}."
+            f"Weights '{path}' are a file of Keras, which has no network for backbone '{backbone}'; set "
+            f"model.backbone.name to one of {', '.join(APPLICATIONS)}, or give a file of another source."
         )
     reason = ""
     for include_top in (False, True):
@@ -84,7 +84,10 @@ def read_file(path: str, backbone: str) -> State:
             raise
         except Exception as error:  # Damaged files and those of other networks raise various exceptions.
             reason = " ".join(str(error).split())[:200]
-    raise UserError(f"Weights '{path}' are no readable file of keras.applications.{APPLICATIONS[backbone]} ({reason}).")
+    raise UserError(
+        f"Weights '{path}' are no readable file of keras.applications.{APPLICATIONS[backbone]} ({reason}); download "
+        "it again, or give a file of this network."
+    )
 
 
 def _build(backbone: str, *, weights: str | None, include_top: bool) -> Any:

@@ -97,7 +97,7 @@ class _DType:
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?([iu][1248]|f[248]|b1)", code):
-            raise UserError("holds arrays of Python objects or text; only numbers are allowed, so " + _CONVERT)
+            raise UserError("holds arrays of Python objects or text, but only numbers are allowed; " + _CONVERT)
         self.value = np.dtype(code)
 
     def set_state(self, state: Any) -> None:

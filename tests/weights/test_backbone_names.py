@@ -395,7 +395,7 @@ def test_a_file_of_caffe2_is_loaded_into_deformable_convolutions(tmp_path: Path)
     [
         (
             ["model.backbone={name: mobilenet_v3_small}", "model.norm.epsilon=1e-5"],
-            r"small\.npz' need another config: model\.backbone\.halve_last_stage=false, model\.norm\.epsilon=0\.001",
+            r"than the config has; set model\.backbone\.halve_last_stage=false, model\.norm\.epsilon=0\.001\.$",
         ),
         (
             ["model.backbone={name: mobilenet_v3_large, halve_last_stage: false}", "model.norm.epsilon=1e-3"],
@@ -403,8 +403,8 @@ def test_a_file_of_caffe2_is_loaded_into_deformable_convolutions(tmp_path: Path)
         ),
         (
             ["model.backbone={name: resnet_tiny}"],
-            r"small\.npz' are those of torchvision's MobileNetV3, which do not fit backbone 'resnet_tiny', but "
-            r"mobilenet_v3_large, mobilenet_v3_small\.$",
+            r"small\.npz' are those of torchvision's MobileNetV3 and do not fit backbone 'resnet_tiny'; set "
+            r"model\.backbone\.name to one of mobilenet_v3_large, mobilenet_v3_small, or give other weights\.$",
         ),
     ],
 )

