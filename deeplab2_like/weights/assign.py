@@ -29,19 +29,21 @@ class Assignment(NamedTuple):
     ignored: Sequence[str]
 
 
-class MisfitError(UserError):
+class MismatchError(UserError):
     """The checkpoint does not fit the system.
 
     Attributes:
         problems: The names that do not fit, as text.
-        misshapen: Names whose arrays have another shape.
+        shape_mismatches: Names whose arrays have another shape.
         only_shapes: Whether other shapes are the only problem.
     """
 
-    def __init__(self, what: str, problems: str, advice: str, *, misshapen: Sequence[str], only_shapes: bool) -> None:
+    def __init__(
+        self, what: str, problems: str, advice: str, *, shape_mismatches: Sequence[str], only_shapes: bool
+    ) -> None:
         super().__init__(f"The checkpoint does not fit this {what}: {problems}; {advice}.")
         self.problems = problems
-        self.misshapen = misshapen
+        self.shape_mismatches = shape_mismatches
         self.only_shapes = only_shapes
 
 
@@ -168,7 +170,7 @@ def transpose_kernel(path: str, array: np.ndarray) -> np.ndarray:
     return array.transpose((2, 3, 0, 1) if "/depthwise/" in path else (2, 3, 1, 0))
 
 
-def listed_name(layer: str, names: Sequence[tuple[str, str]]) -> str | None:
+def match_layer_name(layer: str, names: Sequence[tuple[str, str]]) -> str | None:
     """Returns the name of a layer.
 
     Args:
@@ -192,20 +194,20 @@ class Match(NamedTuple):
         assignments: The variable and its new value, by the name in the checkpoint.
         kept_initial: Names of the variables that keep their initial values, because a pattern says so.
         missing: Names that the checkpoint lacks; paths of variables that have no name there.
-        left_over: Names of the checkpoint that belong to no variable.
-        misshapen: The two shapes as text, by the name in the checkpoint.
+        unexpected: Names of the checkpoint that belong to no variable.
+        shape_mismatches: The two shapes as text, by the name in the checkpoint.
     """
 
     assignments: dict[str, tuple[Any, np.ndarray]]
     kept_initial: list[str]
     missing: list[str]
-    left_over: list[str]
-    misshapen: dict[str, str]
+    unexpected: list[str]
+    shape_mismatches: dict[str, str]
 
     def describe_problems(self) -> str:
         """Describes what does not fit; an empty string if everything does."""
-        shapes = [f"{name} is {shape}" for name, shape in self.misshapen.items()]
-        parts = (("missing", self.missing), ("left over", self.left_over), ("of another shape", shapes))
+        shapes = [f"{name} is {shape}" for name, shape in self.shape_mismatches.items()]
+        parts = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes))
         return "; ".join(
             f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             for problem, names in parts
@@ -260,8 +262,10 @@ def match_by_name(
         if array.shape == tuple(variable.shape):
             match.assignments[name] = variable, array
         else:
-            match.misshapen[name] = f"{state[name].shape}, which gives {array.shape} instead of {tuple(variable.shape)}"
-    match.left_over.extend(sorted(unused))
+            match.shape_mismatches[name] = (
+                f"{state[name].shape}, which gives {array.shape} instead of {tuple(variable.shape)}"
+            )
+    match.unexpected.extend(sorted(unused))
     return match
 
 
@@ -290,7 +294,7 @@ def assign_by_name(
         What was loaded.
 
     Raises:
-        MisfitError: If names are missing or left over, or a shape differs.
+        MismatchError: If names are missing or unexpected, or a shape differs.
         UserError: If a pattern matches nothing.
     """
     names = [name for name in map(name_of, (variable.path for variable in system.weights)) if name is not None]
@@ -304,12 +308,12 @@ def assign_by_name(
         system.weights, state, name_of=name_of, to_keras=to_keras, ignored=_IGNORED, keep_initial=keep_initial
     )
     if problems := match.describe_problems():
-        raise MisfitError(
+        raise MismatchError(
             what,
             problems,
             f"use config '{config}', or list the names that should not be loaded in `keep_initial`",
-            misshapen=list(match.misshapen),
-            only_shapes=not match.missing and not match.left_over,
+            shape_mismatches=list(match.shape_mismatches),
+            only_shapes=not match.missing and not match.unexpected,
         )
     match.assign()
     used = {*match.assignments, *match.kept_initial}

@@ -145,7 +145,7 @@ def _caffe2_to_keras(path: str, array: np.ndarray) -> np.ndarray:
     return array[:, :, ::-1] if path == "stem/conv1/conv/kernel" else array
 
 
-def _unfold_norms(state: State) -> State:
+def _complete_affine_norms(state: State) -> State:
     """Completes normalization that the file holds as scale and offset, `_bn_s` and `_bn_b`, by neutral statistics."""
     result = dict(state)
     for name in state:
@@ -299,7 +299,7 @@ PYTORCH_SOURCES: dict[str, BackboneSource] = {
         to_keras=_caffe2_to_keras,
         ignored=("conv1_b", "fc1000_*", "pred_*", "*_momentum"),  # Detectron2 ignores the bias `conv1_b`, too.
         settings=_caffe2_settings,
-        prepare=_unfold_norms,
+        prepare=_complete_affine_norms,
     ),
     "torchvision's MobileNetV3": BackboneSource(
         backbones=tuple(_MOBILENETS),

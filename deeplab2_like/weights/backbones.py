@@ -55,8 +55,8 @@ def load_backbone_weights(system: PanopticSystem, weights: str) -> None:
         weights: `imagenet`, or the path of a file or of a TensorFlow checkpoint. The classifier in the file is ignored.
 
     Raises:
-        UserError: If there are no such weights, the file is of no known kind, a variable is missing or has another
-            shape, something of the file is left over, or the config has other settings than belong to the weights.
+        UserError: If there are no such weights, the file is of no known kind, names are missing or unexpected, a shape
+            differs, or the config has other settings than belong to the weights.
     """
     backbone: Any = system.backbone
     name = system.config.backbone.name

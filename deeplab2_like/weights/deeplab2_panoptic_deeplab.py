@@ -18,7 +18,7 @@ from deeplab2_like.files import literal_folder, require_local
 from deeplab2_like.model.backbone.mobilenet_v3 import LARGE, SMALL, FinalConvolution, Stages, list_blocks
 from deeplab2_like.model.config import BackboneConfig
 from deeplab2_like.model.panoptic_deeplab import PanopticDeepLab, PanopticDeepLabConfig
-from deeplab2_like.weights.assign import Assignment, assign_by_name, has_prefixes, listed_name
+from deeplab2_like.weights.assign import Assignment, assign_by_name, has_prefixes, match_layer_name
 from deeplab2_like.weights.backbone_names import BackboneSource
 
 _SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
@@ -79,7 +79,7 @@ def find_checkpoint_prefix(path: Path) -> Path:
             )
         if not found:
             raise UserError(
-                f"Folder '{path}' has no TensorFlow checkpoint, which has a file *.index; give a folder with one, or "
+                f"Folder '{path}' has no TensorFlow checkpoint, a file that ends in .index; give the folder of one, or "
                 "the file of the weights itself."
             )
         return found[0].with_suffix("")
@@ -310,7 +310,7 @@ def load_deeplab2(
         What was loaded.
 
     Raises:
-        UserError: If names are missing or left over, a shape differs, or a pattern matches nothing.
+        UserError: If names are missing or unexpected, a shape differs, or a pattern matches nothing.
     """
     if not system.built:
         system.create_variables()
@@ -370,11 +370,11 @@ def deeplab2_backbone_name(path: str, backbone: BackboneConfig) -> str | None:
 
 
 def _variable_name(path: str, layers: Sequence[tuple[str, str]]) -> str | None:
-    """Returns DeepLab2's name of a variable of one of the `layers`, see `listed_name`."""
+    """Returns DeepLab2's name of a variable of one of the `layers`, see `match_layer_name`."""
     for pattern, variable in _VARIABLES:
         found = re.fullmatch(pattern, path)
         if found is not None:
-            layer = listed_name(found[1], layers)
+            layer = match_layer_name(found[1], layers)
             return None if layer is None else f"{layer}/{found.expand(variable)}"
     return None
 

@@ -17,7 +17,7 @@ from deeplab2_like.weights.assign import (
     backbone_overrides,
     check_epsilon,
     has_prefixes,
-    listed_name,
+    match_layer_name,
     split_path,
     transpose_kernel,
 )
@@ -86,7 +86,7 @@ def panoptic_deeplab_name(path: str) -> str | None:
     if parts is None:
         return None
     layer, variable = parts[0].removesuffix("/conv"), parts[1]
-    name = backbone_layer_name(layer, "backbone") or listed_name(layer, _LAYERS)
+    name = backbone_layer_name(layer, "backbone") or match_layer_name(layer, _LAYERS)
     if name is None:
         return None
     if not name.startswith("backbone"):
@@ -113,8 +113,8 @@ def load_panoptic_deeplab(
         What was loaded.
 
     Raises:
-        UserError: If names are missing or left over, a shape differs, a pattern matches nothing, or batch normalization
-            has another epsilon.
+        UserError: If names are missing or unexpected, a shape differs, a pattern matches nothing, or batch
+            normalization has another epsilon.
     """
     if not system.built:
         system.create_variables()

@@ -17,7 +17,7 @@ from deeplab2_like.weights.assign import (
     backbone_overrides,
     check_epsilon,
     has_prefixes,
-    listed_name,
+    match_layer_name,
     semantic_layer_name,
     split_path,
 )
@@ -81,7 +81,7 @@ def panoptic_fcn_name(path: str, *, enhanced: bool = False) -> str | None:
     name = (
         backbone_layer_name(layer, "backbone.bottom_up")
         or semantic_layer_name(layer, "encoder/semantic_fpn", "semantic_fpn")
-        or listed_name(layer, _LAYERS)
+        or match_layer_name(layer, _LAYERS)
     )
     if enhanced and re.fullmatch(r"encoder/conv\d", layer):
         name = f"{name}.dcnv2"
@@ -106,8 +106,8 @@ def load_panoptic_fcn(
         What was loaded.
 
     Raises:
-        UserError: If names are missing or left over, a shape differs, a pattern matches nothing, or batch normalization
-            has another epsilon.
+        UserError: If names are missing or unexpected, a shape differs, a pattern matches nothing, or batch
+            normalization has another epsilon.
     """
     if not system.built:
         system.create_variables()

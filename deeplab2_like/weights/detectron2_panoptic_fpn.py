@@ -16,7 +16,7 @@ from deeplab2_like.weights.assign import (
     backbone_overrides,
     check_epsilon,
     has_prefixes,
-    listed_name,
+    match_layer_name,
     semantic_layer_name,
     split_path,
 )
@@ -78,7 +78,7 @@ def panoptic_fpn_name(path: str) -> str | None:
     name = (
         backbone_layer_name(layer, "backbone.bottom_up")
         or semantic_layer_name(layer, "semantic_branch", "sem_seg_head")
-        or listed_name(layer, _LAYERS)
+        or match_layer_name(layer, _LAYERS)
     )
     return name and f"{name}.{variable}"
 
@@ -101,8 +101,8 @@ def load_panoptic_fpn(
         What was loaded.
 
     Raises:
-        UserError: If names are missing or left over, a shape differs, a pattern matches nothing, or batch normalization
-            has another epsilon.
+        UserError: If names are missing or unexpected, a shape differs, a pattern matches nothing, or batch
+            normalization has another epsilon.
     """
     if not system.built:
         system.create_variables()

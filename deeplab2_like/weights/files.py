@@ -42,7 +42,7 @@ class _Format(NamedTuple):
 
 _TORCH = _Format("PyTorch file", read_torch)
 _FORMATS = {
-    ".npz": _Format(".npz", read_npz),
+    ".npz": _Format(".npz file", read_npz),
     ".pkl": _Format("pickle", lambda content: read_pickle(BytesIO(content))),
     ".pt": _TORCH,
     ".pth": _TORCH,

@@ -27,14 +27,14 @@ from deeplab2_like.weights import (
     detectron2_panoptic_fcn,
     detectron2_panoptic_fpn,
 )
-from deeplab2_like.weights.assign import Assignment, MisfitError
+from deeplab2_like.weights.assign import Assignment, MismatchError
 from deeplab2_like.weights.backbones import recognize_backbone
 from deeplab2_like.weights.files import read_checkpoint
 
 State = Mapping[str, np.ndarray]
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """A kind of checkpoint that can be imported.
 
     Attributes:
@@ -58,8 +58,8 @@ class Source(NamedTuple):
 
 
 # The first one that recognizes the names of a checkpoint is used.
-MODEL_SOURCES: dict[str, Source] = {
-    "detectron2_panoptic_fpn": Source(
+MODEL_SOURCES: dict[str, ModelSource] = {
+    "detectron2_panoptic_fpn": ModelSource(
         title="Panoptic FPN of Detectron2",
         system="panoptic_fpn",
         recognizes=detectron2_panoptic_fpn.is_panoptic_fpn,
@@ -68,7 +68,7 @@ MODEL_SOURCES: dict[str, Source] = {
         load=detectron2_panoptic_fpn.load_panoptic_fpn,
         class_layers=detectron2_panoptic_fpn.CLASS_LAYERS,
     ),
-    "detectron2_panoptic_deeplab": Source(
+    "detectron2_panoptic_deeplab": ModelSource(
         title="Panoptic-DeepLab of Detectron2",
         system="panoptic_deeplab",
         recognizes=detectron2_panoptic_deeplab.is_panoptic_deeplab,
@@ -77,7 +77,7 @@ MODEL_SOURCES: dict[str, Source] = {
         load=detectron2_panoptic_deeplab.load_panoptic_deeplab,
         class_layers=detectron2_panoptic_deeplab.CLASS_LAYERS,
     ),
-    "detectron2_panoptic_fcn": Source(
+    "detectron2_panoptic_fcn": ModelSource(
         title="Panoptic FCN of its authors",
         system="panoptic_fcn",
         recognizes=detectron2_panoptic_fcn.is_panoptic_fcn,
@@ -86,7 +86,7 @@ MODEL_SOURCES: dict[str, Source] = {
         load=detectron2_panoptic_fcn.load_panoptic_fcn,
         class_layers=detectron2_panoptic_fcn.CLASS_LAYERS,
     ),
-    "deeplab2_panoptic_deeplab": Source(
+    "deeplab2_panoptic_deeplab": ModelSource(
         title="Panoptic-DeepLab of DeepLab2",
         system="panoptic_deeplab",
         recognizes=deeplab2_panoptic_deeplab.is_deeplab2,
@@ -153,7 +153,11 @@ def import_weights(
     if config is None or data_set is None:
         raise _unknown_classes(file, source)
     _check_system(load_config(config), source, file=file, config=config, default=default_config)
-    overrides = [*source.find_overrides(state), *overrides]
+    try:
+        overrides = [*source.find_overrides(state), *overrides]
+    except UserError as error:
+        reason = str(error)
+        raise UserError(f"'{file}' cannot be imported: {reason[0].lower()}{reason[1:]}") from error
     settings = load_config(config, overrides)
     info = find_data_set(data_set)
     # The variables that keep their initial values are the same in each import.
@@ -207,7 +211,7 @@ def recognize(state: State, file: str | os.PathLike[str]) -> str:
     )
 
 
-def _unknown_classes(file: str | os.PathLike[str], source: Source) -> UserError:
+def _unknown_classes(file: str | os.PathLike[str], source: ModelSource) -> UserError:
     return UserError(
         f"'{file}' ({source.title}) has neither the number of classes of Cityscapes nor that of COCO; give its classes "
         "with --data-set FILE.json, and a config with --config."
@@ -215,7 +219,7 @@ def _unknown_classes(file: str | os.PathLike[str], source: Source) -> UserError:
 
 
 def _check_system(
-    settings: Config, source: Source, *, file: str | os.PathLike[str], config: str, default: str | None
+    settings: Config, source: ModelSource, *, file: str | os.PathLike[str], config: str, default: str | None
 ) -> None:
     """Raises `UserError` if the config is for another system than the checkpoint."""
     if settings.system != source.system:
@@ -227,7 +231,7 @@ def _check_system(
 
 
 def _load(
-    source: Source,
+    source: ModelSource,
     system: PanopticSystem,
     state: State,
     keep_initial: Sequence[str],
@@ -238,10 +242,11 @@ def _load(
     """Loads the arrays; an error says what to change in the command."""
     try:
         return source.load(system, state, keep_initial=keep_initial)
-    except MisfitError as error:
+    except MismatchError as error:
         info: DatasetInfo = system.dataset_info
         depend_on_classes = all(
-            any(fnmatch.fnmatchcase(name, pattern) for pattern in source.class_layers) for name in error.misshapen
+            any(fnmatch.fnmatchcase(name, pattern) for pattern in source.class_layers)
+            for name in error.shape_mismatches
         )
         if error.only_shapes and depend_on_classes:
             patterns = " ".join(f"'{pattern}'" for pattern in source.class_layers)

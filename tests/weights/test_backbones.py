@@ -135,7 +135,10 @@ def test_a_file_is_loaded_without_its_classifier(tmp_path: Path, capsys: pytest.
             {"_blocks.2._bn1.weight": None},
             r"do not fit backbone 'efficientnet_lite0': 1 missing \(_blocks.2._bn1.weight\); set model.backbone.nam",
         ),
-        ({"_blocks.16._bn0.bias": np.zeros(4)}, r"'efficientnet_lite0': 1 left over \(_blocks.16._bn0.bias\); set mod"),
+        (
+            {"_blocks.16._bn0.bias": np.zeros(4)},
+            r"'efficientnet_lite0': 1 unexpected \(_blocks.16._bn0.bias\); set mod",
+        ),
         (
             {"_conv_stem.weight": np.zeros((16, 3, 3, 3))},
             r"1 of another shape \(_conv_stem.weight is \(16, 3, 3, 3\), which gives \(3, 3, 3, 16\) instead of "

@@ -212,7 +212,7 @@ def test_nothing_changes_unless_all_weights_fit(system: PanopticDeepLab, state: 
     wrong = {**state, "encoder/_stem/_conv/kernel": np.ones((7, 7, 3, 64), np.float32), "other/kernel": np.zeros(3)}
     del wrong["encoder/_stem/_batch_norm/gamma"]
     message = (
-        r"1 missing \(encoder/_stem/_batch_norm/gamma\); 1 left over \(other/kernel\); "
+        r"1 missing \(encoder/_stem/_batch_norm/gamma\); 1 unexpected \(other/kernel\); "
         r"use .*'panoptic_deeplab/cityscapes_deeplab2'"
     )
     with pytest.raises(UserError, match=message):

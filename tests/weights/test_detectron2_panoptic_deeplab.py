@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(system: PanopticDeepLab,
     wrong["backbone.stem.conv1.weight"] = np.zeros((64, 3, 7, 7), np.float32)
     with pytest.raises(
         UserError,
-        match=r"1 missing \(backbone\.stem\.conv2\.weight\); 1 left over \(roi_heads\.box\.weight\); "
+        match=r"1 missing \(backbone\.stem\.conv2\.weight\); 1 unexpected \(roi_heads\.box\.weight\); "
         r"1 of another shape \(backbone\.stem\.conv1\.weight is \(64, 3, 7, 7\), which gives \(7, 7, 3, 64\) "
         r"instead of \(3, 3, 3, 64\)\)",
     ):

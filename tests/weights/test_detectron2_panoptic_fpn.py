@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(system: PanopticFPN, sta
     with pytest.raises(
         UserError,
         match=r"does not fit this Panoptic FPN: 1 missing \(backbone\.fpn_lateral3\.bias\); "
-        r"1 left over \(roi_heads\.box_head\.fc3\.weight\); 1 of another shape \(roi_heads\.box_predictor\.cls_score\."
+        r"1 unexpected \(roi_heads\.box_head\.fc3\.weight\); 1 of another shape \(roi_heads\.box_predictor\.cls_score\."
         r"weight is \(10, 1024\), which gives \(1024, 10\) instead of \(1024, 81\)\); .*'panoptic_fpn/coco_detectron2'",
     ):
         load_panoptic_fpn(system, wrong)

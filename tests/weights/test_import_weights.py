@@ -208,7 +208,7 @@ def deeplab2_shapes(name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "data_set"),
+    ("name", "config", "default"),
     [
         ("cityscapes_resnet50_os32", "cityscapes_deeplab2", "cityscapes_deeplab2"),
         ("cityscapes_resnet50_os32", "cityscapes_deeplab2_os16", "cityscapes_deeplab2"),
@@ -397,7 +397,7 @@ def test_other_classes(fpn_file: Path, tmp_path: Path, refuse: Refuse) -> None:
     assert (len(source["loaded"]), len(source["kept_initial"]), len(source["ignored"])) == (322, 8, 1)
 
 
-def test_names_that_are_missing_or_left_over(fpn_file: Path, tmp_path: Path, refuse: Refuse) -> None:
+def test_names_that_are_missing_or_unexpected(fpn_file: Path, tmp_path: Path, refuse: Refuse) -> None:
     with np.load(fpn_file) as file:
         state = dict(file)
     del state["backbone.fpn_lateral3.bias"]
@@ -405,8 +405,8 @@ def test_names_that_are_missing_or_left_over(fpn_file: Path, tmp_path: Path, ref
     np.savez(tmp_path / "other.npz", **state)
     assert refuse(tmp_path / "other.npz", "--output-dir", tmp_path / "new") == (
         f"'{tmp_path / 'other.npz'}' does not fit config 'panoptic_fpn/coco_detectron2': 1 missing "
-        "(backbone.fpn_lateral3.bias); 1 left over (roi_heads.box_head.fc3.weight); use the config that belongs to the "
-        "file, or leave names out with --keep-initial PATTERN."
+        "(backbone.fpn_lateral3.bias); 1 unexpected (roi_heads.box_head.fc3.weight); use the config that belongs to "
+        "the file, or leave names out with --keep-initial PATTERN."
     )
     assert not (tmp_path / "new").exists()
 
