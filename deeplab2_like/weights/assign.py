@@ -262,9 +262,8 @@ def match_by_name(
         if array.shape == tuple(variable.shape):
             match.assignments[name] = variable, array
         else:
-            match.shape_mismatches[name] = (
-                f"{state[name].shape}, which gives {array.shape} instead of {tuple(variable.shape)}"
-            )
+            transposed = f", which gives {array.shape}" if array.shape != state[name].shape else ""
+            match.shape_mismatches[name] = f"{state[name].shape}{transposed} instead of {tuple(variable.shape)}"
     match.unexpected.extend(sorted(unused))
     return match
 
