@@ -14,6 +14,7 @@ from deeplab2_like.checkpoint import is_whole, make_checkpoint
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import cannot_write, require_local, write_atomically
 from deeplab2_like.model import PanopticSystem
+from deeplab2_like.parsing import parse_json
 from deeplab2_like.temporary import TemporaryFolder, remove_leftovers, wait_for_folder
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -120,10 +121,10 @@ def read_best(model_dir: str | os.PathLike[str]) -> tuple[str, float] | None:
         return None
     advice = f"move '{file.parent}' elsewhere, and the next evaluation during a training keeps a new one"
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
         default = f"{CHECKPOINT_NAME}-{int(content['step'])}"  # Older folders do not name it.
         path, quality = file.with_name(str(content.get("checkpoint", default))), float(content["pq"])
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         raise UserError(f"'{file}' is damaged ({error!r}); {advice}.") from error
     if not path.with_name(f"{path.name}.index").is_file():
         raise UserError(f"'{file}' names checkpoint '{path.name}', which is not there; {advice}.")

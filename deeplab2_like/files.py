@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deeplab2_like.errors import UserError
+from deeplab2_like.parsing import parse_json
 from deeplab2_like.temporary import TemporaryFile, remove_leftovers
 
 # In an output folder: the names of the results that a run has written there, one per line.
@@ -188,9 +189,7 @@ def read_json(path: str | os.PathLike[str], what: str = "JSON file", *, encoding
     """
     text = read_text(path, what, encoding=encoding)
     try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise UserError(f"'{path}' is not a usable JSON file (nested too deeply); make it again.") from error
+        return parse_json(text)
     except ValueError as error:
         raise UserError(f"'{path}' is not a JSON file ({error}); check the path, or make it again.") from error
 

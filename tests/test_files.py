@@ -107,7 +107,7 @@ def test_other_encodings_have_to_be_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, r"a\.json' is not a usable JSON file \(nested too deeply\); make it again"),
+        ("[" * 100_000, r"a\.json' is not a JSON file \(nested too deeply\); check the path, or make it again"),
         ("1" * 5000, r"a\.json' is not a JSON file \(Exceeds the limit"),
         ("", r"a\.json' is not a JSON file \(Expecting value"),
     ],

@@ -3,15 +3,22 @@
 Pydantic's own messages name Python's types and do not say what to do.
 """
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, get_args
 
 import pydantic
 
 from deeplab2_like.configs.schema import StrictModel
+from deeplab2_like.errors import did_you_mean, shorten
+from deeplab2_like.parsing import Number
 
 _Section = TypeVar("_Section", bound=StrictModel)
+
+# Of a value or a key in a message.
+_MAX_LENGTH = 200
+_MAX_NAMED = 5
+# TensorFlow and NumPy have whole numbers of 64 bits.
+_MAX_INT = 2**63 - 1
 
 # Pydantic's type of an error -> the requirement, with the values of the error's context.
 _REQUIREMENTS = {
@@ -25,6 +32,7 @@ _REQUIREMENTS = {
     "greater_than_equal": "must be at least {ge}",
     "int_from_float": "must be a whole number",
     "int_parsing": "must be a whole number",
+    "int_parsing_size": f"must be at most {_MAX_INT}",
     "int_type": "must be a whole number",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}",
@@ -76,11 +84,47 @@ def check_section(
         The section, or None if it has faults, and all its faults.
     """
     try:
-        return section.model_validate(content), []
+        checked = section.model_validate(_as_declared(content, section))
+        return checked, [_too_large(keys, value, prefix) for keys, value in _find_large_numbers(checked)]
     except pydantic.ValidationError as error:
         faults = [_make_fault(section, details, prefix) for details in error.errors()]
         # One fault for a key: pydantic reports each entry that a list lacks, the last one last.
         return None, list({(fault.keys, fault.kind): fault for fault in faults}.values())
+
+
+def _as_declared(value: Any, annotation: Any) -> Any:
+    """Returns a value with its numbers as text where the type is text, and otherwise as plain numbers."""
+    if isinstance(value, Number):
+        return value.text if annotation is str or str in get_args(annotation) else value.value
+    if isinstance(value, list):
+        return [_as_declared(item, None) for item in value]
+    if isinstance(value, dict):
+        section = _find_section(annotation)
+        return {
+            key.value if isinstance(key, Number) else key: _as_declared(item, _find_annotation(section, [str(key)]))
+            for key, item in value.items()
+        }
+    return value
+
+
+def _find_large_numbers(value: Any, keys: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], int]]:
+    """Yields key and value of the whole numbers in a section that need more than 64 bits."""
+    items: Iterable[tuple[int | str, Any]] = ()
+    if isinstance(value, pydantic.BaseModel):
+        items = value
+    elif isinstance(value, tuple):
+        items = enumerate(value)
+    elif isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, int) and abs(value) > _MAX_INT:
+        yield keys, value
+    for key, item in items:
+        yield from _find_large_numbers(item, (*keys, key))
+
+
+def _too_large(keys: tuple[int | str, ...], value: int, prefix: tuple[str, ...]) -> Fault:
+    requirement = f"must be between -{_MAX_INT} and {_MAX_INT}"
+    return Fault((*prefix, *keys), "value_error", requirement, {}, value, False, (), ())
 
 
 def _make_fault(section: type[StrictModel], details: Mapping[str, Any], prefix: tuple[str, ...]) -> Fault:
@@ -102,6 +146,19 @@ def _make_fault(section: type[StrictModel], details: Mapping[str, Any], prefix: 
     )
 
 
+def describe_faults(faults: Sequence[Fault], find_source: Callable[[Fault], str]) -> str:
+    """Describes faults, one sentence each, of which the first few are enough.
+
+    Args:
+        faults: The faults, at least one.
+        find_source: Returns where the value of a fault comes from, such as "config 'mine.yaml'".
+    """
+    sentences = [describe_fault(fault, find_source(fault)) for fault in faults[:_MAX_NAMED]]
+    if len(faults) > _MAX_NAMED:
+        sentences.append(f"There are {len(faults) - _MAX_NAMED} more faults.")
+    return " ".join(sentences)
+
+
 def describe_fault(fault: Fault, source: str) -> str:
     """Describes a fault in one sentence.
 
@@ -111,8 +168,8 @@ def describe_fault(fault: Fault, source: str) -> str:
     """
     key = _format_key(fault.keys)
     if fault.kind == "extra_forbidden":
-        close = difflib.get_close_matches(str(fault.keys[-1]), fault.known, n=1)
-        suggestion = f" Did you mean '{_format_key([*fault.keys[:-1], *close])}'?" if close else ""
+        paths = {name: _format_key([*fault.keys[:-1], name]) for name in fault.known}
+        suggestion = did_you_mean(str(fault.keys[-1]), fault.known, shown=paths)
         where = f" in '{_format_key(fault.keys[:-1])}'" if fault.keys[:-1] else ""
         return f"Unknown config key '{key}'.{suggestion} Known{where}: {', '.join(sorted(fault.known)) or 'none'}."
     if fault.kind == "missing":
@@ -148,19 +205,24 @@ def _describe_requirement(fault: Fault) -> str:
 
 def _format_key(keys: Sequence[int | str]) -> str:
     """Formats a key, such as `data.crop_size[0]`."""
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+    return shorten(text, _MAX_LENGTH)
 
 
 def _format_value(value: Any) -> str:
-    """Formats a value as in YAML, with quotes around strings."""
+    """Formats a value as in YAML, with quotes around strings; of a long one the middle is left out."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_format_value, value))}]"
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return repr(value) if isinstance(value, str) else str(value)
+        text = f"[{', '.join(map(_format_value, value[:_MAX_LENGTH]))}]"
+    elif value is None or isinstance(value, bool):
+        text = "null" if value is None else str(value).lower()
+    elif isinstance(value, int) and abs(value) > _MAX_INT:
+        text = f"a number of {value.bit_length()} bits"  # Python refuses to print the longest numbers.
+    else:
+        text = repr(value) if isinstance(value, str) else str(value)
+    return shorten(text, _MAX_LENGTH)
 
 
-def _find_annotation(section: type[StrictModel], keys: Sequence[int | str]) -> Any:
+def _find_annotation(section: type[StrictModel] | None, keys: Sequence[int | str]) -> Any:
     """Returns the type of the key at the path `keys` in a section; None if there is no such key."""
     annotation: Any = section
     for key in keys:

@@ -15,7 +15,7 @@ from deeplab2_like.files import require_local
 class StrictModel(pydantic.BaseModel):
     """A config section: immutable, and an unknown key is an error."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def was_saved_before(content: Any, new_key: str, *, saved_keys: Collection[str]) -> TypeGuard[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import read_file, write_atomically
+from deeplab2_like.parsing import parse_json
 
 FILE_NAME = "dataset_info.json"
 
@@ -230,10 +231,10 @@ class DatasetInfo:
                 f"'{folder}' has no {FILE_NAME}; give a folder that `deeplab2-like` convert, train or export wrote."
             )
         try:
-            return cls.from_dict(json.loads(read_file(path, "file")))
+            return cls.from_dict(parse_json(read_file(path, "file")))
         except UserError:
             raise
-        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise UserError(f"'{path}' is damaged ({error!r}); convert the data set again.") from error
 
 

@@ -8,7 +8,6 @@ the skipped records.
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import re
 import struct
@@ -22,6 +21,7 @@ import tensorflow as tf
 
 from deeplab2_like import files
 from deeplab2_like.errors import UserError
+from deeplab2_like.parsing import parse_json
 from deeplab2_like.temporary import TemporaryFolder
 
 # Errors that Python and TensorFlow raise when a file cannot be written.
@@ -188,7 +188,7 @@ def _expected_counts(files: Sequence[str]) -> list[int | None]:
     @functools.cache
     def read(conversion: Path) -> Any:
         try:
-            return json.loads(conversion.read_bytes())
+            return parse_json(conversion.read_bytes())
         except (OSError, ValueError):
             return None
 

@@ -6,7 +6,6 @@ benchmarks, whose files are made from the same predictions: class maps and insta
 
 import abc
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import write_png
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter
-from deeplab2_like.files import image_id_of_name, write_atomically
+from deeplab2_like.files import image_id_of_name, read_json, write_atomically
 from deeplab2_like.temporary import remove_leftovers
 
 # Name -> label id of the classes that Cityscapes evaluates.
@@ -316,11 +315,9 @@ def read_image_ids(json_file: str | os.PathLike[str]) -> dict[str, int | str]:
         UserError: If the file is missing, is not such a JSON, or lists a file name twice.
     """
     try:
-        content = json.loads(Path(json_file).read_bytes())
+        content = read_json(json_file, "The JSON of image ids")
         names_and_ids = [(str(image["file_name"]), image["id"]) for image in content["images"]]
-    except OSError as error:
-        raise UserError(f"The JSON of image ids '{json_file}' cannot be read ({error.strerror}).") from error
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (LookupError, TypeError) as error:
         raise UserError(
             f"'{json_file}' does not list images ({error!r}); give a COCO JSON whose 'images' have 'file_name' and "
             "'id', such as image_info_test-dev2017.json."

@@ -16,6 +16,7 @@ from typing import Any
 
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import cannot_write, make_folder
+from deeplab2_like.parsing import parse_json
 
 try:
     import fcntl
@@ -129,7 +130,7 @@ def _describe_process() -> bytes:
 def _read(path: Path) -> dict[str, Any]:
     """Reads the lock file; empty if it has no content yet, as just after its creation."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

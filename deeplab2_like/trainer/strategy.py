@@ -1,17 +1,21 @@
 """Distribution strategies: the devices and workers of a training."""
 
-import json
 import os
 import textwrap
 from collections.abc import Callable
 
 import tensorflow as tf
 
-from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.errors import UserError, shorten, unknown_name
+from deeplab2_like.parsing import parse_json
 
 
 def _one_device(tpu: str) -> tf.distribute.Strategy:
     return tf.distribute.OneDeviceStrategy("/gpu:0" if tf.config.list_physical_devices("GPU") else "/cpu:0")
+
+
+# Characters of an environment variable in a message.
+_MAX_QUOTED = 300
 
 
 def _mirrored(tpu: str) -> tf.distribute.Strategy:
@@ -22,14 +26,14 @@ def _mirrored(tpu: str) -> tf.distribute.Strategy:
 def _multi_worker(tpu: str) -> tf.distribute.Strategy:
     text = os.environ.get("TF_CONFIG", "")
     try:
-        config = json.loads(text)
+        config = parse_json(text)
         workers, index = config["cluster"]["worker"], int(config["task"]["index"])
         if not (isinstance(workers, list) and 0 <= index < len(workers) and config["task"]["type"] == "worker"):
             raise LookupError
     except (ValueError, LookupError, TypeError) as error:
         example = '{"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}'
         raise UserError(
-            f"Environment variable TF_CONFIG is {repr(text) if text else 'not set'}; strategy 'multi_worker' needs all "
+            f"Environment variable TF_CONFIG is {shorten(repr(text), _MAX_QUOTED) if text else 'not set'}; strategy 'multi_worker' needs all "
             f"workers in it and the index of this one, such as {example}."
         ) from error
     try:

@@ -314,7 +314,10 @@ def test_a_section_must_have_keys(tmp_path: Path) -> None:
         ("trainer.steps", r"Override 'trainer.steps' must have the form key.path=value, such as trainer.steps=1000\."),
         ("=3", r"Override '=3' must have the form"),
         ("trainer..steps=3", r"Override 'trainer..steps=3' must have the form"),
-        ("data.path={a", r"The value of override 'data.path=\{a' is not valid YAML; quote it\."),
+        (
+            "data.path={a",
+            r"The value of override 'data.path=\{a' is not valid YAML \(did not .* in line 2\); quote it\.$",
+        ),
     ],
 )
 def test_wrong_overrides(whole: Path, override: str, message: str) -> None:

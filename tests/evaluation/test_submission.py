@@ -115,7 +115,7 @@ def test_coco_takes_ids_from_a_json(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"images": [', r"ids\.json' does not list images \(JSONDecodeError"),
+        ('{"images": [', r"ids\.json' is not a JSON file \(Expecting value"),
         ("[]", r"ids\.json' does not list images \(TypeError"),
         ('{"annotations": []}', r"ids\.json' does not list images \(KeyError\('images'\)\); give a COCO JSON"),
         ('{"images": [{"id": 3}]}', r"ids\.json' does not list images \(KeyError\('file_name'\)\)"),

@@ -345,7 +345,7 @@ def test_models_of_earlier_versions_keep_their_network(tmp_path: Path) -> None:
         (["model.dual_decoder=false"], "dual_aspp needs dual_decoder"),
         (["model.postprocess.nms_kernel=6"], "'model.postprocess.nms_kernel' .* is 6, but must be odd"),
         (["model.postprocess.top_k=1000"], r"top_k is 1000, but label_divisor 1000 .* room for 999 instances"),
-        (["model.decoder.low_level_channels={res2: 8, res3: 8}"], "must be some of res3, res2, stem, in this order"),
+        (["model.decoder.low_level_channels={res2: 8, res4: 8}"], "its keys must be some of res3, res2, stem"),
         (
             ["model.decoder.low_level_channels={res3: 8, res2: 8, stem: 8}"],
             r"instance_low_level_channels has the features res3, res2, but decoder.low_level_channels has res3, res2, "

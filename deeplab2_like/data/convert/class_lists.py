@@ -1,6 +1,5 @@
 """Reads class lists: small files that give the class of each value in a label PNG."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from deeplab2_like.data.dataset_info import whole_number
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import read_text
+from deeplab2_like.parsing import parse_json
 
 _FORMATS = (
     "it may be a text with a line `NAME` per class, numbered from 0, or with lines `ID NAME`; or a JSON: a list of "
@@ -36,7 +36,7 @@ def read_class_list(path: Path, *, encoding: str | None = None) -> list[dict[str
     text = read_text(path, "the list of classes", encoding=encoding)
     if text.lstrip()[:1] in ("{", "["):
         try:
-            entries = _parse_json(json.loads(text))
+            entries = _parse_json(parse_json(text))
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"The list of classes '{path}' is not understood ({error!r}); {_FORMATS}.") from error
     else:

@@ -27,6 +27,7 @@ from deeplab2_like import files, temporary
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.shards import ShardWriter, conversion_file, list_present_shards, list_splits, shard_names
 from deeplab2_like.errors import UserError
+from deeplab2_like.parsing import parse_json
 
 ERRORS_NAME = "errors.jsonl"
 
@@ -394,7 +395,7 @@ def _has_finished(hidden: Path) -> bool:
 def _read(path: Path, *keys: str) -> Any:
     """Reads a JSON file of this module, an object with the given keys; None if it is missing or damaged."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return content if _has_keys(content, keys) else None

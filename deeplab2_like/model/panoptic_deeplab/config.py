@@ -38,8 +38,8 @@ class DecoderConfig(StrictModel):
 
     low_level_channels: dict[str, pydantic.PositiveInt] = pydantic.Field(
         {"res3": 64, "res2": 32},
-        description="Channels of each projected low-level feature, coarse to fine. Predictions have the stride of the "
-        "last one: add `stem` to predict at 1/2 instead of 1/4 of the image size.",
+        description="Channels of each projected low-level feature. Predictions have the stride of the finest "
+        "one: add `stem` to predict at 1/2 instead of 1/4 of the image size.",
     )
     instance_low_level_channels: dict[str, pydantic.PositiveInt] = pydantic.Field(
         {"res3": 32, "res2": 16},
@@ -78,10 +78,10 @@ class DecoderConfig(StrictModel):
     @pydantic.field_validator("low_level_channels", "instance_low_level_channels")
     @classmethod
     def _known_features(cls, value: dict[str, int]) -> dict[str, int]:
-        order = [feature for feature in ("res3", "res2", "stem") if feature in value]
-        if not value or list(value) != order:
-            raise ValueError("its keys must be some of res3, res2, stem, in this order")
-        return value
+        known = ("res3", "res2", "stem")
+        if not value or not value.keys() <= set(known):
+            raise ValueError("its keys must be some of res3, res2, stem")
+        return {feature: value[feature] for feature in known if feature in value}
 
 
 class LossConfig(StrictModel):
