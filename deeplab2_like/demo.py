@@ -20,6 +20,7 @@ from deeplab2_like.evaluation.model_folder import evaluate_model_folder
 from deeplab2_like.export.predictor import Predictor
 from deeplab2_like.export.saved_model import export_model_folder
 from deeplab2_like.files import make_folder
+from deeplab2_like.printing import print_line
 from deeplab2_like.progress import progress_bar
 from deeplab2_like.trainer.train import train
 from deeplab2_like.visualize import contact_sheet, side_by_side
@@ -67,9 +68,8 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
     _write_pictures(records, exported, output_dir / "pictures")
 
     minutes = (time.perf_counter() - started) / 60
-    console.print(
-        f"\nDone in {minutes:.1f} minutes: PQ {metrics['panoptic']['all']['pq']:.1f}. Everything is in {output_dir}"
-    )
+    quality = metrics["panoptic"]["all"]["pq"]
+    print_line(f"\nDone in {minutes:.1f} minutes: PQ {quality:.1f}. Everything is in {output_dir}", console)
     for content, path in (
         ("image | ground truth | prediction", output_dir / "pictures"),
         ("metrics", output_dir / "metrics.json"),
@@ -77,7 +77,7 @@ def run_demo(*, system: str, output_dir: Path, overrides: Sequence[str] = ()) ->
         ("model folder, to train on", model_dir),
         ("TFRecords", records),
     ):
-        console.print(f"  {content + ':':36}{path}", soft_wrap=True)
+        print_line(f"  {content + ':':36}{path}", console)
     return metrics
 
 

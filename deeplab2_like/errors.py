@@ -1,7 +1,8 @@
 """The exception type for mistakes that a user can fix, and helpers for its messages."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 # A message may quote values of files. Some hundred characters are usual.
 MAX_MESSAGE = 2000
@@ -34,6 +35,19 @@ def shorten(text: str, length: int) -> str:
     gap = " ... "
     begin = (length - len(gap)) // 2
     return text[:begin] + gap + text[len(text) - (length - len(gap) - begin) :]
+
+
+@contextlib.contextmanager
+def enough_memory(name: str) -> Iterator[None]:
+    """Turns lack of memory for one input into a `UserError`, so that it counts as a faulty input.
+
+    Args:
+        name: Begins the message, such as "'a.png'".
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError(f"{name} needs more memory than there is; make it smaller, or free some memory.") from error
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UserError:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from deeplab2_like.errors import UserError
+from deeplab2_like.errors import UserError, enough_memory
 from deeplab2_like.parsing import parse_json
 from deeplab2_like.temporary import TemporaryFile, remove_leftovers
 
@@ -113,6 +113,22 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         raise cannot_write(path, error) from error
 
 
+def require_no_pipe(path: str | os.PathLike[str], what: str) -> None:
+    """Refuses pipes and devices, which may never end, before they are opened.
+
+    Args:
+        path: The file.
+        what: Name of the file in the message, such as "the image".
+
+    Raises:
+        UserError: If it is a pipe or a device.
+        OSError, ValueError: If there is no such file.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # Reading a folder is an error of its own.
+        raise UserError(f"{what} '{path}' is a pipe or a device; give a regular file.")
+
+
 def read_file(path: str | os.PathLike[str], what: str) -> bytes:
     """Reads a whole regular file; pipes and devices, which may never end, are refused.
 
@@ -125,10 +141,9 @@ def read_file(path: str | os.PathLike[str], what: str) -> bytes:
     """
     require_local(path)
     try:
-        mode = os.stat(path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # Reading a folder raises an error below.
-            raise UserError(f"{what} '{path}' is a pipe or a device; give a regular file.")
-        return Path(path).read_bytes()
+        require_no_pipe(path, what)
+        with enough_memory(f"{what} '{path}'"):
+            return Path(path).read_bytes()
     except UserError:
         raise
     except (OSError, ValueError) as error:

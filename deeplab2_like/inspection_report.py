@@ -14,6 +14,7 @@ from deeplab2_like.errors import UserError
 from deeplab2_like.files import require_no_folder, write_atomically
 from deeplab2_like.inspection import Inspection
 from deeplab2_like.printing import counted
+from deeplab2_like.temporary import remove_leftovers
 
 # Begins every report, so that no other file is replaced.
 _BEGINNING = """<!DOCTYPE html>
@@ -68,6 +69,7 @@ def write_report(inspection: Inspection, path: str | os.PathLike[str], *, title:
         if split in inspection.sheets:
             parts.append(f'<p><img alt="images and labels" src="{_data_url(inspection.sheets[split])}"></p>')
     parts.append("</body></html>")
+    remove_leftovers(Path(path).parent, of=Path(path).name)
     write_atomically(path, (_BEGINNING + "\n".join(parts) + "\n").encode("utf-8", "backslashreplace"))
 
 

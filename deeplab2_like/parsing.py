@@ -72,7 +72,7 @@ def parse_yaml(content: str) -> Any:
         raise ValueError(f"it has more than {MAX_YAML_BYTES} characters")
     try:
         _check_size(content)
-        return yaml.load(content, Loader=_Loader)  # noqa: S506 - It is a safe loader.
+        return yaml.load(content, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ValueError(_reason(error)) from error
     except UnicodeError as error:  # Half of a character of two parts.

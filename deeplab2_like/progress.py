@@ -19,7 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from deeplab2_like.lenient_output import LenientOutput
+from deeplab2_like.lenient_output import LenientOutput, unescaped
+from deeplab2_like.printing import print_line
 
 # Where there is no terminal.
 _SECONDS_BETWEEN_LINES = 10.0
@@ -105,7 +106,7 @@ class TrainingProgress:
 
     def __init__(self, *, start_step: int, steps: int, is_shown: bool = True) -> None:
         # Bound to stdout now, as the loop runs with stdout redirected. Training goes on if nobody reads the output.
-        self._console = Console(file=cast(TextIO, LenientOutput(sys.stdout)), quiet=not is_shown)
+        self._console = Console(file=cast(TextIO, LenientOutput(unescaped(sys.stdout))), quiet=not is_shown)
         self._steps = steps
         self._step = self._first_step = start_step
         self._started = time.perf_counter()
@@ -153,7 +154,7 @@ class TrainingProgress:
 
     def note(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
-        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+        print_line(text, self._console)
         self._console.file.flush()
 
     def _num_timed_steps(self) -> int:

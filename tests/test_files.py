@@ -108,6 +108,7 @@ def test_other_encodings_have_to_be_named(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[" * 100_000, r"a\.json' is not a JSON file \(nested too deeply\); check the path, or make it again"),
+        ('{"a":' * 100_000, r"a\.json' is not a JSON file \(nested too deeply\)"),
         ("1" * 5000, r"a\.json' is not a JSON file \(Exceeds the limit"),
         ("", r"a\.json' is not a JSON file \(Expecting value"),
     ],

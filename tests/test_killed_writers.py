@@ -3,6 +3,8 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,15 +12,22 @@ import pytest
 from kills import files_in, hidden_in, kills
 from one_convolution import one_convolution_config, one_convolution_registered
 
+from deeplab2_like import model_folder
 from deeplab2_like.data import pipeline
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.shards import ShardWriter
 from deeplab2_like.evaluation import report
+from deeplab2_like.evaluation.coco_format import CocoPanopticWriter
+from deeplab2_like.evaluation.evaluate_files import evaluate_files
 from deeplab2_like.evaluation.model_folder import ModelFolderEvaluation
+from deeplab2_like.evaluation.submission import CityscapesSubmission
 from deeplab2_like.export import predictor as predictor_module
 from deeplab2_like.export.predictor import PanopticPrediction, predict_files
 from deeplab2_like.files import OUTPUTS_FILE
-from deeplab2_like.model_folder import prepare_model_folder
+from deeplab2_like.inspection import Inspection
+from deeplab2_like.inspection_report import write_report
+from deeplab2_like.model_folder import prepare_model_folder, write_imported
+from deeplab2_like.trainer.failures import NonFiniteLossError, diverged
 
 INFO = DatasetInfo.from_coco_categories(
     [{"id": 1, "name": "road", "isthing": 0}, {"id": 2, "name": "car", "isthing": 1}], name="small"
@@ -139,3 +148,109 @@ def test_evaluate_with_pictures_and_submission(tmp_path: Path, monkeypatch: pyte
         evaluation.run()
 
     _check_kills(tmp_path / "out", run, jsons=("submission/panoptic.json",))
+
+
+def test_evaluate_files(tmp_path: Path) -> None:
+    def write(name: str, panoptic: np.ndarray) -> None:
+        with CocoPanopticWriter(tmp_path / name, INFO) as writer:
+            writer.add(1, "a.png", panoptic)
+
+    write("truth", NEW_MAP)
+    write("0", OLD_MAP)
+    write(str(NEW_MAP[0, 0]), NEW_MAP)
+
+    def run(panoptic: np.ndarray) -> None:
+        folders = {"ground_truth": tmp_path / "truth", "prediction": tmp_path / str(panoptic[0, 0])}
+        paths = {kind: folder / "panoptic.json" for kind, folder in folders.items()}
+        paths |= {f"{kind}_dir": folder / "panoptic" for kind, folder in folders.items()}
+        evaluate_files(**paths, output_dir=tmp_path / "out", workers=1)
+
+    _check_kills(tmp_path / "out", run, jsons=())
+
+
+def test_inspect_with_report(tmp_path: Path) -> None:
+    def run(panoptic: np.ndarray) -> None:
+        statistics: dict[str, Any] = {"splits": {}, "fault_counts": {}, "value": int(panoptic[0, 0])}
+        sheet = np.full((4, 6, 3), panoptic[0, 0] // INFO.label_divisor, np.uint8)
+        inspection = Inspection(statistics, {"train": sheet}, [])
+        inspection.save(tmp_path / "out" / "pictures")
+        write_report(inspection, tmp_path / "out" / "report.html", title=f"Class {sheet[0, 0, 0]}")
+
+    _check_kills(tmp_path / "out", run, jsons=())
+
+
+def test_batch_of_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    def run(panoptic: np.ndarray) -> None:
+        batch = {
+            "image": _Fake(np.full((1, 4, 6, 3), panoptic[0, 0] // INFO.label_divisor, np.uint8)),
+            "image_id": _Fake(np.array([b"a.png"])),
+            "targets": {"panoptic": _Fake(panoptic)},
+        }
+        diverged(NonFiniteLossError("total", 1), batch, folder=tmp_path / "out", has_checkpoint=False)
+
+    _check_kills(tmp_path / "out", run, jsons=())
+
+
+def test_import_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FakeCheckpoint:
+        def write(self, prefix: str) -> None:
+            for end in ("data-00000-of-00001", "index"):
+                Path(f"{prefix}.{end}").write_text("weights")
+
+    monkeypatch.setattr(model_folder, "make_checkpoint", lambda _: FakeCheckpoint())
+    config, system = one_convolution_config(), SimpleNamespace(dataset_info=INFO)
+
+    def run() -> None:
+        write_imported(tmp_path / "models" / "new", config, system, {"file": "x.pkl"})
+
+    run()
+    whole = files_in(tmp_path / "models")
+    assert len(whole) == 5
+    hidden = 0
+    for operation in kills(run, prepare=lambda: shutil.rmtree(tmp_path / "models", ignore_errors=True)):
+        hidden += len(hidden_in(tmp_path / "models"))
+        new = tmp_path / "models" / "new"
+        if new.exists():
+            assert {f"new/{name}": content for name, content in files_in(new).items()} == whole, operation
+            shutil.rmtree(new)  # An import replaces nothing.
+        run()
+        assert files_in(tmp_path / "models") == whole, operation
+    assert hidden
+
+
+def test_submission_to_cityscapes(tmp_path: Path) -> None:
+    """A list of instances never names masks of another run."""
+    info = DatasetInfo.from_coco_categories([{"id": 26, "name": "car", "isthing": 1}], name="small")
+    name = "city_000000_000000"
+    maps = {size: np.full((4, 6), info.void, np.int32) for size in (1, 2)}
+    for size, panoptic in maps.items():
+        panoptic[:size] = 1  # The first car, in the upper rows.
+        panoptic[3] = 2  # The second one.
+
+    def run(size: int) -> None:
+        submission = CityscapesSubmission(tmp_path / "out", info)
+        submission.start() if hasattr(submission, "start") else None
+        submission.add(f"{name}_leftImg8bit.png", maps[size], {1: size / 4, 2: 0.9})
+        submission.close()
+
+    run(1)
+    old = files_in(tmp_path / "out")
+    run(2)
+    new = files_in(tmp_path / "out")
+    list_file = f"instances/{name}.txt"
+    masks = [f"instances/masks/{name}_{number:03d}.png" for number in range(2)]
+    assert {list_file, *masks} <= old.keys() == new.keys()
+    assert old[list_file] != new[list_file]
+
+    def start() -> None:
+        shutil.rmtree(tmp_path / "out")
+        run(1)
+
+    for operation in kills(lambda: run(2), prepare=start):
+        found = files_in(tmp_path / "out")
+        for whole in (old, new):
+            if found.get(list_file) == whole[list_file]:
+                assert all(found[mask] == whole[mask] for mask in masks), operation
+        run(2)
+        assert files_in(tmp_path / "out") == new, operation
+        assert hidden_in(tmp_path / "out") == [], operation

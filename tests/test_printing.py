@@ -10,8 +10,10 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from deeplab2_like.cli.main import main
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.evaluation.report import print_table
+from deeplab2_like.lenient_output import PrintableOutput, unescaped
 from deeplab2_like.printing import counted, name_text, print_line, print_whole_table, printable
 
 # A code that clears a terminal, and one that makes text red.
@@ -46,8 +48,9 @@ def test_no_code_of_a_name_reaches_the_terminal(encoding: str) -> None:
         }
         print_table(metrics, title=EVIL, console=console)
         print_line(EVIL, console)
+        print(EVIL, file=PrintableOutput(file))
         assert b"\x1b" not in content.getvalue()
-        assert content.getvalue().count(rb"road\x1b[2J\x1b[31m\x07\x9b1m") == 5
+        assert content.getvalue().count(rb"road\x1b[2J\x1b[31m\x07\x9b1m") == 6
 
 
 @pytest.mark.parametrize("width", [20, 80])
@@ -59,6 +62,42 @@ def test_a_table_is_wider_than_the_terminal_rather_than_broken(width: int) -> No
     table.add_row(name_text(name + "\nand another line", console), "123,456,789,012")
     print_whole_table(table, console)
     assert sum(name.strip() in line and "123,456,789,012" in line for line in output.getvalue().splitlines()) == 1
+
+
+def test_colors_of_rich_reach_the_terminal_but_not_those_of_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", PrintableOutput(output))
+    Console(force_terminal=True, color_system="standard").print("[red]red[/red]")
+    print("name\x1b[31m", "line\nline")
+    print("\x1b[0m", file=unescaped(sys.stdout))
+    assert output.getvalue() == "\x1b[31mred\x1b[0m\nname\\x1b[31m line\nline\n\x1b[0m\n"
+
+
+def test_no_code_in_an_argument_or_a_config_reaches_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text('base: panoptic_deeplab/scenes_tiny\n"\\e[31m\\u202e": 1\n', encoding="utf-8")
+    for arguments in (
+        ["configs", str(config)],
+        ["configs", f"name{EVIL}"],
+        ["configs", f"name{EVIL}.yaml"],
+        ["configs", "panoptic_deeplab/scenes_tiny", "--set", f"data.{EVIL}=1"],
+        ["describe", "--config", "x", "--size", EVIL],
+        ["describe", "--config", "x", EVIL],
+        ["configs", "panoptic_deeplab/scenes_tiny", "--set", "trainer.steps=1", '"data.path=\\e[31m"', "data.x=1"],
+    ):
+        assert main(arguments) == 2
+        output = "".join(capfd.readouterr())
+        assert output.replace("\n", "").isprintable()
+        assert "Traceback" not in output
+
+
+def test_names_that_are_too_long_for_a_file(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["configs", "x" * 5000 + ".yaml"]) == 2
+    assert capfd.readouterr().err == (
+        f"deeplab2-like: the name '{'x' * 97} ... {'x' * 93}.yaml' is too long for a file; give a shorter one.\n"
+    )
 
 
 def test_commands_print_in_any_encoding(tmp_path: Path) -> None:

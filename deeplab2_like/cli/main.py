@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -10,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import TextIO, cast
 
 import deeplab2_like
 from deeplab2_like.cli import (
@@ -26,11 +28,13 @@ from deeplab2_like.cli import (
     train,
 )
 from deeplab2_like.cli.arguments import require_local_paths, set_limits
-from deeplab2_like.errors import UserError
-from deeplab2_like.lenient_output import LenientOutput
+from deeplab2_like.errors import UserError, shorten
+from deeplab2_like.lenient_output import LenientOutput, PrintableOutput
 
 INTERNAL_ERROR = 1
 USER_ERROR = 2
+# Characters of a name in a message.
+_MAX_NAME = 200
 
 # In the order of `--help`. Each module has `add_parser(commands)` and `run(options)`.
 COMMANDS = (
@@ -63,12 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Names of classes and files may have letters that the terminal cannot show.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.redirect_stderr(PrintableOutput(sys.stderr)):
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Runs a command and turns errors into exit codes, see `main`."""
     try:
         options = make_parser().parse_args(arguments)
         require_local_paths(options)
         set_limits(options)
         # A reader that ends early, as in `deeplab2-like convert ... | head`, must not end the command.
-        with LenientOutput(sys.stdout, BrokenPipeError) as output, contextlib.redirect_stdout(output):
+        with (
+            LenientOutput(sys.stdout, BrokenPipeError) as output,
+            contextlib.redirect_stdout(PrintableOutput(cast(TextIO, output))),
+        ):
             options.run(options)
     except UserError as error:
         _print_error(str(error))
@@ -76,16 +89,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PermissionError as error:
         _print_error(f"no permission for '{error.filename}'; change its access rights.")
         return USER_ERROR
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            return _report_internal_error()
+        name = shorten(str(error.filename), _MAX_NAME)
+        _print_error(f"the name '{name}' is too long for a file; give a shorter one.")
+        return USER_ERROR
     except SystemExit as stop:  # argparse has printed the help, the version, or a usage error.
         return stop.code if isinstance(stop.code, int) else INTERNAL_ERROR
     except KeyboardInterrupt:
         print("deeplab2-like: stopped.", file=sys.stderr)
         return 128 + signal.SIGINT
     except Exception:
-        traceback.print_exc()
-        print("deeplab2-like: this is an error in the program, not in your input; please report it.", file=sys.stderr)
-        return INTERNAL_ERROR
+        return _report_internal_error()
     return 0
+
+
+def _report_internal_error() -> int:
+    """Prints the error that is being handled, and returns the exit code."""
+    traceback.print_exc()
+    print("deeplab2-like: this is an error in the program, not in your input; please report it.", file=sys.stderr)
+    return INTERNAL_ERROR
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -101,10 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _print_error(text: str) -> None:
-    """Prints an error, which may name files and classes with letters that would control the terminal."""
-    from deeplab2_like.printing import printable
-
-    print(f"deeplab2-like: {printable(text)}", file=sys.stderr)
+    print(f"deeplab2-like: {text}", file=sys.stderr)
 
 
 def _quiet_libraries() -> None:

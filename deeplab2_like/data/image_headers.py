@@ -70,6 +70,8 @@ def open_image(content: bytes, name: str, *, kind: str) -> Image.Image:
             f"{name} has more pixels than the limit of {_max_pixels} ({error}); cut it into parts, or raise the limit "
             "with --max-pixels."
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises errors of many types for damaged headers.
         raise UserError(f"{name} is not a readable {kind}.") from error
     require_size(image.height, image.width, name)

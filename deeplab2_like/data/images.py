@@ -22,7 +22,7 @@ from deeplab2_like.data.image_headers import (
     is_white_zero,
     open_image,
 )
-from deeplab2_like.errors import UserError
+from deeplab2_like.errors import UserError, enough_memory
 from deeplab2_like.files import list_files, read_file, require_local, write_atomically
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -96,7 +96,8 @@ def read_image(file: Path, *, bit_depth: int | None = None) -> np.ndarray:
         UserError: If the file cannot be read or decoded.
     """
     content = read_file(file, "the image")
-    return apply_orientation(decode_image(content, str(file), bit_depth=bit_depth), find_orientation(content))
+    with enough_memory(f"'{file}'"):
+        return apply_orientation(decode_image(content, str(file), bit_depth=bit_depth), find_orientation(content))
 
 
 def decode_image(content: bytes, name: str, *, bit_depth: int | None = None) -> np.ndarray:
@@ -156,7 +157,7 @@ def find_bit_depth(files: Iterable[Path]) -> int | None:
                 continue
             content = read_file(file, "the image")
             wide = _read_wide(open_image(content, str(file), kind=_IMAGE), content)
-        except (UserError, *_DECODING_ERRORS):
+        except (UserError, MemoryError, *_DECODING_ERRORS):
             continue
         if wide is not None and wide.dtype.kind != "f":
             largest = max(largest, int(wide.max()))
@@ -178,6 +179,8 @@ def _decode_with_tensorflow(content: bytes, name: str) -> np.ndarray:
         return tf.io.decode_image(content, channels=3, expand_animations=False).numpy()
     except tf.errors.InvalidArgumentError as error:
         raise UserError(f"'{name}' is not a readable {_IMAGE}.") from error
+    except tf.errors.ResourceExhaustedError as error:
+        raise MemoryError from error
 
 
 def _read_wide(image: Image.Image, content: bytes) -> np.ndarray | None:
@@ -399,7 +402,10 @@ def decode_label(content: bytes, name: str, *, colors: bool = False) -> np.ndarr
         raise UserError(f"{name} is a {kind}, which may change the values of pixels; export the label again as PNG.")
     try:
         frames = count_frames(image)
-        pixels = np.array(image.convert("RGB") if colors else image)
+        with enough_memory(name):
+            pixels = np.array(image.convert("RGB") if colors else image)
+    except UserError:
+        raise
     except _DECODING_ERRORS as error:
         raise UserError(f"{name} is not a readable {image.format}, or cut short.") from error
     if frames > 1:

@@ -200,7 +200,7 @@ def _expected_counts(files: Sequence[str]) -> list[int | None]:
         try:
             states = conversion["files"]
             return int(states[int(matched["number"])]["examples"]) if len(states) == int(matched["count"]) else None
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, OverflowError):
             return None
 
     return [expected(path) for path in files]
@@ -209,6 +209,7 @@ def _expected_counts(files: Sequence[str]) -> list[int | None]:
 def _scan_records(path: str) -> Iterator[tuple[int, int]]:
     """Yields the offset of each record and the length of its content, in bytes; checks the headers."""
     try:
+        files.require_no_pipe(path, "TFRecord file")
         # Unbuffered, because a buffer would read the content that is skipped.
         file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed below; only opening may fail here)
     except OSError as error:

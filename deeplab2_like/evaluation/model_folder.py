@@ -448,7 +448,7 @@ def _memory_errors() -> Iterator[None]:
     """Turns lack of memory into a `UserError` that names the options to leave out."""
     try:
         yield
-    except tf.errors.ResourceExhaustedError as error:
+    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
         raise UserError(
             "Out of memory; lower the largest of --scales, leave out --flip, --ensemble or --compile, or evaluate on "
             "the CPU with CUDA_VISIBLE_DEVICES= set to nothing."

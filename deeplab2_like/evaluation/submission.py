@@ -20,7 +20,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import write_png
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter
-from deeplab2_like.files import image_id_of_name, read_json, write_atomically
+from deeplab2_like.files import cannot_write, image_id_of_name, read_json, write_atomically
 from deeplab2_like.temporary import remove_leftovers
 
 # Name -> label id of the classes that Cityscapes evaluates.
@@ -240,6 +240,13 @@ class CityscapesSubmission(Submission):
         classes = np.minimum(classes, self.dataset_info.num_classes)
         write_png(self.semantic_dir / f"{image_id}_pred_labelIds.png", self._label_ids[classes])
 
+        # Every image needs this file, also without instances. It refers to the masks, so it is removed before the masks
+        # of an earlier run are replaced, and written last.
+        list_file = self.instance_dir / f"{image_id}.txt"
+        try:
+            list_file.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(list_file, error) from error
         if instances is None:
             rows = _thing_segments(panoptic, scores, self.dataset_info)
         else:
@@ -257,8 +264,7 @@ class CityscapesSubmission(Submission):
             mask_file = f"masks/{image_id}_{len(lines):03d}.png"
             write_png(self.instance_dir / mask_file, np.where(mask, 255, 0).astype(np.uint8))
             lines.append(f"{mask_file} {self._label_ids[class_id]} {score:.9g}\n")
-        # Every image needs this file, also without instances. It is written last, as it refers to the masks.
-        write_atomically(self.instance_dir / f"{image_id}.txt", "".join(lines).encode())
+        write_atomically(list_file, "".join(lines).encode())
 
     def close(self) -> list[Path]:
         """See `Submission.close`."""

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import find_bit_depth, list_images, read_image, write_png
-from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.errors import UserError, enough_memory, unknown_name
 from deeplab2_like.evaluation.coco_format import CocoPanopticWriter, segments_info
 from deeplab2_like.export.versions import MODEL_FILE, newest_export
 from deeplab2_like.files import distinct_names, image_ids_of_names, literal_folder, require_local
@@ -259,7 +259,8 @@ def predict_files(
         try:
             image = read_image(file, bit_depth=bit_depth)
             try:
-                prediction = predictor(image)
+                with enough_memory("it"):
+                    prediction = predictor(image)
             except UserError as error:
                 raise UserError(f"'{file}' cannot be predicted: {error}") from error
         except UserError as error:

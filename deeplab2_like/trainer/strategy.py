@@ -32,8 +32,9 @@ def _multi_worker(tpu: str) -> tf.distribute.Strategy:
             raise LookupError
     except (ValueError, LookupError, TypeError) as error:
         example = '{"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}'
+        found = shorten(repr(text), _MAX_QUOTED) if text else "not set"
         raise UserError(
-            f"Environment variable TF_CONFIG is {shorten(repr(text), _MAX_QUOTED) if text else 'not set'}; strategy 'multi_worker' needs all "
+            f"Environment variable TF_CONFIG is {found}; strategy 'multi_worker' needs all "
             f"workers in it and the index of this one, such as {example}."
         ) from error
     try:

@@ -375,6 +375,31 @@ def test_limit_can_be_set() -> None:
         image_headers.set_max_pixels(image_headers.DEFAULT_MAX_PIXELS)
 
 
+def test_devices_and_folders_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to("/dev/zero")  # Would never end.
+    with pytest.raises(UserError, match=r"the image '.*a\.png' is a pipe or a device; give a regular file\."):
+        read_image(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    with pytest.raises(UserError, match=r"the image '.*b\.png' cannot be read \(Is a directory\); check the path\."):
+        read_image(tmp_path / "b.png")
+    assert find_bit_depth([tmp_path / "a.png", tmp_path / "b.png"]) is None
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"has no image directly in it"):
+        list_images(tmp_path)
+
+
+def test_lack_of_memory_for_an_image_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    path = tmp_path / "a.tif"
+    Image.new("RGB", (4, 4)).save(path)
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    for read in (read_image, lambda file: read_color_png(file, "PNG")):
+        with pytest.raises(UserError, match=r"a\.tif' needs more memory than there is; make it smaller, or free some"):
+            read(path)
+
+
 def test_a_pipe_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"the image '.*a\.png' is a pipe or a device; give a regular file\."):

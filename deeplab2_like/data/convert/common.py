@@ -283,7 +283,8 @@ class _Conversion(Generic[Item]):
 
     def _attempt(self, item: Item) -> Record | UserError:
         try:
-            return self._make_record(item)
+            with errors.enough_memory(f"'{self._file_of(item)}'"):
+                return self._make_record(item)
         except UserError as error:
             return error
 
@@ -308,8 +309,11 @@ class _Conversion(Generic[Item]):
                 self._progress(self._num_done, len(self._items))
 
     def _fault(self, item: Item, reason: str) -> dict[str, str]:
+        return {"file": self._file_of(item), "reason": reason}
+
+    def _file_of(self, item: Item) -> str:
         paths = self._inputs_of(item) if self._inputs_of is not None else ()
-        return {"file": str(paths[0] if paths else item), "reason": reason}
+        return str(paths[0] if paths else item)
 
 
 def _split_into_ranges(num_items: int, shards: int | None) -> list[tuple[int, int]]:
