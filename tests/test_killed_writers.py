@@ -27,7 +27,8 @@ from deeplab2_like.files import OUTPUTS_FILE
 from deeplab2_like.inspection import Inspection
 from deeplab2_like.inspection_report import write_report
 from deeplab2_like.model_folder import prepare_model_folder, write_imported
-from deeplab2_like.trainer.failures import NonFiniteLossError, diverged
+from deeplab2_like.trainer.failures import non_finite
+from deeplab2_like.trainer.trainer import NonFiniteError
 
 INFO = DatasetInfo.from_coco_categories(
     [{"id": 1, "name": "road", "isthing": 0}, {"id": 2, "name": "car", "isthing": 1}], name="small"
@@ -186,7 +187,7 @@ def test_batch_of_a_loss_that_is_not_finite(tmp_path: Path) -> None:
             "image_id": _Fake(np.array([b"a.png"])),
             "targets": {"panoptic": _Fake(panoptic)},
         }
-        diverged(NonFiniteLossError("total", 1), batch, folder=tmp_path / "out", has_checkpoint=False)
+        non_finite(NonFiniteError("total", 1), batch, tmp_path / "out", has_checkpoint=False)
 
     _check_kills(tmp_path / "out", run, jsons=())
 
@@ -229,7 +230,6 @@ def test_submission_to_cityscapes(tmp_path: Path) -> None:
 
     def run(size: int) -> None:
         submission = CityscapesSubmission(tmp_path / "out", info)
-        submission.start() if hasattr(submission, "start") else None
         submission.add(f"{name}_leftImg8bit.png", maps[size], {1: size / 4, 2: 0.9})
         submission.close()
 

@@ -350,11 +350,9 @@ def test_wrong_overrides(whole: Path, override: str, message: str) -> None:
         ("trainer.steps=1.5", "Config key 'trainer.steps' in SOURCE is 1.5, but must be a whole number."),
         ("trainer.steps=.inf", "Config key 'trainer.steps' in SOURCE is inf, but must be a finite number."),
         (
-            f"trainer.steps='{'1' * 5000}'",
-            f"Config key 'trainer.steps' in --set 'trainer.steps='{'1' * 132} ... {'1' * 146}'' is '{'1' * 96} ... {'1' * 97}', but must be "
-            "at most 9223372036854775807.",
+            "trainer.steps=2020-01-01",
+            "Config key 'trainer.steps' in SOURCE is '2020-01-01', but must be a whole number.",
         ),
-        ("trainer.steps=2020-01-01", "Config key 'trainer.steps' in SOURCE is '2020-01-01', but must be a whole number."),
         ("trainer.steps={a: 1}", "Config key 'trainer.steps' in SOURCE must be a whole number."),
         (
             "trainer.steps=[true, null, x]",
