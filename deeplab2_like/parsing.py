@@ -111,9 +111,10 @@ def _check_size(content: str) -> None:
             if anchor is not None:
                 sizes[anchor] = total - start
         elif isinstance(event, yaml.AliasEvent):
-            if any(anchor == event.anchor for anchor, _ in open_collections):
-                raise ValueError(f"'*{event.anchor[:50]}' stands for a value that it is a part of")
-            total += sizes.get(event.anchor, 1)
+            name = str(event.anchor)
+            if any(anchor == name for anchor, _ in open_collections):
+                raise ValueError(f"'*{name[:50]}' stands for a value that it is a part of")
+            total += sizes.get(name, 1)
         elif isinstance(event, yaml.ScalarEvent):
             total += 1
             if event.anchor is not None:
@@ -124,7 +125,7 @@ def _check_size(content: str) -> None:
             raise ValueError(f"it has more than {_MAX_VALUES} values, those of aliases included")
 
 
-class _Loader(_SafeLoader):  # type: ignore[misc]
+class _Loader(_SafeLoader):
     """Makes the values that `parse_yaml` describes."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
