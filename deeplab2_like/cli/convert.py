@@ -207,6 +207,21 @@ def _add_cvat_masks(parser: argparse.ArgumentParser) -> None:
     _add_label_options(parser)
 
 
+def _add_voc_masks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--root", type=Path, required=True, metavar="DIR", help="folder with SegmentationClass and SegmentationObject"
+    )
+    _add_split(parser, "the folder")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: JPEGImages)")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="the class of each value (default: the 20 of Pascal VOC)"
+    )
+    _add_ignore_subsets(parser)
+    _add_stuff(parser)
+    _add_known_background(parser)
+    _add_label_options(parser)
+
+
 def _add_labelme(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the JSONs")
     _add_split(parser, "the folder")
@@ -238,6 +253,7 @@ SOURCES = {
         "Labels without instances: a PNG per image with the class of each pixel.", _add_semantic_pngs
     ),
     "cvat-masks": Source('CVAT\'s export "Segmentation mask".', _add_cvat_masks),
+    "voc-masks": Source("Pascal VOC, or PNGs of classes and objects in its layout.", _add_voc_masks),
     "labelme": Source("A folder of labelme, with a JSON per image.", _add_labelme),
     "deeplab2-records": Source(
         "Records that DeepLab2 made: writes dataset_info.json beside them, and nothing else.", _add_deeplab2_records
@@ -286,8 +302,20 @@ def _add_split(parser: argparse.ArgumentParser, named: str) -> None:
     )
 
 
-def _add_classes(parser: argparse.ArgumentParser) -> None:
+def _add_stuff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stuff", nargs="+", default=[], metavar="NAME", help="classes that are stuff, not things")
+
+
+def _add_known_background(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of sources whose labels tell the background apart from void."""
+    parser.add_argument(
+        "--background", default="background", metavar="NAME", help="class of the background (default: %(default)s)"
+    )
+    parser.add_argument("--void-background", action="store_true", help="make the background void instead")
+
+
+def _add_classes(parser: argparse.ArgumentParser) -> None:
+    _add_stuff(parser)
     parser.add_argument("--background", metavar="NAME", help="class of unlabeled pixels (default: they are void)")
 
 

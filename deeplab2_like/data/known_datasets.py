@@ -207,6 +207,15 @@ def find_data_set(name_or_file: str) -> DatasetInfo:
     return DatasetInfo.from_coco_categories(content["categories"], name=path.stem)
 
 
+# http://host.robots.ox.ac.uk/pascal/VOC: the 20 classes of Pascal VOC, all things. The id of a class in the PNGs is its
+# position in this list, counted from 1.
+# fmt: off
+VOC_NAMES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)
+# fmt: on
+
 # http://sceneparsing.csail.mit.edu: the 150 classes of ADE20K's challenge. The id of a class in the PNGs is its
 # position in this list, counted from 1.
 ADE20K_NAMES = (

@@ -10,6 +10,9 @@ from deeplab2_like.data.dataset_info import whole_number
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import read_text
 
+# The names with which class lists say that a value is void, in lower case.
+VOID_NAMES = frozenset(("void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown"))
+
 _FORMATS = (
     "it may be a text with a line `NAME` per class, numbered from 0, or with lines `ID NAME`; or a JSON: a list of "
     'names, an object {"ID": "NAME"}, or a list of objects with "id", "name" and optionally "color"'
