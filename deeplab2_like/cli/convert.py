@@ -198,6 +198,39 @@ def _add_semantic_pngs(parser: argparse.ArgumentParser) -> None:
     _add_label_options(parser)
 
 
+def _add_instance_maps(parser: argparse.ArgumentParser) -> None:
+    _add_images(parser)
+    parser.add_argument(
+        "--labels", type=Path, metavar="DIR", help="folder of the instance maps (default: that of the images)"
+    )
+    _add_split(parser, "the folders")
+    classes = parser.add_mutually_exclusive_group()
+    classes.add_argument("--class", dest="class_name", metavar="NAME", help="the only class (default: object)")
+    classes.add_argument(
+        "--class-map", type=Path, metavar="FILE", help="the class of each object: a table or JSON by image and number"
+    )
+    classes.add_argument(
+        "--class-labels", type=Path, metavar="DIR", help="folder of labels with the class of each pixel"
+    )
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="the class of each value in --class-labels or --class-map"
+    )
+    _add_stuff(parser)
+    _add_known_background(parser)
+    _add_ignore_subsets(parser)
+    parser.add_argument(
+        "--label-ending",
+        metavar="TEXT",
+        help="ending of an instance map's name, in place of the image's, such as _masks.tif (default: found)",
+    )
+    parser.add_argument(
+        "--image-ending",
+        metavar="TEXT",
+        help="ending of an image's name before its suffix that its instance map lacks, such as _img (default: found)",
+    )
+    _add_label_options(parser)
+
+
 def _add_cvat_masks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the unpacked export")
     _add_split(parser, "the folder")
@@ -251,6 +284,10 @@ SOURCES = {
     "ade20k": Source("ADE20K's challenge data, with or without the panoptic JSONs.", _add_ade20k),
     "semantic-pngs": Source(
         "Labels without instances: a PNG per image with the class of each pixel.", _add_semantic_pngs
+    ),
+    "instance-maps": Source(
+        "Images with the number of the object at each pixel, as Cellpose, StarDist, napari and QuPath write them.",
+        _add_instance_maps,
     ),
     "cvat-masks": Source('CVAT\'s export "Segmentation mask".', _add_cvat_masks),
     "voc-masks": Source("Pascal VOC, or PNGs of classes and objects in its layout.", _add_voc_masks),

@@ -338,13 +338,14 @@ class Pair:
     label: Path
 
 
-def pair_images(images: Path, labels: Path, *, ending: str = ".png") -> list[Pair]:
+def pair_images(images: Path, labels: Path, *, ending: str = ".png", image_ending: str = "") -> list[Pair]:
     """Pairs images with label PNGs of the same name, including those in subfolders.
 
     Args:
         images: Folder of the images.
         labels: Folder of the PNGs; may be the same.
         ending: Ending of a PNG's name, in place of the image's suffix.
+        image_ending: Ending of an image's name before its suffix that the PNG's name lacks; other images do not count.
 
     Returns:
         A pair for each image and for each PNG without an image, sorted by name; reading a missing file fails later.
@@ -362,9 +363,10 @@ def pair_images(images: Path, labels: Path, *, ending: str = ".png") -> list[Pai
         )
     pairs, stems = [], set()
     for image in list_images(images, recursive=True):
-        if images == labels and image.name.endswith(ending):
-            continue
         stem = image.relative_to(images).with_suffix("").as_posix()
+        if (images == labels and image.name.endswith(ending)) or not stem.endswith(image_ending):
+            continue
+        stem = stem.removesuffix(image_ending)
         stems.add(stem)
         pairs.append(Pair(image.relative_to(images).as_posix(), image, labels / f"{stem}{ending}"))
     for label in label_files:

@@ -13,6 +13,7 @@ DOWNSCALED = "too small after --max-side"
 IGNORED = "ignored, so void"
 NO_CLASS = "not a class of the data set, so void"
 NO_OBJECT = "pixels of a thing class without an object, so void"
+OTHER_CLASS = "pixels of an object that are of another class than most of it"
 FAULTY = "faulty, left out by --on-error"
 
 # By reason and class name (or another name of the label): numbers of objects and of pixels.

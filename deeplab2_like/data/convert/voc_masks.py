@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from deeplab2_like.data.convert import common, labeled_images
-from deeplab2_like.data.convert.class_lists import VOID_NAMES, read_class_list
+from deeplab2_like.data.convert.class_lists import classes_of_values, read_class_list
 from deeplab2_like.data.convert.voc_layout import Labels, convert_voc_layout
 from deeplab2_like.data.images import read_value_png
 from deeplab2_like.data.known_datasets import VOC_NAMES
 from deeplab2_like.errors import UserError
 
-# The value of pixels without a shape, and of the borders between objects. Other tools write the former's name so, too.
-_BACKGROUND, _VOID = 0, 255
-_BACKGROUND_NAMES = frozenset(("background", "_background_", "__background__"))
+# Values of the object PNGs that are no object: background and border.
+_NO_OBJECT = frozenset((0, 255))
 
 
 def convert_voc_masks(
@@ -59,14 +58,7 @@ def convert_voc_masks(
     notes = ["The classes are the 20 of Pascal VOC; --classes FILE gives others."]
     if classes is not None:
         entries, notes = read_class_list(Path(classes), encoding=encoding), []
-    void_values = {entry["id"] for entry in entries if entry["name"].strip().casefold() in VOID_NAMES}
-    if _VOID not in (entry["id"] for entry in entries):
-        void_values.add(_VOID)
-    name_of_value = {_BACKGROUND: None} | {
-        entry["id"]: None if entry["name"].casefold() in _BACKGROUND_NAMES else entry["name"]
-        for entry in entries
-        if entry["id"] not in void_values
-    }
+    name_of_value, void_values = classes_of_values(entries)
     categories = [entry for entry in entries if name_of_value.get(entry["id"]) is not None]
     if not categories:
         raise UserError(f"The list of classes '{classes}' has no class besides the background and void; add one.")
@@ -79,7 +71,7 @@ def convert_voc_masks(
         read=read_value_png,
         name_of_value=name_of_value,
         void_values=frozenset(void_values),
-        no_object=frozenset((_BACKGROUND, _VOID)),
+        no_object=_NO_OBJECT,
         describe="value {}".format,
         classes_file="the list of classes" if classes is None else f"'{classes}'",
         notes=notes,
