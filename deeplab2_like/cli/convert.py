@@ -258,12 +258,34 @@ def _add_voc_masks(parser: argparse.ArgumentParser) -> None:
 def _add_labelme(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the JSONs")
     _add_split(parser, "the folder")
-    parser.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="all classes, in order (default: those that occur)"
-    )
+    _add_class_names(parser)
     _add_ignore_subsets(parser)
     _add_classes(parser)
     _add_overlap(parser)
+    _add_label_options(parser)
+
+
+def _add_yolo_seg(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="the YAML, with names, train and val")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="the only split to convert (default: all)")
+    _add_classes(parser)
+    _add_overlap(parser)
+    _add_label_options(parser)
+
+
+def _add_label_studio(parser: argparse.ArgumentParser) -> None:
+    _add_json(parser, "the export, of type JSON")
+    _add_images(parser)
+    _add_split(parser, "the JSON")
+    _add_class_names(parser)
+    _add_classes(parser)
+    _add_overlap(parser)
+    parser.add_argument(
+        "--annotation",
+        choices=("last", "first"),
+        default="last",
+        help="which annotation of a task with several is used, unless one is the ground truth (default: %(default)s)",
+    )
     _add_label_options(parser)
 
 
@@ -292,6 +314,8 @@ SOURCES = {
     "cvat-masks": Source('CVAT\'s export "Segmentation mask".', _add_cvat_masks),
     "voc-masks": Source("Pascal VOC, or PNGs of classes and objects in its layout.", _add_voc_masks),
     "labelme": Source("A folder of labelme, with a JSON per image.", _add_labelme),
+    "label-studio": Source("An export of Label Studio as JSON: polygons, brushes and others.", _add_label_studio),
+    "yolo-seg": Source("A data set of Ultralytics for segmentation, with a YAML.", _add_yolo_seg),
     "deeplab2-records": Source(
         "Records that DeepLab2 made: writes dataset_info.json beside them, and nothing else.", _add_deeplab2_records
     ),
@@ -336,6 +360,12 @@ def _add_split(parser: argparse.ArgumentParser, named: str) -> None:
         "--split",
         help=f"name of the split (default: train, val or test, from the name of {named} or of the folder above; or "
         "else train, if the record folder is empty)",
+    )
+
+
+def _add_class_names(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="all classes, in order (default: those that occur)"
     )
 
 
