@@ -71,7 +71,14 @@ def _describe_deeplab2_records(options: argparse.Namespace) -> None:
     from deeplab2_like.data.convert.deeplab2_records import describe_deeplab2_records
     from deeplab2_like.printing import counted
 
-    counts = describe_deeplab2_records(options.records, options.data_set)
+    counts = describe_deeplab2_records(
+        options.records,
+        options.data_set,
+        json_file=options.json_file,
+        label_divisor=options.label_divisor,
+        ignore_label=options.ignore_label,
+        encoding=options.encoding,
+    )
     for split, count in counts.items():
         print(f"Split '{split}': {counted(count, 'image')}.")
     print(f"Records in {options.records} can be trained on.")
@@ -143,7 +150,7 @@ def _add_cityscapes(parser: argparse.ArgumentParser) -> None:
 
 def _add_coco_instances(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: that of the JSON)")
-    _add_json(parser, "the JSON, or a folder with a folder per split, as Roboflow exports it")
+    _add_json(parser, "the JSON, or a folder of splits, as Roboflow and CVAT export it")
     _add_split(parser, "the JSON")
     _add_classes(parser)
     _add_overlap(parser)
@@ -160,7 +167,9 @@ def _add_coco_instances(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stuff-pngs", type=Path, metavar="DIR", help="a PNG per image with the class of each pixel, below the objects"
     )
-    parser.add_argument("--stuff-classes", type=Path, metavar="FILE", help="the class of each value in the stuff PNGs")
+    parser.add_argument(
+        "--stuff-classes", type=Path, metavar="FILE", help="the class of each value in the stuff PNGs, or coco-stuff"
+    )
     _add_label_options(parser)
 
 
@@ -291,7 +300,16 @@ def _add_label_studio(parser: argparse.ArgumentParser) -> None:
 
 def _add_deeplab2_records(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", type=Path, required=True, metavar="DIR", help="folder of the records")
-    parser.add_argument("--data-set", required=True, metavar="NAME", help="their data set: cityscapes or coco")
+    kinds = parser.add_mutually_exclusive_group(required=True)
+    kinds.add_argument("--data-set", metavar="NAME", help="their data set: cityscapes, coco or ade20k")
+    kinds.add_argument(
+        "--json", type=Path, dest="json_file", metavar="FILE", help="own categories, with the ids in the records"
+    )
+    parser.add_argument("--label-divisor", type=int, help="with --json: panoptic_label_divisor (default: 1000)")
+    parser.add_argument(
+        "--ignore-label", type=int, help="with --json: ignore_label (default: 0, or 255 if 0 is the id of a class)"
+    )
+    _add_encoding(parser)
     add_workers(parser, "number of examples checked at once")
 
 
@@ -323,6 +341,12 @@ SOURCES = {
 
 
 # --- Options that several sources share. ------------------------------------------------------------------------------
+
+
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="encoding of files of text that are not UTF-8, such as gbk (default: error)"
+    )
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
@@ -410,9 +434,7 @@ def _add_label_options(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the images for a split val, such as 0.1, by file name",
     )
-    parser.add_argument(
-        "--encoding", metavar="NAME", help="encoding of files of text that are not UTF-8, such as gbk (default: error)"
-    )
+    _add_encoding(parser)
     parser.add_argument(
         "--label-divisor", type=int, help="above the largest number of instances of a class in an image"
     )
@@ -424,6 +446,12 @@ def _add_label_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="record folder to write")
+    parser.add_argument(
+        "--label-format",
+        choices=("png", "raw"),
+        default="png",
+        help="how records hold labels; raw is larger, and DeepLab2 reads it (default: %(default)s)",
+    )
     parser.add_argument("--shards", type=int, help="number of files (default: one per 500 examples)")
     add_workers(parser, "number of examples converted at once")
     parser.add_argument(

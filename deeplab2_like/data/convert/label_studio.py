@@ -17,7 +17,7 @@ from deeplab2_like.data.convert.label_studio_rle import decode_brush
 from deeplab2_like.data.convert.losses import FAULTY, Losses
 from deeplab2_like.data.convert.splits import choose_split
 from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
-from deeplab2_like.data.images import IMAGE_SUFFIXES, decode_image, turn_upright
+from deeplab2_like.data.images import IMAGE_SUFFIXES, decode_image
 from deeplab2_like.errors import UserError, unknown_name
 from deeplab2_like.paths import path_inside
 from deeplab2_like.printing import counted
@@ -115,7 +115,7 @@ def convert_label_studio(
         image = files.read_file(path_inside(images, example.name), "the image")
         size = _size_of_label(example.results)
         if size is None:  # Browsers show images upright.
-            image = turn_upright(image, example.name, bit_depth=info.bit_depth)
+            image = labeled_images.set_upright(image, example.name, info, losses)
             size = decode_image(image, example.name, bit_depth=info.bit_depth).shape[:2]
         below = shapes.empty_map(size, info, background)
         drawn = list(_read_regions(example.results, size, info, losses))

@@ -20,7 +20,7 @@ from deeplab2_like.data.convert.coco_json import number_or_text
 from deeplab2_like.data.convert.losses import FAULTY, Losses
 from deeplab2_like.data.convert.splits import divide, split_of_folder
 from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
-from deeplab2_like.data.images import IMAGE_SUFFIXES, decode_image, decode_label, turn_upright
+from deeplab2_like.data.images import IMAGE_SUFFIXES, decode_image, decode_label
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import is_inside, require_inside
 
@@ -124,7 +124,7 @@ def convert_labelme(
         content = _read_json(example.json_file, encoding)
         # labelme shows images turned by their EXIF orientation.
         image = _read_image(content, example.json_file, example.image, root)
-        image = turn_upright(image, example.name, bit_depth=info.bit_depth)
+        image = labeled_images.set_upright(image, example.name, info, losses)
         size = _size_in_json(content, example.json_file) or decode_image(image, example.name).shape[:2]
         below = shapes.empty_map(size, info, background)
         drawn = _read_shapes(content, size, info, losses)

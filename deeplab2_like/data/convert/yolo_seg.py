@@ -13,7 +13,7 @@ from deeplab2_like.data.convert import common, labeled_images, shapes
 from deeplab2_like.data.convert.losses import FAULTY, Losses
 from deeplab2_like.data.convert.splits import require_one_split
 from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
-from deeplab2_like.data.images import IMAGE_SUFFIXES, decode_image, turn_upright
+from deeplab2_like.data.images import IMAGE_SUFFIXES, decode_image
 from deeplab2_like.errors import UserError
 from deeplab2_like.printing import counted
 
@@ -90,7 +90,8 @@ def convert_yolo_seg(
 
     def load(example: _Example, info: DatasetInfo, losses: Losses) -> tuple[bytes, np.ndarray]:
         # Ultralytics turns images by their EXIF orientation, as viewers and most labeling tools do.
-        image = turn_upright(files.read_file(example.image, "the image"), example.name, bit_depth=info.bit_depth)
+        image = files.read_file(example.image, "the image")
+        image = labeled_images.set_upright(image, example.name, info, losses)
         size = decode_image(image, example.name, bit_depth=info.bit_depth).shape[:2]
         drawn = list(_read_polygons(example.label, size, names, info, losses, encoding))
         below = shapes.empty_map(size, info, background)
