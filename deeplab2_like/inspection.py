@@ -420,10 +420,11 @@ def _make_picture(name: str, image: np.ndarray, panoptic: np.ndarray, info: Data
     num_objects = int(np.count_nonzero(values % info.label_divisor))
     height, width = panoptic.shape
     scale = _PICTURE_SIZE / max(height, width)
-    if scale > 1:
-        scale = max(1, int(scale))  # A whole factor, so that all pixels have the same size.
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    if scale >= 2:  # A whole factor, so that all pixels have the same size.
+        scale, interpolation = int(scale), cv2.INTER_NEAREST
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+    image = cv2.resize(image, size, interpolation=interpolation)
     panoptic = cv2.resize(panoptic, size, interpolation=cv2.INTER_NEAREST)
     # OpenCV draws ASCII letters only.
     shown = stretch_contrast(image)

@@ -18,8 +18,8 @@ _DARK = (24, 24, 28)
 # A segment gets its name in the picture if it covers at least this fraction of it.
 _MIN_NAMED_FRACTION = 0.004
 
-# An image is nearly black if almost all of its values are below.
-_DARK_BELOW = 100
+# An image is dark if 95% of its values are below the first, and no more than 0.5% above the second.
+_DARK_BELOW, _BRIGHT_ABOVE = 100, 200
 
 # Pictures side by side are upsampled until they are at least this high, so that their captions can be read,
 _MIN_PANEL_HEIGHT = 240
@@ -160,16 +160,17 @@ def contact_sheet(images: Sequence[np.ndarray], columns: int | None = None, gap:
 
 
 def stretch_contrast(image: np.ndarray) -> np.ndarray:
-    """Brightens an image that is nearly black, as those of microscopes are; returns any other unchanged.
+    """Brightens an image that is mostly dark, as those of microscopes are; returns any other unchanged.
 
     Args:
         image: uint8 [H, W, 3].
 
     Returns:
-        uint8 [H, W, 3]. If 99.5% of the values are below 100, the values from 0.5% to 99.5% become 0 to 255.
+        uint8 [H, W, 3]. If 95% of the values are below 100, and 99.5% below 200, the values from 0.5% to 99.5% become 0
+        to 255.
     """
-    low, high = np.percentile(image, (0.5, 99.5))
-    if high >= _DARK_BELOW or high <= low:
+    low, most, high = np.percentile(image, (0.5, 95, 99.5))
+    if most >= _DARK_BELOW or high >= _BRIGHT_ABOVE or high <= low:
         return image
     return np.clip((image - low) * (255 / (high - low)), 0, 255).round().astype(np.uint8)
 

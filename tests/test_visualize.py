@@ -132,6 +132,9 @@ def test_dark_images_are_brightened_and_others_kept() -> None:
     dark = np.linspace(10, 60, 3000).astype(np.uint8).reshape(20, 50, 3)
     bright = stretch_contrast(dark)
     assert (bright.min(), bright.max()) == (0, 255)
+    with_cells = np.full((20, 50, 3), 5, np.uint8)
+    with_cells[:2, :10] = 120  # 2% of the values.
+    assert stretch_contrast(with_cells).max() == 255
     for image in (np.full((4, 4, 3), 7, np.uint8), np.full((4, 4, 3), 200, np.uint8), dark * 4):
         assert stretch_contrast(image) is image
 

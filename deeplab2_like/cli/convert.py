@@ -71,7 +71,14 @@ def _describe_deeplab2_records(options: argparse.Namespace) -> None:
     from deeplab2_like.data.convert.deeplab2_records import describe_deeplab2_records
     from deeplab2_like.printing import counted
 
-    counts = describe_deeplab2_records(options.records, options.data_set)
+    counts = describe_deeplab2_records(
+        options.records,
+        options.data_set,
+        json_file=options.json_file,
+        label_divisor=options.label_divisor,
+        ignore_label=options.ignore_label,
+        encoding=options.encoding,
+    )
     for split, count in counts.items():
         print(f"Split '{split}': {counted(count, 'image')}.")
     print(f"Records in {options.records} can be trained on.")
@@ -143,7 +150,7 @@ def _add_cityscapes(parser: argparse.ArgumentParser) -> None:
 
 def _add_coco_instances(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: that of the JSON)")
-    _add_json(parser, "the JSON, or a folder with a folder per split, as Roboflow exports it")
+    _add_json(parser, "the JSON, or a folder of splits, as Roboflow and CVAT export it")
     _add_split(parser, "the JSON")
     _add_classes(parser)
     _add_overlap(parser)
@@ -160,7 +167,9 @@ def _add_coco_instances(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stuff-pngs", type=Path, metavar="DIR", help="a PNG per image with the class of each pixel, below the objects"
     )
-    parser.add_argument("--stuff-classes", type=Path, metavar="FILE", help="the class of each value in the stuff PNGs")
+    parser.add_argument(
+        "--stuff-classes", type=Path, metavar="FILE", help="the class of each value in the stuff PNGs, or coco-stuff"
+    )
     _add_label_options(parser)
 
 
@@ -198,6 +207,39 @@ def _add_semantic_pngs(parser: argparse.ArgumentParser) -> None:
     _add_label_options(parser)
 
 
+def _add_instance_maps(parser: argparse.ArgumentParser) -> None:
+    _add_images(parser)
+    parser.add_argument(
+        "--labels", type=Path, metavar="DIR", help="folder of the instance maps (default: that of the images)"
+    )
+    _add_split(parser, "the folders")
+    classes = parser.add_mutually_exclusive_group()
+    classes.add_argument("--class", dest="class_name", metavar="NAME", help="the only class (default: object)")
+    classes.add_argument(
+        "--class-map", type=Path, metavar="FILE", help="the class of each object: a table or JSON by image and number"
+    )
+    classes.add_argument(
+        "--class-labels", type=Path, metavar="DIR", help="folder of labels with the class of each pixel"
+    )
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="the class of each value in --class-labels or --class-map"
+    )
+    _add_stuff(parser)
+    _add_known_background(parser)
+    _add_ignore_subsets(parser)
+    parser.add_argument(
+        "--label-ending",
+        metavar="TEXT",
+        help="ending of an instance map's name, in place of the image's, such as _masks.tif (default: found)",
+    )
+    parser.add_argument(
+        "--image-ending",
+        metavar="TEXT",
+        help="ending of an image's name before its suffix that its instance map lacks, such as _img (default: found)",
+    )
+    _add_label_options(parser)
+
+
 def _add_cvat_masks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the unpacked export")
     _add_split(parser, "the folder")
@@ -207,21 +249,67 @@ def _add_cvat_masks(parser: argparse.ArgumentParser) -> None:
     _add_label_options(parser)
 
 
+def _add_voc_masks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--root", type=Path, required=True, metavar="DIR", help="folder with SegmentationClass and SegmentationObject"
+    )
+    _add_split(parser, "the folder")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: JPEGImages)")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="the class of each value (default: the 20 of Pascal VOC)"
+    )
+    _add_ignore_subsets(parser)
+    _add_stuff(parser)
+    _add_known_background(parser)
+    _add_label_options(parser)
+
+
 def _add_labelme(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of the JSONs")
     _add_split(parser, "the folder")
-    parser.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="all classes, in order (default: those that occur)"
-    )
+    _add_class_names(parser)
     _add_ignore_subsets(parser)
     _add_classes(parser)
     _add_overlap(parser)
     _add_label_options(parser)
 
 
+def _add_yolo_seg(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="the YAML, with names, train and val")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="the only split to convert (default: all)")
+    _add_classes(parser)
+    _add_overlap(parser)
+    _add_label_options(parser)
+
+
+def _add_label_studio(parser: argparse.ArgumentParser) -> None:
+    _add_json(parser, "the export, of type JSON")
+    _add_images(parser)
+    _add_split(parser, "the JSON")
+    _add_class_names(parser)
+    _add_classes(parser)
+    _add_overlap(parser)
+    parser.add_argument(
+        "--annotation",
+        choices=("last", "first"),
+        default="last",
+        help="which annotation of a task with several is used, unless one is the ground truth (default: %(default)s)",
+    )
+    _add_label_options(parser)
+
+
 def _add_deeplab2_records(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", type=Path, required=True, metavar="DIR", help="folder of the records")
-    parser.add_argument("--data-set", required=True, metavar="NAME", help="their data set: cityscapes or coco")
+    kinds = parser.add_mutually_exclusive_group(required=True)
+    kinds.add_argument("--data-set", metavar="NAME", help="their data set: cityscapes, coco or ade20k")
+    kinds.add_argument(
+        "--json", type=Path, dest="json_file", metavar="FILE", help="own categories, with the ids in the records"
+    )
+    parser.add_argument("--label-divisor", type=int, help="with --json: panoptic_label_divisor (default: 1000)")
+    parser.add_argument(
+        "--ignore-label", type=int, help="with --json: ignore_label (default: 0, or 255 if 0 is the id of a class)"
+    )
+    _add_encoding(parser)
     add_workers(parser, "number of examples checked at once")
 
 
@@ -237,8 +325,15 @@ SOURCES = {
     "semantic-pngs": Source(
         "Labels without instances: a PNG per image with the class of each pixel.", _add_semantic_pngs
     ),
+    "instance-maps": Source(
+        "Images with the number of the object at each pixel, as Cellpose, StarDist, napari and QuPath write them.",
+        _add_instance_maps,
+    ),
     "cvat-masks": Source('CVAT\'s export "Segmentation mask".', _add_cvat_masks),
+    "voc-masks": Source("Pascal VOC, or PNGs of classes and objects in its layout.", _add_voc_masks),
     "labelme": Source("A folder of labelme, with a JSON per image.", _add_labelme),
+    "label-studio": Source("An export of Label Studio as JSON: polygons, brushes and others.", _add_label_studio),
+    "yolo-seg": Source("A data set of Ultralytics for segmentation, with a YAML.", _add_yolo_seg),
     "deeplab2-records": Source(
         "Records that DeepLab2 made: writes dataset_info.json beside them, and nothing else.", _add_deeplab2_records
     ),
@@ -246,6 +341,12 @@ SOURCES = {
 
 
 # --- Options that several sources share. ------------------------------------------------------------------------------
+
+
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="encoding of files of text that are not UTF-8, such as gbk (default: error)"
+    )
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
@@ -286,8 +387,26 @@ def _add_split(parser: argparse.ArgumentParser, named: str) -> None:
     )
 
 
-def _add_classes(parser: argparse.ArgumentParser) -> None:
+def _add_class_names(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--classes", nargs="+", metavar="NAME", help="all classes, in order (default: those that occur)"
+    )
+
+
+def _add_stuff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stuff", nargs="+", default=[], metavar="NAME", help="classes that are stuff, not things")
+
+
+def _add_known_background(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of sources whose labels tell the background apart from void."""
+    parser.add_argument(
+        "--background", default="background", metavar="NAME", help="class of the background (default: %(default)s)"
+    )
+    parser.add_argument("--void-background", action="store_true", help="make the background void instead")
+
+
+def _add_classes(parser: argparse.ArgumentParser) -> None:
+    _add_stuff(parser)
     parser.add_argument("--background", metavar="NAME", help="class of unlabeled pixels (default: they are void)")
 
 
@@ -315,9 +434,7 @@ def _add_label_options(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the images for a split val, such as 0.1, by file name",
     )
-    parser.add_argument(
-        "--encoding", metavar="NAME", help="encoding of files of text that are not UTF-8, such as gbk (default: error)"
-    )
+    _add_encoding(parser)
     parser.add_argument(
         "--label-divisor", type=int, help="above the largest number of instances of a class in an image"
     )
@@ -329,6 +446,12 @@ def _add_label_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="record folder to write")
+    parser.add_argument(
+        "--label-format",
+        choices=("png", "raw"),
+        default="png",
+        help="how records hold labels; raw is larger, and DeepLab2 reads it (default: %(default)s)",
+    )
     parser.add_argument("--shards", type=int, help="number of files (default: one per 500 examples)")
     add_workers(parser, "number of examples converted at once")
     parser.add_argument(

@@ -45,6 +45,7 @@ _BIT_DEPTHS = (8, 10, 12, 14, 16, 24, 32)
 # compressed by one of them.
 _LOSSY_FORMATS = {"JPEG": (".jpeg", ".jpg"), "WEBP": (".webp",)}
 LOSSY_SUFFIXES = tuple(suffix for suffixes in _LOSSY_FORMATS.values() for suffix in suffixes)
+LABEL_SUFFIXES = tuple(suffix for suffix in IMAGE_SUFFIXES if suffix not in LOSSY_SUFFIXES)
 _LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "tiff_sgilog", "tiff_sgilog24", "webp")
 
 
@@ -359,7 +360,7 @@ def read_color_png(path: Path, what: str) -> np.ndarray:
 
 
 def read_value_png(path: Path, what: str) -> np.ndarray:
-    """Reads a PNG of one number per pixel: a gray value of 8 or 16 bits, or the index in a palette.
+    """Reads a label file of one number per pixel: a gray value of up to 32 bits, or the index in a palette.
 
     Args:
         path: The file.
@@ -374,8 +375,8 @@ def read_value_png(path: Path, what: str) -> np.ndarray:
     pixels = decode_label(read_file(path, f"the {what}"), f"the {what} '{path}'")
     if pixels.ndim != 2:
         raise UserError(
-            f"the {what} '{path}' has {pixels.shape[2]} channels; it must be gray (8 or 16 bits) or have a palette, "
-            "with a number per pixel."
+            f"the {what} '{path}' has {pixels.shape[2]} channels; it must be gray (8, 16 or 32 bits) or have a "
+            "palette, with a number per pixel."
         )
     return pixels.astype(np.int32)
 

@@ -207,6 +207,33 @@ def find_data_set(name_or_file: str) -> DatasetInfo:
     return DatasetInfo.from_coco_categories(content["categories"], name=path.stem)
 
 
+# https://github.com/nightrome/cocostuff, labels.txt: the stuff classes of COCO-Stuff with their category ids, which
+# follow those of COCO's things.
+# fmt: off
+_COCO_STUFF_NAMES = (
+    "banner", "blanket", "branch", "bridge", "building-other", "bush", "cabinet", "cage", "cardboard", "carpet",
+    "ceiling-other", "ceiling-tile", "cloth", "clothes", "clouds", "counter", "cupboard", "curtain", "desk-stuff",
+    "dirt", "door-stuff", "fence", "floor-marble", "floor-other", "floor-stone", "floor-tile", "floor-wood",
+    "flower", "fog", "food-other", "fruit", "furniture-other", "grass", "gravel", "ground-other", "hill", "house",
+    "leaves", "light", "mat", "metal", "mirror-stuff", "moss", "mountain", "mud", "napkin", "net", "paper",
+    "pavement", "pillow", "plant-other", "plastic", "platform", "playingfield", "railing", "railroad", "river",
+    "road", "rock", "roof", "rug", "salad", "sand", "sea", "shelf", "sky-other", "skyscraper", "snow",
+    "solid-other", "stairs", "stone", "straw", "structural-other", "table", "tent", "textile-other", "towel",
+    "tree", "vegetable", "wall-brick", "wall-concrete", "wall-other", "wall-panel", "wall-stone", "wall-tile",
+    "wall-wood", "water-other", "waterdrops", "window-blind", "window-other", "wood",
+)
+# fmt: on
+COCO_STUFF = tuple(enumerate(_COCO_STUFF_NAMES, start=92))
+
+# http://host.robots.ox.ac.uk/pascal/VOC: the 20 classes of Pascal VOC, all things. The id of a class in the PNGs is its
+# position in this list, counted from 1.
+# fmt: off
+VOC_NAMES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)
+# fmt: on
+
 # http://sceneparsing.csail.mit.edu: the 150 classes of ADE20K's challenge. The id of a class in the PNGs is its
 # position in this list, counted from 1.
 ADE20K_NAMES = (
@@ -371,3 +398,12 @@ ADE20K_THINGS = (
     126, 127, 128, 130, 131, 133, 134, 135, 136, 137, 138, 139, 140, 143, 144, 145, 147, 148, 149, 150,
 )
 # fmt: on
+
+
+def ade20k_info() -> DatasetInfo:
+    """Returns the classes of ADE20K, with ids as in the panoptic JSON, from 0."""
+    categories = [
+        {"id": number - 1, "name": name, "isthing": int(number in ADE20K_THINGS)}
+        for number, name in enumerate(ADE20K_NAMES, start=1)
+    ]
+    return DatasetInfo.from_coco_categories(categories, name="ade20k")

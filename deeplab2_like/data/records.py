@@ -1,8 +1,10 @@
 """The schema of a record: one image and its label, written and parsed side by side.
 
 The keys are DeepLab2's, so records made by DeepLab2 (label as `raw` int32 bytes) are read unchanged. Our own records
-hold the label as an RGB PNG, `id = R + 256 G + 65536 B`, which is smaller and opens in any viewer.
+hold the label as an RGB PNG, `id = R + 256 G + 65536 B`, which is smaller and opens in any viewer, or also as `raw`.
 """
+
+from typing import Literal, get_args
 
 import numpy as np
 import tensorflow as tf
@@ -11,7 +13,10 @@ from deeplab2_like.data import panoptic_label
 from deeplab2_like.data.dataset_info import MAX_PANOPTIC_VALUE
 from deeplab2_like.data.images import decode_image, encode_png, is_jpeg, is_rgb_jpeg_or_png
 from deeplab2_like.data.record_errors import require
-from deeplab2_like.errors import UserError
+from deeplab2_like.errors import UserError, unknown_name
+
+# How a record holds its label: as an RGB PNG, or as the little-endian int32 values that DeepLab2's parser reads.
+LabelFormat = Literal["png", "raw"]
 
 _ENCODED = "image/encoded"
 _FILENAME = "image/filename"
@@ -28,7 +33,12 @@ _IMAGE_SIGNATURES = (b"\xff\xd8\xff", _PNG_SIGNATURE, b"GIF8", b"BM", b"RIFF")
 
 
 def serialize_example(
-    *, image: bytes | np.ndarray, panoptic: np.ndarray, filename: str, bit_depth: int | None = None
+    *,
+    image: bytes | np.ndarray,
+    panoptic: np.ndarray,
+    filename: str,
+    bit_depth: int | None = None,
+    label_format: LabelFormat = "png",
 ) -> bytes:
     """Serializes one record; `parse_example` is the inverse.
 
@@ -38,6 +48,7 @@ def serialize_example(
         panoptic: int [H, W], panoptic map with values 0..2**24 - 1.
         filename: The image's file name; `parse_example` returns it as `image_id`.
         bit_depth: For image files of more than 8 bits per channel, see `decode_image`.
+        label_format: How the label is stored; "raw" takes more space, but DeepLab2 reads it.
 
     Returns:
         The serialized `tf.train.Example`; equal input gives equal bytes.
@@ -45,6 +56,8 @@ def serialize_example(
     Raises:
         UserError: If the image cannot be read, or image and label do not fit each other or the format.
     """
+    if label_format not in get_args(LabelFormat):
+        raise unknown_name("label format", label_format, get_args(LabelFormat))
     if isinstance(image, bytes):
         pixels = decode_image(image, filename, bit_depth=bit_depth)
         encoded = image if is_rgb_jpeg_or_png(image) else encode_png(pixels)
@@ -65,6 +78,10 @@ def serialize_example(
         encoded_name = filename.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"The file name {filename!r} is not Unicode text; rename the file.") from error
+    is_raw = label_format == "raw"
+    label = (
+        panoptic.astype("<i4").tobytes() if is_raw else encode_png(panoptic_label.ids_to_rgb(panoptic), is_label=True)
+    )
     features = {
         _ENCODED: encoded,
         _FILENAME: encoded_name,
@@ -72,8 +89,8 @@ def serialize_example(
         _HEIGHT: height,
         _WIDTH: width,
         _CHANNELS: 3,
-        _LABEL: encode_png(panoptic_label.ids_to_rgb(panoptic), is_label=True),
-        _LABEL_FORMAT: b"png",
+        _LABEL: label,
+        _LABEL_FORMAT: label_format.encode(),
     }
     example = tf.train.Example()
     for key, value in features.items():

@@ -174,6 +174,32 @@ def test_stuff_comes_from_pngs(source: Source) -> None:
         source.convert(**options)
 
 
+def test_maps_of_coco_stuff(source: Source) -> None:
+    """Values are category ids minus one: 0 is the person 1, 2 the car 3, 91 the banner 92, 181 the wood 182."""
+    source.content["categories"] = [category for category in CATEGORIES if category["name"] != "road"]
+    source.content["annotations"] = [a for a in source.content["annotations"] if a["category_id"] != 100]
+    (source.folder / "maps").mkdir()
+    values = np.array(
+        [[2, 2, 2, 2, 0, 0], [2, 2, 2, 2, 0, 0], [91, 91, 0, 0, 0, 0], [181, 255, 181, 0, 2, 2]], np.uint8
+    )
+    for name in "ab":
+        cv2.imwrite(str(source.folder / "maps" / f"{name}.png"), values)
+    source.convert(stuff=[], stuff_pngs=source.folder / "maps", stuff_classes=Path("coco-stuff"))
+    info = DatasetInfo.load(source.folder / "records")
+    class_of_name = {category.name: class_id for class_id, category in enumerate(info.categories)}
+    assert info.num_classes == len(source.content["categories"]) + 91
+    assert info.categories[class_of_name["wood"]].id == 182
+    banner, wood = class_of_name["banner"] * 1000, class_of_name["wood"] * 1000
+    # The cars and the crowd of persons, now class 1, are as without the maps; other pixels of things are void.
+    expected = [
+        [1, 1, 1, 1, 1000, 1000],
+        [1, 2, 1, 1, 1000, 1000],
+        [banner, banner, 255000, 1000, 1000, 1000],
+        [wood, 255000, wood, 1000, 1000, 1000],
+    ]
+    np.testing.assert_array_equal(source.labels()[0], expected)
+
+
 def test_divisor_exceeds_the_number_of_instances(source: Source) -> None:
     source.content["annotations"] = [{**source.content["annotations"][0], "id": i} for i in range(1000)]
     source.convert()

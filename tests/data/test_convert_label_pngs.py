@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from deeplab2_like.cli import main
@@ -16,6 +17,7 @@ from deeplab2_like.data import known_datasets, panoptic_label, pipeline
 from deeplab2_like.data.convert.ade20k import convert_ade20k
 from deeplab2_like.data.convert.cvat_masks import convert_cvat_masks
 from deeplab2_like.data.convert.semantic_pngs import convert_semantic_pngs
+from deeplab2_like.data.convert.summary import print_summary
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.shards import list_shards
 from deeplab2_like.errors import UserError
@@ -165,12 +167,15 @@ def save_lying(path: Path, orientation: int) -> None:
     Image.fromarray(pixels).save(path, exif=exif)
 
 
-def test_an_image_lies_as_its_label_does(semantic: dict[str, Any]) -> None:
+def test_an_image_lies_as_its_label_does(semantic: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     # By 90 degrees clockwise: the left column becomes the upper row.
     save_lying(semantic["images"] / "a.png", 6)
     save_lying(semantic["images"] / "more" / "b.png", 6)
     write_png(semantic["labels"] / "more" / "b.png", [[3, 1], [3, 1], [3, 1]])
-    convert_semantic_pngs(**semantic)
+    (report,) = convert_semantic_pngs(**semantic)
+    assert report.turned == 1
+    print_summary([report], semantic["output_dir"])
+    assert "turned by the EXIF orientation, as the labels were drawn: 1 image." in capsys.readouterr().out
     shown, stored = examples(semantic["output_dir"])
     np.testing.assert_array_equal(shown["image"][..., 0], [[200, 200, 200], [0, 0, 0]])
     assert shown["panoptic"].shape == (2, 3)
@@ -233,6 +238,23 @@ def test_other_folders_do_not_replace_a_split(semantic: dict[str, Any]) -> None:
     # Of two images of 6 pixels: 4 road, 6 sky, 2 void; classes without objects.
     (report,) = convert_semantic_pngs(**(semantic | other), max_side=3)
     assert (report.is_unchanged, report.objects, report.pixels) == (False, (0, 0), (4, 6, 2))
+
+
+def test_labels_may_be_raw_as_deeplab2_reads_them(semantic: dict[str, Any]) -> None:
+    convert_semantic_pngs(**semantic, label_format="raw")
+    (file,) = list_shards(semantic["output_dir"], "train")
+    record = tf.train.Example.FromString(next(tf.data.TFRecordDataset(file).as_numpy_iterator())).features.feature
+    assert record["image/segmentation/class/format"].bytes_list.value == [b"raw"]
+    # As DeepLab2 decodes it, with the height and width of the record.
+    size = [record[f"image/{side}"].int64_list.value[0] for side in ("height", "width")]
+    label = tf.io.decode_raw(record["image/segmentation/class/encoded"].bytes_list.value[0], tf.int32)
+    np.testing.assert_array_equal(tf.reshape(label, size), [[0, 1000, 1000], [0, 255000, 1000]])
+    np.testing.assert_array_equal(examples(semantic["output_dir"])[0]["panoptic"], tf.reshape(label, size))
+    # Another format replaces the split, the same leaves it.
+    assert convert_semantic_pngs(**semantic, label_format="raw")[0].is_unchanged
+    assert not convert_semantic_pngs(**semantic)[0].is_unchanged
+    with pytest.raises(UserError, match=r"Unknown label format 'jpg'"):
+        convert_semantic_pngs(**semantic, label_format="jpg")
 
 
 # CVAT's masks.

@@ -470,6 +470,32 @@ def test_an_export_of_roboflow_is_one_command(tmp_path: Path, capsys: pytest.Cap
     )
 
 
+@pytest.mark.parametrize("given", ["export", "export/annotations"])
+def test_an_export_of_cvat_with_subsets_is_one_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    (tmp_path / "export" / "annotations").mkdir(parents=True)
+    for subset in ("Train", "Validation"):
+        save(tmp_path / "export" / "images" / subset / "a.png")
+        (tmp_path / "export" / "annotations" / f"instances_{subset}.json").write_text(json.dumps(coco([{}])))
+    command = ["convert", "coco-instances", "--json", str(tmp_path / given)]
+    assert main([*command, "--output-dir", str(tmp_path / "records")]) == 0
+    assert "' has the splits train, val; --split converts one of them." in capsys.readouterr().out
+    assert list_splits(tmp_path / "records") == ["train", "val"]
+    (tmp_path / "export" / "annotations" / "instances_valid.json").write_text("{}")
+    assert main([*command, "--output-dir", str(tmp_path / "two")]) == 2
+    assert "' are both of the split 'val'; give one of them with --json" in capsys.readouterr().err
+
+
+def test_an_export_of_cvat_without_subsets(tmp_path: Path) -> None:
+    save(tmp_path / "export" / "images" / "default" / "a.png")
+    (tmp_path / "export" / "annotations").mkdir()
+    (tmp_path / "export" / "annotations" / "instances_default.json").write_text(json.dumps(coco([{}])))
+    command = ["convert", "coco-instances", "--json", str(tmp_path / "export"), "--split", "val"]
+    assert main([*command, "--output-dir", str(tmp_path / "records")]) == 0
+    assert list_splits(tmp_path / "records") == ["val"]
+
+
 # labelme.
 
 

@@ -90,11 +90,60 @@ def test_cityscapes(tmp_path: Path) -> None:
     assert "record_offset" not in json.loads((tmp_path / "records" / "dataset_info.json").read_text())
 
 
+def test_ade20k_has_void_0_and_classes_from_1(tmp_path: Path) -> None:
+    # With a divisor of 1000: void; two beds, class 8; a wall, class 1; a flag, the last class, 150.
+    label = np.array([[0, 8001, 8002], [1000, 150_001, 0]], np.int32)
+    write(tmp_path / "records", label)
+    describe_deeplab2_records(tmp_path / "records", "ade20k")
+    np.testing.assert_array_equal(read(tmp_path / "records")[0], [[255_000, 7001, 7002], [0, 149_001, 255_000]])
+    info = DatasetInfo.load(tmp_path / "records")
+    assert (info.num_classes, len(info.thing_classes), info.categories[149].name) == (150, 100, "flag")
+
+
+OWN = [{"id": 2, "name": "leaf", "isthing": 1}, {"id": 1, "name": "soil", "isthing": 0}]
+
+
+def test_own_categories(tmp_path: Path) -> None:
+    """With class ids from 1 and a divisor of 100: void; soil; leaves."""
+    write(tmp_path / "records", np.array([[0, 100, 201], [202, 202, 0]], np.int32))
+    (tmp_path / "own.json").write_text(json.dumps({"categories": OWN}))
+    describe_deeplab2_records(tmp_path / "records", json_file=tmp_path / "own.json", label_divisor=100)
+    np.testing.assert_array_equal(read(tmp_path / "records")[0], [[25_500, 0, 101], [102, 102, 25_500]])
+
+
+def test_own_categories_from_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "records", np.array([[9000, 1000, 1001], [2, 2, 1]], np.int32))
+    own = [{"id": 0, "name": "leaf", "isthing": 1}, {"id": 1, "name": "stem", "isthing": 1}]
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    command = ["convert", "deeplab2-records", "--records", str(tmp_path / "records"), "--json"]
+    assert main([*command, str(tmp_path / "own.json"), "--ignore-label", "9"]) == 0
+    np.testing.assert_array_equal(read(tmp_path / "records")[0], [[9000, 1000, 1001], [2, 2, 1]])
+    assert main([*command, str(tmp_path / "own.json")]) == 2
+    assert "dataset_info.json' differs from the one of the data set of '" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ({}, {}, r"own\.json' has no list 'categories'; give a COCO panoptic JSON"),
+        ([*OWN, {"id": 7, "name": "x", "isthing": 0}], {}, r"ids in '.*own\.json' have gaps \(1, 2, 7, \.\.\.\), but"),
+        (OWN, {"ignore_label": 2}, r"ignore_label 2 is the id of a class in '.*own\.json'; give DeepLab2's"),
+        (OWN, {"ignore_label": 255}, r"ignore_label 255 is not read with class ids from 1; list a category of id 0"),
+        (OWN, {"data_set": "coco"}, r"Give the name of the data set, or a JSON with your own categories, but not both"),
+    ],
+)
+def test_own_categories_that_make_no_sense(tmp_path: Path, content: Any, options: Any, message: str) -> None:
+    write(tmp_path / "records", COCO)
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        describe_deeplab2_records(tmp_path / "records", json_file=tmp_path / "own.json", **options)
+
+
 def test_wrong_data_set_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "records", CITYSCAPES)
     message = (
         r"^Split 'train' in '.*records' cannot be read as DeepLab2's coco; if it is of another data set, name that one "
-        r"\(cityscapes\)\. Bad record: the label of image '0+' has the value 255000, which is class 996 with "
+        r"\(cityscapes, ade20k\)\. Bad record: the label of image '0+' has the value 255000, which is class 996 with "
         r"label_divisor 256; classes are 1\.\.133 and less than 1 for void"
     )
     with pytest.raises(UserError, match=message):

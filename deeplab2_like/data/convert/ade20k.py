@@ -114,12 +114,8 @@ def _convert_annotations(
     options: labeled_images.LabelOptions,
 ) -> tuple[common.ConversionReport, ...]:
     """Converts a split from `annotations` and `annotations_instance`."""
-    # Ids as in the panoptic JSON, from 0.
-    things = {number - 1 for number in known_datasets.ADE20K_THINGS}
-    categories = [
-        {"id": class_id, "name": name, "isthing": int(class_id in things)}
-        for class_id, name in enumerate(known_datasets.ADE20K_NAMES)
-    ]
+    ade20k = known_datasets.ade20k_info()
+    things = ade20k.thing_classes
     common.require_folder(instances, "folder of instance PNGs")
 
     def load(pair: labeled_images.Pair, info: DatasetInfo, losses: Losses) -> tuple[bytes, np.ndarray]:
@@ -135,9 +131,9 @@ def _convert_annotations(
                         "the PNG."
                     )
                 return class_of_id[known_datasets.ADE20K_THINGS[instance_class - 1] - 1], True
-            if value > len(categories):
+            if value > ade20k.num_classes:
                 raise UserError(
-                    f"'{pair.label}' has class {value}; it must be 0 to {len(categories)}: correct the PNG."
+                    f"'{pair.label}' has class {value}; it must be 0 to {ade20k.num_classes}: correct the PNG."
                 )
             if value - 1 in things:
                 return labeled_images.Void(NO_OBJECT, known_datasets.ADE20K_NAMES[value - 1])
@@ -161,7 +157,7 @@ def _convert_annotations(
         load,
         inputs_of=lambda pair: [pair.image, pair.label, instances / pair.label.name],
         source=[images, annotations, instances],
-        info=DatasetInfo.from_coco_categories(categories, name="ade20k"),
+        info=ade20k,
         output_dir=output_dir,
         **options,
     )

@@ -1,7 +1,7 @@
 """Reads class lists: small files that give the class of each value in a label PNG."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,11 @@ from deeplab2_like.data.dataset_info import whole_number
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import read_text
 from deeplab2_like.parsing import parse_json
+
+# The names with which class lists say that a value is void or background, in lower case, and the usual values.
+VOID_NAMES = frozenset(("void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown"))
+_BACKGROUND_NAMES = frozenset(("background", "_background_", "__background__"))
+_BACKGROUND, _VOID = 0, 255
 
 _FORMATS = (
     "it may be a text with a line `NAME` per class, numbered from 0, or with lines `ID NAME`; or a JSON: a list of "
@@ -42,6 +47,27 @@ def read_class_list(path: Path, *, encoding: str | None = None) -> list[dict[str
     else:
         entries = _parse_lines(text)
     return _without_repetitions(entries, path)
+
+
+def classes_of_values(entries: Sequence[Mapping[str, Any]]) -> tuple[dict[int, str | None], set[int]]:
+    """Tells classes, background and void apart in a class list, by name; 0 and 255 have a usual meaning.
+
+    Args:
+        entries: The class list, see `read_class_list`.
+
+    Returns:
+        The class name of each value, None for the background, which is 0 unless the list gives that a class; and the
+        values that are void, such as 255 unless it is in the list.
+    """
+    void_values = {entry["id"] for entry in entries if entry["name"].strip().casefold() in VOID_NAMES}
+    if _VOID not in (entry["id"] for entry in entries):
+        void_values.add(_VOID)
+    name_of_value: dict[int, str | None] = {} if _BACKGROUND in void_values else {_BACKGROUND: None}
+    for entry in entries:
+        if entry["id"] not in void_values:
+            is_background = entry["name"].strip().casefold() in _BACKGROUND_NAMES
+            name_of_value[entry["id"]] = None if is_background else entry["name"]
+    return name_of_value, void_values
 
 
 def _parse_json(content: Any) -> list[dict[str, Any]]:

@@ -16,17 +16,16 @@ from pycocotools import mask as coco_mask
 
 from deeplab2_like import files
 from deeplab2_like.data.convert import common, labeled_images, shapes
-from deeplab2_like.data.convert.class_lists import read_class_list
 from deeplab2_like.data.convert.coco_json import number_or_text, read_coco_json
+from deeplab2_like.data.convert.coco_splits import CocoSource, find_splits
 from deeplab2_like.data.convert.file_finder import FileFinder
-from deeplab2_like.data.convert.losses import FAULTY, NO_CLASS, Losses
-from deeplab2_like.data.convert.splits import choose_split, require_one_split, split_of_name
-from deeplab2_like.data.dataset_info import Category, DatasetInfo, whole_number
-from deeplab2_like.data.images import decode_image, read_value_png, turn_upright
+from deeplab2_like.data.convert.losses import FAULTY, Losses
+from deeplab2_like.data.convert.splits import choose_split, require_one_split
+from deeplab2_like.data.convert.stuff_pngs import StuffClasses, draw_stuff, read_stuff_classes
+from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
+from deeplab2_like.data.images import decode_image, turn_upright
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import path_inside
-
-_ROBOFLOW_JSON = "_annotations.coco.json"
 
 
 @dataclasses.dataclass
@@ -65,14 +64,15 @@ def convert_coco_instances(  # noqa: PLR0913 - its arguments are the options of 
     encoding: str | None = None,
     **options: Unpack[labeled_images.LabelOptions],
 ) -> tuple[common.ConversionReport, ...]:
-    """Converts one split, or the splits of an export of Roboflow.
+    """Converts one split, or the splits of an export of Roboflow or CVAT, or of COCO itself.
 
     Where annotations overlap, `shapes.draw` decides. Pixels without an annotation get their class from the stuff PNG,
     or else the background class, or else are void. Annotations with `iscrowd` become crowd regions.
 
     Args:
         json_file: The JSON, with `images`, `annotations` and `categories`. Or a folder with a folder per split, such as
-            `train` and `valid`, each with its images and `_annotations.coco.json`, as Roboflow exports them.
+            `train` and `valid`, each with its images and `_annotations.coco.json`, as Roboflow exports them; or with a
+            JSON per split, such as `instances_Train.json`, as CVAT exports them, there or in `annotations`.
         output_dir: The record folder.
         images: Folder of the images; None: that of the JSON.
         split: The split's name; None: see `splits.choose_split`. For a folder of splits: the only one to convert.
@@ -85,7 +85,8 @@ def convert_coco_instances(  # noqa: PLR0913 - its arguments are the options of 
         stuff_pngs: Folder of a PNG per image, named as the image, with the classes of the pixels that no annotation
             covers; values without a class are void.
         stuff_classes: The class list of the stuff PNGs, see `read_class_list`. Classes with the name of a category in
-            the JSON are the same class, which must be stuff.
+            the JSON are the same class, which must be stuff. Or `coco-stuff` for the maps of COCO-Stuff, whose values
+            are category ids minus one, of things and stuff alike, and 255 for void.
         encoding: See `files.read_text`.
         **options: See `labeled_images.LabelOptions`.
 
@@ -98,9 +99,9 @@ def convert_coco_instances(  # noqa: PLR0913 - its arguments are the options of 
     if (stuff_pngs is None) != (stuff_classes is None):
         raise UserError("stuff_pngs and stuff_classes belong together: give both, or neither.")
     json_file, output_dir = Path(json_file), Path(output_dir)
-    sources = [_Source(json_file, json_file.parent if images is None else Path(images), split)]
+    sources = [CocoSource(json_file, json_file.parent if images is None else Path(images), split)]
     if json_file.is_dir():
-        sources = _find_splits(json_file, None if images is None else Path(images), split)
+        sources = find_splits(json_file, None if images is None else Path(images), split)
         require_one_split([str(source.split) for source in sources], options.get("val_share"))
         common.require_replaceable(
             output_dir,
@@ -127,35 +128,7 @@ def convert_coco_instances(  # noqa: PLR0913 - its arguments are the options of 
     return tuple(reports)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """The JSON and the images of one split; `split` is None if its name is to be guessed."""
-
-    json_file: Path
-    images: Path
-    split: str | None
-
-
-def _find_splits(root: Path, images: Path | None, split: str | None) -> list[_Source]:
-    """Finds the splits of an export of Roboflow: folders with a JSON of this name."""
-    found = {
-        name: _Source(path, path.parent if images is None else images / path.parent.name, name)
-        for path in sorted(root.glob(f"*/{_ROBOFLOW_JSON}"))
-        if (name := split_of_name(path.parent.name))
-    }
-    if not found and (root / _ROBOFLOW_JSON).is_file():
-        return [_Source(root / _ROBOFLOW_JSON, root if images is None else images, split)]
-    if split is not None and split in found:
-        return [found[split]]
-    if split is not None or not found:
-        raise UserError(
-            f"'{root}' has no folder of the split '{split or 'train'}' with {_ROBOFLOW_JSON} "
-            f"(found: {', '.join(found) or 'none'}); give the JSON itself with --json."
-        )
-    return list(found.values())
-
-
-def _paths_of(source: _Source, stuff_pngs: Path | None) -> list[Path]:
+def _paths_of(source: CocoSource, stuff_pngs: Path | None) -> list[Path]:
     """Returns the files and folders that identify the source of a split."""
     return [source.json_file, source.images, *([] if stuff_pngs is None else [Path(stuff_pngs)])]
 
@@ -184,7 +157,7 @@ class _Conversion:
         val_share: See `labeled_images.LabelOptions`.
     """
 
-    def __init__(self, source: _Source, output_dir: Path, choices: _Choices, *, val_share: float | None) -> None:
+    def __init__(self, source: CocoSource, output_dir: Path, choices: _Choices, *, val_share: float | None) -> None:
         common.require_folder(source.images, "image folder")
         self._source = source
         self._output_dir = output_dir
@@ -205,7 +178,7 @@ class _Conversion:
                     f"The categories {', '.join(dropped)} only group others and have no annotations: they are no "
                     "classes; --keep-groups keeps them."
                 )
-        self._class_names_of_values: dict[int, str] = {}
+        self._stuff: StuffClasses | None = None
         self._split, split_notes = choose_split(
             source.split,
             source.json_file,
@@ -217,19 +190,14 @@ class _Conversion:
         known = common.known_categories(output_dir, self._split)
         if stuff_pngs is not None and choices.stuff_classes is not None:
             common.require_folder(stuff_pngs, "folder of stuff PNGs")
-            class_list = read_class_list(choices.stuff_classes, encoding=choices.encoding)
-            categories, self._class_names_of_values = _with_stuff_classes(categories, class_list, known)
+            self._stuff = read_stuff_classes(choices.stuff_classes, categories, known, encoding=choices.encoding)
+            categories = self._stuff.categories
         self._info = shapes.make_info(
             categories, name=source.json_file.stem, stuff=choices.stuff, background=background, known=known
         )
         self._notes += shapes.describe_kinds(self._info, choices.stuff)
-        for name in self._class_names_of_values.values():
-            if self._info.categories[shapes.class_of_name(self._info)[name]].is_thing:
-                raise UserError(
-                    f"Class '{name}' of '{choices.stuff_classes}' is a thing in '{source.json_file}'; a stuff PNG "
-                    "cannot tell its objects apart, so name the class in the list of stuff, too, or remove it from "
-                    "the file."
-                )
+        if self._stuff is not None and choices.stuff_classes is not None:
+            self._stuff.require_stuff(self._info, choices.stuff_classes, source.json_file)
 
     def run(self, options: labeled_images.LabelOptions) -> tuple[common.ConversionReport, ...]:
         """Writes the split."""
@@ -244,7 +212,7 @@ class _Conversion:
                 "overlap": self._choices.overlap,
                 "background": self._choices.background,
                 "crowds_are_objects": self._choices.crowds_are_objects,
-                "stuff_values": self._class_names_of_values,
+                "stuff_values": {} if self._stuff is None else dict(self._stuff.name_of_value),
             },
             source=_paths_of(self._source, self._choices.stuff_pngs),
             info=self._info,
@@ -264,9 +232,9 @@ class _Conversion:
         image = files.read_file(path_inside(self._source.images, example.name), "the image")
         size = _size_of_image(image, example.name) if example.size is None else example.size
         below = shapes.empty_map(size, info, self._choices.background)
-        if self._choices.stuff_pngs is not None:
+        if self._choices.stuff_pngs is not None and self._stuff is not None:
             png = path_inside(self._choices.stuff_pngs, _stuff_name(example))
-            below = _draw_stuff(png, self._class_names_of_values, below, info, losses)
+            below = draw_stuff(png, self._stuff, below, info, losses)
         found = [
             shape
             for annotation, position in zip(example.annotations, example.positions, strict=True)
@@ -342,30 +310,6 @@ def _is_polygon(polygon: Any) -> bool:
     except UserError:
         return False
     return True
-
-
-def _with_stuff_classes(
-    categories: list[dict[str, Any]], class_list: list[dict[str, Any]], known: Sequence[Category]
-) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """Adds the classes of the stuff PNGs to those of the JSON; those of other splits keep their ids.
-
-    Returns:
-        All categories, and the class name of each value in the PNGs.
-    """
-    categories = list(categories)
-    ids = {category.get("id") for category in categories}
-    names = {category.get("name") for category in categories}
-    name_of_value = {}
-    for entry in class_list:
-        name_of_value[entry["id"]] = entry["name"]
-        if entry["name"] not in names:
-            # As in COCO, the value is the category id, unless another category has it.
-            is_known = any(category.name == entry["name"] for category in known)
-            is_free = entry["id"] not in ids and not is_known
-            number = entry["id"] if is_free else shapes.free_id(entry["name"], categories, known)
-            ids.add(number)
-            categories.append({**entry, "id": number, "isthing": 0})
-    return categories, name_of_value
 
 
 def _list_examples(content: dict[str, Any], finder: FileFinder) -> list[_Example]:
@@ -474,24 +418,3 @@ def _read_runs(segmentation: dict[str, Any], size: tuple[int, int], name: str) -
 def _stuff_name(example: _Example) -> str:
     """Returns the file name of an image's stuff PNG."""
     return f"{os.path.splitext(example.name)[0]}.png"
-
-
-def _draw_stuff(
-    png: Path, name_of_value: dict[int, str], below: np.ndarray, info: DatasetInfo, losses: Losses
-) -> np.ndarray:
-    """Draws a stuff PNG over a panoptic map, int32 [H, W]."""
-    values = read_value_png(png, "stuff PNG")
-    if values.shape != below.shape:
-        raise UserError(
-            f"the stuff PNG '{png}' is {values.shape} but its image {below.shape} (height, width); make it again."
-        )
-    class_id_of_name = shapes.class_of_name(info)
-    class_id_of_value = {value: class_id_of_name[name] for value, name in name_of_value.items()}
-
-    def meaning(value: int) -> tuple[int, bool] | labeled_images.Void:
-        if value in class_id_of_value:
-            return class_id_of_value[value], False
-        return labeled_images.Void(NO_CLASS, f"value {value} of the stuff PNGs")
-
-    stuff = labeled_images.values_to_panoptic(values, meaning, info, losses)
-    return np.where(stuff == info.void, below, stuff)

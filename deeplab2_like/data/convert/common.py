@@ -23,7 +23,7 @@ from deeplab2_like.data.convert.unfinished import (
 from deeplab2_like.data.dataset_info import Category, DatasetInfo, generate_color
 from deeplab2_like.data.images import find_bit_depth
 from deeplab2_like.data.label_runs import list_segments
-from deeplab2_like.data.records import serialize_example
+from deeplab2_like.data.records import LabelFormat, serialize_example
 from deeplab2_like.data.shards import list_splits, require_shard_count
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import make_folder, require_local
@@ -63,6 +63,7 @@ class Record:
         pixels: Number of pixels of each class and, last, of void. Empty if unknown.
         lost: What the image's labels hold and the record does not.
         skipped_annotations: The fault of each annotation that was left out.
+        is_turned: Whether the image was turned by its EXIF orientation.
     """
 
     serialized: bytes
@@ -70,6 +71,7 @@ class Record:
     pixels: Sequence[int] = ()
     lost: Counts = dataclasses.field(default_factory=dict)
     skipped_annotations: Sequence[str] = ()
+    is_turned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,7 @@ class ConversionReport:
         pixels: Number of pixels of each class and, last, of void.
         lost: What the labels hold and the records do not: numbers of objects and pixels by reason and class name.
         skipped_annotations: The fault of each annotation that was left out, as in `errors.jsonl`.
+        turned: Number of images that were turned by their EXIF orientation.
         notes: Sentences for the user: the choices that the converter made.
         kept_files: Number of files that an earlier, interrupted run had already written.
         files: Number of files; 0 if unknown.
@@ -97,6 +100,7 @@ class ConversionReport:
     pixels: tuple[int, ...] = dataclasses.field(default=(), compare=False)
     lost: Counts = dataclasses.field(default_factory=dict, compare=False)
     skipped_annotations: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    turned: int = dataclasses.field(default=0, compare=False)
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     kept_files: int = dataclasses.field(default=0, compare=False)
     files: int = dataclasses.field(default=0, compare=False)
@@ -275,6 +279,7 @@ class _Conversion(Generic[Item]):
                     "objects": [0] * num_classes,
                     "pixels": [0] * (num_classes + 1),
                     "lost": {},
+                    "turned": 0,
                 }
                 # With the items first, `zip` stops without consuming the first outcome of the next file.
                 pairs = zip(self._items[slice(*ranges[number])], outcomes, strict=False)
@@ -299,6 +304,7 @@ class _Conversion(Generic[Item]):
                         contents[counted][class_id] += count
                 contents["lost"] = sum_counts(iter((contents["lost"], outcome.lost)))
                 contents["skipped_annotations"] += [self._fault(item, fault) for fault in outcome.skipped_annotations]
+                contents["turned"] += outcome.is_turned
                 yield outcome.serialized
             elif self._may_skip:
                 contents["skipped"].append(self._fault(item, str(outcome)))
@@ -338,6 +344,7 @@ def _make_report(
         pixels=tuple(map(sum, zip(*(state["pixels"] for state in states), strict=True))),
         lost=sum_counts(state["lost"] for state in states),
         skipped_annotations=tuple(fault["reason"] for state in states for fault in state["skipped_annotations"]),
+        turned=sum(state["turned"] for state in states),
         kept_files=kept_files,
         files=len(states),
         is_unchanged=is_unchanged,
@@ -345,7 +352,13 @@ def _make_report(
 
 
 def make_labeled_record(
-    *, image: bytes | np.ndarray, panoptic: np.ndarray, filename: str, info: DatasetInfo, losses: Losses | None = None
+    *,
+    image: bytes | np.ndarray,
+    panoptic: np.ndarray,
+    filename: str,
+    info: DatasetInfo,
+    losses: Losses | None = None,
+    label_format: LabelFormat = "png",
 ) -> Record:
     """Makes the record of an image and its label, and counts objects and pixels of each class.
 
@@ -355,6 +368,7 @@ def make_labeled_record(
         filename: The image's file name.
         info: The meaning of the label.
         losses: What is lost of the image so far; the pixels of crowd regions are added.
+        label_format: How the record holds the label.
 
     Returns:
         The record, see `records.serialize_example`.
@@ -362,7 +376,9 @@ def make_labeled_record(
     Raises:
         UserError: If the image cannot be decoded, or image and label have different sizes.
     """
-    serialized = serialize_example(image=image, panoptic=panoptic, filename=filename, bit_depth=info.bit_depth)
+    serialized = serialize_example(
+        image=image, panoptic=panoptic, filename=filename, bit_depth=info.bit_depth, label_format=label_format
+    )
     table = list_segments(panoptic)
     classes = np.minimum(table.values // info.label_divisor, info.num_classes)
     instances = table.values % info.label_divisor
@@ -374,7 +390,14 @@ def make_labeled_record(
     is_crowd = np.isin(classes, info.thing_classes) & (instances == 0)
     for class_id, area in zip(classes[is_crowd].tolist(), table.areas[is_crowd].tolist(), strict=True):
         losses.add(CROWD, info.categories[class_id].name, pixels=area)
-    return Record(serialized, tuple(objects.tolist()), tuple(pixels.tolist()), losses.counts, losses.faults)
+    return Record(
+        serialized,
+        tuple(objects.tolist()),
+        tuple(pixels.tolist()),
+        losses.counts,
+        losses.faults,
+        is_turned=losses.is_turned,
+    )
 
 
 def fault_of_image(name: str, source: Path, error: UserError) -> UserError:

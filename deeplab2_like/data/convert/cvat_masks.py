@@ -2,16 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, Unpack
-
-import numpy as np
+from pathlib import Path
+from typing import Unpack
 
 from deeplab2_like import files
-from deeplab2_like.data.convert import common, labeled_images, shapes
-from deeplab2_like.data.convert.losses import Losses
-from deeplab2_like.data.convert.splits import choose_split, split_by_subsets, split_of_name
-from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.convert import common, labeled_images
+from deeplab2_like.data.convert.voc_layout import Labels, convert_voc_layout
 from deeplab2_like.data.images import read_color_png
 from deeplab2_like.errors import UserError
 
@@ -55,113 +51,36 @@ def convert_cvat_masks(
         UserError: If an input is missing or faulty; the output folder is unchanged then.
     """
     root = Path(root)
-    images = root / "JPEGImages" if images is None else Path(images)
-    classes, objects = root / "SegmentationClass", root / "SegmentationObject"
-    common.require_folder(objects, "folder of object PNGs")
+    common.require_folder(root / "SegmentationObject", "folder of object PNGs")
     color_and_name = _read_labelmap(root / "labelmap.txt", encoding)
-    categories: list[dict[str, Any]] = [
-        {"id": number, "name": name, "color": color}
-        for number, (color, name) in enumerate(color_and_name, start=1)
-        if name.lower() != _BACKGROUND
-    ]
-    pairs = labeled_images.pair_images(images, classes)
-    stems_of_subset = {} if ignore_subsets else _read_subsets(root / "ImageSets" / "Segmentation", encoding)
-    subset_of_stem = {stem: subset for subset, stems in stems_of_subset.items() for stem in stems}
-
-    def subset_of(pair: labeled_images.Pair) -> str | None:
-        stem = PurePosixPath(pair.name).with_suffix("")
-        return subset_of_stem.get(stem.as_posix(), subset_of_stem.get(stem.name))
-
-    subsets = split_by_subsets(
-        pairs,
-        subset_of,
-        split=split,
-        ignore_subsets=ignore_subsets,
-        where=f"'{root / 'ImageSets'}'",
-        are_lists=True,
-    )
-    by_subsets = subsets is not None
-    if subsets is None:
-        split, notes = choose_split(
-            split,
-            root,
-            output_dir=Path(output_dir),
-            source=[root, images],
-            val_share=options.get("val_share"),
-        )
-        subsets = {split: pairs}, notes
-    known = common.known_categories(Path(output_dir), next(iter(subsets[0])))
-    info = shapes.make_info(categories, name=root.name, stuff=stuff, background=background, known=known)
-    if background is None:
-        subsets[1].append("Pixels without a shape are void; --background NAME makes them a class.")
-
-    def object_png_of(pair: labeled_images.Pair) -> Path:
-        return objects / pair.label.relative_to(classes)
-
-    def load(pair: labeled_images.Pair, info: DatasetInfo, losses: Losses) -> tuple[bytes, np.ndarray]:
-        class_of_name = shapes.class_of_name(info)
-        no_shape = None if background is None else class_of_name[background]
+    name_of_color = {_color_id(color): None if name.lower() == _BACKGROUND else name for color, name in color_and_name}
+    labels = Labels(
+        categories=[
+            {"id": number, "name": name, "color": color}
+            for number, (color, name) in enumerate(color_and_name, start=1)
+            if name.lower() != _BACKGROUND
+        ],
+        stuff=stuff,
+        background=background,
+        read=read_color_png,
         # Pixels without a shape are black, or have the color that the label map gives to the background.
-        class_of_color = {0: no_shape}
-        for color, name in color_and_name:
-            class_of_color[_color_id(color)] = no_shape if name.lower() == _BACKGROUND else class_of_name[name]
-        image = files.read_file(pair.image, "the image")
-        class_colors = read_color_png(pair.label, "class PNG")
-        object_png = object_png_of(pair)
-        object_colors = read_color_png(object_png, "object PNG")
-        if class_colors.shape != object_colors.shape:
-            raise UserError(
-                f"'{pair.label}' is {class_colors.shape} but '{object_png}' {object_colors.shape} (height, width); "
-                "export both again."
-            )
-
-        def meaning(value: int) -> tuple[int, bool] | None:
-            color, object_color = value >> 24, value & 0xFFFFFF
-            if color not in class_of_color:
-                red, green, blue = color & 255, color >> 8 & 255, color >> 16
-                raise UserError(
-                    f"'{pair.label}' has the color {red},{green},{blue}, which labelmap.txt does not list; export "
-                    "both again."
-                )
-            class_id = class_of_color[color]
-            return None if class_id is None else (class_id, info.categories[class_id].is_thing and object_color > 0)
-
-        both = class_colors.astype(np.int64) << 24 | object_colors
-        return image, labeled_images.values_to_panoptic(both, meaning, info, losses)
-
-    return labeled_images.write_labeled_images(
-        subsets[0],
-        load,
-        inputs_of=lambda pair: [pair.image, pair.label, object_png_of(pair)],
-        choices={"background": background, "labelmap": color_and_name},
-        source=[root, images],
-        info=info,
-        output_dir=Path(output_dir),
-        notes=[*subsets[1], *shapes.describe_kinds(info, stuff)],
-        by_subsets=by_subsets,
-        **options,
+        name_of_value={0: None, **name_of_color},
+        void_values=frozenset(),
+        no_object=frozenset((0,)),
+        describe=_describe_color,
+        classes_file="labelmap.txt",
+        notes=[] if background else ["Pixels without a shape are void; --background NAME makes them a class."],
     )
-
-
-def _read_subsets(folder: Path, encoding: str | None) -> dict[str, set[str]]:
-    """Reads the images of each list in `ImageSets/Segmentation`, without suffix, by the split that its name tells.
-
-    `default`, the list of a task without subsets, and `trainval`, a union, are no subsets.
-    """
-    subsets: dict[str, set[str]] = {}
-    for path in files.list_files(folder, (".txt",)) if folder.is_dir() else ():
-        if path.stem.casefold() not in ("default", "trainval"):
-            lines = files.read_text(path, "the list of images", encoding=encoding).splitlines()
-            stems = {line.strip().replace("\\", "/") for line in lines if line.strip()}
-            subsets.setdefault(split_of_name(path.stem) or path.stem, set()).update(stems)
-    for name, stems in subsets.items():
-        for other, other_stems in subsets.items():
-            if name < other and stems & other_stems:
-                raise UserError(
-                    f"'{folder}' lists '{min(stems & other_stems)}' in two subsets, {name} and {other}; remove it from "
-                    "one, or take all images as one split with --ignore-subsets."
-                )
-    return subsets
+    return convert_voc_layout(
+        root=root,
+        images=None if images is None else Path(images),
+        output_dir=Path(output_dir),
+        split=split,
+        labels=labels,
+        encoding=encoding,
+        ignore_subsets=ignore_subsets,
+        options=options,
+    )
 
 
 def _read_labelmap(path: Path, encoding: str | None) -> list[tuple[tuple[int, int, int], str]]:
@@ -185,3 +104,7 @@ def _color_id(color: tuple[int, int, int]) -> int:
     """Returns the value of a color in a map of `read_color_png`."""
     red, green, blue = color
     return red + 256 * green + 65536 * blue
+
+
+def _describe_color(value: int) -> str:
+    return f"color {value & 255},{value >> 8 & 255},{value >> 16}"

@@ -25,8 +25,10 @@ from deeplab2_like.data.images import (
     encode_png,
     is_jpeg,
     list_images,
+    turn_upright,
 )
 from deeplab2_like.data.label_runs import find_run_values, list_segments
+from deeplab2_like.data.records import LabelFormat
 from deeplab2_like.errors import UserError
 
 
@@ -38,12 +40,14 @@ class LabelOptions(common.WriteOptions, total=False):
         max_side: Downscale images whose longer side has more pixels to this size; None: keep all sizes.
         bit_depth: Number of bits that images of more than 8 bits per channel use; None: found from their largest value.
         val_share: Share of the images that go to a split `val` instead, see `splits.share_out`.
+        label_format: How records hold their labels: "png", or "raw" for DeepLab2, see `records.serialize_example`.
     """
 
     label_divisor: int | None
     max_side: int | None
     bit_depth: int | None
     val_share: float | None
+    label_format: LabelFormat
 
 
 def write_labeled_images(  # noqa: PLR0913 - converters pass their options through
@@ -62,6 +66,7 @@ def write_labeled_images(  # noqa: PLR0913 - converters pass their options throu
     max_side: int | None = None,
     bit_depth: int | None = None,
     val_share: float | None = None,
+    label_format: LabelFormat = "png",
     **options: Unpack[common.WriteOptions],
 ) -> tuple[common.ConversionReport, ...]:
     """Writes one or more splits of a source.
@@ -83,6 +88,7 @@ def write_labeled_images(  # noqa: PLR0913 - converters pass their options throu
         max_side: See `LabelOptions`.
         bit_depth: See `LabelOptions`.
         val_share: See `LabelOptions`.
+        label_format: See `LabelOptions`.
         **options: See `common.write_split`.
 
     Returns:
@@ -103,14 +109,21 @@ def write_labeled_images(  # noqa: PLR0913 - converters pass their options throu
         losses = Losses(may_skip=common.may_skip_annotations(on_error))
         try:
             image, panoptic = load(item, info, losses)
+            upright = match_label_orientation(image, panoptic.shape, name=item.name, bit_depth=info.bit_depth)
+            losses.is_turned |= upright is not image
             label_size, objects = panoptic.size, _count_objects(panoptic, info) if max_side is not None else Counter()
-            image, panoptic = fit_image_and_label(image, panoptic, max_side, name=item.name, info=info)
+            image, panoptic = fit_image_and_label(upright, panoptic, max_side, name=item.name, info=info)
             if max_side is not None:
                 losses.rescale_pixels(panoptic.size / max(label_size, 1))
                 for name, number in (objects - _count_objects(panoptic, info)).items():
                     losses.add(DOWNSCALED, name, objects=number)
             record = common.make_labeled_record(
-                image=image, panoptic=panoptic, filename=item.name, info=info, losses=losses
+                image=image,
+                panoptic=panoptic,
+                filename=item.name,
+                info=info,
+                losses=losses,
+                label_format=label_format,
             )
         except UserError as error:
             raise common.fault_of_image(item.name, source[0], error) from error
@@ -135,7 +148,12 @@ def write_labeled_images(  # noqa: PLR0913 - converters pass their options throu
             split=split,
             source=source,
             inputs_of=inputs_of,
-            options={**image_choices(max_side, agreed), "division": division, **(choices or {})},
+            options={
+                **image_choices(max_side, agreed),
+                **format_choices(label_format),
+                "division": division,
+                **(choices or {}),
+            },
             **options,
         )
         reports.append(dataclasses.replace(report, notes=(*(() if reports else notes), *class_notes)))
@@ -169,6 +187,31 @@ def _count_objects(panoptic: np.ndarray, info: DatasetInfo) -> Counter[str]:
 def image_choices(max_side: int | None, info: DatasetInfo) -> dict[str, Any]:
     """Returns what affects the pixels of records, for `common.write_split`."""
     return {"max_side": max_side, **({} if info.bit_depth is None else {"bit_depth": info.bit_depth})}
+
+
+def format_choices(label_format: LabelFormat) -> dict[str, Any]:
+    """Returns what affects the format of labels in records, for `common.write_split`."""
+    return {} if label_format == "png" else {"label_format": label_format}
+
+
+def set_upright(image: bytes, name: str, info: DatasetInfo, losses: Losses) -> bytes:
+    """Turns an image by its EXIF orientation, where labels were drawn on the image as viewers show it.
+
+    Args:
+        image: The content of a whole image file.
+        name: The file name for error messages.
+        info: Gives the bit depth of the images.
+        losses: Notes that the image was turned.
+
+    Returns:
+        The same content, or a PNG file of the turned image.
+
+    Raises:
+        UserError: If the image cannot be decoded.
+    """
+    upright = turn_upright(image, name, bit_depth=info.bit_depth)
+    losses.is_turned |= upright is not image
+    return upright
 
 
 def fit_image_and_label(
@@ -338,13 +381,14 @@ class Pair:
     label: Path
 
 
-def pair_images(images: Path, labels: Path, *, ending: str = ".png") -> list[Pair]:
+def pair_images(images: Path, labels: Path, *, ending: str = ".png", image_ending: str = "") -> list[Pair]:
     """Pairs images with label PNGs of the same name, including those in subfolders.
 
     Args:
         images: Folder of the images.
         labels: Folder of the PNGs; may be the same.
         ending: Ending of a PNG's name, in place of the image's suffix.
+        image_ending: Ending of an image's name before its suffix that the PNG's name lacks; other images do not count.
 
     Returns:
         A pair for each image and for each PNG without an image, sorted by name; reading a missing file fails later.
@@ -362,9 +406,10 @@ def pair_images(images: Path, labels: Path, *, ending: str = ".png") -> list[Pai
         )
     pairs, stems = [], set()
     for image in list_images(images, recursive=True):
-        if images == labels and image.name.endswith(ending):
-            continue
         stem = image.relative_to(images).with_suffix("").as_posix()
+        if (images == labels and image.name.endswith(ending)) or not stem.endswith(image_ending):
+            continue
+        stem = stem.removesuffix(image_ending)
         stems.add(stem)
         pairs.append(Pair(image.relative_to(images).as_posix(), image, labels / f"{stem}{ending}"))
     for label in label_files:

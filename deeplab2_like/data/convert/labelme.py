@@ -18,9 +18,9 @@ from deeplab2_like import files
 from deeplab2_like.data.convert import common, labeled_images, shapes
 from deeplab2_like.data.convert.coco_json import number_or_text
 from deeplab2_like.data.convert.losses import FAULTY, Losses
-from deeplab2_like.data.convert.splits import choose_split, split_by_subsets, split_of_folder
-from deeplab2_like.data.dataset_info import Category, DatasetInfo, whole_number
-from deeplab2_like.data.images import IMAGE_SUFFIXES, decode_image, decode_label, turn_upright
+from deeplab2_like.data.convert.splits import divide, split_of_folder
+from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
+from deeplab2_like.data.images import IMAGE_SUFFIXES, decode_image, decode_label
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import is_inside, require_inside
 
@@ -91,31 +91,25 @@ def convert_labelme(
     scan = _scan(root, encoding)
     if not any(example.json_file for example in scan.examples):
         raise UserError(f"'{root}' has no JSON of labelme; give the folder in which labelme saves them.")
-    subsets = split_by_subsets(
+    division = divide(
         scan.examples,
         lambda example: split_of_folder(example.name),
         split=split,
         ignore_subsets=ignore_subsets,
         where=f"'{root}'",
+        paths=[root],
+        output_dir=output_dir,
+        source=[root],
+        val_share=options.get("val_share"),
     )
-    by_subsets = subsets is not None
-    if subsets is None:
-        split, notes = choose_split(
-            split, root, output_dir=output_dir, source=[root], val_share=options.get("val_share")
+    known = common.known_categories(output_dir, division.first)
+    names, class_notes = shapes.choose_names(classes, scan.names, known)
+    if not names:
+        raise scan.first_fault or UserError(
+            f"No shape in the JSONs of '{root}' has a label; draw some in labelme, or give the classes with --classes."
         )
-        subsets = {split: scan.examples}, notes
-    splits, notes = subsets
-    known = common.known_categories(output_dir, next(iter(splits)))
-    if classes is None:
-        classes = _known_names(known, scan.names) or sorted(scan.names)
-        if not classes:
-            raise scan.first_fault or UserError(
-                f"No shape in the JSONs of '{root}' has a label; draw some in labelme, or give the classes with "
-                "--classes."
-            )
-        notes.append(f"The classes are {', '.join(classes)}, in this order; --classes gives others.")
     info = shapes.make_info(
-        [{"id": number, "name": name} for number, name in enumerate(classes, start=1)],
+        [{"id": number, "name": name} for number, name in enumerate(names, start=1)],
         name=root.name,
         stuff=stuff,
         background=background,
@@ -130,14 +124,14 @@ def convert_labelme(
         content = _read_json(example.json_file, encoding)
         # labelme shows images turned by their EXIF orientation.
         image = _read_image(content, example.json_file, example.image, root)
-        image = turn_upright(image, example.name, bit_depth=info.bit_depth)
+        image = labeled_images.set_upright(image, example.name, info, losses)
         size = _size_in_json(content, example.json_file) or decode_image(image, example.name).shape[:2]
         below = shapes.empty_map(size, info, background)
         drawn = _read_shapes(content, size, info, losses)
         return image, shapes.draw(drawn, below, overlap=overlap, info=info, losses=losses)
 
     return labeled_images.write_labeled_images(
-        splits,
+        division.splits,
         load,
         inputs_of=lambda example: [path for path in (example.image, example.json_file) if path is not None],
         choices={"background": background, "overlap": overlap, "encoding": encoding},
@@ -145,8 +139,8 @@ def convert_labelme(
         info=info,
         output_dir=output_dir,
         max_instances=scan.max_instances,
-        notes=[*notes, *shapes.describe_kinds(info, stuff), *scan.notes],
-        by_subsets=by_subsets,
+        notes=[*division.notes, *class_notes, *shapes.describe_kinds(info, stuff), *scan.notes],
+        by_subsets=division.by_subsets,
         **options,
     )
 
@@ -208,12 +202,6 @@ def _scan(root: Path, encoding: str | None) -> _Scan:
             f"{num_elsewhere} images are not at the 'imagePath' of their JSON; those beside the JSON were taken."
         )
     return scan
-
-
-def _known_names(known: Sequence[Category], names: set[str]) -> list[str]:
-    """Returns the class names of other splits if they include some names; otherwise nothing."""
-    known_names = [category.name for category in known]
-    return known_names if names <= set(known_names) else []
 
 
 def _read_json(path: Path, encoding: str | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ DOWNSCALED = "too small after --max-side"
 IGNORED = "ignored, so void"
 NO_CLASS = "not a class of the data set, so void"
 NO_OBJECT = "pixels of a thing class without an object, so void"
+OTHER_CLASS = "pixels of an object that are of another class than most of it"
 FAULTY = "faulty, left out by --on-error"
 
 # By reason and class name (or another name of the label): numbers of objects and of pixels.
@@ -20,7 +21,7 @@ Counts = Mapping[str, Mapping[str, tuple[int, int]]]
 
 
 class Losses:
-    """What is lost of one image.
+    """What is lost of one image, and what else the user is told about it.
 
     Args:
         may_skip: Whether faulty annotations are left out.
@@ -28,12 +29,14 @@ class Losses:
     Attributes:
         counts: Numbers of objects and of pixels by reason and class name.
         faults: The fault of each annotation that was left out.
+        is_turned: Whether the image was turned by its EXIF orientation.
     """
 
     def __init__(self, *, may_skip: bool = False) -> None:
         self._may_skip = may_skip
         self.counts: dict[str, dict[str, tuple[int, int]]] = {}
         self.faults: list[str] = []
+        self.is_turned = False
 
     def add(self, reason: str, name: str, *, objects: int = 0, pixels: int = 0) -> None:
         """Adds objects and pixels of a class to those that are lost for a reason."""

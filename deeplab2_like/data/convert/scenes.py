@@ -4,6 +4,8 @@ from pathlib import Path
 
 from deeplab2_like.data import scenes
 from deeplab2_like.data.convert import common
+from deeplab2_like.data.convert.labeled_images import format_choices
+from deeplab2_like.data.records import LabelFormat
 from deeplab2_like.errors import UserError
 
 # Validation scenes are numbered from here, so that none of them is a training scene.
@@ -21,6 +23,7 @@ def convert_scenes(
     workers: int = 1,
     progress: common.Progress | None = None,
     replace: bool = False,
+    label_format: LabelFormat = "png",
 ) -> tuple[common.ConversionReport, ...]:
     """Renders a training and a validation split.
 
@@ -34,6 +37,7 @@ def convert_scenes(
         workers: Number of scenes rendered at once.
         progress: Called after each scene of a split with the number of scenes done and the total.
         replace: Whether to replace splits that were made from something else.
+        label_format: See `labeled_images.LabelOptions`.
 
     Returns:
         A report per split.
@@ -51,7 +55,10 @@ def convert_scenes(
 
     def make_record(index: int) -> common.Record:
         image, panoptic = scenes.render_scene(index, height=height, width=width, seed=seed)
-        return common.make_labeled_record(image=image, panoptic=panoptic, filename=f"scene_{index:07d}.png", info=info)
+        name = f"scene_{index:07d}.png"
+        return common.make_labeled_record(
+            image=image, panoptic=panoptic, filename=name, info=info, label_format=label_format
+        )
 
     planned = [part for part in (("train", 0, train), ("val", FIRST_VAL_INDEX, val)) if part[2]]
     common.require_replaceable(Path(output_dir), {split: () for split, _, _ in planned}, replace=replace)
@@ -74,7 +81,7 @@ def convert_scenes(
                 progress=progress,
                 replace=replace,
                 inputs_of=lambda _: (),
-                options={"seed": seed, "size": size},
+                options={"seed": seed, "size": size, **format_choices(label_format)},
             )
         )
     return tuple(reports)

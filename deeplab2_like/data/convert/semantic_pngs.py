@@ -8,16 +8,15 @@ import numpy as np
 
 from deeplab2_like import files
 from deeplab2_like.data.convert import common, labeled_images
-from deeplab2_like.data.convert.class_lists import read_class_list
+from deeplab2_like.data.convert.class_lists import VOID_NAMES, read_class_list
 from deeplab2_like.data.convert.losses import IGNORED, Losses
-from deeplab2_like.data.convert.splits import choose_split, split_by_subsets, split_of_folder
+from deeplab2_like.data.convert.splits import divide, split_of_folder
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import read_value_png
 from deeplab2_like.errors import UserError
 
-# The usual value of void, and the names with which class lists say so.
+# The usual value of void.
 _VOID = 255
-_VOID_NAMES = frozenset(("void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown"))
 
 
 def convert_semantic_pngs(
@@ -78,34 +77,27 @@ def convert_semantic_pngs(
         return image, labeled_images.values_to_panoptic(values, meaning, info, losses)
 
     pairs = labeled_images.pair_images(images, labels, ending=label_ending)
-    subsets = split_by_subsets(
+    division = divide(
         pairs,
         lambda pair: split_of_folder(pair.name),
         split=split,
         ignore_subsets=ignore_subsets,
         where=f"'{images}'",
+        paths=[images, labels],
+        output_dir=Path(output_dir),
+        source=[images, labels],
+        val_share=options.get("val_share"),
     )
-    by_subsets = subsets is not None
-    if subsets is None:
-        split, split_notes = choose_split(
-            split,
-            images,
-            labels,
-            output_dir=Path(output_dir),
-            source=[images, labels],
-            val_share=options.get("val_share"),
-        )
-        subsets = {split: pairs}, split_notes
     return labeled_images.write_labeled_images(
-        subsets[0],
+        division.splits,
         load,
         inputs_of=lambda pair: [pair.image, pair.label],
         choices={"ignore": sorted(ignored)},
         source=[images, labels],
         info=info,
         output_dir=Path(output_dir),
-        notes=[*notes, *subsets[1]],
-        by_subsets=by_subsets,
+        notes=[*notes, *division.notes],
+        by_subsets=division.by_subsets,
         **options,
     )
 
@@ -119,7 +111,7 @@ def _choose_ignored(entries: Sequence[Mapping[str, Any]], ignore: Sequence[int] 
     if _VOID not in listed:
         return {_VOID}, []
     name = listed[_VOID]
-    if name.strip().casefold() in _VOID_NAMES:
+    if name.strip().casefold() in VOID_NAMES:
         return {_VOID}, [f"The value {_VOID} is void because of its name '{name}'; --ignore without a value keeps it."]
     return set(), [
         f"The value {_VOID} is the class '{name}' of the list, so it is not void; --ignore {_VOID} makes it so."

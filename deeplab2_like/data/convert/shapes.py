@@ -6,7 +6,7 @@ Coordinates are those of COCO and CVAT: the pixel in column x and row y covers x
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -137,6 +137,27 @@ def make_info(
         is_stuff = category.get("name") in (*stuff, background)
         category["isthing"] = 0 if is_stuff else 1 if category.get("isthing") is None else category["isthing"]
     return DatasetInfo.from_coco_categories(completed, name=name)
+
+
+def choose_names(
+    given: Sequence[str] | None, found: Collection[str], known: Sequence[Category]
+) -> tuple[list[str], list[str]]:
+    """Chooses the class names, in the order of the class ids, of a tool whose files do not list them.
+
+    Args:
+        given: The names that the user gave, or None.
+        found: The names that occur.
+        known: The classes of other splits.
+
+    Returns:
+        The given names, or those of other splits if they include all that occur, or else the names that occur, in
+        alphabetical order; and a sentence for the user if the names are not given.
+    """
+    if given is not None:
+        return list(given), []
+    known_names = [category.name for category in known]
+    names = known_names if known and set(found) <= set(known_names) else sorted(found)
+    return names, [f"The classes are {', '.join(names)}, in this order; --classes gives others."]
 
 
 def describe_kinds(info: DatasetInfo, stuff: Sequence[str]) -> list[str]:

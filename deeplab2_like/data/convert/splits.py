@@ -1,11 +1,12 @@
 """Decides which images are in which split: by the user's word, by the export, by names, or by a share."""
 
+import dataclasses
 import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from deeplab2_like.data.convert.unfinished import interrupted_conversions, require_same_source
 from deeplab2_like.data.shards import list_splits
@@ -155,6 +156,65 @@ def split_by_subsets(
     if rest:
         notes.append(f"Warning: left out {counted(rest, 'image')} in no subset of {where}; {advice}.")
     return {name: subsets[name] for name in chosen}, notes
+
+
+@dataclasses.dataclass(frozen=True)
+class Division(Generic[NamedItem]):
+    """The splits of a source.
+
+    Attributes:
+        splits: The items of each split.
+        notes: Sentences for the user on what was guessed.
+        by_subsets: Whether the source tells which item is in which split.
+    """
+
+    splits: dict[str, list[NamedItem]]
+    notes: list[str]
+    by_subsets: bool
+
+    @property
+    def first(self) -> str:
+        """The name of the first split."""
+        return next(iter(self.splits))
+
+
+def divide(
+    items: Sequence[NamedItem],
+    subset_of: Callable[[NamedItem], str | None],
+    *,
+    split: str | None,
+    ignore_subsets: bool,
+    where: str,
+    paths: Sequence[Path],
+    output_dir: Path,
+    source: Sequence[Path],
+    val_share: float | None = None,
+    are_lists: bool = False,
+) -> Division[NamedItem]:
+    """Divides items by the subsets that the source tells, or puts all into one split, whose name may be guessed.
+
+    Args:
+        items: The items.
+        subset_of: See `split_by_subsets`, as for the next three.
+        split: The name that the user gave, or None.
+        ignore_subsets: Whether all items belong to one split.
+        where: Where the source tells the splits, for messages.
+        paths: The files or folders whose names tell the name of a single split.
+        output_dir: The record folder, which may be missing.
+        source: The source of the splits, see `common.write_split`.
+        val_share: See `share_out`.
+        are_lists: See `split_by_subsets`.
+
+    Raises:
+        UserError: If the source does not have the split that the user gave, or the name of a single split is unknown.
+    """
+    subsets = split_by_subsets(
+        items, subset_of, split=split, ignore_subsets=ignore_subsets, where=where, are_lists=are_lists
+    )
+    if subsets is not None:
+        return Division(*subsets, by_subsets=True)
+    name, notes = choose_split(split, *paths, output_dir=output_dir, source=source, val_share=val_share)
+    return Division({name: list(items)}, notes, by_subsets=False)
 
 
 def split_of_folder(name: str) -> str | None:

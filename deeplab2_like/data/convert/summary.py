@@ -64,6 +64,9 @@ def _print_counts(console: Console, report: ConversionReport) -> None:
     if report.skipped_annotations:
         counts += f" {counted(len(report.skipped_annotations), 'faulty annotation')} left out, whole or in part."
     _print_line(console, f"Split '{report.split}': {counts}{note}")
+    if report.turned:
+        turned = counted(report.turned, "image")
+        _print_line(console, f"  turned by the EXIF orientation, as the labels were drawn: {turned}.")
     for fault in report.skipped:
         _print_line(console, f"  skipped: {fault}")
     for fault in report.skipped_annotations[:_MAX_FAULTS]:

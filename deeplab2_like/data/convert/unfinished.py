@@ -42,6 +42,7 @@ _STATE_KEYS = (
     "objects",
     "pixels",
     "lost",
+    "turned",
 )
 
 # Incremented whenever equal inputs and options give other files than before, so that old and new files are not mixed.
