@@ -12,6 +12,7 @@ from system_contract import INFO, SystemContract, hand_made_label, paint
 from deeplab2_like.configs import load_config, save_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
+from deeplab2_like.evaluation.inference import make_inference_function
 from deeplab2_like.model import PanopticSystem, build_system
 from deeplab2_like.model.base import View
 from deeplab2_like.model.geometry import Geometry
@@ -213,7 +214,7 @@ def test_the_keys_of_deeplab2_together() -> None:
     keras.utils.set_random_seed(1)
     system = build_small(INFO, *overrides)
     contract.excite(system)
-    contract.test_eager_graph_and_xla_agree(system)
+    contract.test_eager_graph_and_xla_agree(system, make_inference_function(system))
     contract.test_batch_of_two_equals_two_batches_of_one(system)
     contract.test_segments_describe_the_map(system)
 

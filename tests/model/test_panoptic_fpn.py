@@ -31,7 +31,7 @@ def build_small(info: DatasetInfo = INFO, *overrides: str) -> PanopticSystem:
 
 class TestContract(SystemContract):
     config_name = "panoptic_fpn/scenes_tiny"
-    overfit_steps = 100
+    overfit_steps = 130
     overfit_learning_rate = 0.004
 
     def build(self, info: DatasetInfo) -> PanopticSystem:
