@@ -114,21 +114,30 @@ def format_names(contents: tf.Tensor) -> tf.Tensor:
     return names
 
 
-def decode_upright(
-    contents: tf.Tensor, headers: Headers, row: tf.Tensor, bit_depth: int | None
+def decode_equal_sizes(
+    contents: tf.Tensor, headers: Headers, rows: tf.Tensor, bit_depth: int | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes one file of several and turns it by its EXIF orientation.
+    """Decodes some of several files at the same time, and turns them by their EXIF orientations.
 
     Args:
         contents: string [B], whole files.
         headers: Their headers.
-        row: int64 [], the number of the file.
+        rows: int64 [N], the numbers of the files to decode, at least one; they are of one size.
         bit_depth: See `DatasetInfo`.
 
     Returns:
-        uint8 [H, W, 3] of the size that the header says, and bool [], whether the file could be decoded; if not, the
-        image is black.
+        uint8 [N, H, W, 3] and bool [N], whether each file could be decoded; if not, its image is black.
     """
+    images = tf.data.Dataset.from_tensor_slices(rows).map(
+        lambda row: _decode_upright(contents, headers, row, bit_depth), num_parallel_calls=tf.data.AUTOTUNE
+    )
+    return images.batch(tf.size(rows, tf.int64)).get_single_element()
+
+
+def _decode_upright(
+    contents: tf.Tensor, headers: Headers, row: tf.Tensor, bit_depth: int | None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Decodes one file, see `decode_equal_sizes`; returns uint8 [H, W, 3] and bool []."""
     size = headers.size[row]
 
     def decode(content: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -141,19 +150,6 @@ def decode_upright(
     decoded = tf.data.Dataset.from_tensors(contents[row]).filter(lambda _: is_good).map(decode).ignore_errors()
     black = tf.data.Dataset.from_tensors((tf.zeros(tf.concat([size, [3]], 0), tf.uint8), False))
     return decoded.concatenate(black).take(1).get_single_element()
-
-
-def decode_equal_sizes(contents: tf.Tensor, headers: Headers, bit_depth: int | None) -> tuple[tf.Tensor, tf.Tensor]:
-    """Decodes files of one size at the same time; see `decode_upright`.
-
-    Returns:
-        uint8 [B, H, W, 3] and bool [B], whether each file could be decoded.
-    """
-    count = tf.size(contents, tf.int64)
-    rows = tf.data.Dataset.range(count).map(
-        lambda row: decode_upright(contents, headers, row, bit_depth), num_parallel_calls=tf.data.AUTOTUNE
-    )
-    return rows.batch(count).get_single_element()
 
 
 def _decode(content: tf.Tensor, bit_depth: int | None) -> tf.Tensor:

@@ -20,14 +20,7 @@ import tensorflow as tf
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.evaluation.inference import compile_with_xla, make_inference_function
-from deeplab2_like.export.encoded import (
-    Headers,
-    damaged,
-    decode_equal_sizes,
-    decode_upright,
-    format_names,
-    read_headers,
-)
+from deeplab2_like.export.encoded import Headers, damaged, decode_equal_sizes, format_names, read_headers
 from deeplab2_like.model.base import PanopticSystem
 from deeplab2_like.model.stages import compiled_stages
 
@@ -169,103 +162,118 @@ class _FileInference:
         # At least one row, as nothing cannot be stacked: an empty request is that of one empty file, without its row.
         contents = tf.concat([image_bytes, tf.fill([tf.cast(tf.equal(count, 0), tf.int32)], "")], axis=0)
         headers = read_headers(contents, max_pixels=self._options.max_pixels, size=self._options.size)
-        largest = tf.reduce_max(headers.size, axis=0)
-        # One call for images of one size. Others are predicted one by one, because a network sees padding.
-        outputs = tf.cond(
-            tf.reduce_all(headers.size == largest) & tf.reduce_all(largest > 0),
-            lambda: self._infer_at_once(contents, headers),
-            lambda: self._infer_one_by_one(contents, headers, largest),
-        )
+        outputs = self._infer_groups(contents, headers)
         is_good = outputs.pop("is_good")
         fault = tf.where(tf.equal(headers.fault, ""), damaged(format_names(contents)), headers.fault)
         outputs["status"] = tf.where(is_good, "", fault)
         outputs["image_size"] = tf.where(is_good[:, None], tf.cast(headers.size, tf.int32), 0)
         return {name: value[:count] for name, value in outputs.items()}
 
-    def _infer_at_once(self, contents: tf.Tensor, headers: Headers) -> Outputs:
-        """Predicts all images in one call; they are of one size."""
-        images, is_good = decode_equal_sizes(contents, headers, self._info.bit_depth)
-        found = self._call(images)
-        size = tf.shape(images)[1:3]
+    def _infer_groups(self, contents: tf.Tensor, headers: Headers) -> Outputs:
+        """Predicts the images of each size in one call, as a network would see the padding of smaller images.
 
-        def describe(row: tf.Tensor) -> Outputs:
-            outputs = {name: value[row] for name, value in found.items()}
-            return self._describe(outputs, is_good[row], size, size)
+        The network is called at one place only: each place has to be optimized when the export is first used.
+        """
+        sizes, group_of_row = tf.unique(headers.size[:, 0] * 2**32 + headers.size[:, 1])
+        largest = tf.cast(tf.reduce_max(headers.size, axis=0), tf.int32)
+        answers = _Rows(self._specs(), tf.size(contents))
 
-        return _stack_rows(describe, tf.size(contents, tf.int64))
-
-    def _infer_one_by_one(self, contents: tf.Tensor, headers: Headers, largest: tf.Tensor) -> Outputs:
-        """Predicts one image after the other."""
-        largest = tf.cast(largest, tf.int32)
-
-        def describe(row: tf.Tensor) -> Outputs:
-            image, is_good = decode_upright(contents, headers, row, self._info.bit_depth)
-            size = tf.shape(image)[:2]
-            outputs = tf.cond(
-                is_good,
-                lambda: {name: value[0] for name, value in self._call(image[tf.newaxis]).items()},
-                lambda: self._nothing(size),
+        def add_group(group: tf.Tensor, state: _State) -> tuple[tf.Tensor, "_State"]:
+            rows = tf.where(group_of_row == group)[:, 0]
+            images, is_good = decode_equal_sizes(contents, headers, rows, self._info.bit_depth)
+            size = tf.shape(images)[1:3]
+            found = tf.cond(
+                tf.reduce_any(is_good), lambda: self._call(images), lambda: self._nothing(tf.size(rows), size)
             )
-            return self._describe(outputs, is_good, size, largest)
+            nothing = {name: value[0] for name, value in self._nothing(1, size).items()}
 
-        return _stack_rows(describe, tf.size(contents, tf.int64))
+            def add_row(position: tf.Tensor, state: _State) -> tuple[tf.Tensor, "_State"]:
+                good = is_good[position]
+                outputs = {name: tf.where(good, found[name][position], value) for name, value in nothing.items()}
+                answer = self._describe_row(outputs, largest, self._info.void)
+                return position + 1, answers.add(state, rows[position], {**answer, "is_good": good})
+
+            return group + 1, answers.loop(tf.size(rows), add_row, state)
+
+        return answers.stack(answers.loop(tf.size(sizes), add_group, answers.start()))
+
+    def _specs(self) -> dict[str, tf.TensorSpec]:
+        """Returns the types and shapes of the answer for a row."""
+
+        def describe() -> Outputs:
+            outputs = {name: value[0] for name, value in self._nothing(1, (1, 1)).items()}
+            return {**self._describe_row(outputs, tf.constant([1, 1]), self._info.void), "is_good": tf.constant(True)}
+
+        outputs = tf.function(describe, autograph=False).get_concrete_function().structured_outputs
+        specs = {name: tf.TensorSpec(value.shape, value.dtype) for name, value in outputs.items()}
+        return {**specs, **({"panoptic": tf.TensorSpec([None, None], tf.int32)} if "panoptic" in specs else {})}
 
     def _call(self, images: tf.Tensor) -> Outputs:
         if self._options.size is not None:
             images = tf.ensure_shape(images, [None, *self._options.size, 3])
         return self._infer(images)
 
-    def _nothing(self, size: tf.Tensor) -> Outputs:
-        """Returns the outputs for an image that cannot be read, without the batch axis."""
+    def _nothing(self, count: tf.Tensor | int, size: tf.Tensor | tuple[int, int]) -> Outputs:
+        """Returns the outputs for images of height and width `size` that cannot be read."""
         specs = self._infer.structured_outputs
-        table = {name: tf.zeros(specs[name].shape[1:], specs[name].dtype) for name in _TABLE}
-        return {"panoptic": tf.fill(size, self._info.void), **table}
-
-    def _describe(self, outputs: Outputs, is_good: tf.Tensor, size: tf.Tensor, largest: tf.Tensor) -> Outputs:
-        """Makes the answer of a row, with `is_good`, bool []."""
-        nothing = self._nothing(size)
-        outputs = {name: tf.where(is_good, outputs[name], value) for name, value in nothing.items()}
-        return {**self._describe_row(outputs, largest, self._info.void), "is_good": is_good}
+        table = {name: tf.zeros([count, *specs[name].shape[1:]], specs[name].dtype) for name in _TABLE}
+        return {"panoptic": tf.fill([count, size[0], size[1]], self._info.void), **table}
 
 
-def _stack_rows(function: Callable[[tf.Tensor], Outputs], count: tf.Tensor) -> Outputs:
-    """Calls a function with the numbers 0 to `count` - 1, int64 [], one after the other, and stacks what it returns.
+# Arrays of the numbers of all rows; for texts, those of the rows that are done; and the numbers of these rows.
+_State = tuple[dict[str, tf.TensorArray], Outputs, tf.Tensor]
+
+
+class _Rows:
+    """The answers of all rows, which loops in a graph add in any order.
 
     Args:
-        function: Returns tensors of which those with one name have one shape, known or not.
-        count: int64 [], at least 1.
+        specs: Types and shapes of the answer for a row; sizes may be unknown but are equal for all rows.
+        count: int32 [], the number of rows, at least 1.
     """
-    specs: dict[str, tuple[tf.DType, tf.TensorShape]] = {}
 
-    def first(row: tf.Tensor) -> Outputs:
-        outputs = function(row)
-        specs.update({name: (value.dtype, value.shape) for name, value in outputs.items()})
-        return outputs
+    def __init__(self, specs: Mapping[str, tf.TensorSpec], count: tf.Tensor) -> None:
+        # Texts do not go into arrays, which may be placed on a GPU.
+        self._numbers = {name: spec for name, spec in specs.items() if spec.dtype != tf.string}
+        self._texts = [name for name, spec in specs.items() if spec.dtype == tf.string]
+        self._count = count
 
-    tf.function(first, autograph=False).get_concrete_function(tf.TensorSpec([], tf.int64))
-    # Texts do not go into arrays, which may be placed on a GPU.
-    texts = {name: tf.fill([0], "") for name, (dtype, _) in specs.items() if dtype == tf.string}
-    arrays = {
-        name: tf.TensorArray(dtype, size=tf.cast(count, tf.int32), element_shape=shape, infer_shape=False)
-        for name, (dtype, shape) in specs.items()
-        if dtype != tf.string
-    }
+    def start(self) -> _State:
+        """Returns the state without rows."""
+        arrays = {
+            name: tf.TensorArray(spec.dtype, size=self._count, element_shape=spec.shape, infer_shape=False)
+            for name, spec in self._numbers.items()
+        }
+        return arrays, {name: tf.fill([0], "") for name in self._texts}, tf.zeros([0], tf.int64)
 
-    def step(row: tf.Tensor, arrays: dict[str, tf.TensorArray], texts: Outputs) -> tuple[tf.Tensor, dict, Outputs]:
-        outputs = function(row)
-        arrays = {name: array.write(tf.cast(row, tf.int32), outputs[name]) for name, array in arrays.items()}
-        texts = {name: tf.concat([text, outputs[name][tf.newaxis]], axis=0) for name, text in texts.items()}
-        return row + 1, arrays, texts
+    def add(self, state: _State, row: tf.Tensor, answer: Outputs) -> _State:
+        """Adds the answer of a row, int64 []."""
+        arrays, texts, done = state
+        return (
+            {name: array.write(tf.cast(row, tf.int32), answer[name]) for name, array in arrays.items()},
+            {name: tf.concat([text, answer[name][tf.newaxis]], axis=0) for name, text in texts.items()},
+            tf.concat([done, row[tf.newaxis]], axis=0),
+        )
 
-    _, arrays, texts = tf.while_loop(
-        lambda row, *_: row < count,
-        step,
-        (tf.constant(0, tf.int64), arrays, texts),
-        shape_invariants=(
-            tf.TensorShape([]),
-            {name: tf.TensorShape(None) for name in arrays},
-            {name: tf.TensorShape([None]) for name in texts},
-        ),
-        parallel_iterations=1,  # Several networks at once would not fit into memory.
-    )
-    return {**{name: array.stack() for name, array in arrays.items()}, **texts}
+    def loop(
+        self, count: tf.Tensor, body: Callable[[tf.Tensor, _State], tuple[tf.Tensor, _State]], state: _State
+    ) -> _State:
+        """Calls `body` with the numbers 0 to `count` - 1, int32 [], one after the other."""
+        arrays, texts, _ = state
+        invariants = ({name: None for name in arrays}, {name: tf.TensorShape([None]) for name in texts})
+        return tf.while_loop(
+            lambda number, _: number < count,
+            body,
+            (tf.constant(0), state),
+            shape_invariants=(tf.TensorShape([]), (*invariants, tf.TensorShape([None]))),
+            parallel_iterations=1,  # Several networks at once would not fit into memory.
+        )[1]
+
+    def stack(self, state: _State) -> Outputs:
+        """Returns the answers of all rows, with a leading batch axis."""
+        arrays, texts, done = state
+        order = tf.argsort(done)
+        return {
+            **{name: array.stack() for name, array in arrays.items()},
+            **{name: tf.gather(text, order) for name, text in texts.items()},
+        }
