@@ -106,7 +106,7 @@ class Predictor:
         exported_dir: An export, or a folder of versions that `deeplab2-like export` wrote, of which the newest is
             used.
         compiled: Use the post-processing compiled by XLA: faster for many images of one size, but each new size is
-            compiled first and stays in memory.
+            compiled first and stays in memory. It needs an export made with `xla`, see `ExportOptions`.
 
     Raises:
         UserError: If the folder is not an export, or is damaged.
@@ -126,9 +126,8 @@ class Predictor:
             ) from error
         name = "compiled" if compiled else "serving_default"
         if name not in self._model.signatures:
-            raise UserError(
-                f"'{folder}' has no signature '{name}'; export the model again with `deeplab2-like export`."
-            )
+            command = "deeplab2-like export --xla" if compiled else "deeplab2-like export"
+            raise UserError(f"'{folder}' has no signature '{name}'; export the model again with `{command}`.")
         self._infer = self._model.signatures[name]
 
     def __call__(self, image: np.ndarray) -> PanopticPrediction:
