@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deeplab2_like.cli.arguments import add_checkpoint, add_command, add_overrides, image_size, positive_int
+from deeplab2_like.export.options import DEFAULT_MAX_PIXELS, ExportOptions
 
 if TYPE_CHECKING:
     from deeplab2_like.export.parity import Parity
-
-_DEFAULT_MAX_PIXELS = 50_000_000
 
 
 def add_parser(commands: Any) -> None:
@@ -34,7 +33,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--max-pixels",
         type=positive_int,
-        default=_DEFAULT_MAX_PIXELS,
+        default=DEFAULT_MAX_PIXELS,
         metavar="NUMBER",
         help="largest number of pixels of an image file in a request (default: %(default)s)",
     )
@@ -70,7 +69,6 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Exports a model folder."""
     from deeplab2_like.export.saved_model import export_model_folder
-    from deeplab2_like.export.signatures import ExportOptions
 
     exported = export_model_folder(
         options.model_dir,

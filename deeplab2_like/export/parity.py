@@ -12,7 +12,7 @@ from deeplab2_like.data.images import encode_png, is_jpeg, list_images, read_ima
 from deeplab2_like.data.scenes import render_scene
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.inference import make_inference_function
-from deeplab2_like.export.signatures import ExportOptions
+from deeplab2_like.export.options import ExportOptions
 from deeplab2_like.model.base import PanopticSystem
 
 # Minimum share of equal pixels, and largest difference of a score. They are not 1 and 0, because devices may choose

@@ -20,8 +20,9 @@ import deeplab2_like
 from deeplab2_like import files
 from deeplab2_like.configs import Config, save_config
 from deeplab2_like.errors import UserError
+from deeplab2_like.export.options import ExportOptions
 from deeplab2_like.export.parity import Parity, ParityImage, check_parity, generate_parity_images, read_parity_images
-from deeplab2_like.export.signatures import ExportOptions, trace_signatures
+from deeplab2_like.export.signatures import trace_signatures
 from deeplab2_like.export.versions import MODEL_FILE, is_export, list_versions, newest_export, version_number
 from deeplab2_like.export.warmup import require_serving_api, write_warmup_requests
 from deeplab2_like.model.base import PanopticSystem
