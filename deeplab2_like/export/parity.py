@@ -116,7 +116,7 @@ def check_parity(
     Raises:
         RuntimeError: If a signature differs from the system.
     """
-    infer = make_inference_function(system, flip=flip).python_function
+    infer = make_inference_function(system, flip=flip).python_function  # type: ignore[attr-defined]
     expected = [
         {name: value[0].numpy() for name, value in infer(tf.constant(image.pixels[None])).items()} for image in images
     ]
@@ -151,7 +151,8 @@ def _compare(answer: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray
     if "panoptic" in answer:
         return float(np.mean(answer["panoptic"] == panoptic)), difference
     if "panoptic_png" in answer:
-        rgb = cv2.imdecode(np.frombuffer(answer["panoptic_png"], np.uint8), cv2.IMREAD_COLOR_RGB).astype(np.int32)
+        png = np.frombuffer(answer["panoptic_png"], np.uint8)
+        rgb = np.asarray(cv2.imdecode(png, cv2.IMREAD_COLOR_RGB), np.int32)
         return float(np.mean(rgb @ np.array([1, 256, 65536], np.int32) == panoptic)), difference
     areas = dict(zip(answer["segment_id"].tolist(), answer["segment_area"].tolist(), strict=True))
     wrong = sum(abs(np.count_nonzero(panoptic == i) - areas.get(i, 0)) for i in scores.keys() | expected_scores.keys())

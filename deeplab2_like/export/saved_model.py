@@ -213,7 +213,10 @@ def _write(export: _Export, folder: Path) -> None:
 
 def _metadata(export: _Export) -> dict[str, str]:
     """Returns the answer of the signature `metadata`, all of it JSON."""
-    info, config = export.system.dataset_info, export.config
+    info = export.system.dataset_info
+    config = None if export.config is None else export.config.model_dump(mode="json")
+    if config is not None:
+        config["data"]["path"] = None  # Clients need not know the folders of the training.
     content = {
         "classes": info.to_coco_categories(),
         "label_divisor": info.label_divisor,
@@ -223,7 +226,7 @@ def _metadata(export: _Export) -> dict[str, str]:
         "library_version": deeplab2_like.__version__,
         "precision": export.system.dtype_policy.name,
         "options": dataclasses.asdict(export.options),
-        "config": None if config is None else config.model_dump(mode="json"),
+        "config": config,
     }
     return {name: json.dumps(value) for name, value in content.items()}
 

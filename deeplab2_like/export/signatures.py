@@ -14,6 +14,7 @@ The image of a row never influences another row, because servers put the request
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import tensorflow as tf
 
@@ -27,7 +28,8 @@ from deeplab2_like.model.stages import compiled_stages
 _TABLE = ("segment_id", "segment_class", "segment_score")
 
 Outputs = dict[str, tf.Tensor]
-ConcreteFunction = tf.types.experimental.ConcreteFunction
+# A `tf.types.experimental.ConcreteFunction`, whose type is unknown to type checkers.
+ConcreteFunction = Any
 
 
 def trace_signatures(
@@ -45,7 +47,7 @@ def trace_signatures(
     """
     height, width = options.size or (None, None)
     images = tf.TensorSpec([None, height, width, 3], tf.uint8, name="images")
-    infer_anything = make_inference_function(system, flip=options.flip).python_function
+    infer_anything = make_inference_function(system, flip=options.flip).python_function  # type: ignore[attr-defined]
 
     def trace(function: Callable[..., Outputs], *inputs: tf.TensorSpec) -> ConcreteFunction:
         return tf.function(function, input_signature=inputs, autograph=False).get_concrete_function()
