@@ -156,6 +156,12 @@ class Predictor:
                 f"Not enough memory for an image of {image.shape[0]} x {image.shape[1]} pixels (height x width); "
                 "downscale it."
             ) from error
+        except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+            # The signature of an export with a fixed size refuses other sizes.
+            raise UserError(
+                f"The model cannot predict an image of {image.shape[0]} x {image.shape[1]} pixels (height x width); "
+                "give an image of the size for which it was exported, or export it without --size."
+            ) from error
         return self._describe(outputs)
 
     def _describe(self, outputs: Mapping[str, np.ndarray]) -> PanopticPrediction:

@@ -73,7 +73,7 @@ def test_headers_of_webp_give_the_size(decode):
         (cv2.imencode(".bmp", _PIXELS[..., 0])[1].tobytes(), "A BMP with a palette or few bits cannot be read"),
         (
             cv2.imencode(".png", np.zeros((100, 21)))[1].tobytes(),
-            "The image has 100 x 21 pixels (height x width), more",
+            "The image has 100 x 21 pixels (height x width)",
         ),
     ],
 )
