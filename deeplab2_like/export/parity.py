@@ -145,7 +145,7 @@ def check_parity(
 
 def _compare(answer: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> tuple[float, float]:
     """Returns the share of pixels that agree, and the largest difference of a score, for one image."""
-    scores, expected_scores = _scores(answer), _scores(expected)
+    scores, expected_scores = _by_id(answer, "segment_score"), _by_id(expected, "segment_score")
     difference = max((abs(scores[i] - expected_scores[i]) for i in scores.keys() & expected_scores.keys()), default=0.0)
     panoptic = expected["panoptic"]
     if "panoptic" in answer:
@@ -154,12 +154,12 @@ def _compare(answer: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray
         png = np.frombuffer(answer["panoptic_png"], np.uint8)
         rgb = np.asarray(cv2.imdecode(png, cv2.IMREAD_COLOR_RGB), np.int32)
         return float(np.mean(rgb @ np.array([1, 256, 65536], np.int32) == panoptic)), difference
-    areas = dict(zip(answer["segment_id"].tolist(), answer["segment_area"].tolist(), strict=True))
+    areas = _by_id(answer, "segment_area")
     wrong = sum(abs(np.count_nonzero(panoptic == i) - areas.get(i, 0)) for i in scores.keys() | expected_scores.keys())
     return 1 - wrong / panoptic.size, difference
 
 
-def _scores(outputs: Mapping[str, np.ndarray]) -> dict[int, float]:
-    """Returns the score of each segment by its id."""
-    pairs = zip(outputs["segment_id"].tolist(), outputs["segment_score"].tolist(), strict=True)
-    return {i: score for i, score in pairs if score > 0}
+def _by_id(outputs: Mapping[str, np.ndarray], column: str) -> dict[int, float]:
+    """Returns a column of the table by segment id, without unused rows, whose id is 0 as that of a segment may be."""
+    used = outputs["segment_score"] > 0
+    return dict(zip(outputs["segment_id"][used].tolist(), outputs[column][used].tolist(), strict=True))

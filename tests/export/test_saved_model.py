@@ -179,7 +179,7 @@ def test_compact_tables_describe_the_png(loaded, make_image):
 
 
 def test_metadata_is_json(loaded, small_config):
-    answer = {name: json.loads(value.item()) for name, value in _run(loaded.signatures["metadata"]).items()}
+    answer = {name: json.loads(value) for name, value in _run(loaded.signatures["metadata"]).items()}
     assert answer["classes"] == scenes_info().to_coco_categories()
     assert (answer["label_divisor"], answer["ignore_label"], answer["step"]) == (1000, 255, 7)
     assert answer["library_version"] == deeplab2_like.__version__
