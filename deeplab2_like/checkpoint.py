@@ -103,14 +103,24 @@ def restore(checkpoint: tf.train.Checkpoint, path: str) -> None:
         raise _damaged(path) from error
 
 
-def restore_system(system: PanopticSystem, path: str) -> None:
-    """Restores the variables of a system for evaluation and export: the averaged weights, if the training kept them.
+def restore_system(system: PanopticSystem, path: str, *, averaged: bool | None = None) -> None:
+    """Restores the variables of a system for evaluation and export.
+
+    Args:
+        system: The system.
+        path: A checkpoint's path without ending.
+        averaged: Whether to use the moving averages of the weights; None: if the training kept them.
 
     Raises:
-        UserError: See `restore`.
+        UserError: If the training kept no averages although they are asked for; and see `restore`.
     """
-    averaged = any(name.startswith(_AVERAGE) for name in _read_shapes(path))
-    if averaged:
+    has_averages = any(name.startswith(_AVERAGE) for name in _read_shapes(path))
+    if averaged and not has_averages:
+        raise UserError(
+            f"Checkpoint '{path}' has no averages of the weights, because trainer.ema_decay was null in the training; "
+            "leave out --ema."
+        )
+    if has_averages if averaged is None else averaged:
         weights = {weight.path: weight.value for weight in system.weights}
         restore(tf.train.Checkpoint(average=weights), path)
     else:

@@ -1,5 +1,6 @@
 """Model folders: `config.yaml`, `dataset_info.json`, `checkpoints/` and, after evaluations during training, `best/`."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import cannot_write, make_folder, require_local, write_atomically
 from deeplab2_like.model import PanopticSystem, build_system
+from deeplab2_like.model.base import dtype_policy
 from deeplab2_like.temporary import TemporaryFolder, remove_leftovers
 
 CONFIG_FILE = "config.yaml"
@@ -130,7 +132,12 @@ def write_imported(
 
 
 def load_model_folder(
-    model_dir: str | os.PathLike[str], overrides: Sequence[str] = (), *, checkpoint: str = "last"
+    model_dir: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    checkpoint: str = "last",
+    averaged: bool | None = None,
+    precision: str | None = None,
 ) -> tuple[Config, PanopticSystem, int]:
     """Loads a checkpoint of a model folder.
 
@@ -138,17 +145,21 @@ def load_model_folder(
         model_dir: A folder that training wrote.
         overrides: Changes to its config, `key.path=value`, such as thresholds of the post-processing.
         checkpoint: Which one, see `find_checkpoint`.
+        averaged: Whether to use the moving averages of the weights; None: if the training kept them.
+        precision: Keras' dtype policy of the network, such as `mixed_bfloat16`; None: that of the process.
 
     Returns:
         The config, the system with its trained variables, and the step of the checkpoint.
 
     Raises:
-        UserError: If this is no model folder, has no such checkpoint, or the overrides change the network.
+        UserError: If this is no model folder, has no such checkpoint, the overrides change the network, or there are
+            no averages.
     """
     config, dataset_info = read_model_folder(model_dir, overrides)
     path = find_checkpoint(model_dir, checkpoint)  # Before the network is built, so that an error comes early.
-    system = build_system(config, dataset_info)
-    restore_system(system, path)
+    with contextlib.nullcontext() if precision is None else dtype_policy(precision):
+        system = build_system(config, dataset_info)
+    restore_system(system, path, averaged=averaged)
     return config, system, checkpoint_step(path)
 
 

@@ -1,10 +1,15 @@
 """`deeplab2-like export`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deeplab2_like.cli.arguments import add_checkpoint, add_command, add_overrides
+from deeplab2_like.cli.arguments import add_checkpoint, add_command, add_overrides, image_size, positive_int
+from deeplab2_like.export.options import DEFAULT_MAX_PIXELS, ExportOptions
+
+if TYPE_CHECKING:
+    from deeplab2_like.export.parity import Parity
 
 
 def add_parser(commands: Any) -> None:
@@ -24,6 +29,41 @@ def add_parser(commands: Any) -> None:
         help="replace the version that --output-dir names, or without a number the newest one",
     )
     add_overrides(parser)
+    parser.add_argument("--size", type=image_size, metavar="HxW", help="only size of images (default: any size)")
+    parser.add_argument(
+        "--max-pixels",
+        type=positive_int,
+        default=DEFAULT_MAX_PIXELS,
+        metavar="NUMBER",
+        help="largest number of pixels of an image file in a request (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="compute the network with 16 bits, for CPUs and GPUs that support it"
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="export the moving averages of the weights (default: if the training kept them)",
+    )
+    parser.add_argument("--flip", action="store_true", help="average the image and its mirror image; twice the time")
+    parser.add_argument(
+        "--xla", action="store_true", help="add the signature 'compiled', for predict --compile and servers with XLA"
+    )
+    parser.add_argument(
+        "--parity-images",
+        type=Path,
+        metavar="FILE_OR_DIR",
+        help="images on which the export must agree with the checkpoint (default: generated images)",
+    )
+    parser.add_argument(
+        "--warmup-size",
+        type=image_size,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="HxW",
+        help="write warm-up requests of TensorFlow Serving for images of these sizes",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -36,5 +76,25 @@ def run(options: argparse.Namespace) -> None:
         checkpoint=options.checkpoint,
         overrides=options.set,
         replace=options.replace,
+        options=ExportOptions(
+            size=options.size,
+            max_pixels=options.max_pixels,
+            flip=options.flip,
+            xla=options.xla,
+            warmup_sizes=tuple(options.warmup_size),
+        ),
+        averaged=options.ema,
+        bfloat16=options.bfloat16,
+        parity_images=options.parity_images,
+        report=_print_parity,
     )
     print(f"SavedModel is in {exported}")
+
+
+def _print_parity(figures: Sequence["Parity"]) -> None:
+    """Prints how well the signatures agree with the checkpoint."""
+    from deeplab2_like.printing import counted
+
+    print(f"Agreement with the checkpoint on {counted(figures[0].images, 'image')}, in the worst of them:")
+    for figure in figures:
+        print(f"  {figure}")

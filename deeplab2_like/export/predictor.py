@@ -106,7 +106,7 @@ class Predictor:
         exported_dir: An export, or a folder of versions that `deeplab2-like export` wrote, of which the newest is
             used.
         compiled: Use the post-processing compiled by XLA: faster for many images of one size, but each new size is
-            compiled first and stays in memory.
+            compiled first and stays in memory. It needs an export made with `xla`, see `ExportOptions`.
 
     Raises:
         UserError: If the folder is not an export, or is damaged.
@@ -126,9 +126,8 @@ class Predictor:
             ) from error
         name = "compiled" if compiled else "serving_default"
         if name not in self._model.signatures:
-            raise UserError(
-                f"'{folder}' has no signature '{name}'; export the model again with `deeplab2-like export`."
-            )
+            command = "deeplab2-like export --xla" if compiled else "deeplab2-like export"
+            raise UserError(f"'{folder}' has no signature '{name}'; export the model again with `{command}`.")
         self._infer = self._model.signatures[name]
 
     def __call__(self, image: np.ndarray) -> PanopticPrediction:
@@ -156,6 +155,12 @@ class Predictor:
             raise UserError(
                 f"Not enough memory for an image of {image.shape[0]} x {image.shape[1]} pixels (height x width); "
                 "downscale it."
+            ) from error
+        except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+            # The signature of an export with a fixed size refuses other sizes.
+            raise UserError(
+                f"The model cannot predict an image of {image.shape[0]} x {image.shape[1]} pixels (height x width); "
+                "give an image of the size for which it was exported, or export it without --size."
             ) from error
         return self._describe(outputs)
 

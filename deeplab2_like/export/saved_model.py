@@ -3,37 +3,45 @@
 An export is a folder with the SavedModel, `dataset_info.json` and, if known, `config.yaml`. `export_model_folder`
 numbers exports, because TensorFlow Serving expects a folder per version: `NAME/1`, `NAME/2` and so on.
 
-The signatures all return the dictionary of `PanopticSystem.postprocess`:
-
-- `serving_default`: `images`, uint8 [B, H, W, 3] RGB; B, H and W are arbitrary.
-- `encoded`: `image_bytes`, string [B] of whole JPEG, PNG, BMP or GIF files, all of the same size; B is at least 1.
-- `compiled`: like `serving_default`, with post-processing compiled by XLA in stages. A new image size is compiled on
-  its first use (seconds), and stays in memory. Not the default, because a server may be built without XLA.
+`signatures` lists what it answers.
 """
 
 import contextlib
+import dataclasses
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import keras
-import numpy as np
 import tensorflow as tf
 
+import deeplab2_like
 from deeplab2_like import files
 from deeplab2_like.configs import Config, save_config
-from deeplab2_like.data.records import is_readable_by_tensorflow
 from deeplab2_like.errors import UserError
-from deeplab2_like.evaluation.inference import compile_with_xla
+from deeplab2_like.export.options import ExportOptions
+from deeplab2_like.export.parity import Parity, ParityImage, check_parity, generate_parity_images, read_parity_images
+from deeplab2_like.export.signatures import trace_signatures
 from deeplab2_like.export.versions import MODEL_FILE, is_export, list_versions, newest_export, version_number
+from deeplab2_like.export.warmup import require_serving_api, write_warmup_requests
 from deeplab2_like.model.base import PanopticSystem
-from deeplab2_like.model.stages import compiled_stages
 from deeplab2_like.temporary import TemporaryFolder, remove_leftovers
 
-# Height and width of the image on which a new export is compared with the system, and the minimum share of equal
-# pixels. It is not 1, because devices may choose other algorithms with other rounding, and scores may be almost equal.
-_CHECK_SIZE = (97, 131)
-_CHECK_AGREEMENT = 0.98
+ParityReport = Callable[[Sequence[Parity]], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Export:
+    """What is written into the folder of an export; see `export_saved_model` for the attributes."""
+
+    system: PanopticSystem
+    config: Config | None
+    step: int | None
+    options: ExportOptions
+    check: bool = True
+    parity_images: Sequence[ParityImage] | None = None
+    report: ParityReport | None = None
 
 
 def export_saved_model(
@@ -41,6 +49,8 @@ def export_saved_model(
     output_dir: str | os.PathLike[str],
     *,
     config: Config | None = None,
+    step: int | None = None,
+    options: ExportOptions | None = None,
     check: bool = True,
     replace: bool = False,
 ) -> Path:
@@ -53,6 +63,8 @@ def export_saved_model(
         system: The system, with its variables created.
         output_dir: The folder of the export; its parents are created if missing.
         config: The config of the system, saved as `config.yaml`.
+        step: Number of training steps of the weights, for the signature `metadata`.
+        options: What the export is made for; by default, images of any size.
         check: Whether to load the SavedModel and compare it with the system before it appears.
         replace: Whether to replace an earlier export. Other folders are never replaced unless they are empty.
 
@@ -64,14 +76,8 @@ def export_saved_model(
         RuntimeError: If the check fails.
     """
     _require_tensorflow()
-    files.require_local(output_dir)
-    folder = Path(output_dir).resolve()
-    _clean_up(folder)
-    _require_free(folder, name=str(output_dir), replace=replace)
-    with _folder_beside(folder, name=str(output_dir), replace=replace) as beside:
-        _write(system, beside, config=config, check=check)
-        _require_free(folder, name=str(output_dir), replace=replace)  # Again, as writing takes a while.
-    return Path(output_dir)
+    export = _Export(system, config, step, options or ExportOptions(), check)
+    return _export_to(output_dir, export, replace=replace)
 
 
 def export_model_folder(
@@ -81,6 +87,11 @@ def export_model_folder(
     *,
     checkpoint: str = "last",
     replace: bool = False,
+    options: ExportOptions | None = None,
+    averaged: bool | None = None,
+    bfloat16: bool = False,
+    parity_images: str | os.PathLike[str] | None = None,
+    report: ParityReport | None = None,
 ) -> Path:
     """Exports a checkpoint of a model folder as a version, see `export_saved_model`.
 
@@ -92,6 +103,12 @@ def export_model_folder(
         checkpoint: The checkpoint, see `find_checkpoint`.
         replace: Whether to replace an earlier export: the version that `output_dir` names, the export that
             `output_dir` itself is, or else the newest version in it.
+        options: What the export is made for; by default, images of any size.
+        averaged: See `load_model_folder`.
+        bfloat16: Whether the network computes with 16 bits per number.
+        parity_images: An image file or a folder of images on which the export is compared with the checkpoint; None:
+            generated images.
+        report: Called with the figures of the comparison.
 
     Returns:
         The folder that was written.
@@ -99,15 +116,37 @@ def export_model_folder(
     Raises:
         UserError: If the model folder cannot be loaded, an export already exists and `replace` is False, or the export
             cannot be written.
+        RuntimeError: If the export differs from the checkpoint.
     """
     from deeplab2_like.model_folder import load_model_folder
 
     _require_tensorflow()
+    options = options or ExportOptions()
+    if options.warmup_sizes:
+        require_serving_api()  # Now, because loading the model takes a while.
     folder = _place(Path(output_dir), replace=replace)
-    config, system, _ = load_model_folder(model_dir, overrides, checkpoint=checkpoint)
+    config, system, step = load_model_folder(
+        model_dir, overrides, checkpoint=checkpoint, averaged=averaged, precision="mixed_bfloat16" if bfloat16 else None
+    )
+    images = None
+    if parity_images is not None:
+        images = read_parity_images(Path(parity_images), options, bit_depth=system.dataset_info.bit_depth)
+    export = _Export(system, config, step, options, parity_images=images, report=report)
     if folder is not None:
-        return export_saved_model(system, folder, config=config, replace=replace)
-    return _export_new_version(system, Path(output_dir), config=config)
+        return _export_to(folder, export, replace=replace)
+    return _export_new_version(export, Path(output_dir))
+
+
+def _export_to(output_dir: str | os.PathLike[str], export: _Export, *, replace: bool) -> Path:
+    """Exports to exactly this folder, and returns it."""
+    files.require_local(output_dir)
+    folder = Path(output_dir).resolve()
+    _clean_up(folder)
+    _require_free(folder, name=str(output_dir), replace=replace)
+    with _folder_beside(folder, name=str(output_dir), replace=replace) as beside:
+        _write(export, beside)
+        _require_free(folder, name=str(output_dir), replace=replace)  # Again, as writing takes a while.
+    return Path(output_dir)
 
 
 def _place(output_dir: Path, *, replace: bool) -> Path | None:
@@ -126,12 +165,12 @@ def _place(output_dir: Path, *, replace: bool) -> Path | None:
     return None if newest is None else output_dir / newest.name
 
 
-def _export_new_version(system: PanopticSystem, output_dir: Path, *, config: Config) -> Path:
+def _export_new_version(export: _Export, output_dir: Path) -> Path:
     """Exports to the next free number in a folder of versions; returns the folder that was written."""
     versions_dir = output_dir.resolve()
     number = max(list_versions(versions_dir), default=0) + 1
     with _write_errors(str(output_dir)), _temporary_folder(versions_dir / str(number)) as temporary:
-        _write(system, temporary.path, config=config, check=True)
+        _write(export, temporary.path)
         while True:
             try:
                 temporary.publish(versions_dir / str(number))
@@ -150,89 +189,46 @@ def _require_tensorflow() -> None:
         )
 
 
-def _write(system: PanopticSystem, folder: Path, *, config: Config | None, check: bool) -> None:
-    """Writes all files of an export into an empty folder; see `export_saved_model` for `check`."""
-    signatures = _trace(system)
+def _write(export: _Export, folder: Path) -> None:
+    """Writes all files of an export into an empty folder, and compares it with the system."""
+    system, options = export.system, export.options
+    signatures = trace_signatures(system, options, _metadata(export))
     # Only variables are tracked, because Keras objects would store their state a second time.
     module = tf.Module()
     module.weights = [weight.value for weight in system.weights]
     tf.saved_model.save(module, str(folder), signatures=signatures)
     system.dataset_info.save(folder)
+    if export.config is not None:
+        save_config(export.config, folder / "config.yaml")
+    if options.warmup_sizes:
+        write_warmup_requests(folder, signatures, options.warmup_sizes)
+    if export.check:
+        with files.literal_folder(folder) as readable:
+            loaded = tf.saved_model.load(str(readable))
+        images = export.parity_images or generate_parity_images(options)
+        figures = check_parity(loaded.signatures, system, images, flip=options.flip)
+        if export.report is not None:
+            export.report(figures)
+
+
+def _metadata(export: _Export) -> dict[str, str]:
+    """Returns the answer of the signature `metadata`, all of it JSON."""
+    info = export.system.dataset_info
+    config = None if export.config is None else export.config.model_dump(mode="json")
     if config is not None:
-        save_config(config, folder / "config.yaml")
-    if check:
-        _check(folder, signatures["serving_default"])
-
-
-def _trace(system: PanopticSystem) -> dict[str, tf.types.experimental.ConcreteFunction]:
-    """Traces the signatures of a system, by name."""
-    images = tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")
-
-    def infer_compiled(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        with compiled_stages(compile_with_xla):
-            return system.infer(images)
-
-    infer = tf.function(system.infer, input_signature=[images], autograph=False).get_concrete_function()
-
-    def infer_encoded(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
-        return infer(_decode_images(image_bytes, system.dataset_info.bit_depth))
-
-    # TensorFlow Serving's REST interface recognizes base64 values by the suffix `_bytes`.
-    image_bytes = tf.TensorSpec([None], tf.string, name="image_bytes")
-    return {
-        "serving_default": infer,
-        "encoded": tf.function(infer_encoded, input_signature=[image_bytes], autograph=False).get_concrete_function(),
-        "compiled": tf.function(infer_compiled, input_signature=[images], autograph=False).get_concrete_function(),
+        config["data"]["path"] = None  # Clients need not know the folders of the training.
+    content = {
+        "classes": info.to_coco_categories(),
+        "label_divisor": info.label_divisor,
+        "ignore_label": info.ignore_label,
+        "system": export.system.name,
+        "step": export.step,
+        "library_version": deeplab2_like.__version__,
+        "precision": export.system.dtype_policy.name,
+        "options": dataclasses.asdict(export.options),
+        "config": config,
     }
-
-
-def _decode_images(image_bytes: tf.Tensor, bit_depth: int | None) -> tf.Tensor:
-    """Decodes image files, string [B], all of one size, to uint8 [B, H, W, 3]; see `_decode_image`."""
-    count = tf.size(image_bytes)
-
-    def decode(index: tf.Tensor, images: tf.TensorArray, size: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        image = _decode_image(image_bytes[index], bit_depth)  # [H, W, 3]
-        size_here = tf.shape(image)
-        tf.debugging.Assert(
-            (index == 0) | tf.reduce_all(size_here == size),
-            ["The images of one request must be of equal size; send them one by one. Two sizes:", size, size_here],
-        )
-        return index + 1, images.write(index, image), size_here
-
-    images = tf.TensorArray(tf.uint8, size=count, element_shape=[None, None, 3], infer_shape=False)
-    state = (tf.constant(0), images, tf.zeros([3], tf.int32))
-    _, images, _ = tf.while_loop(lambda index, *_: index < count, decode, state)
-    return images.stack()  # [B, H, W, 3]
-
-
-def _decode_image(content: tf.Tensor, bit_depth: int | None) -> tf.Tensor:
-    """Decodes an image file, string [], to uint8 [H, W, 3]; PNGs of 16 bits as those of the training images.
-
-    Args:
-        content: The content of the file.
-        bit_depth: See `DatasetInfo`.
-    """
-    tf.debugging.Assert(
-        is_readable_by_tensorflow(content), ["A BMP with a palette or few bits cannot be read; send the image as PNG."]
-    )
-
-    def decode() -> tf.Tensor:
-        return tf.io.decode_image(content, channels=3, expand_animations=False)
-
-    if bit_depth is None:
-        return decode()
-    shift = bit_depth - 8
-
-    def decode_wide() -> tf.Tensor:
-        values = tf.cast(tf.io.decode_png(content, channels=3, dtype=tf.uint16), tf.int32)
-        return tf.saturate_cast(tf.bitwise.right_shift(values, shift), tf.uint8)
-
-    # Byte 24 of a PNG is the number of bits; a file that ends before it is faulty anyway.
-    header = tf.strings.join([content, "\0" * 25])
-    is_wide = tf.equal(tf.strings.substr(header, 0, 4), b"\x89PNG") & tf.equal(
-        tf.strings.substr(header, 24, 1), b"\x10"
-    )
-    return tf.cond(is_wide, decode_wide, decode)
+    return {name: json.dumps(value) for name, value in content.items()}
 
 
 def _require_folder(folder: Path, *, name: str) -> None:
@@ -303,22 +299,3 @@ def _write_errors(name: str) -> Iterator[None]:
         yield
     except (OSError, tf.errors.PermissionDeniedError, tf.errors.ResourceExhaustedError) as error:
         raise files.cannot_write(name, error) from error
-
-
-def _check(folder: Path, infer: tf.types.experimental.ConcreteFunction) -> None:
-    """Compares the SavedModel in `folder` with the function it was made from, on an image of random noise.
-
-    Raises:
-        RuntimeError: If they differ.
-    """
-    with files.literal_folder(folder) as readable:
-        loaded = tf.saved_model.load(str(readable)).signatures["serving_default"]
-    noise = np.random.default_rng(0).integers(0, 256, (1, *_CHECK_SIZE, 3), np.uint8)
-    expected = infer(tf.constant(noise))["panoptic"].numpy()
-    received = loaded(images=tf.constant(noise))["panoptic"].numpy()
-    agreement = float(np.mean(expected == received))
-    if agreement < _CHECK_AGREEMENT:
-        raise RuntimeError(
-            f"The exported model agrees with the system on only {100 * agreement:.1f} % of a test image's pixels, so "
-            "it was discarded; this is a bug in the library."
-        )

@@ -1,4 +1,4 @@
-"""One small system and its export, made once: tracing three signatures takes most of these tests' time."""
+"""One small system and its export, made once: tracing the signatures takes most of these tests' time."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pytest
 
 from deeplab2_like.configs import Config, load_config
 from deeplab2_like.data.scenes import render_scene, scenes_info
+from deeplab2_like.export.options import ExportOptions
 from deeplab2_like.export.saved_model import export_saved_model
 from deeplab2_like.model import PanopticSystem, build_system
 
@@ -47,7 +48,10 @@ def small_system(small_config: Config) -> PanopticSystem:
 
 @pytest.fixture(scope="session")
 def export_dir(small_system: PanopticSystem, small_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_saved_model(small_system, tmp_path_factory.mktemp("export") / "exported", config=small_config)
+    """With all signatures; `test_saved_model.py` compares them with the system, so the export itself does not."""
+    folder = tmp_path_factory.mktemp("export") / "exported"
+    options = ExportOptions(max_pixels=64 * 8000, xla=True)
+    return export_saved_model(small_system, folder, config=small_config, step=7, options=options, check=False)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import tensorflow as tf
 from kills import files_in, kills
 from tensorflow.core.protobuf import saved_model_pb2
 
+import deeplab2_like
 from deeplab2_like import model_folder as model_folder_module
 from deeplab2_like import temporary
 from deeplab2_like.checkpoint import make_checkpoint
@@ -21,8 +23,11 @@ from deeplab2_like.configs import load_config
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
-from deeplab2_like.export import saved_model, versions
+from deeplab2_like.export import parity, saved_model, versions
+from deeplab2_like.export.options import ExportOptions
+from deeplab2_like.export.parity import check_parity, generate_parity_images
 from deeplab2_like.export.saved_model import export_model_folder, export_saved_model
+from deeplab2_like.export.warmup import write_warmup_requests
 from deeplab2_like.model_folder import prepare_model_folder
 
 # None makes an import fail, as if the package were not installed.
@@ -104,37 +109,83 @@ def test_compiled_signature_agrees_at_any_size(loaded, batches, expected):
         _assert_same(_run(loaded.signatures["compiled"], images=tf.constant(batches[name])), expected[name])
 
 
-def test_encoded_signature_takes_several_files_of_one_size(loaded, batches, expected):
-    files = [cv2.imencode(".png", image[..., ::-1])[1].tobytes() for image in batches["two"]]
-    _assert_same(_run(loaded.signatures["encoded"], image_bytes=tf.constant(files)), expected["two"])
+def _png(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", image[..., ::-1])[1].tobytes()
 
 
-def test_encoded_signature_takes_jpeg(loaded, small_system, make_image):
-    content = cv2.imencode(".jpg", make_image(40, 30))[1].tobytes()
-    answer = small_system.infer(tf.io.decode_jpeg(content, channels=3)[None])
-    received = _run(loaded.signatures["encoded"], image_bytes=tf.constant([content]))
-    _assert_same(received, {key: value.numpy() for key, value in answer.items()})
+def test_every_signature_agrees_with_the_system(loaded, small_system):
+    signatures = {name: loaded.signatures[name] for name in ("serving_default", "encoded", "segments", "compact")}
+    figures = check_parity(signatures, small_system, generate_parity_images(ExportOptions()))
+    assert [figure.signature for figure in figures] == list(signatures)
+    assert all(figure.images == 2 and figure.agreement == 1 for figure in figures)
+    assert all(figure.score_difference < 1e-5 for figure in figures)
 
 
-def test_encoded_images_are_read_as_the_training_images():
-    decode = tf.function(saved_model._decode_image)
-    wide = cv2.imencode(".png", np.array([[0, 16, 4095, 65535]], np.uint16))[1].tobytes()
-    # The upper 8 of 12 bits, or of 16; a value above 12 bits is as bright as can be.
-    assert decode(wide, 12)[0, :, 0].numpy().tolist() == [0, 1, 255, 255]
-    assert decode(wide, None)[0, :, 0].numpy().tolist() == [0, 0, 15, 255]
-    narrow = cv2.imencode(".png", np.array([[0, 16, 255]], np.uint8))[1].tobytes()
-    assert decode(narrow, 12)[0, :, 0].numpy().tolist() == [0, 16, 255]
-    colors = cv2.imencode(".bmp", np.full((1, 2, 3), 7, np.uint8))[1].tobytes()
-    assert decode(colors, 12).numpy().tolist() == [[[7, 7, 7]] * 2]
-    palette = cv2.imencode(".bmp", np.full((1, 2), 7, np.uint8))[1].tobytes()
-    with pytest.raises(tf.errors.InvalidArgumentError, match="A BMP with a palette or few bits cannot be read"):
-        decode(palette, None)
+def test_a_bad_image_fails_alone(loaded, batches, expected):
+    """Three good images of two sizes, of which no row sees another one, and one that is cut short."""
+    images = [*batches["two"], batches["multiple"][0]]  # 37x53, 37x53, 32x64.
+    files = [_png(image) for image in images]
+    answer = _run(loaded.signatures["encoded"], image_bytes=tf.constant([*files, files[0][:-100]]))
+    assert answer["status"].tolist() == [b"", b"", b"", b"The PNG file is damaged or cut short; send a whole file."]
+    assert answer["image_size"].tolist() == [[37, 53], [37, 53], [32, 64], [0, 0]]
+    assert answer["panoptic"].shape == (4, 37, 64)
+    void = scenes_info().void
+    alone = [{key: value[row] for key, value in expected["two"].items()} for row in (0, 1)]
+    alone.append({key: value[0] for key, value in expected["multiple"].items()})
+    for row, truth in enumerate(alone):
+        height, width = truth["panoptic"].shape
+        np.testing.assert_array_equal(answer["panoptic"][row, :height, :width], truth["panoptic"])
+        assert (answer["panoptic"][row, height:] == void).all()
+        assert (answer["panoptic"][row, :, width:] == void).all()
+        for key in ("segment_id", "segment_class"):
+            np.testing.assert_array_equal(answer[key][row], truth[key])
+    assert (answer["panoptic"][3] == void).all()
+    assert not any(answer[f"segment_{key}"][3].any() for key in ("id", "class", "score"))
 
 
-def test_encoded_signature_names_the_fault_of_unequal_sizes(loaded):
-    files = [cv2.imencode(".png", np.zeros((height, 20, 3), np.uint8))[1].tobytes() for height in (10, 12)]
-    with pytest.raises(tf.errors.InvalidArgumentError, match="images of one request must be of equal size"):
-        loaded.signatures["encoded"](image_bytes=tf.constant(files))
+def test_an_empty_request_gets_an_empty_answer(loaded):
+    answer = _run(loaded.signatures["encoded"], image_bytes=tf.constant([], tf.string))
+    assert {name: value.shape for name, value in answer.items()} == {
+        "panoptic": (0, 0, 0),
+        "segment_id": (0, 29),
+        "segment_class": (0, 29),
+        "segment_score": (0, 29),
+        "status": (0,),
+        "image_size": (0, 2),
+    }
+
+
+def test_too_many_pixels_are_refused(loaded):
+    # The export of these tests has a limit of 64 * 8000 = 512000 pixels.
+    answer = _run(loaded.signatures["segments"], image_bytes=tf.constant([_png(np.zeros((1, 512001, 3), np.uint8))]))
+    assert answer["status"].tolist() == [
+        b"The image has 1 x 512001 pixels (height x width), more than the limit of 512000; send it smaller or in parts."
+    ]
+
+
+def test_compact_tables_describe_the_png(loaded, make_image):
+    answer = _run(loaded.signatures["compact"], image_bytes=tf.constant([_png(make_image(37, 53)), b"x"]))
+    assert answer["panoptic_png"][1] == b""
+    rgb = cv2.imdecode(np.frombuffer(answer["panoptic_png"][0], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    panoptic = rgb.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+    used = answer["segment_score"][0] > 0
+    assert used.sum() >= 5
+    for value, area, box in zip(*(answer[f"segment_{key}"][0][used] for key in ("id", "area", "box")), strict=True):
+        rows, columns = np.nonzero(panoptic == value)
+        assert area == len(rows)
+        assert box.tolist() == [rows.min(), columns.min(), rows.max() + 1, columns.max() + 1]
+    assert not answer["segment_area"][0][~used].any()
+    assert not answer["segment_box"][0][~used].any()
+
+
+def test_metadata_is_json(loaded, small_config):
+    answer = {name: json.loads(value) for name, value in _run(loaded.signatures["metadata"]).items()}
+    assert answer["classes"] == scenes_info().to_coco_categories()
+    assert (answer["label_divisor"], answer["ignore_label"], answer["step"]) == (1000, 255, 7)
+    assert answer["library_version"] == deeplab2_like.__version__
+    assert answer["options"]["max_pixels"] == 512000
+    assert answer["config"]["model"] == small_config.model_dump(mode="json")["model"]
+    assert answer["config"]["data"]["path"] is None
 
 
 def test_signatures_say_what_is_free(loaded):
@@ -168,11 +219,14 @@ def test_default_signature_needs_no_xla(loaded):
         marked = [*nodes, *graph.library.function]
         return any(item.attr["_XlaMustCompile"].b for item in marked)
 
-    assert {name: asks_for_xla(name) for name in ("serving_default", "encoded", "compiled")} == {
-        "serving_default": False,
-        "encoded": False,
-        "compiled": True,
-    }
+    assert [name for name in loaded.signatures if asks_for_xla(name)] == ["compiled"]
+
+
+def test_signatures_pin_nothing_to_a_device(loaded):
+    for name in loaded.signatures:
+        graph = loaded.signatures[name].graph.as_graph_def()
+        nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+        assert {node.device for node in nodes} <= {""}, name
 
 
 def test_stores_every_variable_once(export_dir, small_system):
@@ -193,7 +247,8 @@ def _fake_trace(monkeypatch) -> None:
         lambda images: {"panoptic": tf.cast(images[..., 0], tf.int32)},
         input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")],
     ).get_concrete_function()
-    monkeypatch.setattr(saved_model, "_trace", lambda system: {"serving_default": function})
+    monkeypatch.setattr(saved_model, "trace_signatures", lambda *_: {"serving_default": function})
+    monkeypatch.setattr(saved_model, "check_parity", lambda *_args, **_options: [])
 
 
 def test_replaces_an_earlier_export_and_leaves_nothing_beside(small_system, small_config, tmp_path, monkeypatch):
@@ -217,7 +272,7 @@ def test_a_failed_export_leaves_the_earlier_one(small_system, tmp_path, monkeypa
     def fail(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saved_model, "_check", fail)
+    monkeypatch.setattr(saved_model, "check_parity", fail)
     with pytest.raises(KeyboardInterrupt):
         export_saved_model(small_system, folder, replace=True)
     assert (folder / "saved_model.pb").read_bytes() == before
@@ -226,21 +281,36 @@ def test_a_failed_export_leaves_the_earlier_one(small_system, tmp_path, monkeypa
 
 def test_an_export_that_answers_otherwise_does_not_appear(small_system, tmp_path, monkeypatch):
     _fake_trace(monkeypatch)
-    load = tf.saved_model.load
-
-    def load_another(path):
-        model = load(path)
-        right = model.signatures["serving_default"]
-
-        class Wrong:
-            signatures = {"serving_default": lambda images: {"panoptic": 1 + right(images=images)["panoptic"]}}  # noqa: RUF012
-
-        return Wrong
-
-    monkeypatch.setattr(tf.saved_model, "load", load_another)
-    with pytest.raises(RuntimeError, match=r"agrees with the system on only 0\.0 %"):
+    # The fake signature answers with red values, which are no panoptic values.
+    monkeypatch.setattr(saved_model, "check_parity", check_parity)
+    monkeypatch.setattr(parity, "_compare", lambda answer, expected: (0.5, 0.0))
+    with pytest.raises(RuntimeError, match=r"'serving_default' .* agrees with the system on only 50\.0 % of"):
         export_saved_model(small_system, tmp_path / "exported")
     assert os.listdir(tmp_path) == []
+
+
+def test_refuses_options_that_do_not_fit_together():
+    with pytest.raises(UserError, match=r"The size 10x20 has more pixels than the limit of 199; raise the limit with"):
+        ExportOptions(size=(10, 20), max_pixels=199)
+    with pytest.raises(UserError, match=r"The warm-up size 10x21 differs from the only size of the export, 10x20"):
+        ExportOptions(size=(10, 20), warmup_sizes=((10, 21),))
+
+
+def test_warmup_requests_need_a_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
+    with pytest.raises(UserError, match=r"need the package tensorflow-serving-api; run `pip install"):
+        export_model_folder("model", tmp_path / "out", options=ExportOptions(warmup_sizes=((8, 8),)))
+
+
+def test_warmup_requests_are_for_every_signature_with_input(tmp_path):
+    logs = pytest.importorskip("tensorflow_serving.apis.prediction_log_pb2")
+    write_warmup_requests(tmp_path, ["metadata", "serving_default", "segments"], [(8, 9)])
+    records = tf.data.TFRecordDataset(str(tmp_path / "assets.extra" / "tf_serving_warmup_requests"))
+    requests = [logs.PredictionLog.FromString(record).predict_log.request for record in records.as_numpy_iterator()]
+    assert [request.model_spec.signature_name for request in requests] == ["segments", "serving_default"]
+    image = tf.io.decode_jpeg(tf.make_ndarray(requests[0].inputs["image_bytes"])[0])
+    assert image.shape == (8, 9, 3)
+    assert tf.make_ndarray(requests[1].inputs["images"]).shape == (1, 8, 9, 3)
 
 
 def test_refuses_folders_with_other_content(small_system, tmp_path):
@@ -272,8 +342,8 @@ def test_export_model_folder_exports_the_newest_checkpoint(small_system, small_c
     make_checkpoint(small_system, optimizer).save(str(tmp_path / "model/checkpoints/ckpt"))
     exported = {}
 
-    def remember(system, folder, *, config, check):
-        exported.update(system=system, config=config)
+    def remember(export, folder):
+        exported.update(system=export.system, config=export.config)
 
     monkeypatch.setattr(saved_model, "_write", remember)
     overrides = ["model.postprocess.center_threshold=0.5"]
@@ -291,7 +361,7 @@ def export(monkeypatch) -> Callable[..., Path]:
     """Exports a model that is no more than a text: `export(output_dir, content, replace=False)`."""
     content = ""
 
-    def write(system, folder, *, config, check):
+    def write(export, folder):
         make_export(folder, content)
 
     def run(output_dir: Path, new_content: str, **options) -> Path:
@@ -392,10 +462,10 @@ def test_a_folder_with_a_saved_model_of_another_kind_is_kept(export, tmp_path):
 def test_two_exports_at_once_get_two_numbers(export, tmp_path, monkeypatch):
     write = saved_model._write
 
-    def write_slowly(system, folder, **options):
+    def write_slowly(export, folder):
         monkeypatch.setattr(saved_model, "_write", write)
         export_model_folder("model", tmp_path)  # Begins later, and ends first.
-        write(system, folder, **options)
+        write(export, folder)
 
     monkeypatch.setattr(saved_model, "_write", write_slowly)
     assert export(tmp_path, "x") == tmp_path / "2"
@@ -405,8 +475,8 @@ def test_two_exports_at_once_get_two_numbers(export, tmp_path, monkeypatch):
 def test_two_exports_to_one_version_at_once(export, tmp_path, monkeypatch):
     write = saved_model._write
 
-    def write_slowly(system, folder, **options):
-        write(system, folder, **options)
+    def write_slowly(export, folder):
+        write(export, folder)
         make_export(tmp_path / "1", "other")
 
     monkeypatch.setattr(saved_model, "_write", write_slowly)
