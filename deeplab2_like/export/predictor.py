@@ -91,6 +91,44 @@ class PanopticPrediction:
         return writer.json_file
 
 
+def make_prediction(outputs: Mapping[str, np.ndarray], dataset_info: DatasetInfo) -> PanopticPrediction:
+    """Makes a prediction from a model's outputs for one image.
+
+    Args:
+        outputs: `panoptic`, int32 [H, W], and `segment_id`, int32 [K], and `segment_score`, float32 [K], of
+            `PanopticSystem.postprocess`.
+        dataset_info: The meaning of the map.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        UserError: If the map holds an unknown class.
+    """
+    used = outputs["segment_score"] > 0
+    ids, values = outputs["segment_id"][used].tolist(), outputs["segment_score"][used].tolist()
+    scores = dict(zip(ids, values, strict=True))
+    described = segments_info(outputs["panoptic"], dataset_info, scores=scores)
+    segments = tuple(_make_segment(entry, dataset_info) for entry in described)
+    return PanopticPrediction(outputs["panoptic"], segments, dataset_info)
+
+
+def _make_segment(described: Mapping[str, Any], dataset_info: DatasetInfo) -> Segment:
+    """Converts an entry of `segments_info` to a `Segment`."""
+    x, y, width, height = described["bbox"]
+    category = dataset_info.categories[dataset_info.class_of_category_id[described["category_id"]]]
+    return Segment(
+        id=described["id"],
+        category_id=category.id,
+        category_name=category.name,
+        is_thing=category.is_thing,
+        # Scores that round to zero are left out of the entry.
+        score=described.get("score", 0.0),
+        area=described["area"],
+        bbox=(y, x, y + height, x + width),
+    )
+
+
 class Predictor:
     """An exported model, which can be called with images of any size.
 
@@ -157,33 +195,7 @@ class Predictor:
                 f"Not enough memory for an image of {image.shape[0]} x {image.shape[1]} pixels (height x width); "
                 "downscale it."
             ) from error
-        return self._describe(outputs)
-
-    def _describe(self, outputs: Mapping[str, np.ndarray]) -> PanopticPrediction:
-        """Makes a prediction from the model's outputs for one image."""
-        used = outputs["segment_score"] > 0
-        ids, values = outputs["segment_id"][used].tolist(), outputs["segment_score"][used].tolist()
-        scores = dict(zip(ids, values, strict=True))
-        segments = tuple(
-            self._segment(described)
-            for described in segments_info(outputs["panoptic"], self.dataset_info, scores=scores)
-        )
-        return PanopticPrediction(outputs["panoptic"], segments, self.dataset_info)
-
-    def _segment(self, described: Mapping[str, Any]) -> Segment:
-        """Converts an entry of `segments_info` to a `Segment`."""
-        x, y, width, height = described["bbox"]
-        category = self.dataset_info.categories[self.dataset_info.class_of_category_id[described["category_id"]]]
-        return Segment(
-            id=described["id"],
-            category_id=category.id,
-            category_name=category.name,
-            is_thing=category.is_thing,
-            # Scores that round to zero are left out of the entry.
-            score=described.get("score", 0.0),
-            area=described["area"],
-            bbox=(y, x, y + height, x + width),
-        )
+        return make_prediction(outputs, self.dataset_info)
 
 
 @dataclasses.dataclass(frozen=True)
