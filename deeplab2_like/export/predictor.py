@@ -152,7 +152,7 @@ class Predictor:
 
     def __init__(self, exported_dir: str | os.PathLike[str], *, compiled: bool = False) -> None:
         require_local(exported_dir)
-        folder = _find_export(Path(exported_dir))
+        folder = find_export(Path(exported_dir))
         self.dataset_info = DatasetInfo.load(folder)
         # TensorFlow raises errors of many types for damaged files.
         try:
@@ -188,14 +188,28 @@ class Predictor:
                 f"An image must be uint8 [H, W, 3] (RGB, 0..255) of one pixel or more, but has type {image.dtype} and "
                 f"shape {image.shape}; convert it first."
             )
+        outputs = {key: value[0] for key, value in self.infer(image[None]).items()}
+        return make_prediction(outputs, self.dataset_info)
+
+    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs the model on a batch.
+
+        Args:
+            images: uint8 [B, H, W, 3], RGB, at least one pixel.
+
+        Returns:
+            The outputs of `PanopticSystem.postprocess`.
+
+        Raises:
+            UserError: If memory is insufficient.
+        """
         try:
-            outputs = {key: value[0].numpy() for key, value in self._infer(images=tf.constant(image[None])).items()}
+            return {key: value.numpy() for key, value in self._infer(images=tf.constant(images)).items()}
         except tf.errors.ResourceExhaustedError as error:
             raise UserError(
-                f"Not enough memory for an image of {image.shape[0]} x {image.shape[1]} pixels (height x width); "
+                f"Not enough memory for an image of {images.shape[1]} x {images.shape[2]} pixels (height x width); "
                 "downscale it."
             ) from error
-        return make_prediction(outputs, self.dataset_info)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +304,7 @@ def predict_files(
     return PredictionSummary(len(files) - len(skipped), tuple(skipped), pictures_dir, writer.close(), bit_depth)
 
 
-def _find_export(folder: Path) -> Path:
+def find_export(folder: Path) -> Path:
     """Returns the folder itself or its newest version; raises `UserError`, with advice, if there is no export."""
     if not folder.is_dir():
         raise UserError(f"Exported model '{folder}' does not exist; give a folder that `deeplab2-like export` wrote.")
