@@ -56,7 +56,8 @@ class Client:
         version: The version of the model; None: the server chooses, usually the newest.
         dataset_info: The meaning of the predicted maps, or a folder with `dataset_info.json`; None: ask the server,
             which exports of earlier versions cannot answer.
-        timeout: Seconds until a call is given up, all attempts together.
+        timeout: Seconds until a call is given up, all attempts together. The first prediction asks the server for the
+            description of the model before, with the same limit.
         retries: Number of attempts after the first one, for errors that may be over soon: no connection, a server
             that starts, ends or is too busy.
         tls: Whether gRPC is encrypted. For REST use `https://`.

@@ -128,7 +128,7 @@ class ServingGrpc:
             if code in (codes.UNAVAILABLE, codes.ABORTED):
                 raise UnavailableError(details) from error
             if code == codes.DEADLINE_EXCEEDED:
-                raise UnavailableError(f"no answer within {timeout:.0f} s") from error
+                raise UnavailableError(f"no answer within {timeout:.3g} s") from error
             if code == codes.NOT_FOUND:
                 raise NoModelError(details) from error
             if code in (codes.INVALID_ARGUMENT, codes.OUT_OF_RANGE):
@@ -165,7 +165,7 @@ class _Rest:
             else:
                 answer = self._session.post(url, json=content, timeout=timeout)
         except exceptions.Timeout as error:
-            raise UnavailableError(f"no answer within {timeout:.0f} s") from error
+            raise UnavailableError(f"no answer within {timeout:.3g} s") from error
         except (exceptions.ConnectionError, exceptions.ChunkedEncodingError) as error:
             raise UnavailableError(_reason(error)) from error
         except exceptions.RequestException as error:  # Such as an address that is none.
