@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deeplab2_like.cli.arguments import add_command, add_max_pixels, positive_int
+from deeplab2_like.cli.arguments import add_command, add_max_pixels, image_size, positive_int
 from deeplab2_like.errors import UserError
 
 
@@ -37,6 +37,15 @@ def add_parser(commands: Any) -> None:
         default=0.0,
         metavar="MILLISECONDS",
         help="how long an incomplete batch waits for more images (default: 0, as images come while the model works)",
+    )
+    parser.add_argument(
+        "--warmup-size",
+        type=image_size,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="HxW",
+        help="predict an image of this size before the ports open, so that the first request is quick",
     )
     add_max_pixels(parser)
 
@@ -77,5 +86,6 @@ def run(options: argparse.Namespace) -> None:
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
         batching=Batching(max_size=options.max_batch_size, max_wait=options.max_batch_wait),
+        warmup_sizes=options.warmup_size,
         announce=lambda text: print(text, flush=True),
     )

@@ -12,6 +12,7 @@ import binascii
 import dataclasses
 import functools
 import json
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -259,6 +260,7 @@ def serve(
     grpc_port: int = 8081,
     metrics_port: int = 8082,
     batching: Batching | None = None,
+    warmup_sizes: Sequence[tuple[int, int]] = (),
     announce: Callable[[str], None] = print,
 ) -> None:
     """Serves an export until the process is told to stop (SIGINT, SIGTERM).
@@ -271,7 +273,8 @@ def serve(
         grpc_port: Port for gRPC.
         metrics_port: Port for metrics in the format of Prometheus.
         batching: Limits of batches.
-        announce: Called with the address when the model is loaded.
+        warmup_sizes: Heights and widths of images to predict before the ports open, as the first one takes longer.
+        announce: Called with the addresses when the model is loaded.
 
     Raises:
         UserError: If there is no export, it is damaged, or a port is taken.
@@ -282,7 +285,9 @@ def serve(
         name = (folder.absolute().parent if version is not None else folder.absolute()).name
     for number in (port, grpc_port, metrics_port):
         _require_free(host, number)
-    _load_predictor(str(folder))  # Before the ports open, so whoever can connect gets answers.
+    predictor = _load_predictor(str(folder))  # Before the ports open, so whoever can connect gets answers.
+    for height, width in warmup_sizes:
+        predictor.infer(np.zeros((1, height, width, 3), np.uint8))
     settings = mlserver.Settings(
         host=host,
         http_port=port,
@@ -309,12 +314,22 @@ def serve(
         },
     )
 
+    # MLServer logs a traceback for each request over gRPC that is wrong.
+    logging.getLogger("mlserver.grpc").addFilter(_without_traceback)
+
     async def run() -> None:
         server = mlserver.MLServer(settings)
         announce(f"Model '{name}' is at http://{host}:{port}/v2/models/{name}, gRPC at {host}:{grpc_port}")
         await server.start([model])
 
     asyncio.run(run())
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """A filter that reduces errors of clients to their message."""
+    if record.exc_info and isinstance(record.exc_info[1], MLServerError):
+        record.exc_info = None
+    return True
 
 
 def _require_free(host: str, port: int) -> None:
