@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--max-batch-size", type=int, default=8)
     parser.add_argument("--sizes", nargs="+", default=["128x192", "97x131", "256x256"], help="default: %(default)s")
-    parser.add_argument("--log", type=Path, default=Path("serving.log"), help="output of the server")
+    parser.add_argument("--log", type=Path, default=Path(os.devnull), help="file for the output of the server")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     sizes = [(int(size.split("x")[0]), int(size.split("x")[1])) for size in options.sizes]
