@@ -44,7 +44,7 @@ from deeplab2_like.data.images import decode_image, encode_jpeg, encode_png
 from deeplab2_like.data.scenes import render_scene
 from deeplab2_like.errors import UserError
 from deeplab2_like.export.client import Client, ServerError
-from deeplab2_like.export.predictor import PanopticPrediction, Predictor
+from deeplab2_like.export.predictor import PanopticPrediction, Predictor, find_export
 from deeplab2_like.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,8 +89,10 @@ def make_examples(predictor: Predictor, sizes: list[tuple[int, int]], number: in
 class Server:
     """A server process that can be killed and started again on the same ports."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], address: str, log: Path) -> None:
+        host, _, port = address.partition(":")
         self._command, self._log = command, log
+        self.address = host, int(port)
         self.process: subprocess.Popen[bytes] | None = None
         self.peak_memory = 0.0
 
@@ -98,6 +100,15 @@ class Server:
         """Starts the process; does not wait until it answers."""
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=ROOT, env=environment())
+
+    def wait(self) -> None:
+        """Waits until the process listens, and stops this program if it ends instead."""
+        assert self.process is not None
+        while self.process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(self.address):
+                return
+            time.sleep(0.2)
+        sys.exit(f"The server ended with status {self.process.returncode}; see {self._log}.")
 
     def kill(self) -> None:
         """Ends the process by SIGKILL."""
@@ -110,7 +121,7 @@ class Server:
         """Resident memory in MB; 0 where there is no /proc. Keeps the peak."""
         assert self.process is not None
         status = Path(f"/proc/{self.process.pid}/status")
-        if not status.is_file():
+        if not status.is_file() or self.process.poll() is not None:
             return 0.0
         values = dict(line.split(":", 1) for line in status.read_text().splitlines())
         self.peak_memory = max(self.peak_memory, int(values["VmHWM"].split()[0]) / 1000)
@@ -146,9 +157,10 @@ def running(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Server 
         yield None, options.address, options.protocol
         return
     command, address = server_command(options.server, folder, options.max_batch_size)
-    server = Server(command, options.log)
+    server = Server(command, address, options.log)
     server.start()
     try:
+        server.wait()
         yield server, address, PROTOCOLS[options.server]
     finally:
         server.kill()
@@ -238,10 +250,11 @@ def main() -> None:
     options = parser.parse_args()
     sizes = [(int(size.split("x")[0]), int(size.split("x")[1])) for size in options.sizes]
 
-    predictor = Predictor(options.model)
+    folder = find_export(options.model)
+    predictor = Predictor(folder)
     examples = make_examples(predictor, sizes, number=40)
     with (
-        running(options, options.model) as (server, address, protocol),
+        running(options, folder) as (server, address, protocol),
         Client(
             address,
             NAME,

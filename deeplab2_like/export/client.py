@@ -142,7 +142,7 @@ class Client:
         signature = self._find_signature()
         outputs = self._repeat(lambda timeout: self._transport.infer(signature, content, name, timeout), image=name)
         try:
-            return make_prediction(_read_outputs(outputs), dataset_info)
+            return make_prediction(_read_map(outputs), _read_scores(outputs), dataset_info)
         except (KeyError, ValueError) as error:
             raise ServerError(f"The {self._name} gave an answer that is not a prediction ({error}).") from error
 
@@ -243,8 +243,8 @@ def _content_of(image: Image, name: str) -> bytes:
     return read_file(image, "the image")
 
 
-def _read_outputs(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Converts the outputs for one image to those of `PanopticSystem.postprocess`, from either signature."""
+def _read_map(outputs: Mapping[str, Any]) -> np.ndarray:
+    """Returns the panoptic map, int32 [H, W], of the outputs for one image, from either signature."""
     if "panoptic_png_bytes" in outputs:
         content = np.asarray(outputs["panoptic_png_bytes"]).item()
         panoptic = rgb_to_ids(decode_image(content, "panoptic map").astype(np.int32))
@@ -253,8 +253,11 @@ def _read_outputs(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if "image_size" in outputs:  # A batch of several sizes is padded.
         height, width = np.asarray(outputs["image_size"]).tolist()
         panoptic = panoptic[:height, :width]
-    return {
-        "panoptic": np.ascontiguousarray(panoptic),
-        "segment_id": np.asarray(outputs["segment_id"], np.int32),
-        "segment_score": np.asarray(outputs["segment_score"], np.float32),
-    }
+    return np.ascontiguousarray(panoptic)
+
+
+def _read_scores(outputs: Mapping[str, Any]) -> dict[int, float]:
+    """Returns the score of each segment by its value in the map, without the unused rows of the table."""
+    scores = np.asarray(outputs["segment_score"], np.float32)
+    used = scores > 0
+    return dict(zip(np.asarray(outputs["segment_id"])[used].tolist(), scores[used].tolist(), strict=True))

@@ -91,12 +91,12 @@ class PanopticPrediction:
         return writer.json_file
 
 
-def make_prediction(outputs: Mapping[str, np.ndarray], dataset_info: DatasetInfo) -> PanopticPrediction:
-    """Makes a prediction from a model's outputs for one image.
+def make_prediction(panoptic: np.ndarray, scores: Mapping[int, float], dataset_info: DatasetInfo) -> PanopticPrediction:
+    """Makes a prediction from a panoptic map.
 
     Args:
-        outputs: `panoptic`, int32 [H, W], and `segment_id`, int32 [K], and `segment_score`, float32 [K], of
-            `PanopticSystem.postprocess`.
+        panoptic: int32 [H, W], panoptic map.
+        scores: Panoptic value -> score, for the segments that have one; the others have score 0.
         dataset_info: The meaning of the map.
 
     Returns:
@@ -105,12 +105,8 @@ def make_prediction(outputs: Mapping[str, np.ndarray], dataset_info: DatasetInfo
     Raises:
         UserError: If the map holds an unknown class.
     """
-    used = outputs["segment_score"] > 0
-    ids, values = outputs["segment_id"][used].tolist(), outputs["segment_score"][used].tolist()
-    scores = dict(zip(ids, values, strict=True))
-    described = segments_info(outputs["panoptic"], dataset_info, scores=scores)
-    segments = tuple(_make_segment(entry, dataset_info) for entry in described)
-    return PanopticPrediction(outputs["panoptic"], segments, dataset_info)
+    described = segments_info(panoptic, dataset_info, scores=scores)
+    return PanopticPrediction(panoptic, tuple(_make_segment(entry, dataset_info) for entry in described), dataset_info)
 
 
 def _make_segment(described: Mapping[str, Any], dataset_info: DatasetInfo) -> Segment:
@@ -189,7 +185,13 @@ class Predictor:
                 f"shape {image.shape}; convert it first."
             )
         outputs = {key: value[0] for key, value in self.infer(image[None]).items()}
-        return make_prediction(outputs, self.dataset_info)
+        return self._describe(outputs)
+
+    def _describe(self, outputs: Mapping[str, np.ndarray]) -> PanopticPrediction:
+        """Makes a prediction from the model's outputs for one image."""
+        used = outputs["segment_score"] > 0
+        ids, values = outputs["segment_id"][used].tolist(), outputs["segment_score"][used].tolist()
+        return make_prediction(outputs["panoptic"], dict(zip(ids, values, strict=True)), self.dataset_info)
 
     def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Runs the model on a batch.

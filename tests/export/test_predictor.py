@@ -17,7 +17,7 @@ from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.coco_format import CocoPanopticReader
 from deeplab2_like.export import predictor as predictor_module
-from deeplab2_like.export.predictor import PanopticPrediction, Predictor, Segment, make_prediction, predict_files
+from deeplab2_like.export.predictor import PanopticPrediction, Predictor, Segment, predict_files
 from deeplab2_like.files import OUTPUTS_FILE
 
 
@@ -60,7 +60,7 @@ def test_agrees_with_the_system(predictor, small_system, make_image):
     assert prediction.draw(image).shape == image.shape
 
 
-def test_segments_of_a_hand_made_answer():
+def test_segments_of_a_hand_made_answer(predictor):
     # Class 0 (sky) has panoptic value 0, as have unused rows of the table; 6002 is the second person.
     outputs = {
         "panoptic": np.array([[0, 0, 6002], [0, 255000, 6002]], np.int32),
@@ -68,7 +68,7 @@ def test_segments_of_a_hand_made_answer():
         "segment_class": np.array([6, 0, 0], np.int32),
         "segment_score": np.array([0.75, 0.5, 0.0], np.float32),
     }
-    prediction = make_prediction(outputs, scenes_info())
+    prediction = predictor._describe(outputs)
     assert prediction.segments == (
         Segment(id=1, category_id=2, category_name="sky", is_thing=False, score=0.5, area=3, bbox=(0, 0, 2, 2)),
         Segment(id=6003, category_id=22, category_name="person", is_thing=True, score=0.75, area=2, bbox=(0, 2, 2, 3)),
