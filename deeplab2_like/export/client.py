@@ -245,8 +245,9 @@ def _content_of(image: Image, name: str) -> bytes:
 
 def _read_map(outputs: Mapping[str, Any]) -> np.ndarray:
     """Returns the panoptic map, int32 [H, W], of the outputs for one image, from either signature."""
-    if "panoptic_png_bytes" in outputs:
-        content = np.asarray(outputs["panoptic_png_bytes"]).item()
+    png = next((outputs[name] for name in ("panoptic_png_bytes", "panoptic_png") if name in outputs), None)
+    if png is not None:
+        content = np.asarray(png, object).item()
         panoptic = rgb_to_ids(decode_image(content, "panoptic map").astype(np.int32))
     else:
         panoptic = np.asarray(outputs["panoptic"], np.int32)

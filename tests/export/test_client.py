@@ -292,6 +292,20 @@ def test_errors_name_model_address_and_cause(server, protocol, failure, kind, me
     assert sum(method == "POST" for method, *_ in server.requests) == 1
 
 
+@pytest.mark.parametrize(("output", "name"), [("panoptic_png", "encoded"), ("panoptic_png_bytes", "compact")])
+def test_uses_compact_over_rest_only_if_its_png_comes_as_base64(server, output, name):
+    answer = Serving(compact=name == "compact")
+    signatures = {"encoded": {}, "compact": {"outputs": {"status": {}, output: {}}}}
+    server.answer = lambda method, *rest: (
+        (200, {"metadata": {"signature_def": {"signature_def": signatures}}})
+        if method == "GET"
+        else answer(method, *rest)
+    )
+    with Client(server.address, "panoptic", protocol="rest", dataset_info=scenes_info()) as client:
+        np.testing.assert_array_equal(client(PIXELS).panoptic, PANOPTIC)
+    assert server.requests[-1][2]["signature_name"] == name
+
+
 def test_a_model_that_does_not_tell_its_classes(server):
     server.answer = Serving()
     with (
