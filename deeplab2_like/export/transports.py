@@ -4,6 +4,7 @@
 """
 
 import base64
+import json
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -282,8 +283,18 @@ def _require_ok(outputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_info(outputs: Mapping[str, Any]) -> str | bytes | None:
-    """Finds `dataset_info.json` in the outputs of the signature `metadata`."""
-    value = outputs.get("dataset_info")
+    """Makes the content of `dataset_info.json` of the outputs of the signature `metadata`, which are JSON texts."""
+    texts = {name: _first_text(value) for name, value in outputs.items()}
+    if "dataset_info" in texts:
+        return texts["dataset_info"]
+    if not {"classes", "label_divisor", "ignore_label"} <= texts.keys():
+        return None
+    content = {name: json.loads(texts[name] or "") for name in ("label_divisor", "ignore_label")}
+    return json.dumps({"name": "the server's", **content, "categories": json.loads(texts["classes"] or "")})
+
+
+def _first_text(value: Any) -> str | bytes | None:
+    """Returns a text, whether it is alone or the only one of a list; None if it is no text."""
     if isinstance(value, np.ndarray | list):
         value = np.asarray(value, object).ravel()[0]
     value = _plain(value)

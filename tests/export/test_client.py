@@ -103,7 +103,10 @@ class Serving:
             return 200, {"model_spec": {"name": "panoptic"}, "metadata": signatures}
         assert path in ("/v1/models/panoptic:predict", "/v1/models/panoptic/versions/3:predict")
         if content["signature_name"] == "metadata":
-            return 200, {"outputs": {"dataset_info": [json.dumps(scenes_info().to_dict())], "step": [900]}}
+            info = scenes_info().to_dict()
+            values = {"classes": info["categories"], "step": 900}
+            values |= {key: info[key] for key in ("label_divisor", "ignore_label")}
+            return 200, {"outputs": {key: json.dumps(value) for key, value in values.items()}}
         assert content["signature_name"] == ("compact" if self.compact else "encoded")
         [image] = content["inputs"]["image_bytes"]
         self.images.append(base64.b64decode(image["b64"]))
