@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-dev demo test lint format clean
+.PHONY: help .venv .venv-dev demo test test-servers lint format clean
 
 help:
 	@echo "make demo    make a data set, train, evaluate, export and predict, in demo/"
 	@echo "make test    run all tests"
+	@echo "make test-servers  run the tests of 'deeplab2-like serve', with MLServer in .venv-servers"
 	@echo "make lint    ruff check, ruff format --check, mypy"
 	@echo "make format  fix what ruff can fix"
 	@echo "make clean   remove $(VENV) and everything that tools leave behind"
@@ -33,6 +34,10 @@ else
 	$(PYTEST) $(PYTEST_ARGS)
 endif
 
+# MLServer does not install beside every other extra, so it has an environment of its own.
+test-servers: .venv-servers/installed
+	CUDA_VISIBLE_DEVICES=-1 .venv-servers/bin/python -m pytest --noconftest tests/servers/check_mlserver.py
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +48,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-servers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv: $(VENV)/installed
@@ -64,4 +69,9 @@ $(VENV)/installed: pyproject.toml setup.py | $(BIN)/python
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install --editable '.[dev]'
+	@touch $@
+
+.venv-servers/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv-servers
+	.venv-servers/bin/python -m pip --disable-pip-version-check --quiet install --editable '.[mlserver,serving]' pytest
 	@touch $@

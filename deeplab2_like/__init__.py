@@ -10,11 +10,12 @@ from typing import Any
 _HOMES = {
     "load_config": "deeplab2_like.configs",
     "build_system": "deeplab2_like.model",
+    "Client": "deeplab2_like.export.client",
     "Predictor": "deeplab2_like.export.predictor",
     "PanopticPrediction": "deeplab2_like.export.predictor",
 }
 
-__all__ = ["PanopticPrediction", "Predictor", "build_system", "load_config"]
+__all__ = ["Client", "PanopticPrediction", "Predictor", "build_system", "load_config"]
 __version__ = "0.1.0"
 
 

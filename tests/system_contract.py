@@ -395,7 +395,7 @@ class SystemContract:
         restore(make_checkpoint(restored), path)
         np.testing.assert_array_equal(restored.infer(image)["panoptic"], expected["panoptic"])
 
-        export_saved_model(excited, tmp_path / "export")
+        export_saved_model(excited, tmp_path / "export", check=False)
         exported = tf.saved_model.load(str(tmp_path / "export")).signatures["serving_default"](images=image)
         assert set(exported) == set(expected)
         for name, value in expected.items():

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -345,7 +346,7 @@ def test_describe(tmp_path: Path, run: Run) -> None:
 def test_help_is_a_success(run: Run) -> None:
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("demo", "convert", "train", "evaluate", "export", "predict", "describe", "configs"):
+    for command in ("demo", "convert", "train", "evaluate", "export", "predict", "serve", "describe", "configs"):
         assert command in out
     assert run("convert", "scenes", "--help").status == 0
 
@@ -400,6 +401,10 @@ def test_annotated_config(run: Run, refuse: Callable[..., str], tmp_path: Path) 
             ["convert", "scenes", "--train", "x", "--val", "1", "--size", "8x8", "--output-dir", "o"],
             "invalid int value",
         ),
+        (["serve", "--model", "m", "--port", "0"], "'0' is not a port, 1 to 65535"),
+        (["serve", "--model", "m", "--grpc-port", "65536"], "'65536' is not a port, 1 to 65535"),
+        (["serve", "--model", "m", "--max-batch-wait", "nan"], "'nan' is not a number of milliseconds, 0 to 60000"),
+        (["serve", "--model", "m", "--max-batch-wait", "soon"], "'soon' is not a number of milliseconds, 0 to 60000"),
         *(
             (["convert", "labelme", "--val-share", share], f"'{share}' is not a share above 0 and below 1")
             for share in ("0", "1", "1.5", "nan", "half")
@@ -521,6 +526,15 @@ def test_images_that_cannot_be_predicted(chain: Path, tmp_path: Path, run: Run, 
     assert refuse(*arguments, "--input", tmp_path / "none").startswith(f"Input '{tmp_path / 'none'}' does not exist")
     (tmp_path / "empty").mkdir()
     assert "has no image directly in it" in refuse(*arguments, "--input", tmp_path / "empty")
+
+
+def test_serving_without_its_package(
+    tmp_path: Path, refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlserver", None)  # As if it was not installed.
+    assert refuse("serve", "--model", tmp_path) == (
+        "`serve` needs the package mlserver, which is not installed; run: pip install 'deeplab2-like[mlserver]'\n"
+    )
 
 
 def test_demo_of_an_unknown_system(tmp_path: Path, refuse: Callable[..., str]) -> None:

@@ -25,6 +25,7 @@ from deeplab2_like.cli import (
     import_weights,
     inspect,
     predict,
+    serve,
     train,
 )
 from deeplab2_like.cli.arguments import require_local_paths, set_limits
@@ -47,6 +48,7 @@ COMMANDS = (
     evaluate_files,
     export,
     predict,
+    serve,
     describe,
     configs,
 )

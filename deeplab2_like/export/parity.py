@@ -150,8 +150,8 @@ def _compare(answer: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray
     panoptic = expected["panoptic"]
     if "panoptic" in answer:
         return float(np.mean(answer["panoptic"] == panoptic)), difference
-    if "panoptic_png" in answer:
-        png = np.frombuffer(answer["panoptic_png"], np.uint8)
+    if "panoptic_png_bytes" in answer:
+        png = np.frombuffer(answer["panoptic_png_bytes"], np.uint8)
         rgb = np.asarray(cv2.imdecode(png, cv2.IMREAD_COLOR_RGB), np.int32)
         return float(np.mean(rgb @ np.array([1, 256, 65536], np.int32) == panoptic)), difference
     areas = _by_id(answer, "segment_area")

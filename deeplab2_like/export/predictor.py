@@ -91,6 +91,40 @@ class PanopticPrediction:
         return writer.json_file
 
 
+def make_prediction(panoptic: np.ndarray, scores: Mapping[int, float], dataset_info: DatasetInfo) -> PanopticPrediction:
+    """Makes a prediction from a panoptic map.
+
+    Args:
+        panoptic: int32 [H, W], panoptic map.
+        scores: Panoptic value -> score, for the segments that have one; the others have score 0.
+        dataset_info: The meaning of the map.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        UserError: If the map holds an unknown class.
+    """
+    described = segments_info(panoptic, dataset_info, scores=scores)
+    return PanopticPrediction(panoptic, tuple(_make_segment(entry, dataset_info) for entry in described), dataset_info)
+
+
+def _make_segment(described: Mapping[str, Any], dataset_info: DatasetInfo) -> Segment:
+    """Converts an entry of `segments_info` to a `Segment`."""
+    x, y, width, height = described["bbox"]
+    category = dataset_info.categories[dataset_info.class_of_category_id[described["category_id"]]]
+    return Segment(
+        id=described["id"],
+        category_id=category.id,
+        category_name=category.name,
+        is_thing=category.is_thing,
+        # Scores that round to zero are left out of the entry.
+        score=described.get("score", 0.0),
+        area=described["area"],
+        bbox=(y, x, y + height, x + width),
+    )
+
+
 class Predictor:
     """An exported model, which can be called with images of any size.
 
@@ -114,7 +148,7 @@ class Predictor:
 
     def __init__(self, exported_dir: str | os.PathLike[str], *, compiled: bool = False) -> None:
         require_local(exported_dir)
-        folder = _find_export(Path(exported_dir))
+        folder = find_export(Path(exported_dir))
         self.dataset_info = DatasetInfo.load(folder)
         # TensorFlow raises errors of many types for damaged files.
         try:
@@ -149,46 +183,40 @@ class Predictor:
                 f"An image must be uint8 [H, W, 3] (RGB, 0..255) of one pixel or more, but has type {image.dtype} and "
                 f"shape {image.shape}; convert it first."
             )
-        try:
-            outputs = {key: value[0].numpy() for key, value in self._infer(images=tf.constant(image[None])).items()}
-        except tf.errors.ResourceExhaustedError as error:
-            raise UserError(
-                f"Not enough memory for an image of {image.shape[0]} x {image.shape[1]} pixels (height x width); "
-                "downscale it."
-            ) from error
-        except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
-            # The signature of an export with a fixed size refuses other sizes.
-            raise UserError(
-                f"The model cannot predict an image of {image.shape[0]} x {image.shape[1]} pixels (height x width); "
-                "give an image of the size for which it was exported, or export it without --size."
-            ) from error
+        outputs = {key: value[0] for key, value in self.infer(image[None]).items()}
         return self._describe(outputs)
 
     def _describe(self, outputs: Mapping[str, np.ndarray]) -> PanopticPrediction:
         """Makes a prediction from the model's outputs for one image."""
         used = outputs["segment_score"] > 0
         ids, values = outputs["segment_id"][used].tolist(), outputs["segment_score"][used].tolist()
-        scores = dict(zip(ids, values, strict=True))
-        segments = tuple(
-            self._segment(described)
-            for described in segments_info(outputs["panoptic"], self.dataset_info, scores=scores)
-        )
-        return PanopticPrediction(outputs["panoptic"], segments, self.dataset_info)
+        return make_prediction(outputs["panoptic"], dict(zip(ids, values, strict=True)), self.dataset_info)
 
-    def _segment(self, described: Mapping[str, Any]) -> Segment:
-        """Converts an entry of `segments_info` to a `Segment`."""
-        x, y, width, height = described["bbox"]
-        category = self.dataset_info.categories[self.dataset_info.class_of_category_id[described["category_id"]]]
-        return Segment(
-            id=described["id"],
-            category_id=category.id,
-            category_name=category.name,
-            is_thing=category.is_thing,
-            # Scores that round to zero are left out of the entry.
-            score=described.get("score", 0.0),
-            area=described["area"],
-            bbox=(y, x, y + height, x + width),
-        )
+    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """Runs the model on a batch.
+
+        Args:
+            images: uint8 [B, H, W, 3], RGB, at least one pixel.
+
+        Returns:
+            The outputs of `PanopticSystem.postprocess`.
+
+        Raises:
+            UserError: If memory is insufficient, or the export is for images of another size.
+        """
+        try:
+            return {key: value.numpy() for key, value in self._infer(images=tf.constant(images)).items()}
+        except tf.errors.ResourceExhaustedError as error:
+            raise UserError(
+                f"Not enough memory for an image of {images.shape[1]} x {images.shape[2]} pixels (height x width); "
+                "downscale it."
+            ) from error
+        except (TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+            # The signature of an export with a fixed size refuses other sizes.
+            raise UserError(
+                f"The model cannot predict an image of {images.shape[1]} x {images.shape[2]} pixels (height x width); "
+                "give an image of the size for which it was exported, or export it without --size."
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +311,7 @@ def predict_files(
     return PredictionSummary(len(files) - len(skipped), tuple(skipped), pictures_dir, writer.close(), bit_depth)
 
 
-def _find_export(folder: Path) -> Path:
+def find_export(folder: Path) -> Path:
     """Returns the folder itself or its newest version; raises `UserError`, with advice, if there is no export."""
     if not folder.is_dir():
         raise UserError(f"Exported model '{folder}' does not exist; give a folder that `deeplab2-like export` wrote.")

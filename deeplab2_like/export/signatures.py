@@ -6,7 +6,7 @@
   same, padded with void to the largest image, and `image_size`, int32 [B, 2], and `status`, string [B], which is empty
   for a good file and else says what is wrong with it.
 - `segments`: as `encoded`, but instead of the map `segment_area`, int32 [B, K], and `segment_box`, int32 [B, K, 4].
-- `compact`: as `segments`, with `panoptic_png`, string [B], the map as RGB PNG, `id = R + 256 G + 65536 B`.
+- `compact`: as `segments`, with `panoptic_png_bytes`, string [B], the map as RGB PNG, `id = R + 256 G + 65536 B`.
 - `metadata`: no input; JSON texts, each string [].
 - `compiled`, only on request: as `serving_default`, with the post-processing compiled by XLA in stages.
 
@@ -121,7 +121,7 @@ def _table_and_png(outputs: Outputs, largest: tf.Tensor, void: int) -> Outputs:
     rgb = tf.bitcast(panoptic, tf.uint8)[..., :3]
     # A PNG cannot have zero pixels, as the map of a faulty file has.
     png = tf.cond(tf.size(panoptic) > 0, lambda: tf.io.encode_png(rgb), lambda: tf.constant(b""))
-    return {**_table(outputs, largest, void), "panoptic_png": png}
+    return {**_table(outputs, largest, void), "panoptic_png_bytes": png}
 
 
 # --- Files. -----------------------------------------------------------------------------------------------------------

@@ -165,8 +165,8 @@ def test_too_many_pixels_are_refused(loaded):
 
 def test_compact_tables_describe_the_png(loaded, make_image):
     answer = _run(loaded.signatures["compact"], image_bytes=tf.constant([_png(make_image(37, 53)), b"x"]))
-    assert answer["panoptic_png"][1] == b""
-    rgb = cv2.imdecode(np.frombuffer(answer["panoptic_png"][0], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert answer["panoptic_png_bytes"][1] == b""
+    rgb = cv2.imdecode(np.frombuffer(answer["panoptic_png_bytes"][0], np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     panoptic = rgb.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
     used = answer["segment_score"][0] > 0
     assert used.sum() >= 5
