@@ -44,7 +44,8 @@ from deeplab2_like.data.images import decode_image, encode_jpeg, encode_png
 from deeplab2_like.data.scenes import render_scene
 from deeplab2_like.errors import UserError
 from deeplab2_like.export.client import Client, ServerError
-from deeplab2_like.export.predictor import PanopticPrediction, Predictor, find_export
+from deeplab2_like.export.prediction import PanopticPrediction
+from deeplab2_like.export.predictor import Predictor, find_export
 from deeplab2_like.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]

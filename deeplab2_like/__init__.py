@@ -12,10 +12,11 @@ _HOMES = {
     "build_system": "deeplab2_like.model",
     "Client": "deeplab2_like.export.client",
     "Predictor": "deeplab2_like.export.predictor",
-    "PanopticPrediction": "deeplab2_like.export.predictor",
+    "PanopticPrediction": "deeplab2_like.export.prediction",
+    "predict_files": "deeplab2_like.export.predict_files",
 }
 
-__all__ = ["Client", "PanopticPrediction", "Predictor", "build_system", "load_config"]
+__all__ = ["Client", "PanopticPrediction", "Predictor", "build_system", "load_config", "predict_files"]
 __version__ = "0.1.0"
 
 

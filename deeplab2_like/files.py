@@ -1,6 +1,8 @@
 """Reads and writes files, lists folders, and makes the names of outputs. Files appear whole or not at all."""
 
+import collections
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -77,8 +79,7 @@ def reserve_outputs(output_dir: str | os.PathLike[str], names: Sequence[str]) ->
         UserError: If one of them is not from an earlier run, or the folder cannot be written.
     """
     folder = Path(output_dir)
-    list_file = folder / OUTPUTS_FILE
-    reserved = set(list_file.read_text(encoding="utf-8").splitlines()) if list_file.is_file() else set()
+    reserved = read_reserved(folder)
     for name in names:
         path = folder / name
         is_used = any(path.iterdir()) if path.is_dir() else os.path.lexists(path)
@@ -89,7 +90,13 @@ def reserve_outputs(output_dir: str | os.PathLike[str], names: Sequence[str]) ->
             )
     make_folder(folder)
     if not reserved.issuperset(names):
-        write_atomically(list_file, "".join(f"{name}\n" for name in sorted(reserved.union(names))).encode())
+        write_atomically(folder / OUTPUTS_FILE, "".join(f"{name}\n" for name in sorted(reserved.union(names))).encode())
+
+
+def read_reserved(output_dir: str | os.PathLike[str]) -> set[str]:
+    """Returns the names of the files and folders that earlier runs have reserved, see `reserve_outputs`."""
+    list_file = Path(output_dir) / OUTPUTS_FILE
+    return set(list_file.read_text(encoding="utf-8").splitlines()) if list_file.is_file() else set()
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -252,17 +259,36 @@ def list_files(folder: Path, suffixes: Sequence[str], *, recursive: bool = False
     return sorted(files, key=lambda file: (str(file).lower(), str(file)))
 
 
-def distinct_names(files: Sequence[Path]) -> list[str]:
+def hash_files(files: Sequence[Path]) -> str:
+    """Returns the SHA-256 of the contents of files, in hexadecimal; a file that does not exist counts as empty."""
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes() if file.is_file() else b""
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def distinct_names(files: Sequence[Path], *, root: Path | None = None) -> list[str]:
     """Makes a distinct name for the output of each file: its stem, or its whole name where stems are equal.
 
     Names that differ only in case count as equal, as on some file systems.
+
+    Args:
+        files: The files.
+        root: A folder that holds them; names then are paths relative to it, with `/` between folders.
     """
-    names = [file.stem for file in files]
+    if root is not None:
+        files = [file.relative_to(root) for file in files]
+        folders = ["" if file.parent == Path() else f"{file.parent.as_posix()}/" for file in files]
+    else:
+        folders = [""] * len(files)
+    names = [folder + file.stem for folder, file in zip(folders, files, strict=True)]
     # A whole name may be the stem of a third file (a.jpg, a.png, a.jpg.png), so this is repeated.
     while len({name.lower() for name in names}) < len(names):
-        folded = [name.lower() for name in names]
+        count_of = collections.Counter(name.lower() for name in names)
         longer = [
-            file.name if folded.count(name.lower()) > 1 else name for file, name in zip(files, names, strict=True)
+            folder + file.name if count_of[name.lower()] > 1 else name
+            for folder, file, name in zip(folders, files, names, strict=True)
         ]
         if longer == names:
             break  # They differ only in case.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from deeplab2_like.export.journal import JOURNAL_FILE
 from deeplab2_like.files import OUTPUTS_FILE
 
 # `os.replace` counts as `os.rename`, and `Path.unlink` as `os.remove`.
@@ -66,7 +67,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 def hidden_in(folder: Path) -> list[str]:
     """The hidden files and folders in a folder and its folders, which is what a killed run leaves."""
-    paths = (path for path in folder.rglob(".*") if path.name != OUTPUTS_FILE)
+    paths = (path for path in folder.rglob(".*") if path.name not in (OUTPUTS_FILE, JOURNAL_FILE))
     return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 

@@ -107,7 +107,7 @@ def needed_dependencies(name: str, targets: dict[str, dict[str, Any]]) -> set[st
             is_ours = root == PACKAGE or (ROOT / "tests" / f"{root}.py").is_file()
             if not is_ours and root not in sys.stdlib_module_names:
                 needed.add(label(DISTRIBUTIONS.get(root, root)))
-    return needed - (declared("jax", "mlserver", "pretrained", "serving") - declared())
+    return needed - (declared("jax", "mlserver", "pretrained", "serving", "supervision") - declared())
 
 
 def test_every_module_is_in_one_library(targets: dict[str, dict[str, Any]]) -> None:

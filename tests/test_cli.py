@@ -14,9 +14,13 @@ import pytest
 
 import deeplab2_like
 from deeplab2_like.cli import describe, main
+from deeplab2_like.cli.predict import FORMAT_NAMES
 from deeplab2_like.configs import list_configs, load_config
+from deeplab2_like.data.images import read_id_png
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.evaluation.coco_format import CocoPanopticReader
+from deeplab2_like.export.journal import JOURNAL_FILE
+from deeplab2_like.export.prediction_files import FORMATS
 from deeplab2_like.files import OUTPUTS_FILE
 
 CONFIG = """
@@ -98,7 +102,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def hidden(folder: Path) -> list[Path]:
     """What a command that was cut off would leave behind."""
-    return [path for path in folder.rglob(".*") if path.name != OUTPUTS_FILE]
+    return [path for path in folder.rglob(".*") if path.name not in (OUTPUTS_FILE, JOURNAL_FILE)]
 
 
 # --- The whole chain. -------------------------------------------------------------------------------------------------
@@ -476,10 +480,6 @@ def test_no_model_folder(chain: Path, tmp_path: Path, refuse: Callable[..., str]
     for command in (["evaluate"], ["export", "--output-dir", tmp_path / "out"]):
         for folder in (tmp_path, tmp_path / "none", chain / "records"):
             assert refuse(*command, "--model-dir", folder).startswith(f"'{folder}' is no model folder")
-    message = refuse(
-        "predict", "--model", chain / "model", "--input", chain / "images", "--output-dir", tmp_path / "out"
-    )
-    assert "as it is a model folder, export it first" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -512,6 +512,29 @@ def test_damaged_records(chain: Path, tmp_path: Path, refuse: Callable[..., str]
     assert "is damaged" in message or "Bad record" in message
 
 
+def test_prediction_with_a_model_folder_continues(
+    chain: Path, tmp_path: Path, run: Run, refuse: Callable[..., str]
+) -> None:
+    arguments = ("predict", "--model", chain / "model", "--output-dir", tmp_path / "out", "--input")
+    status, out, _ = run(*arguments, chain / "images" / "odd.jpg")
+    assert (status, out.splitlines()[0]) == (0, "1 image predicted, 0 skipped.")
+    # As by the export.
+    expected = read_id_png(chain / "predicted" / "panoptic" / "odd.png")
+    assert np.mean(read_id_png(tmp_path / "out" / "panoptic" / "odd.png") == expected) > 0.98
+    status, out, _ = run(*arguments, chain / "images" / "[os]*", "--open")
+    assert (status, out.splitlines()[0]) == (0, "1 image predicted, 0 skipped, 1 done by an earlier run.")
+    assert out.splitlines()[-1] == f"There is no display; the first picture is {tmp_path / 'out/pictures/odd.png'}"
+    message = refuse(*arguments, chain / "images" / "odd.jpg", "--min-score", "0.5")
+    assert message.startswith(f"'{tmp_path / 'out'}' has predictions of other options (min-score: 0.0 before, 0.5 now)")
+    assert "Unknown class 'bird'" in refuse(*arguments, chain / "images", "--classes", "bird")
+    assert "has no checkpoint '77'" in refuse(*arguments, chain / "images", "--checkpoint", "77")
+    assert "--overlap is for tiles" in refuse(*arguments, chain / "images", "--overlap", "32")
+
+
+def test_prediction_formats_of_the_command_line() -> None:
+    assert tuple(FORMATS) == FORMAT_NAMES
+
+
 def test_images_that_cannot_be_predicted(chain: Path, tmp_path: Path, run: Run, refuse: Callable[..., str]) -> None:
     images = Path(shutil.copytree(chain / "images", tmp_path / "images"))
     (images / "long.png").unlink()
@@ -525,7 +548,7 @@ def test_images_that_cannot_be_predicted(chain: Path, tmp_path: Path, run: Run, 
     assert "broken.png' is not a readable image" in out
     assert refuse(*arguments, "--input", tmp_path / "none").startswith(f"Input '{tmp_path / 'none'}' does not exist")
     (tmp_path / "empty").mkdir()
-    assert "has no image directly in it" in refuse(*arguments, "--input", tmp_path / "empty")
+    assert "has no image in it" in refuse(*arguments, "--input", tmp_path / "empty")
 
 
 def test_serving_without_its_package(

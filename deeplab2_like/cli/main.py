@@ -134,6 +134,7 @@ def _quiet_libraries() -> None:
     """Silences messages of TensorFlow, OpenCV and Pillow, unless the user has set their levels."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # Damaged videos end in an error of their own.
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     # About damaged files, which end in an error of their own, and about images that are large but within the limit.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")

@@ -180,19 +180,107 @@ class CocoSubmission(Submission):
         )
 
 
+class CityscapesFiles:
+    """Writes the files of Cityscapes' pixel-level and instance-level benchmarks.
+
+    * `FOLDER/semantic/ID_pred_labelIds.png`: gray, the label id of each pixel, 0 for void;
+    * `FOLDER/instances/ID.txt` with a line `masks/ID_000.png LABEL_ID SCORE` for each instance, and the masks, gray,
+      255 inside and 0 outside.
+
+    All class ids are Cityscapes' label ids ("road" is 7), looked up by the names of the classes. So it does not matter
+    whether the data set was converted with label ids or with train ids ("road" is 0).
+
+    Attributes:
+        categories: The classes of the data set, with Cityscapes' label ids.
+        semantic_dir: Folder of the class maps.
+        instance_dir: Folder of the instances.
+
+    Args:
+        folder: The folder.
+        dataset_info: The classes.
+
+    Raises:
+        UserError: If a class is none of Cityscapes'.
+    """
+
+    def __init__(self, folder: Path, dataset_info: DatasetInfo) -> None:
+        unknown = [c.name for c in dataset_info.categories if c.name not in CITYSCAPES_LABEL_IDS]
+        if unknown:
+            raise UserError(
+                f"Class '{unknown[0]}' of data set '{dataset_info.name}' is none of those that Cityscapes evaluates, "
+                f"which are found by name: {', '.join(CITYSCAPES_LABEL_IDS)}; name the classes so."
+            )
+        self.categories = tuple(
+            dataclasses.replace(c, id=CITYSCAPES_LABEL_IDS[c.name]) for c in dataset_info.categories
+        )
+        self.semantic_dir, self.instance_dir = folder / "semantic", folder / "instances"
+        # The last entry is for void.
+        self._label_ids = np.array([category.id for category in self.categories] + [CITYSCAPES_UNLABELED], np.uint8)
+
+    def write(
+        self,
+        image_id: str,
+        panoptic: np.ndarray,
+        scores: Mapping[int, float],
+        dataset_info: DatasetInfo,
+        *,
+        instances: Instances | None = None,
+        semantic: np.ndarray | None = None,
+    ) -> list[Path]:
+        """Writes the files of an image; arguments and errors as for `Submission.add`.
+
+        Args:
+            image_id: Begins the names of the files; may contain folders.
+            panoptic: int32 [H, W], panoptic map.
+            scores: Panoptic value -> score.
+            dataset_info: The meaning of the map.
+            instances: By default the thing segments.
+            semantic: int32 [H, W], class ids.
+
+        Returns:
+            The files.
+        """
+        num_classes = len(self.categories)
+        classes = panoptic // dataset_info.label_divisor
+        if semantic is not None:
+            classes = np.where(semantic == dataset_info.ignore_label, classes, semantic)
+        class_file = self.semantic_dir / f"{image_id}_pred_labelIds.png"
+        write_png(class_file, self._label_ids[np.minimum(classes, num_classes)])
+
+        # Every image needs this file, also without instances. It refers to the masks, so it is removed before the masks
+        # of an earlier run are replaced, and written last.
+        list_file = self.instance_dir / f"{image_id}.txt"
+        try:
+            list_file.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(list_file, error) from error
+        rows = _thing_segments(panoptic, scores, dataset_info) if instances is None else zip(*instances, strict=True)
+        depth = image_id.count("/")  # The masks are named relative to the text file.
+        written = [class_file]
+        lines: list[str] = []
+        for mask, class_id, score in rows:
+            if score <= 0 or not mask.any():
+                continue
+            if mask.shape != panoptic.shape or not 0 <= class_id < num_classes:
+                raise UserError(
+                    f"Image '{image_id}', a map of shape {panoptic.shape}, has an instance of class {class_id} with "
+                    f"a mask of shape {mask.shape}; masks must have the size of the image, and classes are "
+                    f"0..{num_classes - 1}."
+                )
+            mask_file = f"masks/{image_id}_{len(lines):03d}.png"
+            written.append(self.instance_dir / mask_file)
+            write_png(written[-1], np.where(mask, 255, 0).astype(np.uint8))
+            lines.append(f"{'../' * depth}{mask_file} {self._label_ids[class_id]} {score:.9g}\n")
+        write_atomically(list_file, "".join(lines).encode())
+        return [*written, list_file]
+
+
 class CityscapesSubmission(Submission):
     """Files for the three benchmarks of Cityscapes.
 
     The scripts of Cityscapes search a folder and its subfolders for the one file whose name begins with the image's id,
     CITY_000000_000000. So each benchmark has a folder of its own, and each is submitted as a zip file of its own:
-
-    * panoptic: `OUTPUT_DIR/STEM.json` and `OUTPUT_DIR/STEM/ID.png`;
-    * semantic: `OUTPUT_DIR/semantic/ID_pred_labelIds.png`, gray, the label id of each pixel, 0 for void;
-    * instances: `OUTPUT_DIR/instances/ID.txt` with a line `masks/ID_000.png LABEL_ID SCORE` for each instance, and the
-      masks, gray, 255 inside and 0 outside.
-
-    All class ids are Cityscapes' label ids ("road" is 7), looked up by the names of the classes. So it does not matter
-    whether the data set was converted with label ids or with train ids ("road" is 0).
+    `OUTPUT_DIR/STEM.json` with `OUTPUT_DIR/STEM/ID.png`, and the folders of `CityscapesFiles`.
     """
 
     _more_outputs = ("semantic", "instances")
@@ -208,20 +296,11 @@ class CityscapesSubmission(Submission):
         """See `Submission`; `image_ids` must be None, as the ids are part of the images' names."""
         if image_ids is not None:
             raise UserError("Image ids of Cityscapes are part of the file names; leave out the JSON of image ids.")
-        unknown = [c.name for c in dataset_info.categories if c.name not in CITYSCAPES_LABEL_IDS]
-        if unknown:
-            raise UserError(
-                f"Class '{unknown[0]}' of data set '{dataset_info.name}' is none of those that Cityscapes evaluates, "
-                f"which are found by name: {', '.join(CITYSCAPES_LABEL_IDS)}; name the classes so."
-            )
-        categories = tuple(dataclasses.replace(c, id=CITYSCAPES_LABEL_IDS[c.name]) for c in dataset_info.categories)
-        super().__init__(output_dir, dataclasses.replace(dataset_info, categories=categories), stem=stem)
-        self.semantic_dir = self.output_dir / "semantic"
-        self.instance_dir = self.output_dir / "instances"
+        self._files = CityscapesFiles(Path(output_dir), dataset_info)
+        super().__init__(output_dir, dataclasses.replace(dataset_info, categories=self._files.categories), stem=stem)
+        self.semantic_dir, self.instance_dir = self._files.semantic_dir, self._files.instance_dir
         for folder in (self.semantic_dir, self.instance_dir):
             remove_leftovers(folder, recursive=True)
-        # The last entry is for void.
-        self._label_ids = np.array([category.id for category in categories] + [CITYSCAPES_UNLABELED], np.uint8)
 
     def add(
         self,
@@ -234,37 +313,7 @@ class CityscapesSubmission(Submission):
         """See `Submission.add`."""
         super().add(image_name, panoptic, scores)
         image_id = self._image_id(image_name)
-        classes = panoptic // self.dataset_info.label_divisor
-        if semantic is not None:
-            classes = np.where(semantic == self.dataset_info.ignore_label, classes, semantic)
-        classes = np.minimum(classes, self.dataset_info.num_classes)
-        write_png(self.semantic_dir / f"{image_id}_pred_labelIds.png", self._label_ids[classes])
-
-        # Every image needs this file, also without instances. It refers to the masks, so it is removed before the masks
-        # of an earlier run are replaced, and written last.
-        list_file = self.instance_dir / f"{image_id}.txt"
-        try:
-            list_file.unlink(missing_ok=True)
-        except OSError as error:
-            raise cannot_write(list_file, error) from error
-        if instances is None:
-            rows = _thing_segments(panoptic, scores, self.dataset_info)
-        else:
-            rows = zip(*instances, strict=True)
-        lines: list[str] = []
-        for mask, class_id, score in rows:
-            if score <= 0 or not mask.any():
-                continue
-            if mask.shape != panoptic.shape or not 0 <= class_id < self.dataset_info.num_classes:
-                raise UserError(
-                    f"Image '{image_name}', a map of shape {panoptic.shape}, has an instance of class {class_id} with "
-                    f"a mask of shape {mask.shape}; masks must have the size of the image, and classes are "
-                    f"0..{self.dataset_info.num_classes - 1}."
-                )
-            mask_file = f"masks/{image_id}_{len(lines):03d}.png"
-            write_png(self.instance_dir / mask_file, np.where(mask, 255, 0).astype(np.uint8))
-            lines.append(f"{mask_file} {self._label_ids[class_id]} {score:.9g}\n")
-        write_atomically(list_file, "".join(lines).encode())
+        self._files.write(image_id, panoptic, scores, self.dataset_info, instances=instances, semantic=semantic)
 
     def close(self) -> list[Path]:
         """See `Submission.close`."""

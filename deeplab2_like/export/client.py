@@ -18,7 +18,7 @@ from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.data.images import decode_image, encode_png
 from deeplab2_like.data.panoptic_label import rgb_to_ids
 from deeplab2_like.errors import UserError, unknown_name
-from deeplab2_like.export.predictor import PanopticPrediction, make_prediction
+from deeplab2_like.export.prediction import PanopticPrediction, make_prediction
 from deeplab2_like.export.transports import TRANSPORTS, FailedError, NoModelError, RefusedError, UnavailableError
 from deeplab2_like.files import read_file
 

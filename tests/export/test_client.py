@@ -17,7 +17,7 @@ from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
 from deeplab2_like.export import client as client_module
 from deeplab2_like.export.client import Client, ServerError
-from deeplab2_like.export.predictor import make_prediction
+from deeplab2_like.export.prediction import make_prediction
 
 # Class 0 is sky, which is stuff, and 6002 the second person. What the fake servers predict, whatever the image.
 PANOPTIC = np.array([[0, 0, 6002], [0, 255000, 6002]], np.int32)

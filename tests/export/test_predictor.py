@@ -4,37 +4,22 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from deeplab2_like.data.images import read_id_png
 from deeplab2_like.data.scenes import scenes_info
 from deeplab2_like.errors import UserError
 from deeplab2_like.evaluation.coco_format import CocoPanopticReader
-from deeplab2_like.export import predictor as predictor_module
-from deeplab2_like.export.predictor import PanopticPrediction, Predictor, Segment, predict_files
-from deeplab2_like.files import OUTPUTS_FILE
+from deeplab2_like.export.prediction import PanopticPrediction, Segment
+from deeplab2_like.export.predictor import Predictor
 
 
 @pytest.fixture(scope="module")
 def predictor(export_dir) -> Predictor:
     return Predictor(export_dir)
-
-
-def _write(path: Path, image: np.ndarray) -> Path:
-    """Writes an image, uint8 [H, W, 3] RGB, in the format that the name asks for."""
-    assert cv2.imwrite(str(path), image[..., ::-1])
-    return path
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Predictor and prediction.
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_agrees_with_the_system(predictor, small_system, make_image):
@@ -226,203 +211,9 @@ def test_refuses_a_saved_model_of_another_kind(export_dir, tmp_path):
         Predictor(tmp_path / "other", compiled=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def load_once(predictor, monkeypatch):
-    """Lets `predict_files` take the model that is loaded already, as loading takes longer than these tests."""
-    monkeypatch.setattr(predictor_module, "Predictor", lambda *_arguments, **_options: predictor)
-
-
-@pytest.fixture
-def image_dir(tmp_path, make_image) -> Path:
-    """Two images among other things that a folder may hold."""
-    folder = tmp_path / "images"
-    (folder / "sub.png").mkdir(parents=True)
-    _write(folder / "b.png", make_image(32, 48))
-    _write(folder / "small.png", make_image(1, 1)).rename(folder / "A.PNG")
-    (folder / "notes.txt").write_text("")
-    (folder / "._b.png").write_bytes(b"\0")
-    return folder
-
-
-def test_labels_are_not_replaced(export_dir, image_dir, make_image, tmp_path):
-    data = tmp_path / "data"
-    (data / "panoptic").mkdir(parents=True)
-    _write(data / "panoptic" / "b.png", make_image(32, 48))
-    label = (data / "panoptic" / "b.png").read_bytes()
-    with pytest.raises(
-        UserError, match=r"'.*data/panoptic' is not from an earlier run .*; choose another --output-dir"
-    ):
-        predict_files(export_dir, image_dir, data)
-    assert (data / "panoptic" / "b.png").read_bytes() == label
-    assert sorted(path.name for path in data.iterdir()) == ["panoptic"]
-
-
-def test_images_among_links_are_not_replaced(export_dir, make_image, tmp_path):
-    folder = tmp_path / "out" / "pictures"
-    folder.mkdir(parents=True)
-    (tmp_path / "real").mkdir()
-    _write(folder / "b.png", make_image(8, 8))
-    _write(tmp_path / "real" / "a.png", make_image(8, 8))
-    (folder / "a.png").symlink_to(tmp_path / "real" / "a.png")
-    with pytest.raises(UserError, match=r"The output would replace the images in '.*out/pictures'"):
-        predict_files(export_dir, folder, tmp_path / "out")
-
-
-def test_predicts_a_folder(export_dir, predictor, image_dir, make_image, tmp_path):
-    calls = []
-    output = tmp_path / "new" / "out"
-    summary = predict_files(export_dir, image_dir, output, progress=lambda *counts: calls.append(counts))
-    assert calls == [(1, 2), (2, 2)]
-    assert (summary.images, summary.skipped) == (2, ())
-    assert summary.pictures_dir == output / "pictures"
-    assert summary.json_file == output / "panoptic.json"
-    written = sorted(str(file.relative_to(output)) for file in output.rglob("*") if file.is_file())
-    assert written == [
-        OUTPUTS_FILE,
-        "panoptic.json",
-        "panoptic/A.png",
-        "panoptic/b.png",
-        "pictures/A.png",
-        "pictures/b.png",
-    ]
-
-    content = json.loads(summary.json_file.read_text())
-    assert content["images"] == [
-        {"id": "A", "file_name": "A.PNG", "height": 1, "width": 1},
-        {"id": "b", "file_name": "b.png", "height": 32, "width": 48},
-    ]
-    # The data set's own category ids, which have gaps and do not start at 0.
-    assert [category["id"] for category in content["categories"]] == [2, 3, 5, 8, 9, 21, 22, 30, 31]
-    prediction = predictor(make_image(32, 48))
-    reader = CocoPanopticReader(summary.json_file, output / "panoptic")
-    ids, _ = reader.read_segments("b")
-    np.testing.assert_array_equal(np.unique(ids[ids > 0]), [segment.id for segment in prediction.segments])
-    assert reader.annotations["b"]["segments_info"][0]["score"] == prediction.segments[0].score
-    # Both panels and a gap: wider than two images.
-    picture = cv2.imread(str(output / "pictures" / "b.png"))
-    assert picture.shape[1] >= 2 * 48
-
-
-def test_predicts_one_file(export_dir, make_image, tmp_path):
-    file = _write(tmp_path / "street.jpeg", make_image(20, 30))
-    summary = predict_files(export_dir, file, tmp_path / "out")
-    assert summary.images == 1
-    assert (tmp_path / "out/pictures/street.png").is_file()
-    assert json.loads(summary.json_file.read_text())["images"][0]["file_name"] == "street.jpeg"
-
-
-@pytest.mark.usefixtures("load_once")
-def test_a_strip_gives_a_picture_of_bounded_size(export_dir, make_image, tmp_path):
-    # Upsampled to a readable height, one row of 8000 pixels would fill gigabytes.
-    file = _write(tmp_path / "strip.png", make_image(16, 8000)[:1])
-    predict_files(export_dir, file, tmp_path / "out")
-    height, width = cv2.imread(str(tmp_path / "out/pictures/strip.png")).shape[:2]
-    assert height < 100
-    assert 16000 <= width < 17000
-
-
-@pytest.mark.usefixtures("load_once")
-def test_images_of_12_bits_are_scaled(export_dir, predictor, make_image, tmp_path):
-    image = make_image(48, 64)
-    (tmp_path / "images").mkdir()
-    cv2.imwrite(str(tmp_path / "images" / "a.png"), image[..., ::-1].astype(np.uint16) * 16 + 15)
-    summary = predict_files(export_dir, tmp_path / "images", tmp_path / "out")
-    assert summary.bit_depth == 12
-    png, void = tmp_path / "out" / "panoptic" / "a.png", predictor.dataset_info.void
-    expected = predictor(image).panoptic + 1  # The ids of COCO's PNG, in which 0 is void.
-    np.testing.assert_array_equal(read_id_png(png), np.where(expected == void + 1, 0, expected))
-    summary = predict_files(export_dir, tmp_path / "images", tmp_path / "out", bit_depth=16)
-    assert summary.bit_depth == 16
-    expected = predictor(image // 16).panoptic + 1
-    np.testing.assert_array_equal(read_id_png(png), np.where(expected == void + 1, 0, expected))
-
-
-def test_images_that_differ_in_their_endings_only_keep_apart(export_dir, make_image, tmp_path):
-    for index, name in enumerate(("a.jpg", "a.png", "a.jpg.bmp", "b.png")):
-        _write(tmp_path / name, make_image(16 + index, 20))
-    summary = predict_files(export_dir, tmp_path, tmp_path / "out")
-    # "a" would be the name of two, and "a.jpg" that of a.jpg.bmp and, then, of a.jpg.
-    names = ["a.jpg", "a.jpg.bmp", "a.png", "b"]
-    content = json.loads(summary.json_file.read_text())
-    assert [image["id"] for image in content["images"]] == names
-    assert [image["file_name"] for image in content["images"]] == ["a.jpg", "a.jpg.bmp", "a.png", "b.png"]
-    assert [annotation["file_name"] for annotation in content["annotations"]] == [f"{name}.png" for name in names]
-    heights = [16, 18, 17, 19]
-    for name, height in zip(names, heights, strict=True):
-        assert cv2.imread(str(tmp_path / "out/panoptic" / f"{name}.png")).shape == (height, 20, 3)
-        assert (tmp_path / "out/pictures" / f"{name}.png").is_file()
-
-
-@pytest.mark.usefixtures("load_once")
-@pytest.mark.parametrize(
-    ("names", "ids"),
-    [
-        (["000000000139.png", "000000000285.png"], [139, 285]),
-        (["1.png", "01.png"], ["01", "1"]),
-        (["1.png", "x.png"], ["1", "x"]),
-    ],
-)
-def test_image_ids_are_numbers_as_in_coco_where_all_names_are(export_dir, make_image, tmp_path, names, ids):
-    for name in names:
-        _write(tmp_path / name, make_image(16, 16))
-    content = json.loads(predict_files(export_dir, tmp_path, tmp_path / "out").json_file.read_text())
-    assert [image["id"] for image in content["images"]] == ids
-
-
-@pytest.mark.usefixtures("load_once")
-def test_an_unreadable_image_stops_and_leaves_no_json(export_dir, image_dir, tmp_path):
-    output = tmp_path / "out"
-    predict_files(export_dir, image_dir, output)
-    (image_dir / "b.png").write_bytes((image_dir / "b.png").read_bytes()[:200])
-    with pytest.raises(UserError, match=r"b\.png' is not a readable image, or cut short"):
-        predict_files(export_dir, image_dir, output)
-    # Nor that of the run before, which would describe other PNG files.
-    assert not (output / "panoptic.json").exists()
-
-
-@pytest.mark.usefixtures("load_once")
-def test_an_unreadable_image_is_skipped_and_reported(export_dir, image_dir, tmp_path):
-    (image_dir / "bad.jpg").write_bytes(b"no image")
-    summary = predict_files(export_dir, image_dir, tmp_path / "out", on_error="skip")
-    assert summary.images == 2
-    assert len(summary.skipped) == 1
-    assert "bad.jpg' is not a readable image" in summary.skipped[0]
-    assert sorted(os.listdir(tmp_path / "out/panoptic")) == ["A.png", "b.png"]
-
-
-@pytest.mark.usefixtures("load_once")
-def test_refuses_if_nothing_can_be_read(export_dir, tmp_path):
-    (tmp_path / "bad.jpg").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"None of the 1 images in .* the first: '.*bad\.jpg' is not a readable image"):
-        predict_files(export_dir, tmp_path, tmp_path / "out", on_error="skip")
-    assert not (tmp_path / "out/panoptic.json").exists()
-
-
-def test_names_the_image_for_which_memory_does_not_suffice(export_dir, make_image, tmp_path, monkeypatch):
-    def fail(self, image):
-        raise UserError("The memory does not suffice.")
-
-    monkeypatch.setattr(Predictor, "__call__", fail)
-    file = _write(tmp_path / "huge.png", make_image(16, 16))
-    with pytest.raises(UserError, match=r"huge\.png' cannot be predicted: The memory does not suffice\."):
-        predict_files(export_dir, file, tmp_path / "out")
-
-
-def test_refuses_wrong_paths(export_dir, image_dir, tmp_path):
-    with pytest.raises(UserError, match="absent' does not exist; give an image file or a folder of images"):
-        predict_files(export_dir, tmp_path / "absent", tmp_path / "out")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty' has no image directly in it"):
-        predict_files(export_dir, tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(UserError, match="Unknown value of on_error 'ignore'"):
-        predict_files(export_dir, image_dir, tmp_path / "out", on_error="ignore")
-    with pytest.raises(UserError, match=r"notes\.txt' is not a readable image"):
-        predict_files(export_dir, image_dir / "notes.txt", tmp_path / "out")
-    image_dir.rename(tmp_path / "pictures")
-    with pytest.raises(UserError, match=r"would replace the images in '.*pictures'; choose another output folder"):
-        predict_files(export_dir, tmp_path / "pictures", tmp_path)
+def test_identity_is_that_of_the_content(export_dir, predictor, tmp_path):
+    folder = shutil.copytree(export_dir, tmp_path / "copy")
+    assert Predictor(folder).identity == predictor.identity
+    info_file = folder / "dataset_info.json"
+    info_file.write_text(info_file.read_text().replace('"road"', '"street"'))
+    assert Predictor(folder).identity != predictor.identity
