@@ -4,7 +4,8 @@ Pydantic's own messages name Python's types and do not say what to do.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, get_args
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import pydantic
 
@@ -95,7 +96,9 @@ def check_section(
 def _as_declared(value: Any, annotation: Any) -> Any:
     """Returns a value with its numbers as text where the type is text, and otherwise as plain numbers."""
     if isinstance(value, Number):
-        return value.text if annotation is str or str in get_args(annotation) else value.value
+        # `str` or `str | None`, but not `dict[str, float]`.
+        is_text = annotation is str or (get_origin(annotation) in (Union, UnionType) and str in get_args(annotation))
+        return value.text if is_text else value.value
     if isinstance(value, list):
         return [_as_declared(item, None) for item in value]
     if isinstance(value, dict):

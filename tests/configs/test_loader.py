@@ -363,7 +363,7 @@ def test_wrong_overrides(whole: Path, override: str, message: str) -> None:
             "Config key 'trainer.optimizer.clip_norm' in SOURCE is 'much', but must be a number, or null.",
         ),
         ("data.flip=2", "Config key 'data.flip' in SOURCE is 2, but must be true or false."),
-        ("data.path=3", "Config key 'data.path' in SOURCE is 3, but must be a string, or null."),
+        ("data.path=true", "Config key 'data.path' in SOURCE is true, but must be a string, or null."),
         # Null where it is not allowed.
         ("data.flip=null", "Config key 'data.flip' in SOURCE is null, but must be true or false."),
         (
