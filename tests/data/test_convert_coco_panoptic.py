@@ -448,7 +448,7 @@ def test_missing_json_is_named(source):
     ("text", "message"),
     [
         ("{", r"bad\.json' is not a JSON file"),
-        ("[" * 100_000, r"bad\.json' is not a usable JSON file \(nested too deeply\)"),
+        ("[" * 100_000, r"bad\.json' is not a JSON file \(nested too deeply\)"),
         ("[]", "has no list 'images'"),
         ('{"images": [], "annotations": []}', "has no list 'categories'"),
         ('{"images": [], "annotations": [1], "categories": []}', "has no list 'annotations'"),
