@@ -294,7 +294,7 @@ def test_unmatched_entries_are_named(source: Source) -> None:
     del source.content["images"][1]["id"]
     report = source.convert(on_error="skip")
     assert report.examples == 1
-    assert "entry 0 of 'annotations' has image_id 7, which 'images' does not list" in report.skipped[1]
+    assert "entry 0 of 'annotations' has image_id 7, which 'images' does not list" in report.skipped_annotations[0]
     assert "entry 1 of 'images' lacks 'id' or 'file_name'" in report.skipped[0]
 
 

@@ -149,9 +149,11 @@ def test_faults_are_named(cells: dict[str, Any]) -> None:
     write_image(cells["labels"] / "a.tif", [[0, -1, 2, 3]] * 2, np.int32)
     with pytest.raises(UserError, match=r"a\.tif' has the value -1; objects count from 1: correct the file"):
         convert_instance_maps(**cells)
-    with pytest.raises(UserError, match=r"class, class_map and class_labels exclude each other; give one of them"):
+    with pytest.raises(
+        UserError, match="Of class, class_map and class_labels only one is possible; leave out the others"
+    ):
         convert_instance_maps(**cells, class_name="cell", class_map=cells["images"] / "map.csv")
-    with pytest.raises(UserError, match=r"class_labels needs the class of each value; give a list with --classes"):
+    with pytest.raises(UserError, match="class labels need the class of each value; give a list with --classes"):
         convert_instance_maps(**cells, class_labels=cells["labels"])
     with pytest.raises(UserError, match=r"No file in '.*images' has the name of an image in '.*images' with an ending"):
         convert_instance_maps(**(cells | {"labels": None}))
