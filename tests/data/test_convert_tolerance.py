@@ -153,7 +153,8 @@ def test_files_are_found_by_the_end_of_a_path(tmp_path: Path) -> None:
     finder = FileFinder(tmp_path / "images")
     assert finder.find("C:\\data\\images\\a.png") == "a.png"
     assert finder.find("/home/me/sub/b.png") == "sub/b.png"
-    assert finder.notes()[0].startswith("2 files found in '") and "by the end of the path" in finder.notes()[0]
+    assert finder.notes()[0].startswith("2 files found in '")
+    assert "by the end of the path in the JSON" in finder.notes()[0]
     with pytest.raises(UserError, match=r"images.a\.png' and '/other/a\.png' both lead to 'a\.png' in"):
         finder.find("/other/a.png")
     for given in ("../outside.png", str(tmp_path / "outside.png"), "..\\..\\..\\..\\..\\..\\etc\\passwd"):

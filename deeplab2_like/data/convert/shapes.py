@@ -191,10 +191,10 @@ def warn_of_background(background: str | None, objects: Mapping[str, int], stuff
 
 def free_id(name: str, categories: Sequence[Mapping[str, Any]], known: Sequence[Category]) -> int:
     """Returns the id of a class that the categories lack: the same as in other splits, or else a new one."""
-    for category in known:
-        if category.name == name:
-            return category.id
     ids = [category["id"] for category in categories if isinstance(category.get("id"), int)]
+    for category in known:
+        if category.name == name and category.id not in ids:
+            return category.id
     return max([*ids, *(category.id for category in known)], default=0) + 1
 
 
