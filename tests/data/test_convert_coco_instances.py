@@ -309,6 +309,8 @@ def test_an_annotation_without_an_image_is_left_out_and_counted(source: Source) 
     assert report.skipped == ()
     assert report.lost["faulty, left out by --on-error"] == {"car": (1, 0)}
     assert len(report.skipped_annotations) == 1
+    (line,) = (source.folder / "records" / "errors.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"] == str(source.folder / "instances_val.json")
 
 
 def test_polygons_of_pairs_are_named(source: Source) -> None:

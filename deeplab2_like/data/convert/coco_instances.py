@@ -234,6 +234,8 @@ class _Conversion:
         return shapes.warn_of_background(self._choices.background, objects, self._choices.stuff)
 
     def _inputs_of(self, example: _Example) -> list[Path]:
+        if example.orphan is not None:
+            return [self._source.json_file]
         image = self._source.images / example.name
         return [image] if self._choices.stuff_pngs is None else [image, self._choices.stuff_pngs / _stuff_name(example)]
 
