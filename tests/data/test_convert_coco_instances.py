@@ -294,8 +294,38 @@ def test_unmatched_entries_are_named(source: Source) -> None:
     del source.content["images"][1]["id"]
     report = source.convert(on_error="skip")
     assert report.examples == 1
-    assert "entry 0 of 'annotations' has image_id 7, which 'images' does not list" in report.skipped[1]
+    assert "entry 0 of 'annotations' has image_id 7, which 'images' does not list" in report.skipped_annotations[0]
     assert "entry 1 of 'images' lacks 'id' or 'file_name'" in report.skipped[0]
+
+
+def test_an_annotation_without_an_image_is_left_out_and_counted(source: Source) -> None:
+    source.content["annotations"][0]["image_id"] = 7  # A car.
+    with pytest.raises(
+        UserError, match=r"instances_val\.json': entry 0 of 'annotations' has image_id 7, which 'images'"
+    ):
+        source.convert()
+    report = source.convert(on_error="skip-annotation")
+    assert report.examples == 2
+    assert report.skipped == ()
+    assert report.lost["faulty, left out by --on-error"] == {"car": (1, 0)}
+    assert len(report.skipped_annotations) == 1
+    (line,) = (source.folder / "records" / "errors.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"] == str(source.folder / "instances_val.json")
+
+
+def test_polygons_of_pairs_are_named(source: Source) -> None:
+    source.content["annotations"][0]["segmentation"] = [[[0, 0], [4, 0], [4, 2]]]
+    with pytest.raises(
+        UserError, match=r"has a polygon of pairs \[x, y\], but it must be a flat list x, y, x, y, \.\.\."
+    ):
+        source.convert()
+
+
+def test_objects_that_become_background_are_warned_of(source: Source) -> None:
+    # Each of the two images has two cars; the road is stuff.
+    warning = "Warning: 4 objects of the class 'car' became background, which is stuff;"
+    assert any(note.startswith(warning) for note in source.convert(background="car").notes)
+    assert not any("became background" in note for note in source.convert(background="road").notes)
 
 
 def test_unknown_stuff_suggests_a_name(source: Source) -> None:

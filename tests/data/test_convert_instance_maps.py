@@ -1,6 +1,7 @@
 """The converter of instance maps, on small folders made here."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ def test_folders_are_splits(tmp_path: Path) -> None:
         "image,instance,class\na.tif,7,tumor\na.tif,40000,immune\nb.tif,7,tumor\nb.tif,40000,immune\n",
         "a\t7\ttumor\na\t40000\timmune\nmasks/b.tif\t7\ttumor\nb\t7\ttumor\nb\t40000\timmune\n",
         "Label;Class\n7;tumor\n40000;immune\n",
+        "cell_id,label\r7,tumor\r40000,immune\r",
+        "/data/a.tif,7,tumor\nC:\\data\\a.tif,40000,immune\nb,7,tumor\nb.tif,40000,immune\n",
+        json.dumps(
+            [{"image": f"x\\{n}.tif", "id": i, "class": c} for n in "ab" for i, c in ((7, "tumor"), (4e4, "immune"))]
+        ),
         json.dumps({"a": {"7": "tumor", "40000": "immune"}, "b.tif": {"7": "tumor", "40000": "immune"}}),
         json.dumps({"7": "tumor", "40000": "immune"}),
         json.dumps([{"id": 7, "type": "tumor"}, {"id": 40000, "type": "immune"}]),
@@ -83,6 +89,43 @@ def test_class_maps(cells: dict[str, Any], text: str) -> None:
     # By the alphabet immune is class 0, tumor 1; the background is 2.
     expected = [[2000, 1001, 1001, 2000], [1, 1, 2000, 2000]]
     assert read_labels(cells["output_dir"]) == {"a.tif": expected, "b.tif": expected}
+
+
+def test_names_of_the_same_image_agree(cells: dict[str, Any]) -> None:
+    path = cells["images"].parent / "map.csv"
+    path.write_text("a.tif,7,tumor\na,7,immune\n")
+    with pytest.raises(UserError, match=r"object 7 the class 'tumor' as of 'a\.tif' and 'immune' as of 'a', which are"):
+        convert_instance_maps(**cells, class_map=path)
+
+
+def test_folders_in_a_class_map_tell_images_apart(cells: dict[str, Any]) -> None:
+    path = cells["images"].parent / "map.csv"
+    # Of the names whose folders are not those of the images, the nearest counts. The other two fit no image.
+    names = ["/x/images/a.tif", "b", "/x/other/a.tif", "c.tif"]
+    path.write_text("".join(f"{name},7,{kind}\n{name},40000,t\n" for name, kind in zip(names, "ttit", strict=True)))
+    (report,) = convert_instance_maps(**cells, class_map=path)
+    # By the alphabet i is class 0 and t 1.
+    expected = [[2000, 1001, 1001, 2000], [1002, 1002, 2000, 2000]]
+    assert read_labels(cells["output_dir"]) == {"a.tif": expected, "b.tif": expected}
+    warning = "Warning: 2 names in the class map '.*' fit no image, such as '/x/other/a.tif'."
+    assert any(re.fullmatch(warning, note) for note in report.notes)
+
+
+def test_objects_that_become_background_are_warned_of(cells: dict[str, Any]) -> None:
+    path = cells["images"].parent / "map.csv"
+    path.write_text("7,cell\n40000,debris\n")
+    (report,) = convert_instance_maps(**cells, class_map=path, background="debris")
+    assert any(note.startswith("Warning: 1 object of the class 'debris' became background") for note in report.notes)
+    with pytest.raises(UserError, match="objects and the background are both of the class 'cell'"):
+        convert_instance_maps(**cells, class_name="cell", background="cell")
+
+
+def test_labels_of_a_lossy_format_are_named(cells: dict[str, Any]) -> None:
+    for name in "ab":
+        (cells["labels"] / f"{name}.tif").unlink()
+        write_image(cells["labels"] / f"{name}_masks.jpg", np.zeros((2, 4)))
+    with pytest.raises(UserError, match=r"The label '.*a_masks\.jpg' is of a lossy format, which changes the values"):
+        convert_instance_maps(**cells)
 
 
 def test_numbers_of_classes_need_a_list(cells: dict[str, Any]) -> None:
@@ -149,9 +192,11 @@ def test_faults_are_named(cells: dict[str, Any]) -> None:
     write_image(cells["labels"] / "a.tif", [[0, -1, 2, 3]] * 2, np.int32)
     with pytest.raises(UserError, match=r"a\.tif' has the value -1; objects count from 1: correct the file"):
         convert_instance_maps(**cells)
-    with pytest.raises(UserError, match=r"class, class_map and class_labels exclude each other; give one of them"):
+    with pytest.raises(
+        UserError, match="Of class, class_map and class_labels only one is possible; leave out the others"
+    ):
         convert_instance_maps(**cells, class_name="cell", class_map=cells["images"] / "map.csv")
-    with pytest.raises(UserError, match=r"class_labels needs the class of each value; give a list with --classes"):
+    with pytest.raises(UserError, match="class labels need the class of each value; give a list with --classes"):
         convert_instance_maps(**cells, class_labels=cells["labels"])
     with pytest.raises(UserError, match=r"No file in '.*images' has the name of an image in '.*images' with an ending"):
         convert_instance_maps(**(cells | {"labels": None}))
@@ -159,6 +204,13 @@ def test_faults_are_named(cells: dict[str, Any]) -> None:
     for text, message in (
         ("", r"map\.csv' is empty; it may be a table with the columns image, instance and class"),
         ("a,b,c,d\n", r"map\.csv' is not understood \(its first line is a, b, c, d\)"),
+        (
+            "image,instance,foo\na,7,x\n",
+            r"has 'instance' as the number of an object in row 1, which is no whole number",
+        ),
+        ("a,7,x\na,8\n", r"not understood \(row 2 has 2 cells, but row 1 has 3\)"),
+        ('["a", "b"]', r"not understood \(entry 0 is 'a', which is no object with 'instance' and 'class'\)"),
+        ("7,x\n8,\n", r"map\.csv' has no class for object 8 in row 2; add it"),
         ("7,x\n7,y\n", r"map\.csv' gives object 7 the classes 'x' and 'y'; keep one of them"),
     ):
         path.write_text(text)

@@ -130,6 +130,9 @@ def test_lossy_labels_are_named_before_anything_is_read(semantic: dict[str, Any]
         UserError, match=r"The label '.*a\.jpg' is of a lossy format, which changes the values of pixels;"
     ):
         convert_semantic_pngs(**semantic, label_ending=".jpg")
+    (semantic["labels"] / "a.png").unlink()
+    with pytest.raises(UserError, match=r"the label PNG '.*a\.jpg' is a JPEG, which may change the values of pixels"):
+        convert_semantic_pngs(**semantic)
     # A JPEG under the name of a PNG is found when it is read.
     (semantic["labels"] / "a.jpg").replace(semantic["labels"] / "a.png")
     with pytest.raises(UserError, match=r"the label PNG '.*a\.png' is a JPEG, which may change the values of pixels"):

@@ -166,6 +166,13 @@ def test_images_are_found_by_their_address(source: Source, address: str) -> None
     assert source.label()[0] == [255000, 255000, 1, 1]
 
 
+def test_the_size_may_be_that_of_the_image(source: Source) -> None:
+    expected = source.label()
+    without = [{key: value for key, value in r.items() if "original" not in key} for r in (POLYGON, RECTANGLE)]
+    source.write(without)
+    assert source.label(replace=True) == expected
+
+
 def test_of_several_annotations_one_is_used(source: Source) -> None:
     source.write([POLYGON], [RECTANGLE])
     assert source.label()[0] == [255000, 255000, 1, 1]

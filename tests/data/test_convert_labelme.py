@@ -207,6 +207,16 @@ def test_a_turned_photograph_is_set_upright(source: Source) -> None:
     assert (image[1:] == 0).all()
 
 
+def test_a_label_of_the_stored_size_leaves_the_image_lying(source: Source) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(source.root / "a.png", exif=exif)
+    source.convert()
+    example = source.examples()[0]
+    assert example["image"].shape == (HEIGHT, WIDTH, 3)
+    np.testing.assert_array_equal(example["panoptic"], source.examples()[1]["panoptic"])
+
+
 # Faults.
 
 

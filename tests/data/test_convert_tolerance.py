@@ -153,7 +153,8 @@ def test_files_are_found_by_the_end_of_a_path(tmp_path: Path) -> None:
     finder = FileFinder(tmp_path / "images")
     assert finder.find("C:\\data\\images\\a.png") == "a.png"
     assert finder.find("/home/me/sub/b.png") == "sub/b.png"
-    assert finder.notes()[0].startswith("2 files are not at the paths that the JSON gives; those with the same name in")
+    assert finder.notes()[0].startswith("2 files found in '")
+    assert "by the end of the path in the JSON" in finder.notes()[0]
     with pytest.raises(UserError, match=r"images.a\.png' and '/other/a\.png' both lead to 'a\.png' in"):
         finder.find("/other/a.png")
     for given in ("../outside.png", str(tmp_path / "outside.png"), "..\\..\\..\\..\\..\\..\\etc\\passwd"):
@@ -514,7 +515,7 @@ def test_labelme_needs_no_facts_that_the_image_holds(tmp_path: Path) -> None:
     (report,) = convert_labelme(root=root, output_dir=tmp_path / "records")
     assert names(tmp_path / "records") == ["a.png", "b.png", "c.png"]
     assert report.objects == (3,)
-    assert "2 images are not at the 'imagePath' of their JSON; those beside the JSON were taken." in report.notes
+    assert "2 images found beside the JSON, because there is none at its 'imagePath'." in report.notes
 
 
 def test_a_coco_json_needs_no_sizes(tmp_path: Path) -> None:

@@ -74,6 +74,11 @@ def test_faults_are_named(voc: dict[str, Any]) -> None:
     classes.write_text("1 leaf\n")
     with pytest.raises(UserError, match=r"a\.png' has the value 2, which '.*classes\.txt' does not list; add it there"):
         convert_voc_masks(**voc, classes=classes)
+    (report, _) = convert_voc_masks(**voc, classes=classes, on_error="skip-annotation")
+    assert report.lost["faulty, left out by --on-error"] == {"value 2": (0, 2)}
+    with pytest.raises(UserError, match=r"other categories \(id 1 'leaf' there, id 1 'aeroplane' here\)"):
+        convert_voc_masks(**voc)
+    voc["output_dir"] = voc["output_dir"].with_name("others")
     classes.write_text("0 background\n255 void\n")
     with pytest.raises(UserError, match=r"classes\.txt' has no class besides the background and void; add one"):
         convert_voc_masks(**voc, classes=classes)

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -38,6 +38,7 @@ class _Example:
         annotations: The annotations of the image, in the order of the JSON, not yet checked.
         positions: The position of each annotation in the list of the JSON.
         fault: A fault that was found in the JSON, or None.
+        orphan: The category id of an annotation without an image, which this is; None for images.
     """
 
     name: str
@@ -46,6 +47,7 @@ class _Example:
     # Not in the `repr`, so that files of records do not change with annotations of other images.
     positions: list[int] = dataclasses.field(default_factory=list, repr=False)
     fault: str | None = None
+    orphan: str | None = None
 
 
 def convert_coco_instances(  # noqa: PLR0913 - its arguments are the options of the command
@@ -218,15 +220,30 @@ class _Conversion:
             info=self._info,
             output_dir=self._output_dir,
             max_instances=max((count for counter in counts for count in counter.values()), default=0),
-            notes=[*self._notes, *finder.notes()],
+            notes=[*self._notes, *self._warn_of_background(sum(counts, Counter())), *finder.notes()],
             **options,
         )
 
+    def _warn_of_background(self, counts: Mapping[str, int]) -> list[str]:
+        """Returns a warning if annotations, of which there are so many of each category id, become background."""
+        objects = {
+            str(category.get("name")): counts.get(str(category.get("id")), 0)
+            for category in self._content["categories"]
+            if category.get("isthing") is None or category["isthing"]
+        }
+        return shapes.warn_of_background(self._choices.background, objects, self._choices.stuff)
+
     def _inputs_of(self, example: _Example) -> list[Path]:
+        if example.orphan is not None:
+            return [self._source.json_file]
         image = self._source.images / example.name
         return [image] if self._choices.stuff_pngs is None else [image, self._choices.stuff_pngs / _stuff_name(example)]
 
     def _load(self, example: _Example, info: DatasetInfo, losses: Losses) -> tuple[bytes, np.ndarray]:
+        if example.fault is not None and example.orphan is not None:
+            class_id = {str(known): found for known, found in info.class_of_category_id.items()}.get(example.orphan)
+            name = f"category {example.orphan}" if class_id is None else info.categories[class_id].name
+            raise labeled_images.OrphanError(example.fault, name)
         if example.fault is not None:
             raise UserError(example.fault)
         image = files.read_file(path_inside(self._source.images, example.name), "the image")
@@ -342,7 +359,7 @@ def _list_examples(content: dict[str, Any], finder: FileFinder) -> list[_Example
                 f"entry {position} of 'annotations' has image_id {image_id!r}, which 'images' does not list; add it "
                 "there."
             )
-            examples.append(_Example(str(image_id), fault=fault))
+            examples.append(_Example(str(image_id), fault=fault, orphan=str(annotation.get("category_id"))))
     return examples
 
 

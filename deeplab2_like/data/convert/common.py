@@ -58,7 +58,7 @@ class Record:
     """One serialized example, with its part in the statistics of its split.
 
     Attributes:
-        serialized: The serialized example.
+        serialized: The serialized example; None if the item only has annotations that were left out, and no image.
         objects: Number of objects of each class; crowd regions and stuff do not count. Empty if unknown.
         pixels: Number of pixels of each class and, last, of void. Empty if unknown.
         lost: What the image's labels hold and the record does not.
@@ -66,7 +66,7 @@ class Record:
         is_turned: Whether the image was turned by its EXIF orientation.
     """
 
-    serialized: bytes
+    serialized: bytes | None
     objects: Sequence[int] = ()
     pixels: Sequence[int] = ()
     lost: Counts = dataclasses.field(default_factory=dict)
@@ -305,7 +305,8 @@ class _Conversion(Generic[Item]):
                 contents["lost"] = sum_counts(iter((contents["lost"], outcome.lost)))
                 contents["skipped_annotations"] += [self._fault(item, fault) for fault in outcome.skipped_annotations]
                 contents["turned"] += outcome.is_turned
-                yield outcome.serialized
+                if outcome.serialized is not None:
+                    yield outcome.serialized
             elif self._may_skip:
                 contents["skipped"].append(self._fault(item, str(outcome)))
             else:

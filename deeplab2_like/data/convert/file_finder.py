@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import is_inside, require_inside
+from deeplab2_like.printing import counted
 
 
 class FileFinder:
@@ -42,7 +43,7 @@ class FileFinder:
         if os.path.exists(self._folder / name) and not os.path.isabs(name):
             require_inside(self._folder / name, self._folder, name)
             return self._claim(name, name)
-        for shortened in _shorter_names(name):
+        for shortened in shorter_names(name):
             path = self._folder / shortened
             if os.path.exists(path) and is_inside(path, self._folder):
                 self.num_shortened += shortened != name.replace("\\", "/")
@@ -64,12 +65,12 @@ class FileFinder:
         if not self.num_shortened:
             return []
         return [
-            f"{self.num_shortened} files are not at the paths that the JSON gives; those with the same name in "
-            f"'{self._folder}' were taken."
+            f"{counted(self.num_shortened, 'file')} found in '{self._folder}' by the end of the path in the JSON, "
+            "because there is none at the whole path."
         ]
 
 
-def _shorter_names(name: str) -> Iterator[str]:
+def shorter_names(name: str) -> Iterator[str]:
     """Yields a path with slashes and without a drive, then without its first folder, without its first two, ..."""
     path = PurePosixPath(re.sub(r"^[A-Za-z]:", "", name.replace("\\", "/")))
     parts = [part for part in path.parts if part != "/"]

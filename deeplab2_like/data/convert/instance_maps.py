@@ -16,7 +16,7 @@ from deeplab2_like.data.convert.instance_classes import choose_classes
 from deeplab2_like.data.convert.losses import NO_OBJECT, Losses
 from deeplab2_like.data.convert.splits import divide, split_of_folder
 from deeplab2_like.data.dataset_info import DatasetInfo
-from deeplab2_like.data.images import IMAGE_SUFFIXES, LABEL_SUFFIXES, read_value_png
+from deeplab2_like.data.images import IMAGE_SUFFIXES, LABEL_SUFFIXES, LOSSY_SUFFIXES, read_value_png
 from deeplab2_like.errors import UserError
 from deeplab2_like.parallel import map_in_order
 from deeplab2_like.printing import counted
@@ -90,7 +90,7 @@ def convert_instance_maps(  # noqa: PLR0913 - its arguments are the options of t
         split=split,
         ignore_subsets=ignore_subsets,
         where=f"'{images}'",
-        paths=[images, labels],
+        paths=list(dict.fromkeys([images, labels])),
         output_dir=output_dir,
         source=[images, labels],
         val_share=options.get("val_share"),
@@ -103,6 +103,7 @@ def convert_instance_maps(  # noqa: PLR0913 - its arguments are the options of t
         class_labels=None if class_labels is None else Path(class_labels),
         classes=None if classes is None else Path(classes),
         labels=labels,
+        pairs=pairs,
         background=shown_background,
         known=known,
         encoding=encoding,
@@ -163,7 +164,10 @@ def _find_pairs(
     common.require_folder(labels, "folder of instance maps")
     notes = []
     if label_ending is None:
-        found = _find_endings(images, labels, image_ending)
+        # Labels of lossy formats are refused below, by their names.
+        found = _find_endings(images, labels, image_ending, LABEL_SUFFIXES) or _find_endings(
+            images, labels, image_ending, LOSSY_SUFFIXES
+        )
         if found is None:
             raise UserError(
                 f"No file in '{labels}' has the name of an image in '{images}' with an ending such as _masks.tif; give "
@@ -187,16 +191,16 @@ def _find_pairs(
     return [pair for pair in pairs if pair.name not in others], notes
 
 
-def _find_endings(images: Path, labels: Path, image_ending: str | None) -> tuple[str, str] | None:
+def _find_endings(
+    images: Path, labels: Path, image_ending: str | None, suffixes: tuple[str, ...]
+) -> tuple[str, str] | None:
     """Finds the endings of the names of images and instance maps that make most pairs, None if there is none."""
     in_one_folder = images.resolve() == labels.resolve()
     stems = {
         path.relative_to(images).with_suffix("").as_posix()
         for path in files.list_files(images, IMAGE_SUFFIXES, recursive=True)
     }
-    label_files = [
-        path.relative_to(labels).as_posix() for path in files.list_files(labels, LABEL_SUFFIXES, recursive=True)
-    ]
+    label_files = [path.relative_to(labels).as_posix() for path in files.list_files(labels, suffixes, recursive=True)]
     best, most = None, 0
     for taken in _IMAGE_ENDINGS if image_ending is None else (image_ending,):
         bases = {stem.removesuffix(taken) for stem in stems if stem.endswith(taken)}

@@ -130,7 +130,12 @@ def convert_label_studio(
         info=info,
         output_dir=output_dir,
         max_instances=max((number for counter in counts for number in counter.values()), default=0),
-        notes=[*notes, *class_notes, *shapes.describe_kinds(info, stuff)],
+        notes=[
+            *notes,
+            *class_notes,
+            *shapes.describe_kinds(info, stuff),
+            *shapes.warn_of_background(background, sum(counts, Counter()), stuff),
+        ],
         **options,
     )
 
@@ -246,9 +251,11 @@ def _labels(result: Mapping[str, Any]) -> list[str]:
 
 
 def _size_of_label(results: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
-    """Returns height and width of the image as it was labeled, None if there is no region."""
+    """Returns height and width of the image as it was labeled, None if no region gives them."""
     for result in results:
         height, width = result.get("original_height"), result.get("original_width")
+        if height is None or width is None:
+            continue
         try:
             return whole_number(height), whole_number(width)
         except (ValueError, TypeError, OverflowError) as error:

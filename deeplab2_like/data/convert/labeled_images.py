@@ -32,6 +32,19 @@ from deeplab2_like.data.records import LabelFormat
 from deeplab2_like.errors import UserError
 
 
+class OrphanError(UserError):
+    """An item is an annotation without an image.
+
+    Args:
+        message: The fault.
+        name: The name of its class for the user.
+    """
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 class LabelOptions(common.WriteOptions, total=False):
     """Options that users may choose for any source.
 
@@ -75,7 +88,7 @@ def write_labeled_images(  # noqa: PLR0913 - converters pass their options throu
         splits: The images of each split, in the order of the records.
         load: Returns the content of an item's image file and its panoptic map, int32 [H, W], encoded for the given
             `DatasetInfo`, and counts what of the labels is not in it; raises `UserError` if the image or its label is
-            faulty.
+            faulty, and `OrphanError` if the item is an annotation without an image.
         inputs_of: The files that `load` reads for an item, the image first; see `common.write_split`.
         choices: Everything else that affects the results of `load`, except the classes, by name; must be JSON values.
         source: The files or folders that the user gave, see `common.write_split`; error messages name the first.
@@ -125,6 +138,11 @@ def write_labeled_images(  # noqa: PLR0913 - converters pass their options throu
                 losses=losses,
                 label_format=label_format,
             )
+        except OrphanError as error:
+            with losses.skip_faulty():
+                raise UserError(f"'{source[0]}': {error}") from error
+            losses.add(FAULTY, error.name, objects=1)
+            return common.Record(None, lost=losses.counts, skipped_annotations=losses.faults)
         except UserError as error:
             raise common.fault_of_image(item.name, source[0], error) from error
         faults = [str(common.fault_of_image(item.name, source[0], UserError(fault))) for fault in losses.faults]
@@ -322,6 +340,8 @@ def values_to_panoptic(
     meaning: Callable[[int], tuple[int, bool] | Void | None],
     info: DatasetInfo,
     losses: Losses | None = None,
+    *,
+    describe: Callable[[int], str] = "value {}".format,
 ) -> np.ndarray:
     """Converts a map of a data set's own values to a panoptic map.
 
@@ -334,6 +354,7 @@ def values_to_panoptic(
             Raises `UserError` for unknown values.
         info: The meaning of the panoptic map.
         losses: Counts the pixels of each `Void`. Values that are left out as faulty become void.
+        describe: Returns the name of a faulty value for the user.
 
     Returns:
         int32 [H, W], panoptic map.
@@ -347,7 +368,7 @@ def values_to_panoptic(
     panoptic_values = np.full(present.size, info.void, np.int32)
     instances = [0] * info.num_classes
     for position, value in enumerate(present.tolist()):
-        found: tuple[int, bool] | Void | None = Void(FAULTY, f"value {value}")
+        found: tuple[int, bool] | Void | None = Void(FAULTY, describe(value))
         with losses.skip_faulty():
             found = meaning(value)
         if isinstance(found, Void):
@@ -411,9 +432,18 @@ def pair_images(images: Path, labels: Path, *, ending: str = ".png", image_endin
             continue
         stem = stem.removesuffix(image_ending)
         stems.add(stem)
-        pairs.append(Pair(image.relative_to(images).as_posix(), image, labels / f"{stem}{ending}"))
+        label = labels / f"{stem}{ending}"
+        if not label.exists():
+            label = _find_lossy(label, image) or label  # Reading it fails with the reason.
+        pairs.append(Pair(image.relative_to(images).as_posix(), image, label))
     for label in label_files:
         stem = label.relative_to(labels).as_posix().removesuffix(ending)
         if stem not in stems:
             pairs.append(Pair(stem, images / stem, label))
     return sorted(pairs, key=lambda pair: pair.name)
+
+
+def _find_lossy(label: Path, image: Path) -> Path | None:
+    """Returns the file of a lossy format that is there in place of a label, None if there is none."""
+    candidates = [label.with_suffix(suffix) for suffix in LOSSY_SUFFIXES]
+    return next((path for path in candidates if path != image and path.exists()), None)

@@ -20,12 +20,16 @@ from deeplab2_like.data.convert.coco_json import number_or_text
 from deeplab2_like.data.convert.losses import FAULTY, Losses
 from deeplab2_like.data.convert.splits import divide, split_of_folder
 from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
+from deeplab2_like.data.exif import find_orientation
 from deeplab2_like.data.images import IMAGE_SUFFIXES, decode_image, decode_label
 from deeplab2_like.errors import UserError
 from deeplab2_like.paths import is_inside, require_inside
+from deeplab2_like.printing import counted
 
 # labelme's own name for regions to ignore in training.
 _IGNORED = "__ignore__"
+# The EXIF orientations from this one on swap height and width.
+_FIRST_SWAPPING = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +126,13 @@ def convert_labelme(
                 "it has no JSON of the same name beside it; label it in labelme, or move it to another folder."
             )
         content = _read_json(example.json_file, encoding)
-        # labelme shows images turned by their EXIF orientation.
         image = _read_image(content, example.json_file, example.image, root)
-        image = labeled_images.set_upright(image, example.name, info, losses)
-        size = _size_in_json(content, example.json_file) or decode_image(image, example.name).shape[:2]
+        size = _size_in_json(content, example.json_file)
+        stored = decode_image(image, example.name, bit_depth=info.bit_depth).shape[:2]
+        # labelme shows images turned by their EXIF orientation. Other tools that write its JSONs may not.
+        if size != stored or stored[0] == stored[1] or find_orientation(image) < _FIRST_SWAPPING:
+            image = labeled_images.set_upright(image, example.name, info, losses)
+        size = size or decode_image(image, example.name, bit_depth=info.bit_depth).shape[:2]
         below = shapes.empty_map(size, info, background)
         drawn = _read_shapes(content, size, info, losses)
         return image, shapes.draw(drawn, below, overlap=overlap, info=info, losses=losses)
@@ -139,7 +146,13 @@ def convert_labelme(
         info=info,
         output_dir=output_dir,
         max_instances=scan.max_instances,
-        notes=[*division.notes, *class_notes, *shapes.describe_kinds(info, stuff), *scan.notes],
+        notes=[
+            *division.notes,
+            *class_notes,
+            *shapes.describe_kinds(info, stuff),
+            *shapes.warn_of_background(background, scan.objects, stuff),
+            *scan.notes,
+        ],
         by_subsets=division.by_subsets,
         **options,
     )
@@ -152,6 +165,7 @@ class _Scan:
     Attributes:
         examples: JSONs, and images without one.
         names: All class names.
+        objects: Number of shapes of each class.
         max_instances: The largest number of shapes with the same name in an image.
         first_fault: The fault of the first JSON that cannot be read, or None.
         notes: Sentences for the user.
@@ -159,6 +173,7 @@ class _Scan:
 
     examples: list[_Example] = dataclasses.field(default_factory=list)
     names: set[str] = dataclasses.field(default_factory=set)
+    objects: Counter[str] = dataclasses.field(default_factory=Counter)
     max_instances: int = 0
     first_fault: UserError | None = None
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -178,6 +193,7 @@ def _scan(root: Path, encoding: str | None) -> _Scan:
             counts = Counter(label for label in labels if isinstance(label, str))
             counts.pop(_IGNORED, None)
             scan.names |= set(counts)
+            scan.objects += counts
             scan.max_instances = max(scan.max_instances, *counts.values(), 0)
             given = _image_path(content)
             name = json_file.stem if given is None else given.name
@@ -199,7 +215,7 @@ def _scan(root: Path, encoding: str | None) -> _Scan:
             scan.examples.append(_Example(image.relative_to(root).as_posix(), None, image))
     if num_elsewhere:
         scan.notes.append(
-            f"{num_elsewhere} images are not at the 'imagePath' of their JSON; those beside the JSON were taken."
+            f"{counted(num_elsewhere, 'image')} found beside the JSON, because there is none at its 'imagePath'."
         )
     return scan
 

@@ -18,6 +18,7 @@ from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.data.image_headers import require_size
 from deeplab2_like.data.label_runs import find_run_values
 from deeplab2_like.errors import UserError, unknown_name
+from deeplab2_like.printing import counted
 
 # In pixels. The points of polygons are never farther outside of an image.
 _LARGEST_COORDINATE = 1e6
@@ -171,12 +172,29 @@ def describe_kinds(info: DatasetInfo, stuff: Sequence[str]) -> list[str]:
     return [f"Things, because nothing says that they are stuff: {listed}; --stuff NAME ... names stuff."]
 
 
+def warn_of_background(background: str | None, objects: Mapping[str, int], stuff: Collection[str] = ()) -> list[str]:
+    """Returns a warning if objects are lost because their class is the background.
+
+    Args:
+        background: Name of the class of pixels without a shape, or None.
+        objects: Number of objects of each class in the source, by name.
+        stuff: Names of the classes that are stuff, which have no objects anyway.
+    """
+    number = 0 if background is None or background in stuff else objects.get(background, 0)
+    if not number:
+        return []
+    return [
+        f"Warning: {counted(number, 'object')} of the class '{background}' became background, which is stuff; "
+        "--background with a name that is not a class keeps them."
+    ]
+
+
 def free_id(name: str, categories: Sequence[Mapping[str, Any]], known: Sequence[Category]) -> int:
     """Returns the id of a class that the categories lack: the same as in other splits, or else a new one."""
-    for category in known:
-        if category.name == name:
-            return category.id
     ids = [category["id"] for category in categories if isinstance(category.get("id"), int)]
+    for category in known:
+        if category.name == name and category.id not in ids:
+            return category.id
     return max([*ids, *(category.id for category in known)], default=0) + 1
 
 
@@ -223,6 +241,8 @@ def read_polygon(polygon: Any) -> list[float]:
     Raises:
         UserError: If it is not such a list; the message is the predicate of a sentence about the shape.
     """
+    if isinstance(polygon, list) and any(isinstance(part, list) for part in polygon):
+        raise UserError("has a polygon of pairs [x, y], but it must be a flat list x, y, x, y, ...; correct the JSON")
     # pycocotools would take four numbers for a box.
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         raise UserError("has a polygon that is not a list x, y, x, y, ... of three points or more; correct the JSON")

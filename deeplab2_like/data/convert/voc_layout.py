@@ -128,7 +128,9 @@ def convert_voc_layout(
             return class_id, info.categories[class_id].is_thing and object_value not in labels.no_object
 
         both = class_values.astype(np.int64) << 24 | object_values
-        return image, labeled_images.values_to_panoptic(both, meaning, info, losses)
+        return image, labeled_images.values_to_panoptic(
+            both, meaning, info, losses, describe=lambda value: labels.describe(value >> 24)
+        )
 
     return labeled_images.write_labeled_images(
         division.splits,
