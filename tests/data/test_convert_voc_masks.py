@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from small_data_sets import read_labels, write_image, write_palette_png
 
 from deeplab2_like.cli import main
@@ -90,3 +91,19 @@ def test_command(voc: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> Non
     arguments = ["--root", str(voc["root"]), "--output-dir", str(voc["output_dir"]), "--split", "val"]
     assert main(["convert", "voc-masks", *arguments]) == 0
     assert "Split 'val': 1 image, 0 skipped." in capsys.readouterr().out
+
+
+def test_object_numbers_of_more_than_24_bits(voc: dict[str, Any]) -> None:
+    values = np.array(OBJECTS, np.int32)
+    values[0] += 2**24
+    Image.fromarray(values).save(voc["root"] / "SegmentationObject" / "a.tif")
+    (voc["root"] / "SegmentationObject" / "a.tif").rename(voc["root"] / "SegmentationObject" / "a.png")
+    convert_voc_masks(**voc)
+    # The classes stay as they are; 255 of a wide file is an object, here a bicycle of one pixel beside the crowd.
+    assert read_labels(voc["output_dir"])["a.jpg"] == [PANOPTIC[0], [20000, 20000, 1000, 1001]]
+
+
+def test_object_255_of_16_bits_is_an_object(voc: dict[str, Any]) -> None:
+    Image.fromarray(np.array(OBJECTS, np.uint16)).save(voc["root"] / "SegmentationObject" / "a.png")
+    convert_voc_masks(**voc)
+    assert read_labels(voc["output_dir"])["a.jpg"] == [PANOPTIC[0], [20000, 20000, 1000, 1001]]

@@ -24,10 +24,10 @@ class Labels:
         categories: The classes, as for `shapes.make_info`.
         stuff: Names of the classes that are stuff; all others are things.
         background: Name of the class of pixels without a shape; None: they are void.
-        read: Reads a PNG, int32 [H, W] of values below 2**24; the second argument is its name in error messages.
+        read: Reads a class PNG, int32 [H, W]; the second argument is its name in error messages.
+        read_objects: The same of an object PNG, whose values may have all 32 bits; 0 is no object.
         name_of_value: The class name of each value in the class PNGs; None for pixels without a shape.
         void_values: Values in the class PNGs that are void.
-        no_object: Values in the object PNGs that are no object.
         describe: Describes a value of the class PNGs for the message that it is unknown.
         classes_file: The file that lists the values, for that message.
         notes: Sentences for the user.
@@ -37,9 +37,9 @@ class Labels:
     stuff: Sequence[str]
     background: str | None
     read: Callable[[Path, str], np.ndarray]
+    read_objects: Callable[[Path, str], np.ndarray]
     name_of_value: Mapping[int, str | None]
     void_values: frozenset[int]
-    no_object: frozenset[int]
     describe: Callable[[int], str]
     classes_file: str
     notes: Sequence[str] = ()
@@ -108,7 +108,7 @@ def convert_voc_layout(
         image = files.read_file(pair.image, "the image")
         class_values = labels.read(pair.label, "class PNG")
         object_png = object_png_of(pair)
-        object_values = labels.read(object_png, "object PNG")
+        object_values = labels.read_objects(object_png, "object PNG")
         if class_values.shape != object_values.shape:
             raise UserError(
                 f"'{pair.label}' is {class_values.shape} but '{object_png}' {object_values.shape} (height, width); "
@@ -116,7 +116,7 @@ def convert_voc_layout(
             )
 
         def meaning(value: int) -> tuple[int, bool] | None:
-            class_value, object_value = value >> 24, value & 0xFFFFFF
+            class_value, object_value = value >> 32, value & 0xFFFFFFFF
             if class_value not in class_of_value:
                 raise UserError(
                     f"'{pair.label}' has the {labels.describe(class_value)}, which {labels.classes_file} does not "
@@ -125,9 +125,9 @@ def convert_voc_layout(
             class_id = class_of_value[class_value]
             if class_id is None:
                 return None
-            return class_id, info.categories[class_id].is_thing and object_value not in labels.no_object
+            return class_id, info.categories[class_id].is_thing and object_value != 0
 
-        both = class_values.astype(np.int64) << 24 | object_values
+        both = class_values.astype(np.int64) << 32 | object_values.astype(np.int64) & 0xFFFFFFFF
         return image, labeled_images.values_to_panoptic(both, meaning, info, losses)
 
     return labeled_images.write_labeled_images(
