@@ -378,3 +378,14 @@ def test_folders_of_one_split_are_refused_and_others_named(source: Source) -> No
     shutil.copytree(root / "val", root / "valid")
     with pytest.raises(UserError, match=r"val/_ann.* and '.*valid/_ann.*' are both of the split 'val'; give one of"):
         convert_coco_instances(**arguments)
+
+
+def test_void_in_the_stuff_list_is_no_class(source: Source) -> None:
+    (source.folder / "stuff").mkdir()
+    (source.folder / "stuff.txt").write_text("100 sky\n255 void\n")
+    for name in "ab":
+        cv2.imwrite(str(source.folder / "stuff" / f"{name}.png"), np.full((HEIGHT, WIDTH), 255, np.uint8))
+    report = source.convert(stuff_pngs=source.folder / "stuff", stuff_classes=source.folder / "stuff.txt")
+    assert "void" not in [c.name for c in DatasetInfo.load(source.folder / "records").categories]
+    assert "The value 255 of stuff PNGs is void because of its name 'void'." in report.notes
+    np.testing.assert_array_equal(source.labels()[0], PANOPTIC)

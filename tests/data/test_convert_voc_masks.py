@@ -107,3 +107,15 @@ def test_object_255_of_16_bits_is_an_object(voc: dict[str, Any]) -> None:
     Image.fromarray(np.array(OBJECTS, np.uint16)).save(voc["root"] / "SegmentationObject" / "a.png")
     convert_voc_masks(**voc)
     assert read_labels(voc["output_dir"])["a.jpg"] == [PANOPTIC[0], [20000, 20000, 1000, 1001]]
+
+
+def test_names_in_lists_may_have_suffix_and_folder(voc: dict[str, Any]) -> None:
+    lists = voc["root"] / "ImageSets" / "Segmentation"
+    (lists / "train.txt").write_text("JPEGImages/a.jpg\nlost\n")
+    (lists / "val.txt").write_text("b.jpg\n")
+    (lists / "test.txt").write_text("gone\n")
+    train, val = convert_voc_masks(**voc)
+    assert (train.split, train.examples, val.split, val.examples) == ("train", 1, "val", 1)
+    folder = voc["root"] / "ImageSets"
+    assert f"Left out the list test of '{folder}', because its names match no file." in train.notes
+    assert f"Warning: 2 names in '{folder}' without an image or class PNG, such as 'gone'." in train.notes

@@ -193,6 +193,7 @@ class _Conversion:
             common.require_folder(stuff_pngs, "folder of stuff PNGs")
             self._stuff = read_stuff_classes(choices.stuff_classes, categories, known, encoding=choices.encoding)
             categories = self._stuff.categories
+            self._notes += self._stuff.notes
         self._info = shapes.make_info(
             categories, name=source.json_file.stem, stuff=choices.stuff, background=background, known=known
         )
