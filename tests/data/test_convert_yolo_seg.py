@@ -8,6 +8,7 @@ import pytest
 from small_data_sets import read_labels, write_image
 
 from deeplab2_like.cli import main
+from deeplab2_like.data.convert.losses import FAULTY
 from deeplab2_like.data.convert.yolo_seg import convert_yolo_seg
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
@@ -129,4 +130,4 @@ def test_shared_images_are_named(yolo: dict[str, Any]) -> None:
 def test_lost_polygons_are_counted_by_class(yolo: dict[str, Any]) -> None:
     (yolo["data"].parent / "labels" / "train" / "a.txt").write_text(LEAF + "1 0.5 0.5 1 1\n")
     report = convert_yolo_seg(**yolo, split="train", on_error="skip-annotation")[0]
-    assert [name for names in report.lost.values() for name in names] == ["stem"]
+    assert report.lost[FAULTY] == {"stem": (1, 0)}, report.lost
