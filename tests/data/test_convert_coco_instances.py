@@ -1,6 +1,7 @@
 """The COCO instance converter, on small JSONs made here, and the drawing of shapes that overlap."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -392,3 +393,29 @@ def test_list_of_classes_that_is_not_understood(tmp_path: Path, text: str) -> No
     (tmp_path / "classes").write_text(text)
     with pytest.raises(UserError, match=r"The list of classes '.*classes' is not understood .*it may be a text"):
         read_class_list(tmp_path / "classes")
+
+
+def test_folders_of_one_split_are_refused_and_others_named(source: Source) -> None:
+    source.convert()
+    root = source.folder / "export"
+    for name in ("train", "val", "holdout"):
+        shutil.copytree(source.folder / "images", root / name)
+        shutil.copy(source.folder / "instances_val.json", root / name / "_annotations.coco.json")
+    arguments = {"json_file": root, "output_dir": source.folder / "other"}
+    reports = convert_coco_instances(**arguments)
+    assert [report.split for report in reports] == ["train", "val"]
+    assert any("Warning: left out" in note and "holdout" in note for note in reports[0].notes)
+    shutil.copytree(root / "val", root / "valid")
+    with pytest.raises(UserError, match=r"val/_ann.* and '.*valid/_ann.*' are both of the split 'val'; give one of"):
+        convert_coco_instances(**arguments)
+
+
+def test_void_in_the_stuff_list_is_no_class(source: Source) -> None:
+    (source.folder / "stuff").mkdir()
+    (source.folder / "stuff.txt").write_text("100 sky\n255 void\n")
+    for name in "ab":
+        cv2.imwrite(str(source.folder / "stuff" / f"{name}.png"), np.full((HEIGHT, WIDTH), 255, np.uint8))
+    report = source.convert(stuff_pngs=source.folder / "stuff", stuff_classes=source.folder / "stuff.txt")
+    assert "void" not in [c.name for c in DatasetInfo.load(source.folder / "records").categories]
+    assert "The value 255 of stuff PNGs is void because of its name 'void'." in report.notes
+    np.testing.assert_array_equal(source.labels()[0], PANOPTIC)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from small_data_sets import read_labels, write_image, write_palette_png
 
 from deeplab2_like.cli import main
@@ -95,3 +96,31 @@ def test_command(voc: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> Non
     arguments = ["--root", str(voc["root"]), "--output-dir", str(voc["output_dir"]), "--split", "val"]
     assert main(["convert", "voc-masks", *arguments]) == 0
     assert "Split 'val': 1 image, 0 skipped." in capsys.readouterr().out
+
+
+def test_object_numbers_of_more_than_24_bits(voc: dict[str, Any]) -> None:
+    values = np.array(OBJECTS, np.int32)
+    values[0] += 2**24
+    Image.fromarray(values).save(voc["root"] / "SegmentationObject" / "a.tif")
+    (voc["root"] / "SegmentationObject" / "a.tif").rename(voc["root"] / "SegmentationObject" / "a.png")
+    convert_voc_masks(**voc)
+    # The classes stay as they are; 255 of a wide file is an object, here a bicycle of one pixel beside the crowd.
+    assert read_labels(voc["output_dir"])["a.jpg"] == [PANOPTIC[0], [20000, 20000, 1000, 1001]]
+
+
+def test_object_255_of_16_bits_is_an_object(voc: dict[str, Any]) -> None:
+    Image.fromarray(np.array(OBJECTS, np.uint16)).save(voc["root"] / "SegmentationObject" / "a.png")
+    convert_voc_masks(**voc)
+    assert read_labels(voc["output_dir"])["a.jpg"] == [PANOPTIC[0], [20000, 20000, 1000, 1001]]
+
+
+def test_names_in_lists_may_have_suffix_and_folder(voc: dict[str, Any]) -> None:
+    lists = voc["root"] / "ImageSets" / "Segmentation"
+    (lists / "train.txt").write_text("JPEGImages/a.jpg\nlost\n")
+    (lists / "val.txt").write_text("b.jpg\n")
+    (lists / "test.txt").write_text("gone\n")
+    train, val = convert_voc_masks(**voc)
+    assert (train.split, train.examples, val.split, val.examples) == ("train", 1, "val", 1)
+    folder = voc["root"] / "ImageSets"
+    assert f"Left out the list test of '{folder}', because its names match no file." in train.notes
+    assert f"Warning: 2 names in '{folder}' without an image or class PNG, such as 'gone'." in train.notes

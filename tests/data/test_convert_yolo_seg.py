@@ -8,6 +8,7 @@ import pytest
 from small_data_sets import read_labels, write_image
 
 from deeplab2_like.cli import main
+from deeplab2_like.data.convert.losses import FAULTY
 from deeplab2_like.data.convert.yolo_seg import convert_yolo_seg
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.errors import UserError
@@ -69,7 +70,7 @@ def test_paths_as_tools_write_them(yolo: dict[str, Any], text: str) -> None:
         ("0 0.5 0.5 1 1", r"line 3 of '.*a\.txt' is a box, which does not say which pixels are meant; export polygons"),
         ("0 0 0 1 1 1 1 0", r"line 3 of '.*a\.txt' has 7 coordinates, but a polygon is x, y, \.\.\. of three points"),
         ("0 0 0 4 0 4 2", r"line 3 of '.*a\.txt' has a coordinate outside of 0 to 1, the shares of the image's width"),
-        ("7 0 0 1 0 1 1", r"line 3 of '.*a\.txt' has class 7, but 'names' has 0 to 1\."),
+        ("7 0 0 1 0 1 1", r"line 3 of '.*a\.txt' has class 7, but 'names' has 0, 1\."),
         ("leaf 0 0 1 0 1 1", r"line 3 of '.*a\.txt' is not a class and numbers; correct it\."),
     ],
 )
@@ -87,9 +88,13 @@ def test_faults_of_the_yaml_are_named(yolo: dict[str, Any]) -> None:
         convert_yolo_seg(**yolo, split="test")
     for text, message in (
         ("train: images/train\n", r"data\.yaml' has no 'names'; list the class names there"),
+        ("names: leaf\n", r"data\.yaml' has 'names: leaf'; it must be a list of class names, or map numbers"),
         ("names: [leaf\n", r"data\.yaml' is not a YAML file \(.*\); correct it"),
         ("- leaf\n", r"data\.yaml' has no keys and values; a YAML of Ultralytics has 'names'"),
-        ("train: pictures\nnames: [leaf]\n", r"data\.yaml' has no split with images \(named: train\); correct 'path'"),
+        (
+            "train: pictures\nnames: [leaf]\n",
+            r"data\.yaml' has no split with images \(named: train; 'pictures' does not exist\); correct",
+        ),
     ):
         yolo["data"].write_text(text)
         with pytest.raises(UserError, match=message):
@@ -105,3 +110,24 @@ def test_command(yolo: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
     arguments = ["--data", str(yolo["data"]), "--output-dir", str(yolo["output_dir"]), "--background", "soil"]
     assert main(["convert", "yolo-seg", *arguments]) == 0
     assert "Split 'val': 1 image, 0 skipped." in capsys.readouterr().out
+
+
+def test_a_text_without_image_is_named(yolo: dict[str, Any]) -> None:
+    labels = yolo["data"].parent / "labels" / "train"
+    (labels / "classes.txt").write_text("leaf\nstem\n")
+    convert_yolo_seg(**yolo)
+    (labels / "b.txt").write_text(LEAF)
+    with pytest.raises(UserError, match=r"images/train/b'"):
+        convert_yolo_seg(**yolo)
+
+
+def test_shared_images_are_named(yolo: dict[str, Any]) -> None:
+    yolo["data"].write_text("train: images/train\nval: images/train\nnames: [leaf, stem]\n")
+    notes = convert_yolo_seg(**yolo)[0].notes
+    assert "Warning: splits 'train' and 'val' share 1 image, such as 'a.png'." in notes
+
+
+def test_lost_polygons_are_counted_by_class(yolo: dict[str, Any]) -> None:
+    (yolo["data"].parent / "labels" / "train" / "a.txt").write_text(LEAF + "1 0.5 0.5 1 1\n")
+    report = convert_yolo_seg(**yolo, split="train", on_error="skip-annotation")[0]
+    assert report.lost[FAULTY] == {"stem": (1, 0)}, report.lost

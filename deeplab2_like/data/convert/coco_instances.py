@@ -102,8 +102,9 @@ def convert_coco_instances(  # noqa: PLR0913 - its arguments are the options of 
         raise UserError("stuff_pngs and stuff_classes belong together: give both, or neither.")
     json_file, output_dir = Path(json_file), Path(output_dir)
     sources = [CocoSource(json_file, json_file.parent if images is None else Path(images), split)]
+    notes: list[str] = []
     if json_file.is_dir():
-        sources = find_splits(json_file, None if images is None else Path(images), split)
+        sources, notes = find_splits(json_file, None if images is None else Path(images), split)
         require_one_split([str(source.split) for source in sources], options.get("val_share"))
         common.require_replaceable(
             output_dir,
@@ -125,8 +126,8 @@ def convert_coco_instances(  # noqa: PLR0913 - its arguments are the options of 
         reports += _Conversion(source, output_dir, choices, val_share=options.get("val_share")).run(options)
     if len(sources) > 1:
         listed = ", ".join(str(source.split) for source in sources)
-        notes = (f"'{json_file}' has the splits {listed}; --split converts one of them.", *reports[0].notes)
-        reports[0] = dataclasses.replace(reports[0], notes=notes)
+        notes.insert(0, f"'{json_file}' has the splits {listed}; --split converts one of them.")
+    reports[0] = dataclasses.replace(reports[0], notes=(*notes, *reports[0].notes))
     return tuple(reports)
 
 
@@ -194,6 +195,7 @@ class _Conversion:
             common.require_folder(stuff_pngs, "folder of stuff PNGs")
             self._stuff = read_stuff_classes(choices.stuff_classes, categories, known, encoding=choices.encoding)
             categories = self._stuff.categories
+            self._notes += self._stuff.notes
         self._info = shapes.make_info(
             categories, name=source.json_file.stem, stuff=choices.stuff, background=background, known=known
         )

@@ -63,10 +63,10 @@ def convert_cvat_masks(
         stuff=stuff,
         background=background,
         read=read_color_png,
+        read_objects=read_color_png,
         # Pixels without a shape are black, or have the color that the label map gives to the background.
         name_of_value={0: None, **name_of_color},
         void_values=frozenset(),
-        no_object=frozenset((0,)),
         describe=_describe_color,
         classes_file="labelmap.txt",
         notes=[] if background else ["Pixels without a shape are void; --background NAME makes them a class."],

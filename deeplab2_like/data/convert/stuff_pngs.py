@@ -9,7 +9,7 @@ import numpy as np
 
 from deeplab2_like.data import known_datasets
 from deeplab2_like.data.convert import labeled_images, shapes
-from deeplab2_like.data.convert.class_lists import read_class_list
+from deeplab2_like.data.convert.class_lists import classes_of_values, read_class_list
 from deeplab2_like.data.convert.losses import NO_CLASS, Losses
 from deeplab2_like.data.dataset_info import Category, DatasetInfo
 from deeplab2_like.data.images import read_value_png
@@ -28,12 +28,14 @@ class StuffClasses:
         name_of_value: The class name of each value.
         void_values: Values that are void.
         may_have_things: Whether values may be of things, which then are void.
+        notes: Sentences for the user.
     """
 
     categories: list[dict[str, Any]]
     name_of_value: Mapping[int, str]
     void_values: frozenset[int] = frozenset()
     may_have_things: bool = False
+    notes: tuple[str, ...] = ()
 
     def require_stuff(self, info: DatasetInfo, classes: Path, json_file: Path) -> None:
         """Raises `UserError` if a class is a thing although none may be.
@@ -68,7 +70,17 @@ def read_stuff_classes(
     if str(path) == _COCO_STUFF and not path.exists():
         all_categories, name_of_value = _with_stuff_classes(categories, _coco_stuff_classes(categories), known)
         return StuffClasses(all_categories, name_of_value, frozenset((255,)), may_have_things=True)
-    return StuffClasses(*_with_stuff_classes(categories, read_class_list(path, encoding=encoding), known))
+    entries = read_class_list(path, encoding=encoding)
+    names = {category.get("name") for category in categories}
+    void_values = classes_of_values(entries)[1]
+    void = [entry for entry in entries if entry["id"] in void_values and entry["name"] not in names]
+    notes = tuple(
+        f"The value {entry['id']} of stuff PNGs is void because of its name '{entry['name']}'." for entry in void
+    )
+    class_list = [entry for entry in entries if entry not in void]
+    return StuffClasses(
+        *_with_stuff_classes(categories, class_list, known), frozenset(entry["id"] for entry in void), notes=notes
+    )
 
 
 def draw_stuff(

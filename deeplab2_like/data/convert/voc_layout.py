@@ -1,7 +1,7 @@
 """Shared by converters of Pascal VOC's layout: PNGs of classes and of objects, and a list of images per split."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,6 +12,7 @@ from deeplab2_like.data.convert import common, labeled_images, shapes
 from deeplab2_like.data.convert.losses import Losses
 from deeplab2_like.data.convert.splits import Division, divide, split_of_name
 from deeplab2_like.data.dataset_info import DatasetInfo
+from deeplab2_like.data.images import IMAGE_SUFFIXES
 from deeplab2_like.errors import UserError
 from deeplab2_like.printing import counted
 
@@ -24,10 +25,10 @@ class Labels:
         categories: The classes, as for `shapes.make_info`.
         stuff: Names of the classes that are stuff; all others are things.
         background: Name of the class of pixels without a shape; None: they are void.
-        read: Reads a PNG, int32 [H, W] of values below 2**24; the second argument is its name in error messages.
+        read: Reads a class PNG, int32 [H, W]; the second argument is its name in error messages.
+        read_objects: The same of an object PNG, whose values may have all 32 bits; 0 is no object.
         name_of_value: The class name of each value in the class PNGs; None for pixels without a shape.
         void_values: Values in the class PNGs that are void.
-        no_object: Values in the object PNGs that are no object.
         describe: Describes a value of the class PNGs for the message that it is unknown.
         classes_file: The file that lists the values, for that message.
         notes: Sentences for the user.
@@ -37,9 +38,9 @@ class Labels:
     stuff: Sequence[str]
     background: str | None
     read: Callable[[Path, str], np.ndarray]
+    read_objects: Callable[[Path, str], np.ndarray]
     name_of_value: Mapping[int, str | None]
     void_values: frozenset[int]
-    no_object: frozenset[int]
     describe: Callable[[int], str]
     classes_file: str
     notes: Sequence[str] = ()
@@ -108,7 +109,7 @@ def convert_voc_layout(
         image = files.read_file(pair.image, "the image")
         class_values = labels.read(pair.label, "class PNG")
         object_png = object_png_of(pair)
-        object_values = labels.read(object_png, "object PNG")
+        object_values = labels.read_objects(object_png, "object PNG")
         if class_values.shape != object_values.shape:
             raise UserError(
                 f"'{pair.label}' is {class_values.shape} but '{object_png}' {object_values.shape} (height, width); "
@@ -116,7 +117,7 @@ def convert_voc_layout(
             )
 
         def meaning(value: int) -> tuple[int, bool] | None:
-            class_value, object_value = value >> 24, value & 0xFFFFFF
+            class_value, object_value = value >> 32, value & 0xFFFFFFFF
             if class_value not in class_of_value:
                 raise UserError(
                     f"'{pair.label}' has the {labels.describe(class_value)}, which {labels.classes_file} does not "
@@ -125,11 +126,11 @@ def convert_voc_layout(
             class_id = class_of_value[class_value]
             if class_id is None:
                 return None
-            return class_id, info.categories[class_id].is_thing and object_value not in labels.no_object
+            return class_id, info.categories[class_id].is_thing and object_value != 0
 
-        both = class_values.astype(np.int64) << 24 | object_values
+        both = class_values.astype(np.int64) << 32 | object_values.astype(np.int64) & 0xFFFFFFFF
         return image, labeled_images.values_to_panoptic(
-            both, meaning, info, losses, describe=lambda value: labels.describe(value >> 24)
+            both, meaning, info, losses, describe=lambda value: labels.describe(value >> 32)
         )
 
     return labeled_images.write_labeled_images(
@@ -155,7 +156,8 @@ def _divide(
     **arguments: Any,
 ) -> Division[labeled_images.Pair]:
     """Divides the images by the lists in `ImageSets/Segmentation`, if there are any."""
-    lists = _read_lists(root / "ImageSets" / "Segmentation", encoding)
+    stems = {PurePosixPath(pair.name).with_suffix("").as_posix() for pair in pairs}
+    lists, unmatched = _read_lists(root / "ImageSets" / "Segmentation", stems, encoding)
     subset_of_stem = {stem: subset for subset, stems in lists.items() for stem in stems}
 
     def subset_of(pair: labeled_images.Pair) -> str | None:
@@ -165,10 +167,16 @@ def _divide(
     labeled = {subset_of(pair) for pair in pairs if pair.label.exists()}
     unlabeled_lists = sorted(set(lists) - labeled)
     notes = [
-        f"Left out the list {subset} of '{root / 'ImageSets'}', because its images have no class PNG."
+        f"Left out the list {subset} of '{root / 'ImageSets'}', because "
+        f"{'its images have no class PNG' if lists[subset] - set(unmatched) else 'its names match no file'}."
         for subset in unlabeled_lists
         if arguments["split"] in (None, subset)
     ]
+    if unmatched:
+        notes.append(
+            f"Warning: {counted(len(unmatched), 'name')} in '{root / 'ImageSets'}' without an image or class PNG, such "
+            f"as '{unmatched[0]}'."
+        )
     kept = [
         pair for pair in pairs if pair.label.exists() or not lists or subset_of(pair) not in (None, *unlabeled_lists)
     ]
@@ -189,8 +197,10 @@ def _divide(
     return dataclasses.replace(division, notes=[*division.notes, *notes])
 
 
-def _read_lists(folder: Path, encoding: str | None) -> dict[str, set[str]]:
+def _read_lists(folder: Path, known: Set[str], encoding: str | None) -> tuple[dict[str, set[str]], list[str]]:
     """Reads the images of each list in `ImageSets/Segmentation`, without suffix, by the split that its name tells.
+
+    Also returns the names that match no file; `known` has the files, with folders and without suffix.
 
     `default`, the list of a CVAT task without subsets, and `trainval`, a union, are no subsets.
 
@@ -198,10 +208,15 @@ def _read_lists(folder: Path, encoding: str | None) -> dict[str, set[str]]:
         UserError: If a list cannot be read, or two subsets have an image in common.
     """
     subsets: dict[str, set[str]] = {}
+    known_names = {PurePosixPath(stem).name for stem in known}
+    unmatched = set()
     for path in files.list_files(folder, (".txt",)) if folder.is_dir() else ():
         if path.stem.casefold() not in ("default", "trainval"):
             lines = files.read_text(path, "the list of images", encoding=encoding).splitlines()
-            stems = {line.strip().replace("\\", "/") for line in lines if line.strip()}
+            names = {line.strip().replace("\\", "/") for line in lines if line.strip()}
+            stem_of_name = {name: _find_stem(name, known, known_names) for name in names}
+            unmatched |= {name for name, stem in stem_of_name.items() if stem is None}
+            stems = {stem or name for name, stem in stem_of_name.items()}
             subsets.setdefault(split_of_name(path.stem) or path.stem, set()).update(stems)
     for name, stems in subsets.items():
         for other, other_stems in subsets.items():
@@ -210,4 +225,17 @@ def _read_lists(folder: Path, encoding: str | None) -> dict[str, set[str]]:
                     f"'{folder}' lists '{min(stems & other_stems)}' in two subsets, {name} and {other}; remove it from "
                     "one, or take all images as one split with --ignore-subsets."
                 )
-    return subsets
+    return subsets, sorted(unmatched)
+
+
+def _find_stem(listed: str, known: Set[str], known_names: Set[str]) -> str | None:
+    """Finds the file of a name in a list, which may have a suffix and leading folders such as `JPEGImages`."""
+    path = PurePosixPath(listed)
+    names = [path, path.with_suffix("")] if path.suffix.lower() in IMAGE_SUFFIXES else [path]
+    for name in names:
+        for start in range(len(name.parts)):
+            if (stem := PurePosixPath(*name.parts[start:]).as_posix()) in known:
+                return stem
+        if len(name.parts) == 1 and name.name in known_names:
+            return name.name
+    return None

@@ -4,15 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
+
+from deeplab2_like import files
 from deeplab2_like.data.convert import common, labeled_images
 from deeplab2_like.data.convert.class_lists import classes_of_values, read_class_list
 from deeplab2_like.data.convert.voc_layout import Labels, convert_voc_layout
-from deeplab2_like.data.images import read_value_png
+from deeplab2_like.data.images import decode_label, read_value_png
 from deeplab2_like.data.known_datasets import VOC_NAMES
 from deeplab2_like.errors import UserError
 
-# Values of the object PNGs that are no object: background and border.
-_NO_OBJECT = frozenset((0, 255))
+# The border in object PNGs of 8 bits; in wider ones it is an object, and the class PNG tells the border.
+_BORDER = 255
 
 
 def convert_voc_masks(
@@ -69,9 +72,9 @@ def convert_voc_masks(
         stuff=stuff,
         background=None if void_background else background,
         read=read_value_png,
+        read_objects=_read_objects,
         name_of_value=name_of_value,
         void_values=frozenset(void_values),
-        no_object=_NO_OBJECT,
         describe="value {}".format,
         classes_file="the list of classes" if classes is None else f"'{classes}'",
         notes=notes,
@@ -86,3 +89,13 @@ def convert_voc_masks(
         ignore_subsets=ignore_subsets,
         options=options,
     )
+
+
+def _read_objects(path: Path, what: str) -> np.ndarray:
+    """Reads an object PNG, int32 [H, W]; 0 is no object."""
+    values = read_value_png(path, what)
+    if (values == _BORDER).any():
+        pixels = decode_label(files.read_file(path, f"the {what}"), f"the {what} '{path}'")
+        if pixels.dtype.itemsize == 1:
+            values[values == _BORDER] = 0
+    return values

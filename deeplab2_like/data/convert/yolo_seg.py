@@ -1,6 +1,7 @@
 """Converts a data set of Ultralytics for segmentation: a YAML, images, and a text of polygons per image."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Unpack
@@ -20,6 +21,8 @@ from deeplab2_like.printing import counted
 _SPLITS = ("train", "val", "test")
 # Coordinates are shares of the image's size; rounding leads a little outside.
 _TOLERANCE = 0.01
+# Labeling tools write the class names beside the texts of polygons.
+_CLASS_LIST = "classes.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,8 @@ def _read_yaml(path: Path, encoding: str | None) -> dict[str, Any]:
 def _read_names(content: Mapping[str, Any], path: Path) -> dict[int, str]:
     """Reads the class names, a list or a mapping from numbers."""
     given = content.get("names")
+    if given and not isinstance(given, list | dict):
+        raise UserError(f"'{path}' has 'names: {given}'; it must be a list of class names, or map numbers to names.")
     entries = list(enumerate(given)) if isinstance(given, list) else list(given.items()) if given else []
     try:
         names = {whole_number(number): str(name) for number, name in entries}
@@ -148,14 +153,18 @@ def _find_splits(
     listed = ", ".join(named) or "none"
     if split is not None and split not in named:
         raise UserError(f"'{path}' has no split '{split}' (found: {listed}); name one of them with --split.")
-    splits, notes = {}, []
+    splits: dict[str, list[_Example]] = {}
+    notes: list[str] = []
+    reasons: list[str] = []
     for name, given in named.items():
         if split not in (None, name):
             continue
         parts = given if isinstance(given, list) else [given]
         found = [_find_path(str(part), content, path) for part in parts]
-        if any(source is None for source in found) and split is None:
-            notes.append(f"Warning: left out split '{name}', because '{given}' does not exist.")
+        missing = [str(part) for part, source in zip(parts, found, strict=True) if source is None]
+        if missing and split is None:
+            reasons.append(f"'{missing[0]}' does not exist")
+            notes.append(f"Warning: left out split '{name}', because {reasons[-1]}.")
             continue
         examples: list[_Example] = []
         for part, source in zip(parts, found, strict=True):
@@ -165,13 +174,22 @@ def _find_splits(
         if examples:
             splits[name] = examples
         else:
-            notes.append(f"Warning: left out split '{name}', because '{given}' has no images.")
+            reasons.append(f"'{given}' has no images")
+            notes.append(f"Warning: left out split '{name}', because {reasons[-1]}.")
     if not splits:
         raise UserError(
-            f"'{path}' has no split with images (named: {listed}); correct 'path', 'train' and 'val' there."
+            f"'{path}' has no split with images (named: {'; '.join([listed, *reasons])}); correct 'path', 'train' and "
+            "'val' there."
         )
     if len(named) > 1:
         notes.append(f"'{path}' has the splits {listed}; --split converts one of them.")
+    images = {name: {example.image.resolve() for example in examples} for name, examples in splits.items()}
+    for one, other in itertools.combinations(splits, 2):
+        if shared := images[one] & images[other]:
+            notes.append(
+                f"Warning: splits '{one}' and '{other}' share {counted(len(shared), 'image')}, such as "
+                f"'{min(shared).name}'."
+            )
     return splits, notes
 
 
@@ -190,9 +208,8 @@ def _list_examples(source: Path, encoding: str | None, *, prefix: str) -> list[_
     """Lists the images of a folder, whose names get a prefix, or of a text with the path of an image per line."""
     if source.is_dir():
         images = files.list_files(source, IMAGE_SUFFIXES, recursive=True)
-        return [
-            _Example(f"{prefix}{image.relative_to(source).as_posix()}", image, _label_of(image)) for image in images
-        ]
+        pairs = [*((image, _label_of(image)) for image in images), *_texts_without_image(source, images)]
+        return [_Example(f"{prefix}{image.relative_to(source).as_posix()}", image, text) for image, text in pairs]
     examples = []
     for line in files.read_text(source, "the list of images", encoding=encoding).splitlines():
         name = line.strip().replace("\\", "/").removeprefix("./")
@@ -200,6 +217,19 @@ def _list_examples(source: Path, encoding: str | None, *, prefix: str) -> list[_
             image = source.parent / name
             examples.append(_Example(name.lstrip("/"), image, _label_of(image)))
     return examples
+
+
+def _texts_without_image(source: Path, images: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Returns texts of polygons whose image is missing, after its path without suffix; reading it fails later."""
+    labels = _label_of(source / "image").parent
+    if not images or labels == source or not labels.is_dir():
+        return []
+    known = {_label_of(image) for image in images}
+    return [
+        (source / text.relative_to(labels).with_suffix(""), text)
+        for text in files.list_files(labels, (".txt",), recursive=True)
+        if text not in known and text.name != _CLASS_LIST
+    ]
 
 
 def _label_of(image: Path) -> Path:
@@ -233,25 +263,33 @@ def _read_polygons(
             continue
         name = "unknown class"
         try:
-            class_number, polygon = _parse_line(line, size)
+            class_number, shares = _parse_line(line)
             if class_number not in names:
-                raise UserError(f"has class {class_number}, but 'names' has {min(names)} to {max(names)}")
+                raise UserError(f"has class {class_number}, but 'names' has {', '.join(map(str, sorted(names)))}")
             name = names[class_number]
-            yield shapes.Shape(class_of_name[name], shapes.polygon_runs([polygon], size))
+            yield shapes.Shape(class_of_name[name], shapes.polygon_runs([_to_polygon(shares, size)], size))
         except UserError as error:
             with losses.skip_faulty():
                 raise UserError(f"line {number} of '{path}' {error}.") from error
             losses.add(FAULTY, name, objects=1)
 
 
-def _parse_line(line: str, size: tuple[int, int]) -> tuple[int, list[float]]:
-    """Returns class and polygon, x, y, ... in pixels; raises `UserError` with the predicate of a sentence."""
-    height, width = size
+def _parse_line(line: str) -> tuple[int, np.ndarray]:
+    """Returns class and coordinates, float64 [N]; raises `UserError` with the predicate of a sentence."""
     try:
         first, *rest = line.split()
-        class_number, shares = whole_number(first), np.array([float(word) for word in rest])
+        return whole_number(first), np.array([float(word) for word in rest])
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError("is not a class and numbers; correct it") from error
+
+
+def _to_polygon(shares: np.ndarray, size: tuple[int, int]) -> list[float]:
+    """Returns a polygon, x, y, ... in pixels, from shares of the image's width and height, float64 [N].
+
+    Raises:
+        UserError: With the predicate of a sentence, if it is no polygon.
+    """
+    height, width = size
     if shares.size == 4:
         raise UserError(
             "is a box, which does not say which pixels are meant; export polygons (Segment), or leave boxes out with "
@@ -264,7 +302,7 @@ def _parse_line(line: str, size: tuple[int, int]) -> tuple[int, list[float]]:
     if not np.isfinite(shares).all() or shares.min() < -_TOLERANCE or shares.max() > 1 + _TOLERANCE:
         raise UserError("has a coordinate outside of 0 to 1, the shares of the image's width and height; correct it")
     points = shares.reshape(-1, 2) * (width, height)
-    return class_number, points.reshape(-1).tolist()
+    return points.reshape(-1).tolist()
 
 
 def _max_instances(splits: Mapping[str, Sequence[_Example]], encoding: str | None) -> int:
