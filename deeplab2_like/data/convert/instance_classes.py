@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -16,11 +15,12 @@ from deeplab2_like.data.convert import common, shapes
 from deeplab2_like.data.convert.class_lists import classes_of_values, read_class_list
 from deeplab2_like.data.convert.file_finder import shorter_names
 from deeplab2_like.data.convert.labeled_images import Pair
-from deeplab2_like.data.convert.losses import FAULTY, OTHER_CLASS, Losses
+from deeplab2_like.data.convert.losses import OTHER_CLASS, Losses
 from deeplab2_like.data.dataset_info import Category, whole_number
 from deeplab2_like.data.images import LABEL_SUFFIXES, read_value_png
 from deeplab2_like.errors import UserError
 from deeplab2_like.files import read_text
+from deeplab2_like.parsing import parse_json
 from deeplab2_like.printing import counted
 
 # Of the names of columns of instances, those that cannot mean anything else.
@@ -202,11 +202,8 @@ class ClassLabels:
         for instance, counts in found.items():
             named = {name: n for value, n in counts.items() if (name := self.name_of_value.get(value)) is not None}
             if not named:
-                with losses.skip_faulty():
-                    raise UserError(
-                        f"object {instance} of '{pair.label}' has no class in '{path}'; correct one of them."
-                    )
-                losses.add(FAULTY, "objects without a class", objects=1)
+                fault = f"object {instance} of '{pair.label}' has no class in '{path}'; correct one of them."
+                losses.leave_out(UserError(fault), "objects without a class")
                 continue
             name_of[instance] = max(named, key=lambda name: (named[name], name))
             other = counts.total() - named[name_of[instance]]
@@ -327,9 +324,8 @@ class ClassMap:
             if instance in names:
                 name_of[instance] = names[instance]
                 continue
-            with losses.skip_faulty():
-                raise UserError(f"object {instance} of '{pair.label}' has no class in '{self.path}'; add it there.")
-            losses.add(FAULTY, "objects without a class", objects=1)
+            fault = f"object {instance} of '{pair.label}' has no class in '{self.path}'; add it there."
+            losses.leave_out(UserError(fault), "objects without a class")
         return instances, name_of
 
 
@@ -382,8 +378,8 @@ def read_class_map(
     text = read_text(path, "the class map", encoding=encoding)
     names_of_image: dict[str | None, dict[int, str]] = {}
     try:
-        entries = list(_json_entries(json.loads(text)) if text.lstrip()[:1] in ("{", "[") else _table_entries(text))
-    except (ValueError, csv.Error, RecursionError) as error:
+        entries = list(_json_entries(parse_json(text)) if text.lstrip()[:1] in ("{", "[") else _table_entries(text))
+    except (ValueError, csv.Error) as error:
         raise UserError(f"The class map '{path}' is not understood ({error}); {_FORMATS}.") from error
     if not entries:
         raise UserError(f"The class map '{path}' is empty; {_FORMATS}.")

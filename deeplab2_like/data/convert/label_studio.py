@@ -14,7 +14,7 @@ from deeplab2_like import files
 from deeplab2_like.data.convert import common, labeled_images, shapes
 from deeplab2_like.data.convert.file_finder import FileFinder
 from deeplab2_like.data.convert.label_studio_rle import decode_brush
-from deeplab2_like.data.convert.losses import FAULTY, Losses
+from deeplab2_like.data.convert.losses import Losses
 from deeplab2_like.data.convert.splits import choose_split
 from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
 from deeplab2_like.data.images import IMAGE_SUFFIXES, decode_image
@@ -282,9 +282,8 @@ def _read_regions(
                 )
             yield shapes.Shape(class_of_name[labels[0]], _runs_of_region(result, size))
         except UserError as error:
-            with losses.skip_faulty():
-                raise UserError(f"region {result.get('id', position)} {error}.") from error
-            losses.add(FAULTY, labels[0] if labels else "regions without a label", objects=1)
+            fault = UserError(f"region {result.get('id', position)} {error}.")
+            losses.leave_out(fault, labels[0] if labels else "regions without a label")
 
 
 def _runs_of_region(result: Mapping[str, Any], size: tuple[int, int]) -> shapes.Runs:

@@ -139,9 +139,7 @@ def write_labeled_images(  # noqa: PLR0913 - converters pass their options throu
                 label_format=label_format,
             )
         except OrphanError as error:
-            with losses.skip_faulty():
-                raise UserError(f"'{source[0]}': {error}") from error
-            losses.add(FAULTY, error.name, objects=1)
+            losses.leave_out(UserError(f"'{source[0]}': {error}"), error.name)
             return common.Record(None, lost=losses.counts, skipped_annotations=losses.faults)
         except UserError as error:
             raise common.fault_of_image(item.name, source[0], error) from error

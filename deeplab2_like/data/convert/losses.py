@@ -60,6 +60,12 @@ class Losses:
                 raise
             self.faults.append(str(error))
 
+    def leave_out(self, error: UserError, name: str) -> None:
+        """Counts a faulty object, of the class `name`, if such objects are left out; otherwise raises its error."""
+        with self.skip_faulty():
+            raise error
+        self.add(FAULTY, name, objects=1)
+
 
 def sum_counts(parts: Iterator[Counts]) -> dict[str, dict[str, tuple[int, int]]]:
     """Adds up the counts of several images or files."""

@@ -11,7 +11,7 @@ import yaml
 
 from deeplab2_like import files
 from deeplab2_like.data.convert import common, labeled_images, shapes
-from deeplab2_like.data.convert.losses import FAULTY, Losses
+from deeplab2_like.data.convert.losses import Losses
 from deeplab2_like.data.convert.splits import require_one_split
 from deeplab2_like.data.dataset_info import DatasetInfo, whole_number
 from deeplab2_like.data.images import IMAGE_SUFFIXES, decode_image
@@ -269,9 +269,7 @@ def _read_polygons(
             name = names[class_number]
             yield shapes.Shape(class_of_name[name], shapes.polygon_runs([_to_polygon(shares, size)], size))
         except UserError as error:
-            with losses.skip_faulty():
-                raise UserError(f"line {number} of '{path}' {error}.") from error
-            losses.add(FAULTY, name, objects=1)
+            losses.leave_out(UserError(f"line {number} of '{path}' {error}."), name)
 
 
 def _parse_line(line: str) -> tuple[int, np.ndarray]:
