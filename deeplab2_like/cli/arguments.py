@@ -148,6 +148,13 @@ def add_max_pixels(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_warmup_size(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Adds `--warmup-size`, a list of image sizes."""
+    parser.add_argument(
+        "--warmup-size", type=image_size, nargs="+", action="extend", default=[], metavar="HxW", help=help_text
+    )
+
+
 def find_folders(options: argparse.Namespace, json_file: Path, *names: str) -> None:
     """Replaces folders that do not exist by those of the same name beside a JSON, and says so."""
     for name in names:

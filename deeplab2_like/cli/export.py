@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deeplab2_like.cli.arguments import add_checkpoint, add_command, add_overrides, image_size, positive_int
+from deeplab2_like.cli.arguments import (
+    add_checkpoint,
+    add_command,
+    add_overrides,
+    add_warmup_size,
+    image_size,
+    positive_int,
+)
 from deeplab2_like.export.options import DEFAULT_MAX_PIXELS, ExportOptions
 
 if TYPE_CHECKING:
@@ -55,15 +62,7 @@ def add_parser(commands: Any) -> None:
         metavar="FILE_OR_DIR",
         help="images on which the export must agree with the checkpoint (default: generated images)",
     )
-    parser.add_argument(
-        "--warmup-size",
-        type=image_size,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="HxW",
-        help="write warm-up requests of TensorFlow Serving for images of these sizes",
-    )
+    add_warmup_size(parser, "write warm-up requests of TensorFlow Serving for images of these sizes")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deeplab2_like.cli.arguments import add_command, add_max_pixels, image_size, positive_int
+from deeplab2_like.cli.arguments import add_command, add_max_pixels, add_warmup_size, positive_int
 from deeplab2_like.errors import UserError
 
 
@@ -38,15 +38,7 @@ def add_parser(commands: Any) -> None:
         metavar="MILLISECONDS",
         help="how long an incomplete batch waits for more images (default: 0, as images come while the model works)",
     )
-    parser.add_argument(
-        "--warmup-size",
-        type=image_size,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="HxW",
-        help="predict an image of this size before the ports open, so that the first request is quick",
-    )
+    add_warmup_size(parser, "predict an image of this size before the ports open, so that the first request is quick")
     add_max_pixels(parser)
 
 

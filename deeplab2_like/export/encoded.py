@@ -28,11 +28,13 @@ class Headers(NamedTuple):
     Attributes:
         size: int64 [B, 2], height and width as seen, after the EXIF orientation is applied; zeros for a faulty file.
         orientation: int64 [B], EXIF orientation of a JPEG, 1 to 8; 1 for other files.
+        format: string [B], one of `FORMATS`; empty for other files.
         fault: string [B], one sentence that says why a file cannot be used; empty if nothing speaks against it.
     """
 
     size: tf.Tensor
     orientation: tf.Tensor
+    format: tf.Tensor
     fault: tf.Tensor
 
 
@@ -98,20 +100,12 @@ def read_headers(contents: tf.Tensor, *, max_pixels: int, size: tuple[int, int] 
     for is_wrong, sentence in reversed(faults):  # The first of several faults is told.
         fault = tf.where(is_wrong, sentence, fault)
     is_good = tf.equal(fault, "")
-    return Headers(tf.where(is_good[:, None], found, 0), orientation, fault)
+    return Headers(tf.where(is_good[:, None], found, 0), orientation, names, fault)
 
 
 def damaged(names: tf.Tensor) -> tf.Tensor:
     """Returns the fault of files, string [B], whose formats are `names`, string [B], and that cannot be decoded."""
     return tf.strings.join(["The ", names, " file is damaged or cut short; send a whole file."])
-
-
-def format_names(contents: tf.Tensor) -> tf.Tensor:
-    """Returns the formats of files, string [B], that have passed `read_headers`; string [B]."""
-    names = tf.fill(tf.shape(contents), FORMATS[-1])
-    for name, prefix in (("JPEG", b"\xff\xd8"), ("PNG", b"\x89PNG"), ("BMP", b"BM"), ("GIF", b"GIF8")):
-        names = tf.where(_starts_with(contents, prefix), name, names)
-    return names
 
 
 def decode_equal_sizes(

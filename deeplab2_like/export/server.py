@@ -285,7 +285,7 @@ def serve(
         name = (folder.absolute().parent if version is not None else folder.absolute()).name
     for number in (port, grpc_port, metrics_port):
         _require_free(host, number)
-    predictor = _load_predictor(str(folder))  # Before the ports open, so whoever can connect gets answers.
+    predictor = _load_predictor(str(folder))  # Before the ports open, so that every connection is answered.
     for height, width in warmup_sizes:
         predictor.infer(np.zeros((1, height, width, 3), np.uint8))
     settings = mlserver.Settings(

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from deeplab2_like.data.dataset_info import DatasetInfo
 from deeplab2_like.evaluation.inference import compile_with_xla, make_inference_function
-from deeplab2_like.export.encoded import Headers, damaged, decode_equal_sizes, format_names, read_headers
+from deeplab2_like.export.encoded import Headers, damaged, decode_equal_sizes, read_headers
 from deeplab2_like.export.options import ExportOptions
 from deeplab2_like.model.base import PanopticSystem
 from deeplab2_like.model.stages import compiled_stages
@@ -146,7 +146,7 @@ class _FileInference:
         headers = read_headers(contents, max_pixels=self._options.max_pixels, size=self._options.size)
         outputs = self._infer_groups(contents, headers)
         is_good = outputs.pop("is_good")
-        fault = tf.where(tf.equal(headers.fault, ""), damaged(format_names(contents)), headers.fault)
+        fault = tf.where(tf.equal(headers.fault, ""), damaged(headers.format), headers.fault)
         outputs["status"] = tf.where(is_good, "", fault)
         outputs["image_size"] = tf.where(is_good[:, None], tf.cast(headers.size, tf.int32), 0)
         return {name: value[:count] for name, value in outputs.items()}
